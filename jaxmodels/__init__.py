@@ -1,0 +1,39 @@
+"""Train Flax models with Optax from one config file, on one CPU or a pod, with exact resume.
+
+    import jaxmodels
+    config = jaxmodels.load_config("configs/cnn_digits.py", {"training.epochs": 5})
+    result = jaxmodels.train(config, workdir="runs/digits")
+    run = jaxmodels.load("runs/digits")
+    run.predict({"image": images})
+
+Names are imported when first used, so that `import jaxmodels` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_config": "jaxmodels.config",
+    "resolve": "jaxmodels.experiment",
+    "train": "jaxmodels.api",
+    "evaluate": "jaxmodels.api",
+    "load": "jaxmodels.api",
+    "Run": "jaxmodels.api",
+    "Result": "jaxmodels.training.trainer",
+    "ConfigError": "jaxmodels.errors",
+    "Diverged": "jaxmodels.errors",
+    "Interrupted": "jaxmodels.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'jaxmodels' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

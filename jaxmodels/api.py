@@ -1,0 +1,132 @@
+"""The commands as functions: train, evaluate, and load a run back to predict with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from jaxmodels.data import tokenizers
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment import Experiment, build_experiment, build_model
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.training import checkpoint as checkpoint_lib
+from jaxmodels.training import step as step_lib
+from jaxmodels.training import trainer
+from jaxmodels.training.evaluation import Evaluator
+from jaxmodels.training.signals import StopSignals
+
+Arrays = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def train(
+    config: Mapping,
+    workdir: str,
+    *,
+    data: Arrays | None = None,
+    data_dir: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> trainer.Result:
+    """Trains a config in a folder, or goes on with the run of it that is there.
+
+    Args:
+      config: as `load_config` gives, or nested dictionaries.
+      workdir: the run's folder.
+      data: arrays by split, for `data.source = "arrays"`: `{"train": {"image": …, "label": …}, "test": …}`.
+      data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
+      overwrite: delete the run that is in the folder.
+      quiet: print nothing.
+
+    Raises:
+      ConfigError, Diverged, Interrupted: see jaxmodels.errors.
+    """
+    experiment = build_experiment(config, data_dir=data_dir, data=data)
+    return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet))
+
+
+def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """Metrics of a run's weights (their moving average, where it kept one) on a split.
+
+    Args:
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest.
+      split: of the run's data.
+      data, data_dir: as for `train`.
+
+    Returns:
+      The metrics, with the `step` of the weights and the `seconds` it took.
+
+    Raises:
+      ConfigError: no such run, checkpoint or split.
+    """
+    folder, checkpoints, step = checkpoint_lib.open_run(run)
+    try:
+        experiment = build_experiment(folder.config(), data_dir=data_dir, data=data)
+        if split not in experiment.dataset.splits:
+            raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
+        mesh = mesh_lib.make_mesh(experiment.mesh)
+        mesh_lib.check_batch(experiment.eval_batch_size, 1, mesh, "data.eval_batch_size")
+        params, stats = _restore_weights(checkpoints, step, experiment.state_shapes(), mesh_lib.replicated(mesh))
+    finally:
+        checkpoints.close()
+    with StopSignals() as stop:
+        values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
+    return {"step": step} | values
+
+
+class Run:
+    """A trained run, loaded.
+
+    Attributes:
+      model: the Flax module with its weights, in evaluation mode.
+      task: what it learned.
+      config: resolved.
+      step: of the weights.
+      tokenizer: of a text run, or None.
+    """
+
+    def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer):
+        self.model, self.task, self.config, self.step, self.tokenizer = model, task, config, step, tokenizer
+        graph, params, stats = step_lib.split(model)
+        self._weights = (params, stats)
+        self._predict = jax.jit(lambda params, stats, batch: task.predict(step_lib.evaluation_model(graph, params, stats), batch))
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> Any:
+        """What the model says of a batch: class probabilities of `image` [B, H, W, C], or the log-probabilities of what follows `tokens` [B, T]."""
+        return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch)))
+
+
+def load(run: str) -> Run:
+    """A run, ready to predict; needs no data.
+
+    Args:
+      run: as for `evaluate`.
+    """
+    folder, checkpoints, step = checkpoint_lib.open_run(run)
+    try:
+        config, info = folder.config(), dict(folder.manifest()["info"])
+        tokenizer = None
+        if folder.tokenizer_file.is_file():
+            info["tokenizer"] = tokenizer = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
+        task, build = build_model(config, info)
+        graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        shapes = step_lib.TrainState(None, params, stats, None, None, None, None)
+        params, stats = _restore_weights(checkpoints, step, shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    finally:
+        checkpoints.close()
+    return Run(step_lib.evaluation_model(graph, params, stats), task, config, step, tokenizer)
+
+
+def _restore_weights(checkpoints: checkpoint_lib.Checkpoints, step: int, shapes: step_lib.TrainState, sharding) -> tuple[dict, dict]:
+    """Parameters (their average, where it is kept) and statistics, in a sharding."""
+    stored = checkpoints.shapes(step, "ema")
+    weights = "ema" if stored["ema"] else "params"
+    wanted = {weights: shapes.params} | ({"stats": shapes.stats} if shapes.stats else {})
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+    restored = checkpoints.restore_part(step, wanted)
+    return restored[weights], restored.get("stats", {})
+
+
+__all__ = ["Experiment", "Run", "evaluate", "load", "train"]

@@ -1,0 +1,172 @@
+"""The command line. JAX is imported inside the commands, so that help is instant."""
+
+import argparse
+import json
+import os
+import sys
+
+DESCRIPTION = """\
+Train Flax models with Optax from one config file.
+
+  jaxmodels train --config=configs/cnn_digits.py --workdir=runs/cnn_digits
+  jaxmodels train --config=FILE[:ARGUMENT] --config.optimizer.learning_rate=3e-4
+  jaxmodels evaluate --workdir=runs/cnn_digits
+  jaxmodels config --config=configs/cnn_digits.py --diff=runs/cnn_digits
+
+Any value of a config is set with --config.SECTION.KEY=VALUE.
+Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    root = argparse.ArgumentParser(prog="jaxmodels", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name, function, summary):
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(function=function)
+        return sub
+
+    def add_config(sub):
+        sub.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE[:ARG]",
+            help="a Python file with get_config(), a config.json, or a run's folder; --config.SECTION.KEY=VALUE overrides a value",
+        )
+
+    def add_machine(sub):
+        sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
+        sub.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N devices on the CPU")
+
+    train = command("train", _train, "train a config, or go on with the run in --workdir")
+    add_config(train)
+    train.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/NAME, after the config file)")
+    train.add_argument("--overwrite", action="store_true", help="delete the run that is in --workdir")
+    train.add_argument("--dry_run", action="store_true", help="print config, parameters, bytes and FLOPs; train nothing")
+    add_machine(train)
+
+    evaluate = command("evaluate", _evaluate, "evaluate a run's weights on a split of its data")
+    evaluate.add_argument("--workdir", required=True, metavar="RUN[@best|@latest|@STEP]", help="the run; the best checkpoint where one is kept, else the latest")
+    evaluate.add_argument("--split", default="test", help="train, validation or test (default: test)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    add_machine(evaluate)
+
+    config = command("config", _config, "print a resolved config and where each value comes from")
+    add_config(config)
+    config.add_argument("--diff", metavar="OTHER", help="print only what differs from another config or run")
+    config.add_argument("--json", action="store_true", help="print the config as JSON, without origins")
+    return root
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command and exits with its status."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command; returns its exit status."""
+    arguments, overrides = _split(argv)
+    root = parser()
+    options = root.parse_args(arguments)
+    if overrides and not hasattr(options, "config"):
+        root.error(f"{options.command} takes no --config.{next(iter(overrides))}")
+    from jaxmodels.errors import Interrupted, RunError
+
+    try:
+        return options.function(options, overrides) or 0
+    except RunError as error:
+        print(f"jaxmodels: {error}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            # A compilation may still run in a thread, which the interpreter would wait for.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_status)
+        return error.exit_status
+
+
+def _split(argv: list[str]) -> tuple[list[str], dict]:
+    """Arguments, and the overrides among them: dotted key -> text."""
+    rest, overrides = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            key, equals, value = argument.removeprefix("--config.").partition("=")
+            overrides[key] = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
+def _load(options, overrides):
+    from jaxmodels.config import load_config, parse_override
+
+    return load_config(options.config, {key: parse_override(text) for key, text in overrides.items()})
+
+
+def _start(options) -> None:
+    """Settings that must stand before JAX finds its devices."""
+    import logging
+
+    import jax
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain tell of every step they take
+    if options.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+
+
+def _train(options, overrides):
+    from rich.console import Console
+
+    config = _load(options, overrides)
+    _start(options)
+    from jaxmodels.experiment import build_experiment
+
+    experiment = build_experiment(config, data_dir=options.data_dir)
+    console = Console()
+    if options.dry_run:
+        from jaxmodels.plan.dry_run import print_dry_run
+
+        return print_dry_run(experiment, console)
+    from jaxmodels.config import split_spec
+    from jaxmodels.training import summary, trainer
+
+    name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
+    result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, console=console)
+    summary.print_summary(result, experiment, console)
+
+
+def _evaluate(options, _):
+    _start(options)
+    from jaxmodels import api
+
+    values = api.evaluate(options.workdir, split=options.split, data_dir=options.data_dir)
+    if options.json:
+        print(json.dumps(values))
+        return
+    print(f"{options.workdir}, {options.split}: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+
+
+def _config(options, overrides):
+    from jaxmodels import config as config_lib
+    from jaxmodels.experiment import resolve
+
+    resolved = resolve(_load(options, overrides))
+    if options.diff:
+        other = resolve(config_lib.load_config(options.diff))
+        changed = config_lib.differences(resolved, other)
+        for key, (here, there) in changed.items():
+            print(f"{key}: {here!r} in {options.config}, {there!r} in {options.diff}")
+        if not changed:
+            print("no differences")
+    elif options.json:
+        print(json.dumps(resolved, indent=2))
+    else:
+        origins = config_lib.origins(options.config, overrides, resolved)
+        flat = config_lib.flatten(resolved)
+        width = max(map(len, flat))
+        for key, value in flat.items():
+            print(f"{key:<{width}}  {value!r:<24}  {origins[key]}")

@@ -1,0 +1,292 @@
+"""Config files: load one, override values, check them against constructors, compare two.
+
+A config is a nested dictionary. Every section of it is the keyword-only arguments of one constructor
+(`jaxmodels.experiment` says which), so what a section may hold is read from a signature, and a wrong
+key or type is one error that names the key.
+"""
+
+import ast
+import collections.abc
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import os
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable
+
+from ml_collections import ConfigDict
+
+from jaxmodels.errors import ConfigError
+
+REQUIRED = inspect.Parameter.empty
+
+
+# Loading
+
+
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config that `spec` names, with `overrides` applied, as a locked `ConfigDict`.
+
+    Args:
+      spec: `FILE.py` or `FILE.py:ARG` (calls the file's `get_config()` or `get_config("ARG")`), a `.json`
+        file, or the folder of a run (its `config.json`).
+      overrides: dotted keys to values: `{"optimizer.learning_rate": 3e-4}`.
+
+    Raises:
+      ConfigError: the file is missing or has no `get_config`, or an override goes below a plain value.
+    """
+    values = _load_values(*split_spec(spec))
+    for key, value in (overrides or {}).items():
+        set_at(values, key, value)
+    return ConfigDict(values).lock()
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """`FILE[:ARG]` as (file, argument); a file whose own name holds a colon is taken as it is."""
+    if ":" in spec and not os.path.exists(spec):
+        path, _, argument = spec.partition(":")
+        return path, argument
+    return spec, None
+
+
+def _load_values(path: str, argument: str | None) -> dict:
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        names = sorted(n for n in os.listdir(folder) if n.endswith(".py")) if os.path.isdir(folder) else []
+        raise ConfigError(f"--config: there is no file {path!r}." + suggest(os.path.basename(path), names))
+    if path.endswith(".json"):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"--config: {path} defines no get_config(); it must return an ml_collections.ConfigDict.")
+    if argument is not None and not inspect.signature(get_config).parameters:
+        raise ConfigError(f"--config: get_config() of {path} takes no argument, but got {argument!r}.")
+    config = get_config(argument) if argument is not None else get_config()
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def parse_override(text: str) -> Any:
+    """The value a command-line override means: a Python literal, `true`, `false`, `none`/`null`, or else a string."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def set_at(values: dict, key: str, value: Any) -> None:
+    """Sets a dotted key in nested dictionaries, making the sections it passes through."""
+    *sections, last = key.split(".")
+    for depth, name in enumerate(sections):
+        inner = values.get(name)
+        if isinstance(inner, str):
+            inner = {"name": inner}  # a section written by its name alone: schedule="cosine"
+        values[name] = inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            above = ".".join(sections[: depth + 1])
+            raise ConfigError(f"--config.{key}: config.{above} is the value {inner!r}, not a section.")
+        values = inner
+    values[last] = value
+
+
+# What a section may hold
+
+
+def fields(constructor: Callable) -> dict[str, tuple[Any, Any]]:
+    """Keyword-only parameters of a constructor: name -> (annotation, default or REQUIRED).
+
+    `rngs` is left out: it is given by the framework, as are all positional parameters.
+    """
+    call = constructor.__init__ if inspect.isclass(constructor) else constructor
+    hints = typing.get_type_hints(call)
+    return {
+        name: (hints.get(name, Any), parameter.default)
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "rngs"
+    }
+
+
+def positional(constructor: Callable) -> list[str]:
+    """Names of a constructor's positional parameters, `self` left out."""
+    call = constructor.__init__ if inspect.isclass(constructor) else constructor
+    names = [
+        name
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return names[1:] if inspect.isclass(constructor) else names
+
+
+def check_section(where: str, values: Mapping, allowed: Mapping[str, tuple[Any, Any]], given: str) -> dict:
+    """`values` with defaults filled in and types checked, in the order of `allowed`.
+
+    Args:
+      where: the dotted name of the section, for errors.
+      values: what the config holds.
+      allowed: name -> (annotation, default), as `fields` gives.
+      given: what the section configures, for errors: `optimizer 'adamw'`.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.{where} must be a section of keys, got {values!r}.")
+    for key in values:
+        if key not in allowed:
+            hint = suggest(key, allowed) or f" It has: {', '.join(allowed)}."
+            raise ConfigError(f"config.{where}.{key}: {given} has no such key.{hint}")
+    checked = {}
+    for key, (annotation, default) in allowed.items():
+        if key in values:
+            checked[key] = check_value(f"{where}.{key}", values[key], annotation)
+        elif default is REQUIRED:
+            raise ConfigError(f"config.{where}.{key} is required by {given}; set it, e.g. --config.{where}.{key}=VALUE.")
+        else:
+            # Through the same door as a given value, so that a default and its copy from JSON are equal.
+            checked[key] = check_value(f"{where}.{key}", default, annotation)
+    return checked
+
+
+def check_value(where: str, value: Any, annotation: Any) -> Any:
+    """`value` as `annotation` wants it (an int where a float is asked, a list where a tuple is), or ConfigError."""
+    converted, ok = _convert(where, value, annotation)
+    if not ok:
+        raise ConfigError(
+            f"config.{where} must be {_describe(annotation)}, got {value!r} ({type(value).__name__})."
+            + (suggest(value, [c for c in typing.get_args(annotation) if isinstance(c, str)]) if isinstance(value, str) else "")
+        )
+    return converted
+
+
+def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value, True
+    if annotation is None or annotation is type(None):
+        return None, value is None
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            converted, ok = _convert(where, value, option)
+            if ok:
+                return converted, True
+        return value, False
+    if origin is typing.Literal:
+        return value, any(value == a and type(value) is type(a) for a in args)
+    if dataclasses.is_dataclass(annotation):
+        if isinstance(value, annotation):
+            value = dataclasses.asdict(value)
+        elif isinstance(value, str):
+            value = {next(iter(fields(annotation))): value}  # by its first key alone: schedule="cosine"
+        if not isinstance(value, Mapping):
+            return value, False
+        return check_section(where, value, fields(annotation), where), True
+    if annotation is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (float(value) if ok else value), ok
+    if annotation is int:
+        return value, isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return value, False
+        items = [_convert(where, item, args[0]) for item in value]
+        return tuple(item for item, _ in items), all(ok for _, ok in items)
+    if origin in (dict, collections.abc.Mapping):
+        return (dict(value), True) if isinstance(value, Mapping) else (value, False)
+    return value, isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    args = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    if dataclasses.is_dataclass(annotation):
+        return f"a section ({', '.join(fields(annotation))})"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
+        annotation, "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def suggest(wrong: str, names) -> str:
+    """` Did you mean ...?` with the nearest of `names`, or nothing."""
+    close = difflib.get_close_matches(str(wrong), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def find(kind: str, table: Mapping[str, str], name: str) -> Any:
+    """The object that `name` stands for: an entry of `table`, or any `package.module:object` that can be imported.
+
+    Raises:
+      ConfigError: neither; the message lists the table.
+    """
+    place = table.get(name, name if ":" in str(name) else None)
+    if place is None:
+        raise ConfigError(
+            f"config.{kind}: there is no {kind.split('.')[0]} {name!r}.{suggest(name, table)} "
+            f"There are: {', '.join(sorted(table))}; or give your own as 'package.module:name'."
+        )
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"config.{kind}: cannot import {place!r}: {error}") from error
+
+
+# Comparing
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; an empty section stays as itself."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(one: Mapping, other: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys that differ: key -> (value in `one`, value in `other`); '(absent)' where there is none."""
+    flat, flat_other = flatten(one), flatten(other)
+    return {
+        key: (flat.get(key, "(absent)"), flat_other.get(key, "(absent)"))
+        for key in sorted(flat.keys() | flat_other.keys())
+        if flat.get(key, "(absent)") != flat_other.get(key, "(absent)")
+    }
+
+
+def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[str, str]:
+    """Where each value of a resolved config comes from: `default`, `file`, `argument` or `override`.
+
+    A value is the argument's if the file says otherwise, or nothing, when called without it.
+    """
+    path, argument = split_spec(spec)
+    given = flatten(_load_values(path, argument))
+    without = given
+    if argument is not None:
+        try:
+            without = flatten(_load_values(path, None))
+        except TypeError:  # get_config() needs its argument: all that it says is the argument's doing
+            without = {}
+    result = {}
+    for key in flatten(resolved):
+        inside = [k for k in (*given, *overrides) if k == key or key.startswith(k + ".")]
+        if any(k in overrides for k in inside):
+            result[key] = "override"
+        elif not inside:
+            result[key] = "default"
+        else:
+            result[key] = "file" if all(without.get(k) == given[k] and k in without for k in inside) else "argument"
+    return result

@@ -1,0 +1,51 @@
+"""Where examples come from. A source is opened by name, `NAME` or `NAME:ARGUMENT`, from the `data` section of a config."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Callable
+
+from jaxmodels import config as config_lib
+from jaxmodels.data.source import Dataset
+from jaxmodels.errors import ConfigError
+
+SOURCES = {
+    "digits": "jaxmodels.data.digits:digits",
+    "python_docs": "jaxmodels.data.text:python_docs",
+    "text": "jaxmodels.data.text:text",
+    "tfds": "jaxmodels.data.tfds:tfds",
+    "arrays": "jaxmodels.data.source:arrays",
+}
+
+
+def find(source: str) -> tuple[Callable, list[str]]:
+    """The function that opens `NAME[:ARGUMENT]`, and its argument as a list of none or one.
+
+    Raises:
+      ConfigError: no such source, or an argument missing or too many.
+    """
+    name, colon, argument = source.partition(":")
+    if name not in SOURCES and colon:
+        return config_lib.find("data.source", SOURCES, source), []  # the user's own, package.module:function
+    function = config_lib.find("data.source", SOURCES, name)
+    wanted = [p for p in config_lib.positional(function) if p not in ("data_dir", "given")]
+    if len(wanted) != bool(colon):
+        use = f"{name}:{wanted[0].upper()}" if wanted else name
+        raise ConfigError(f"config.data.source: write it as {use!r}, got {source!r}.")
+    return function, [argument] if colon else []
+
+
+def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, given: Mapping | None = None) -> Dataset:
+    """Opens a source. Files are checked here; examples are read later.
+
+    Args:
+      source: `NAME[:ARGUMENT]`.
+      options: the source's keyword-only arguments.
+      data_dir: where relative paths and TFDS folders are looked for, after the working directory;
+        `JAXMODELS_DATA_DIR` if None.
+      given: arrays by split, for the source `arrays`.
+    """
+    function, arguments = find(source)
+    data_dir = data_dir or os.environ.get("JAXMODELS_DATA_DIR")
+    framework = {"data_dir": data_dir, "given": given}
+    extra = [framework[name] for name in config_lib.positional(function) if name in framework]
+    return function(*arguments, *extra, **options)

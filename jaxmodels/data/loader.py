@@ -1,0 +1,186 @@
+"""Batches by step number: which examples, in which order, read ahead by Grain, on to the devices.
+
+The batch of step s is a pure function of (seed, s). To resume is to seek.
+"""
+
+import collections
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxmodels.data.source import DataSource, take
+
+Batch = dict[str, np.ndarray]
+
+_BLOCK = 4096  # positions whose shuffled places are computed at once
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffled(positions: np.ndarray, size: int, seed: int, epoch: int, rounds: int = 8) -> np.ndarray:
+    """Where each position of an epoch goes under a pseudo-random permutation of range(size).
+
+    A Feistel network over pairs of numbers below the square root of `size` (Black and Rogaway 2002), walked
+    until it lands inside the range. It needs no memory, so an epoch of any length can be entered anywhere.
+
+    Args:
+      positions: int [n], each in [0, size).
+      size: number of examples.
+      seed, epoch: choose the permutation.
+
+    Returns:
+      int64 [n].
+    """
+    side = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
+    while int(side) ** 2 < size:  # float square roots are short of it for very large sizes
+        side += np.uint64(1)
+    # A Python int wraps silently by the mask; numpy scalars would warn.
+    keys = [_mix(np.array([(seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95 + r) & (2**64 - 1)], np.uint64)) for r in range(rounds)]
+    keys = [_mix(key + np.uint64(r + 1)) for r, key in enumerate(keys)]
+
+    def permute(x):
+        left, right = x // side, x % side
+        for key in keys:
+            left, right = right, (left + _mix(right ^ key) % side) % side
+        return left * side + right
+
+    result = permute(np.asarray(positions).astype(np.uint64))
+    while (outside := result >= size).any():
+        result[outside] = permute(result[outside])
+    return result.astype(np.int64)
+
+
+class TrainingBatches:
+    """Random access to the training batches: `[s]` is the batch of step s + 1, this process's rows of it.
+
+    Every example is used once an epoch, in an order of the epoch's own; batches run over the ends of epochs.
+    """
+
+    def __init__(self, source: DataSource, batch_size: int, steps: int, *, seed: int, shuffle: bool, process: tuple[int, int] = (0, 1)):
+        """
+        Args:
+          source: the examples.
+          batch_size: rows of the global batch.
+          steps: how many batches there are.
+          seed: of the order.
+          shuffle: False keeps the source's order in every epoch.
+          process: this process's number and how many there are.
+        """
+        self.source, self.batch_size, self.steps = source, batch_size, steps
+        self.seed, self.shuffle = seed, shuffle
+        index, count = process
+        self.first, self.rows = index * batch_size // count, batch_size // count
+        self._block = functools.lru_cache(maxsize=8)(self._compute_block)
+
+    def __getstate__(self):  # a worker process makes a cache of its own
+        return {key: value for key, value in self.__dict__.items() if key != "_block"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._block = functools.lru_cache(maxsize=8)(self._compute_block)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        start = step * self.batch_size + self.first
+        batch = take(self.source, self.indices(start, start + self.rows))
+        return batch | {"weight": np.ones(self.rows, np.float32)}
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """The examples at the positions [start, stop) of the endless order."""
+        parts = []
+        while start < stop:
+            block, offset = divmod(start, _BLOCK)
+            end = min(stop, (block + 1) * _BLOCK)
+            parts.append(self._block(block)[offset : offset + end - start])
+            start = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _compute_block(self, block: int) -> np.ndarray:
+        size = len(self.source)
+        epochs, within = np.divmod(np.arange(block * _BLOCK, (block + 1) * _BLOCK), size)
+        if not self.shuffle:
+            return within
+        result = np.empty(_BLOCK, np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            result[here] = shuffled(within[here], size, self.seed, int(epoch))
+        return result
+
+
+class EvaluationBatches:
+    """Random access to batches that hold each example exactly once, in order; the last is filled up with rows of weight 0."""
+
+    def __init__(self, source: DataSource, batch_size: int, *, process: tuple[int, int] = (0, 1)):
+        self.source, self.batch_size = source, batch_size
+        index, count = process
+        self.first, self.rows = index * batch_size // count, batch_size // count
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = number * self.batch_size + self.first
+        rows = np.arange(start, start + self.rows)
+        real = rows < len(self.source)
+        batch = take(self.source, np.where(real, rows, 0))
+        return batch | {"weight": real.astype(np.float32)}
+
+
+def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, workers: int, buffer: int) -> Iterator[Batch]:
+    """Batches from number `start` on, in order, read ahead through Grain.
+
+    Args:
+      batches: random access by number.
+      start: where to begin; costs the same wherever that is.
+      threads: that read and decode in this process; 0 reads when asked, in the caller's thread.
+      workers: processes that read and decode, instead of threads; 0 for none.
+      buffer: batches read ahead.
+    """
+    dataset = grain.MapDataset.source(batches)[start:]
+    options = grain.ReadOptions(num_threads=0 if workers else threads, prefetch_buffer_size=0 if workers or not threads else buffer)
+    stream = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which only an absl program has parsed
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)))
+    return iter(stream)
+
+
+class DeviceFeed:
+    """Batches on the devices, `ahead` of them in flight, and the time spent waiting for the host to have one.
+
+    Attributes:
+      waited: seconds that `next` has waited for data, since it was last set to 0.
+    """
+
+    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], ahead: int = 2):
+        self._batches, self._place, self._ahead = batches, place, ahead
+        self._queue = collections.deque()
+        self.waited = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while len(self._queue) <= self._ahead:
+            started = time.perf_counter()
+            batch = next(self._batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                break
+            self._queue.append(self._place(batch))
+        if not self._queue:
+            raise StopIteration
+        return self._queue.popleft()

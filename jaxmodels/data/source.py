@@ -1,0 +1,126 @@
+"""What a source of examples is, and the sources that hold arrays in memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxmodels.errors import ConfigError
+
+Example = Mapping[str, np.ndarray]
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Examples by global index. `take` is optional: many examples in one call, where that is faster."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An opened data set.
+
+    Attributes:
+      splits: `train`, and where there are any `validation` and `test`.
+      info: what the data decides about a model: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
+    """
+
+    splits: Mapping[str, DataSource]
+    info: Mapping[str, Any]
+
+
+def take(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples at `indices`, stacked along a new first axis."""
+    if hasattr(source, "take"):
+        return source.take(indices)
+    examples = [source[int(i)] for i in indices]
+    return {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
+
+
+class Arrays:
+    """Examples that are rows of arrays in memory."""
+
+    in_memory = True  # reading ahead would cost more than it hides
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays = {key: np.asarray(value) for key, value in arrays.items()}
+        lengths = {key: len(value) for key, value in self.arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise ConfigError(f"the arrays of one split must have one length, got {lengths}.")
+
+    def __len__(self):
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index):
+        return {key: value[index] for key, value in self.arrays.items()}
+
+    def take(self, indices):
+        return {key: value[indices] for key, value in self.arrays.items()}
+
+
+class Remembered:
+    """Another source, each of whose examples is read and decoded once, the first time it is asked for.
+
+    All examples must have the shape and type of the first. Safe to read from several threads: two that ask
+    for the same example at once both decode it, to the same end.
+    """
+
+    def __init__(self, source: DataSource):
+        self.source = source
+        first = source[0]
+        self.arrays = {k: np.empty((len(source), *np.shape(v)), np.asarray(v).dtype) for k, v in first.items()}
+        self.ready = np.zeros(len(source), bool)
+
+    @staticmethod
+    def size(source: DataSource) -> int | None:
+        """Bytes that all examples would take, judged by the first few; None if these differ in shape."""
+        few = [source[i] for i in range(min(3, len(source)))]
+        shapes = {tuple((k, np.shape(v)) for k, v in example.items()) for example in few}
+        if len(shapes) != 1:
+            return None
+        return len(source) * sum(np.asarray(v).nbytes for v in few[0].values())
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+
+    def take(self, indices):
+        for i in indices[~self.ready[indices]]:
+            for key, value in self.source[int(i)].items():
+                if np.shape(value) != self.arrays[key].shape[1:]:
+                    raise ValueError(
+                        f"example {i} has {key} of shape {np.shape(value)}, others {self.arrays[key].shape[1:]}; "
+                        "set data.memory_gb=0 to read without remembering"
+                    )
+                self.arrays[key][i] = value
+            self.ready[i] = True
+        return {key: value[indices] for key, value in self.arrays.items()}
+
+
+def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
+    """Arrays handed to `jaxmodels.train(..., data=...)`: split -> name -> array with one row per example.
+
+    `num_classes` is one more than the largest `label`, `image_shape` the shape of an `image`, `vocab_size` one
+    more than the largest of `tokens`.
+    """
+    if given is None:
+        raise ConfigError(
+            "config.data.source='arrays' needs the arrays: jaxmodels.train(config, workdir, "
+            "data={'train': {'image': ..., 'label': ...}, 'test': ...})."
+        )
+    splits = {name: Arrays(part) for name, part in given.items()}
+    columns = {key: [part.arrays[key] for part in splits.values() if key in part.arrays] for key in ("image", "label", "tokens")}
+    info = {}
+    if columns["image"]:
+        info["image_shape"] = columns["image"][0].shape[1:]
+    if columns["label"]:
+        info["num_classes"] = int(max(c.max() for c in columns["label"])) + 1
+    if columns["tokens"]:
+        info["vocab_size"] = int(max(c.max() for c in columns["tokens"])) + 1
+    return Dataset(splits, info)

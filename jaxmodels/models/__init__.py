@@ -1,0 +1,45 @@
+"""Plain Flax NNX modules: no mesh, no data, no loss, no config around them.
+
+    from jaxmodels.models import create
+    model = create("gpt2", vocab_size=50257, rngs=nnx.Rngs(0))
+    logits = model(tokens)
+
+Called with `rngs=` a model trains (dropout is drawn from it); without, it evaluates. Positional arguments of
+a constructor are what the data decides (`vocab_size`, `num_classes`, `image_shape`); keyword-only ones are
+the `model` section of a config.
+"""
+
+import inspect
+from typing import Any, Callable
+
+from jaxmodels import config as config_lib
+
+MODELS = {
+    "cnn": "jaxmodels.models.cnn:CNN",
+    "lstm": "jaxmodels.models.rnn:RecurrentLM",
+    "gru": "jaxmodels.models.rnn:RecurrentLM",
+    "gpt": "jaxmodels.models.transformer:Decoder",
+    "gpt2": "jaxmodels.models.transformer:Decoder",
+    "gpt2-medium": "jaxmodels.models.transformer:Decoder",
+    "gpt2-large": "jaxmodels.models.transformer:Decoder",
+    "gpt2-xl": "jaxmodels.models.transformer:Decoder",
+}
+
+
+def find(name: str) -> tuple[Callable, dict[str, Any]]:
+    """The constructor of a named model and the keyword arguments that the name stands for (its size).
+
+    A module lists the sizes of its names in `SIZES`.
+
+    Raises:
+      ConfigError: no such model; the message lists them.
+    """
+    constructor = config_lib.find("model.name", MODELS, name)
+    sizes = getattr(inspect.getmodule(constructor), "SIZES", {})
+    return constructor, dict(sizes.get(name, {}))
+
+
+def create(name: str, *args, rngs, **kwargs):
+    """A model by name: `create("cnn", image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))`."""
+    constructor, size = find(name)
+    return constructor(*args, **{**size, **kwargs}, rngs=rngs)

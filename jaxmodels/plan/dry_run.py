@@ -1,0 +1,70 @@
+"""What a run would be, without training: parameters, bytes, floating-point operations."""
+
+import json
+import math
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxmodels.experiment import Experiment
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.plan.flops import count_flops
+from jaxmodels.training import optimizer
+
+
+def summarize(experiment: Experiment) -> dict:
+    """The figures of `print_dry_run`: parameters by path, bytes of state per device and on disk, FLOPs per step.
+
+    Raises:
+      ConfigError: the mesh or the batch does not fit the devices that are here.
+    """
+    mesh = mesh_lib.make_mesh(experiment.mesh)
+    mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size")
+    everywhere = mesh_lib.replicated(mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
+    batch = experiment.batch_shapes(experiment.loading.batch_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.tree.leaves(shapes.params)
+    return {
+        "parameters": dict(zip(optimizer.paths(shapes.params), params, strict=True)),
+        "parameter_count": sum(x.size for x in params),
+        "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
+        "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
+        "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
+        "steps": experiment.steps,
+        "mesh": dict(mesh.shape),
+    }
+
+
+def print_dry_run(experiment: Experiment, console: Console) -> None:
+    """Prints the resolved config and `summarize`."""
+    console.print_json(json.dumps(experiment.config))
+    figures = summarize(experiment)
+    table = Table("parameter", "shape", "type", "values", "bytes")
+    for path, x in figures["parameters"].items():
+        table.add_row(path, "×".join(map(str, x.shape)) or "scalar", str(x.dtype), f"{x.size:,}", human_bytes(x.size * x.dtype.itemsize))
+    table.add_section()
+    count = figures["parameter_count"]
+    table.add_row("all", "", "", f"{count:,}", human_bytes(sum(x.size * x.dtype.itemsize for x in figures["parameters"].values())))
+    console.print(table)
+    data = ", ".join(f"{len(split):,} {name}" for name, split in experiment.dataset.splits.items())
+    rows = {
+        "data": f"{data} examples",
+        "steps": f"{figures['steps']:,} of {experiment.loading.batch_size} examples",
+        "devices": f"{math.prod(figures['mesh'].values())} {jax.devices()[0].platform}, mesh {figures['mesh']}",
+        "state per device": human_bytes(figures["state_bytes_per_device"]),
+        "checkpoint": f"{human_bytes(figures['checkpoint_bytes'])} before compression",
+        "FLOPs per step": f"{figures['flops_per_step']:.4g} in matrix products and convolutions",
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<17} {value}", highlight=False)
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,53 @@
+"""Floating-point operations of a function, counted from its jaxpr."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.extend import core as jax_core
+
+
+def count_flops(function: Callable, *args) -> int:
+    """Operations in the matrix products and convolutions of one call: two for each multiply and add.
+
+    Loops count as often as they turn, where that is known (`scan`), both branches of a condition as the
+    larger one. What is added one by one (norms, activations, the optimizer) is left out: it is small beside
+    the products, and bound by memory.
+
+    Args:
+      function: traceable.
+      args: arrays or ShapeDtypeStructs.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr_flops(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+        elif name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            kernel = equation.invars[1].aval.shape
+            # Every output value takes one product for each value of the kernel that leads to it.
+            per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+        elif name == "scan":
+            total += equation.params["length"] * _jaxpr_flops(equation.params["jaxpr"].jaxpr)
+        elif name == "cond":
+            total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            total += sum(_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
+    return total
+
+
+def _inner_jaxprs(params):
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(item, jax_core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jax_core.Jaxpr):
+                yield item

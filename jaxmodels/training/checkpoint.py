@@ -1,0 +1,267 @@
+"""Checkpoints of a run, through Orbax: asynchronous, whole or absent, the last few and the best kept."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.training.metrics import HIGHER_IS_BETTER
+from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run knows besides its arrays; stored beside them.
+
+    Attributes:
+      evaluated_at: the last step that was evaluated.
+      best: value of the metric that counts, at its best so far.
+      best_step: where that was.
+      without_improvement: evaluations since.
+      finished: nothing is left to train.
+      seconds: spent training, over all starts.
+    """
+
+    evaluated_at: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+    finished: bool = False
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run, one folder a step."""
+
+    def __init__(self, folder: Path, *, keep: int = 1, best: str | None = None, read_only: bool = False):
+        """
+        Args:
+          folder: `checkpoints` of the run.
+          keep: how many of the latest are kept.
+          best: a metric; the checkpoint best by it is kept besides.
+          read_only: looks, never deletes or writes.
+        """
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=not HIGHER_IS_BETTER[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self.folder, self.best = folder, best
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                read_only=read_only,
+                create=not read_only,
+            ),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Starts to save a state under its step. The state may be donated as soon as this returns."""
+        step = int(state.step)
+        if step in self.steps():
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        scored = self.best is not None and progress.evaluated_at == step and progress.best_step == step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(_as_dict(state)),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+            metrics={self.best: progress.best} if scored else None,
+            force=True,
+        )
+
+    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
+        """The state at a step, each array under the sharding that its shape carries, and the progress."""
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=_restore_args(_as_dict(shapes)), progress=ocp.args.JsonRestore()),
+        )
+        return TrainState(**items.state), Progress(**items.progress)
+
+    def restore_latest(self, shapes: TrainState) -> tuple[TrainState, Progress, list[str]] | None:
+        """The latest state that can be read; None where there is no checkpoint.
+
+        Returns:
+          The state, the progress, and what was wrong with newer checkpoints: those are moved aside, not deleted.
+
+        Raises:
+          RunError: there are checkpoints and none can be read.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                state, progress = self.restore(step, shapes)
+            except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
+                problems.append((step, f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}"))
+                continue
+            for bad, _ in problems:
+                (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
+            if problems:
+                self._manager.reload()
+            return state, progress, [message for _, message in problems]
+        if problems:
+            raise RunError("; ".join(message for _, message in problems) + ". Nothing was changed; --overwrite starts anew.")
+        return None
+
+    def progress(self, step: int) -> Progress:
+        """The progress stored at a step."""
+        return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+
+    def shapes(self, step: int, *parts: str) -> dict:
+        """Shapes of parts of the state (`params`, `ema`, `stats`) as stored at a step."""
+        tree = self._manager.item_metadata(step).state.tree
+        as_shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+        return {part: jax.tree.map(as_shape, tree.get(part) or {}) for part in parts}
+
+    def restore_part(self, step: int, shapes: Mapping[str, Any]) -> dict:
+        """Some parts of the state, or of a part, at a step; `shapes` carry shardings."""
+        args = _restore_args(dict(shapes), partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+
+    def find(self, which: str | None) -> int:
+        """The step that `best`, `latest`, or a number means; the best if one is tracked and else the latest, for None.
+
+        Raises:
+          ConfigError: no such checkpoint; lists those there are.
+        """
+        steps = self.steps()
+        if not steps:
+            raise ConfigError(f"{self.folder.parent} has no checkpoint yet.")
+        if which == "latest":
+            return steps[-1]
+        if which in (None, "best"):
+            best = self.progress(steps[-1]).best_step
+            if best in steps:
+                return best
+            if which is None:
+                return steps[-1]
+            raise ConfigError(f"{self.folder.parent} tracks no best checkpoint (checkpoint.best); it has steps {steps}.")
+        if which.isdigit() and int(which) in steps:
+            return int(which)
+        raise ConfigError(f"{self.folder.parent} has no checkpoint {which!r}; it has steps {steps}, or say best or latest.")
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self._manager.close()
+
+
+def parse_run(reference: str) -> tuple[str, str | None]:
+    """`RUN[@best|@latest|@STEP]` as (folder, which)."""
+    match = re.fullmatch(r"(.+)@(best|latest|\d+)", reference)
+    return (match[1], match[2]) if match else (reference, None)
+
+
+def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
+    """A run's folder, its checkpoints (read-only; close them) and the step that `RUN[@WHICH]` means.
+
+    Raises:
+      ConfigError: no such run, or no such checkpoint in it.
+    """
+    path, which = parse_run(reference)
+    folder = RunFolder(path)
+    folder.config()
+    if not folder.checkpoints.is_dir():
+        raise ConfigError(f"{folder.path} has no checkpoint yet.")
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    return folder, checkpoints, checkpoints.find(which)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of every parameter when weights were taken from another run: paths of this model's parameters.
+
+    Attributes:
+      taken: from the other run, under the same path.
+      renamed: path here -> path there.
+      skipped: by `skip`: initialised here, whatever the other run has.
+      unused: paths of the other run that nothing here asked for, dropped by a rename to the empty string.
+    """
+
+    taken: tuple[str, ...]
+    renamed: Mapping[str, str]
+    skipped: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def match_weights(here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Mapping[str, str]) -> tuple[Account, dict[str, str]]:
+    """Which of another run's parameters fill which of this model's.
+
+    Args:
+      here, there: path -> shape.
+      skip: patterns on paths here, from their start, that are initialised anew.
+      rename: pattern -> replacement, applied in order to paths there; an empty result drops the parameter.
+
+    Returns:
+      The account, and path here -> path there of all that is taken.
+
+    Raises:
+      ConfigError: a parameter that is missing, left over or of another shape, or a pattern that matches nothing.
+    """
+    for pattern in rename:
+        if not any(re.search(pattern, path) for path in there):
+            raise ConfigError(f"config.init_from.rename: {pattern!r} matches no parameter of the other run.")
+    new_names = {}
+    for path in there:
+        name = path
+        for pattern, replacement in rename.items():
+            name = re.sub(pattern, replacement, name)
+        if name in new_names.values() and name:
+            raise ConfigError(f"config.init_from.rename: two parameters of the other run become {name!r}.")
+        new_names[path] = name
+    skipped = tuple(path for path in here if any(re.match(pattern, path) for pattern in skip))
+    sources = {name: path for path, name in new_names.items() if name in here and name not in skipped}
+    problems = [f"{path} {here[path].shape}: not in the other run" for path in here if path not in sources and path not in skipped]
+    problems += [
+        f"{path}: {here[path].shape} here, {there[source].shape} there"
+        for path, source in sources.items()
+        if here[path].shape != there[source].shape
+    ]
+    problems += [f"{path} {there[path].shape}: in the other run, not here" for path, name in new_names.items() if name and name not in here]
+    if problems:
+        raise ConfigError(
+            "config.init_from: the weights do not match this model:\n  " + "\n  ".join(problems) + "\n"
+            "Initialise parameters anew with init_from.skip, or map names with init_from.rename (to '' to drop one)."
+        )
+    account = Account(
+        taken=tuple(path for path, source in sources.items() if path == source),
+        renamed={path: source for path, source in sources.items() if path != source},
+        skipped=skipped,
+        unused=tuple(path for path, name in new_names.items() if not name),
+    )
+    return account, sources
+
+
+def _as_dict(state: TrainState) -> dict:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _restore_args(shapes: Any, **options) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), **options)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,0 +1,68 @@
+"""Compiling ahead of time, through a cache on disk that outlives the process."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass
+class CompileRecord:
+    """What compiling one function took.
+
+    Attributes:
+      name: of the function.
+      seconds: to trace and compile, or to load.
+      cached: whether the program came from the cache on disk.
+    """
+
+    name: str
+    seconds: float
+    cached: bool
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: `JAX_COMPILATION_CACHE_DIR`, else `jaxmodels/xla` in the user's cache folder."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"
+
+
+def use_persistent_cache() -> str | None:
+    """Has JAX keep every compiled program on disk. Returns what went wrong, if the folder cannot be used."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except OSError as error:
+        return f"no compilation cache ({error}): every start compiles anew; set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return None
+
+
+_hits = 0
+
+
+def _count_hits(event: str, **_) -> None:
+    global _hits
+    _hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def compile_ahead(name: str, function: Callable, *args, donate: tuple[int, ...] = (), out_shardings: Any = None) -> tuple[Callable, CompileRecord]:
+    """Compiles a function for arguments of given shapes, types and shardings (arrays or ShapeDtypeStructs).
+
+    The result takes nothing else, so there is one compilation, and an argument of another shape is an error.
+    """
+    started, before = time.perf_counter(), _hits
+    options = {} if out_shardings is None else {"out_shardings": out_shardings}
+    compiled = jax.jit(function, donate_argnums=donate, **options).lower(*args).compile()
+    return compiled, CompileRecord(name, round(time.perf_counter() - started, 3), _hits > before)

@@ -1,0 +1,183 @@
+"""Any Optax optimizer by name, with a schedule, clipping and weight decay by parameter path."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from jaxmodels.errors import ConfigError
+
+# Biases and the scales of normalisations are not decayed, whatever the model stacks them in.
+NO_DECAY = (r"bias$", r"scale$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the learning rate goes over a run of N steps; it is multiplied with `learning_rate`.
+
+    Attributes:
+      name: after the warm-up, `constant` stays at 1; `linear` and `cosine` fall to `final` at step N; `wsd` (warm-up,
+        stable, decay: Hu et al. 2024) stays at 1 and falls linearly to `final` over the last `decay` steps;
+        `inverse_sqrt` is the square root of (`warmup`, or 1) / step.
+      warmup: steps that rise linearly from 0 to 1.
+      decay: of `wsd`: its last steps; a tenth of the run unless given.
+      final: what is left at the end.
+    """
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
+    warmup: int = 0
+    decay: int | None = None
+    final: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The `optimizer` section. All other keys are arguments of the Optax optimizer.
+
+    Attributes:
+      name: a function of `optax` that takes a learning rate: `adamw`, `sgd`, `lion`, …
+      learning_rate: the peak.
+      schedule: its course.
+      weight_decay: for optimizers with a `weight_decay` of their own, that (AdamW's: decoupled); for the others it is
+        added to the gradient (L2). None leaves the optimizer's default.
+      no_decay: patterns; parameters whose path matches one (anywhere in it) are not decayed.
+      clip_norm: gradients whose global norm is above are scaled down to it.
+    """
+
+    name: str
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    weight_decay: float | None = None
+    no_decay: tuple[str, ...] = NO_DECAY
+    clip_norm: float | None = None
+
+
+def names() -> list[str]:
+    """All optimizers that Optax has: its functions with a learning rate."""
+    found = []
+    for name in dir(optax):
+        value = getattr(optax, name)
+        whole = inspect.isfunction(value) and not name.startswith(("_", "scale_by_"))
+        # L-BFGS searches along a line, for which it calls the loss again: no step here gives it that.
+        if whole and name != "lbfgs" and "learning_rate" in inspect.signature(value).parameters:
+            found.append(name)
+    return found
+
+
+def own_arguments(name: str) -> dict[str, tuple[Any, Any]]:
+    """Arguments of an Optax optimizer besides those of `Optimizer`: name -> (annotation, default).
+
+    Raises:
+      ConfigError: there is no such optimizer; lists them.
+    """
+    known = names()
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"config.optimizer.name: Optax has no optimizer {name!r}.{hint} There are: {', '.join(known)}.")
+    ours = {field.name for field in dataclasses.fields(Optimizer)} | {"mask", "weight_decay_mask"}
+    return {
+        argument: (type(parameter.default) if type(parameter.default) in (bool, int, float) else Any, parameter.default)
+        for argument, parameter in inspect.signature(getattr(optax, name)).parameters.items()
+        if argument not in ours and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def make_schedule(learning_rate: float, schedule: Schedule, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made so far.
+
+    Raises:
+      ConfigError: the warm-up and the decay do not fit into the run.
+    """
+    after = steps - schedule.warmup
+    if after < 1 or schedule.warmup < 0:
+        raise ConfigError(f"config.optimizer.schedule.warmup={schedule.warmup} leaves nothing of a run of {steps} steps.")
+    if schedule.name == "constant":
+        main = optax.constant_schedule(1.0)
+    elif schedule.name == "linear":
+        main = optax.linear_schedule(1.0, schedule.final, after)
+    elif schedule.name == "cosine":
+        main = optax.cosine_decay_schedule(1.0, after, schedule.final)
+    elif schedule.name == "wsd":
+        decay = schedule.decay if schedule.decay is not None else max(1, steps // 10)
+        if not 0 < decay <= after:
+            raise ConfigError(f"config.optimizer.schedule.decay={decay} must lie between 1 and the {after} steps after the warm-up.")
+        main = optax.join_schedules([optax.constant_schedule(1.0), optax.linear_schedule(1.0, schedule.final, decay)], [after - decay])
+    else:
+        scale = max(1, schedule.warmup)
+        main = lambda step: (scale / (step + scale)) ** 0.5  # noqa: E731
+    if schedule.warmup:
+        # The first step is already above 0: a step that changes nothing is a wasted one.
+        warmup = lambda step: (step + 1) / schedule.warmup  # noqa: E731
+        main = optax.join_schedules([warmup, main], [schedule.warmup])
+    return lambda step: learning_rate * main(step)
+
+
+def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping, then weight decay where the optimizer has none of its own, then the optimizer.
+
+    Args:
+      options: the section.
+      own: further arguments of the Optax function.
+      schedule: of the learning rate.
+    """
+    function = getattr(optax, options.name)
+    parameters = inspect.signature(function).parameters
+    arguments = dict(own)
+    parts = []
+    if options.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(options.clip_norm))
+
+    def mask(params):
+        return decay_mask(params, options.no_decay)
+
+    mask_name = next((m for m in ("mask", "weight_decay_mask") if m in parameters), None)
+    if "weight_decay" in parameters:
+        if options.weight_decay is not None:
+            arguments["weight_decay"] = options.weight_decay
+        if mask_name:
+            arguments[mask_name] = mask
+    elif options.weight_decay:
+        parts.append(optax.add_decayed_weights(options.weight_decay, mask))
+    parts.append(function(learning_rate=schedule, **arguments))
+    return optax.chain(*parts)
+
+
+def check(options: Optimizer, own: Mapping[str, Any], steps: int, params: Any) -> None:
+    """Raises ConfigError if the section cannot make an optimizer for these parameters (shapes will do)."""
+    if options.learning_rate <= 0:
+        raise ConfigError(f"config.optimizer.learning_rate must be above 0, got {options.learning_rate}.")
+    if options.clip_norm is not None and options.clip_norm <= 0:
+        raise ConfigError(f"config.optimizer.clip_norm must be above 0, got {options.clip_norm}.")
+    schedule = make_schedule(options.learning_rate, options.schedule, steps)
+    for pattern in options.no_decay:
+        try:
+            matches = any(re.search(pattern, path) for path in paths(params))
+        except re.error as error:
+            raise ConfigError(f"config.optimizer.no_decay: {pattern!r} is not a regular expression: {error}.") from error
+        if not matches and pattern not in NO_DECAY:
+            raise ConfigError(f"config.optimizer.no_decay: {pattern!r} matches no parameter; there are {', '.join(paths(params)[:8])}, …")
+    try:
+        jax.eval_shape(make_optimizer(options, own, schedule).init, params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.optimizer: optax.{options.name} refuses its arguments: {error}") from error
+
+
+def paths(params: Any) -> list[str]:
+    """Every parameter's path, `blocks/0/up/kernel`, in the order of the tree's leaves."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def path_name(path) -> str:
+    """A key path of `jax.tree_util` as one string with slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
+    """A tree of bools: which parameters are decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not any(re.search(p, path_name(path)) for p in no_decay), params)

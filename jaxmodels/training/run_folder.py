@@ -1,0 +1,176 @@
+"""A run's folder: whose it is, its config, its manifest, and its metrics.
+
+    config.json     the resolved config
+    manifest.json   versions, devices, parents, fallbacks, one entry per start
+    metrics.jsonl   one object a line
+    samples.txt     text made up during language modelling
+    tokenizer.json  of a text run
+    tensorboard/    the metrics as event files
+    checkpoints/    Orbax, one folder a step
+"""
+
+import datetime
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError, RunError
+
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
+
+
+class RunFolder:
+    """The folder of one run. Making one touches nothing."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).absolute()
+        self.config_file = self.path / "config.json"
+        self.manifest_file = self.path / "manifest.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.samples_file = self.path / "samples.txt"
+        self.tokenizer_file = self.path / "tokenizer.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+
+    def config(self) -> dict:
+        """The resolved config of the run that lives here.
+
+        Raises:
+          ConfigError: no run lives here.
+        """
+        if not self.config_file.is_file():
+            hint = "" if self.path.is_dir() else " (there is no such folder)"
+            raise ConfigError(f"{self.path} is not the folder of a run: it has no config.json{hint}.")
+        return read_json(self.config_file)
+
+    def check(self, config: Mapping, resolve, machine_keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        """Whether a run of `config` may go on here: the folder is free, or holds a run of the same config.
+
+        Args:
+          config: resolved.
+          resolve: fills in a stored config the way `config` was, so that keys added since do not count.
+          machine_keys: dotted keys, or sections, that may differ.
+
+        Returns:
+          The machine keys that do differ: key -> (there, now).
+
+        Raises:
+          ConfigError: the folder cannot be written, or belongs to another config (names the differing keys).
+        """
+        self.check_writable()
+        if not self.config_file.is_file():
+            taken = [name for name in OURS if (self.path / name).exists()]
+            if taken:
+                raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json: not a run to go on with. Choose another --workdir.")
+            return {}
+        stored = self.config()
+        try:
+            stored = resolve(stored)
+        except ConfigError:
+            pass  # written by a version with other keys: compare what is there
+        now = json.loads(json.dumps(config))
+        changed = config_lib.differences(json.loads(json.dumps(stored)), now)
+        allowed = {key: pair for key, pair in changed.items() if any(key == m or key.startswith(m + ".") for m in machine_keys)}
+        refused = {key: pair for key, pair in changed.items() if key not in allowed}
+        if refused:
+            lines = "".join(f"\n  {key}: {there!r} there, {here!r} now" for key, (there, here) in refused.items())
+            raise ConfigError(
+                f"{self.path} belongs to a run of another config:{lines}\n"
+                "Choose another --workdir, or --overwrite to delete that run and start anew."
+            )
+        return allowed
+
+    def check_writable(self) -> None:
+        """Raises ConfigError if the folder cannot be made or written."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise ConfigError(f"--workdir={self.path}: {place} is a file, not a folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"--workdir={self.path}: {place} cannot be written. Choose another folder.")
+
+    def clear(self) -> None:
+        """Deletes the run that lives here, and nothing else that may lie in the folder."""
+        for name in OURS:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()
+
+    def write_config(self, config: Mapping) -> None:
+        """Writes `config.json`, making the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, config)
+
+    # The manifest
+
+    def manifest(self) -> dict:
+        """The manifest as far as it is written."""
+        return read_json(self.manifest_file) if self.manifest_file.is_file() else {}
+
+    def update_manifest(self, **values) -> None:
+        """Sets top-level keys of the manifest."""
+        write_json(self.manifest_file, self.manifest() | values)
+
+    def add_to_manifest(self, key: str, value: Any) -> None:
+        """Appends to a list of the manifest, unless its last entry is the same."""
+        entries = self.manifest().get(key, [])
+        if not entries or entries[-1] != value:
+            self.update_manifest(**{key: [*entries, value]})
+
+    # Metrics
+
+    def metrics(self, split: str | None = None) -> list[dict]:
+        """The lines of `metrics.jsonl`, of one split if given. A last line that was cut off is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = []
+        for text in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return [line for line in lines if split in (None, line["split"])]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the lines after a step: a run that goes on from there writes them again."""
+        if self.metrics_file.is_file():
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+            _replace(self.metrics_file, "".join(kept))
+        if self.samples_file.is_file():
+            parts = re.split(r"(?m)^(?=--- step \d+ ---$)", self.samples_file.read_text(encoding="utf-8"))
+            _replace(self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= step))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file; RunError names the file if it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
+
+
+def write_json(path: Path, values: Mapping) -> None:
+    """Writes a JSON file whole or not at all."""
+    _replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def now() -> str:
+    """The time, for manifests: ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

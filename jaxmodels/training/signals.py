@@ -1,0 +1,78 @@
+"""SIGTERM and SIGINT: stop soon, with everything saved."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from jaxmodels.errors import Interrupted
+
+
+class StopSignals:
+    """Catches SIGTERM and SIGINT while it is entered, in the main thread; elsewhere it changes nothing.
+
+    Attributes:
+      received: name of the signal, or None.
+      thread_left: a call was abandoned in a thread that still runs, so the process can only be left hard.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        self.thread_left = False
+        self._waiting = False
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice, by hand: now
+        self.received = signal.Signals(number).name
+        if self._waiting:
+            raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def may_raise(self):
+        """Inside, a signal raises Interrupted at once: for waits that may last, with nothing half-done."""
+        if self.received:
+            raise Interrupted(self.received)
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def run(self, function: Callable, *args) -> Any:
+        """The function's result, from a thread: a signal raises Interrupted here while it runs on.
+
+        For calls that hold the interpreter's main thread in compiled code, where no signal handler can run.
+        """
+        result = {}
+
+        def call():
+            try:
+                result["value"] = function(*args)
+            except BaseException as error:  # noqa: BLE001  raised again below
+                result["error"] = error
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        try:
+            with self.may_raise():
+                while thread.is_alive():
+                    thread.join(0.1)
+        except Interrupted:
+            self.thread_left = thread.is_alive()
+            raise
+        if "error" in result:
+            raise result["error"]
+        return result["value"]

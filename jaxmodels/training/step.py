@@ -1,0 +1,224 @@
+"""The train state and the functions that are compiled: initialise, train step, evaluation step.
+
+A module is split once into a graph and plain string-keyed dicts of arrays; from there on everything is a pure
+function of arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from jaxmodels.training import metrics as metrics_lib
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes, and so all that a checkpoint holds.
+
+    Attributes:
+      step: updates made so far, int32.
+      params: trained parameters, float32, nested by module.
+      stats: what modules change as they run (running means), nested likewise.
+      opt_state: of Optax.
+      ema: moving average of `params`, or an empty dict.
+      metrics: (sum, weight) since the last log line, so that a line is the same after a resume.
+      diverged_at: the first step whose loss, gradients or update were not finite; 0 while there is none.
+    """
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+    ema: Any
+    metrics: Any
+    diverged_at: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What shapes the train step.
+
+    Attributes:
+      accumulate: microbatches that a batch is cut into, whose gradients are summed.
+      ema: decay of the moving average of parameters, or None. It starts faster: decay at step t is at most (1 + t) / (10 + t).
+      precision: of the computation: parameters, optimizer and metrics are float32 always.
+      log_every: steps that a training metric is averaged over.
+    """
+
+    accumulate: int
+    ema: float | None
+    precision: str
+    log_every: int
+
+
+def split(model: nnx.Module) -> tuple[Any, dict, dict]:
+    """A module as (graph, params, stats), the last two plain nested dicts with string keys."""
+    graph, params, stats = nnx.split(model, nnx.Param, ...)
+    return graph, _string_keys(nnx.to_pure_dict(params)), _string_keys(nnx.to_pure_dict(stats))
+
+
+def merge(graph, params: dict, stats: dict) -> nnx.Module:
+    """The module again."""
+    return nnx.merge(graph, params, stats)
+
+
+def _string_keys(tree):
+    return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def cast(tree, dtype):
+    """Floating-point arrays as `dtype`; others as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def make_init(build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, loss_metrics: Callable, ema: bool):
+    """A pure function key -> TrainState.
+
+    Args:
+      build: makes the module.
+      optimizer: of Optax.
+      loss_metrics: names the training metrics: (params, stats) -> shapes.
+      ema: whether an average of parameters is kept.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        _, params, stats = split(build(nnx.Rngs(params=key)))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            stats=stats,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else {},
+            metrics=metrics_lib.zeros(loss_metrics(params, stats)),
+            diverged_at=jnp.zeros((), jnp.int32),
+        )
+
+    return init
+
+
+def make_loss(task, graph, precision: str) -> Callable:
+    """(params, stats, batch, key) -> loss sum, (weight, metrics, new stats). The module runs in `precision`."""
+    dtype = DTYPES[precision]
+
+    def loss(params, stats, batch, key):
+        model = merge(graph, cast(params, dtype), stats)
+        inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
+        total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
+        return total, (weight, metrics, split(model)[2])
+
+    return loss
+
+
+def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: StepOptions) -> Callable:
+    """(state, batch, key) -> (state, metrics): one update from one global batch.
+
+    The gradient is that of the sum of losses over the batch divided by the sum of weights, however many devices
+    and microbatches it is computed in.
+
+    Args:
+      loss: as `make_loss` gives.
+      optimizer: of Optax.
+      schedule: its learning rate, for the log.
+      options: see StepOptions.
+
+    Returns:
+      A pure function. `metrics` are means since the last log line, as (sum, weight), with `grad_norm`; and of this
+      step the `learning_rate` and `diverged_at`.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def train_step(state: TrainState, batch, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        if options.accumulate == 1:
+            (total, (weight, metrics, stats)), grads = gradient(state.params, state.stats, batch, key)
+        else:
+            total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options.accumulate)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
+        one = jnp.ones((), jnp.float32)
+        metrics = cast(dict(metrics), jnp.float32) | {"grad_norm": (grad_norm, one)}
+        fresh = state.step % options.log_every == 0
+        metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.metrics, metrics)
+        state = TrainState(
+            step=step,
+            params=params,
+            stats=stats,
+            opt_state=opt_state,
+            ema=_average(state.ema, params, state.step, options.ema) if options.ema is not None else state.ema,
+            metrics=metrics,
+            diverged_at=jnp.where((state.diverged_at == 0) & ~finite, step, state.diverged_at),
+        )
+        now = {"learning_rate": (jnp.asarray(schedule(step - 1), jnp.float32), one), "diverged_at": (state.diverged_at, one)}
+        return state, metrics | now
+
+    return train_step
+
+
+def training_metrics(loss: Callable, params, stats, batch) -> dict:
+    """Shapes of the metrics that a train step sums up."""
+    _, (_, metrics, _) = jax.eval_shape(loss, params, stats, batch, jax.random.key(0))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return dict(metrics) | {"grad_norm": (scalar, scalar)}
+
+
+def _accumulate(gradient, state, batch, key, count):
+    """Sums of losses, weights, metrics and gradients over `count` microbatches, one after the other."""
+
+    def cut(x):
+        # Row r goes to microbatch r % count, so that each device's rows stay on that device.
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def micro(carry, part):
+        sums, stats = carry
+        number, rows = part
+        (total, (weight, metrics, stats)), grads = gradient(state.params, stats, rows, jax.random.fold_in(key, number))
+        return (jax.tree.map(jnp.add, sums, (total, weight, cast(metrics, jnp.float32), grads)), stats), None
+
+    rows = jax.tree.map(cut, batch)
+    first = jax.tree.map(lambda x: x[0], rows)
+    (total, (weight, metrics, _)), grads = jax.eval_shape(gradient, state.params, state.stats, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, weight, cast_shapes(metrics), grads))
+    (sums, stats), _ = jax.lax.scan(micro, (zeros, state.stats), (jnp.arange(count), rows))
+    total, weight, metrics, grads = sums
+    return total, weight, metrics, stats, grads
+
+
+def cast_shapes(tree):
+    """Shapes with floating-point types as float32."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+
+
+def _average(ema, params, step, decay):
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def make_eval_step(task, graph, precision: str) -> Callable:
+    """(params, stats, batch, sums) -> sums: adds a batch's metrics to `sums`."""
+    dtype = DTYPES[precision]
+
+    def eval_step(params, stats, batch, sums):
+        model = evaluation_model(graph, params, stats, dtype)
+        inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
+        return metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)), jnp.float32))
+
+    return eval_step
+
+
+def evaluation_model(graph, params, stats, dtype=jnp.float32) -> nnx.Module:
+    """The module in evaluation mode: norms use their running statistics."""
+    model = merge(graph, cast(params, dtype), stats)
+    model.eval()
+    return model

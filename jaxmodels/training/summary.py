@@ -1,0 +1,36 @@
+"""What is printed when a run is done."""
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxmodels.experiment import Experiment
+from jaxmodels.training.logging import SHOWN, duration
+from jaxmodels.training.trainer import Result
+
+
+def print_summary(result: Result, experiment: Experiment, console: Console) -> None:
+    """A table of final metrics by split, the time, where the run lies, and what to try next."""
+    splits = [split for split in ("train", "validation", "test") if split in result.metrics]
+    names = [name for name in SHOWN if any(name in result.metrics[split] for split in splits)]
+    table = Table("metric", *splits, title=f"finished: step {result.step} in {duration(result.seconds)}", title_justify="left")
+    for name in names:
+        table.add_row(name, *(f"{result.metrics[split][name]:.4f}" if name in result.metrics[split] else "" for split in splits))
+    console.print(table)
+    if result.evaluated_step != result.step:
+        console.print(f"tested: step {result.evaluated_step}, the best {experiment.checkpoint.best} on validation", highlight=False)
+    if "test" in result.metrics and "accuracy" in result.metrics["test"]:
+        console.print(f"test accuracy {result.metrics['test']['accuracy']:.4f}", highlight=False, style="bold")
+    folder = os.path.relpath(result.workdir)
+    folder = result.workdir if folder.startswith("..") else folder
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    split = "test" if "test" in result.metrics else "validation"
+    console.print(
+        "next:\n"
+        f"  jaxmodels evaluate --workdir={folder} --split={split}\n"
+        f"  jaxmodels train --config={folder} --workdir={folder}_2 --config.seed=1\n"
+        f"  python -c \"import jaxmodels; run = jaxmodels.load('{folder}'); print(run.model)\"",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,392 @@
+"""The loop, the only one: batch, step, metrics; every so often evaluate and save."""
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+
+import jax
+from rich.console import Console
+
+from jaxmodels.data import loader
+from jaxmodels.errors import ConfigError, Diverged, Interrupted
+from jaxmodels.experiment import MACHINE_KEYS, Experiment, resolve
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.training import metrics as metrics_lib
+from jaxmodels.training import state as state_lib
+from jaxmodels.training.checkpoint import Checkpoints, Progress
+from jaxmodels.training.compile import CompileRecord, compile_ahead, use_persistent_cache
+from jaxmodels.training.evaluation import Evaluator, reading
+from jaxmodels.training.logging import Log, duration
+from jaxmodels.training.run_folder import RunFolder, now
+from jaxmodels.training.signals import StopSignals
+from jaxmodels.training.step import evaluation_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      workdir: the run's folder.
+      step: the last step trained.
+      evaluated_step: the step whose weights were tested: the best, where one is tracked, else the last.
+      metrics: the final ones by split: `result.metrics["test"]["accuracy"]`.
+      seconds: spent training, over all starts.
+    """
+
+    workdir: str
+    step: int
+    evaluated_step: int
+    metrics: Mapping[str, Mapping[str, float]]
+    seconds: float
+
+
+def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, console: Console | None = None) -> Result:
+    """Trains an experiment in a folder, from where the folder's run stands to its end.
+
+    Args:
+      experiment: as `build_experiment` gives.
+      workdir: the run's folder: made, or taken up again if it holds a run of the same config.
+      overwrite: delete the run that is there.
+      console: where to print.
+
+    Raises:
+      ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide
+        over the devices.
+      Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
+      Interrupted: SIGTERM or SIGINT; everything is saved.
+    """
+    folder = RunFolder(workdir)
+    if overwrite:
+        folder.check_writable()
+        folder.clear()
+    changed = folder.check(experiment.config, resolve, MACHINE_KEYS)
+    _check_same_data(experiment, folder)
+    if experiment.init_from and not folder.config_file.exists():
+        state_lib.check_parent(experiment.init_from, experiment.state_shapes())
+    with StopSignals() as stop:
+        trainer = Trainer(experiment, folder, stop, console or Console())
+        for key, (there, here) in changed.items():
+            trainer.log.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
+        try:
+            return trainer.run()
+        except Interrupted:
+            raise Interrupted(trainer.stopped(stop.received)) from None
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One start of a run."""
+
+    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console):
+        """Finds the devices and lays out the state on them; makes no array of it yet."""
+        self.experiment, self.folder, self.stop = experiment, folder, stop
+        self.main = jax.process_index() == 0
+        self.mesh = mesh_lib.make_mesh(experiment.mesh)
+        mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size")
+        mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
+        everywhere = mesh_lib.replicated(self.mesh)
+        self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
+        root = jax.random.key(experiment.config["seed"])
+        self.init_key, self.step_key, self.sample_key = (jax.random.fold_in(root, i) for i in range(3))
+        self.evaluator = Evaluator(experiment, self.mesh, stop)
+        self.log = Log(console, experiment.steps, self._fallback, active=self.main)
+        self.checkpoints: Checkpoints | None = None
+        self.state = None
+        self.progress = Progress()
+        self.clock: _Clock | None = None
+        self._sampler = None  # compiled when first used
+        self._pending = None  # a training line whose numbers the device may not have reached
+
+    def run(self) -> Result:
+        """The whole way: start or resume, loop, test."""
+        self.folder.write_config(self.experiment.config)
+        if (problem := use_persistent_cache()) is not None:
+            self.log.say("warning: " + problem, style="yellow")
+            self._fallback(problem)
+        options = self.experiment.checkpoint
+        self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
+        self.state, self.progress, lines = self.stop.run(
+            state_lib.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key
+        )
+        for line in lines:
+            self.log.say(line, style="yellow" if line.startswith("warning") else None)
+        step = int(self.state.step)
+        self.folder.rewind_metrics(step)
+        self._write_manifest(step)
+        self.log.open(self.folder, step, self.experiment.log.tensorboard)
+        if not self.progress.finished:
+            self._loop(step)
+        return self._finish()
+
+    def _loop(self, step: int) -> None:
+        """Steps until the end, a stop, or patience runs out."""
+        experiment, total = self.experiment, self.experiment.steps
+        source = experiment.dataset.splits["train"]
+        sharding = mesh_lib.batch_sharding(self.mesh)
+        if self._evaluation_due(step) and self.progress.evaluated_at != step:
+            # Stopped after this step was saved and before it was evaluated.
+            self._evaluate(step)
+            self._save(step)
+        if step == total or self.progress.finished:
+            return
+        train_step = self._compile_step(sharding)
+        batches = loader.TrainingBatches(
+            source,
+            experiment.loading.batch_size,
+            total,
+            seed=experiment.config["seed"],
+            shuffle=experiment.loading.shuffle,
+            process=(jax.process_index(), jax.process_count()),
+        )
+        stream = loader.read_ahead(batches, start=step, **reading(experiment, source))
+        feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
+        self.clock = _Clock(step, self.progress.seconds)
+        with contextlib.closing(stream):
+            while step < total and not self.progress.finished:
+                with self.stop.may_raise():
+                    batch = next(feed)
+                self.state, metrics = train_step(self.state, batch, self.step_key)
+                step += 1
+                self._flush()  # the line before this step: its numbers are ready by now, or nearly
+                if step % experiment.log.every == 0 or step == total:
+                    self._pending = (step, metrics, feed)
+                self.log.tick(step)
+                if self.stop.received:
+                    raise Interrupted(self.stop.received)
+                if self._evaluation_due(step) or step % experiment.checkpoint.every == 0:
+                    self._flush()
+                    self._boundary(step)
+        self._flush()
+
+    def _boundary(self, step: int) -> None:
+        """Evaluates and saves at a step where either is due."""
+        self._raise_if_diverged(int(self.state.diverged_at))
+        with self.clock.paused():
+            if self._evaluation_due(step):
+                self._evaluate(step)
+            if step % self.experiment.checkpoint.every == 0 or self.progress.finished or self._is_best(step):
+                self._save(step)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.experiment.evaluation.every
+        return step > 0 and (step == self.experiment.steps or (every is not None and step % every == 0))
+
+    def _is_best(self, step: int) -> bool:
+        return self.experiment.checkpoint.best is not None and self.progress.best_step == step
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluates on the validation split where there is one, and moves the progress on."""
+        progress = dataclasses.replace(self.progress, evaluated_at=step, finished=step == self.experiment.steps)
+        source = self.experiment.dataset.splits.get("validation")
+        if source is not None:
+            values = self.evaluator.run(self._weights(), self.state.stats, source)
+            self.log.write(step, "validation", values)
+            progress = self._judge(progress, step, values)
+        self._sample(step)
+        self.progress = progress
+
+    def _judge(self, progress: Progress, step: int, values: Mapping[str, float]) -> Progress:
+        """The progress after an evaluation: is it the best, and is it time to stop?"""
+        best, patience = self.experiment.checkpoint.best, self.experiment.evaluation.patience
+        if best is None:
+            return progress
+        if best not in values:
+            raise ConfigError(f"config.checkpoint.best: this task gives no {best!r}; it gives {', '.join(values)}.")
+        if metrics_lib.is_better(best, values[best], progress.best):
+            return dataclasses.replace(progress, best=values[best], best_step=step, without_improvement=0)
+        progress = dataclasses.replace(progress, without_improvement=progress.without_improvement + 1)
+        if patience is not None and progress.without_improvement >= patience and not progress.finished:
+            self.log.say(f"stopping early: {best} has not improved in {patience} evaluations; best {progress.best:.4f} at step {progress.best_step}")
+            progress = dataclasses.replace(progress, finished=True)
+        return progress
+
+    def _sample(self, step: int) -> None:
+        """Shows a text that the model makes up, where the task and the data have one to show."""
+        task = self.experiment.task
+        if not getattr(task, "sample_length", 0) or getattr(task, "tokenizer", None) is None:
+            return
+        arguments = (self._weights(), self.state.stats, jax.random.fold_in(self.sample_key, step))
+        if self._sampler is None:
+            graph = self.experiment.graph
+
+            def sample(params, stats, key):
+                return task.sample(evaluation_model(graph, params, stats), key)
+
+            everywhere = mesh_lib.replicated(self.mesh)
+            self._sampler, record = self.stop.run(lambda: compile_ahead("sample", sample, *arguments, out_shardings=everywhere))
+            self._record_compile(record)
+        self.log.text(step, "sample", task.tokenizer.decode(jax.device_get(self._sampler(*arguments))))
+
+    def _weights(self):
+        return self.state.ema if self.experiment.training.ema is not None else self.state.params
+
+    def _save(self, step: int) -> None:
+        self._raise_if_diverged(int(self.state.diverged_at))
+        if self.clock is not None:
+            self.progress = dataclasses.replace(self.progress, seconds=self.clock.total())
+        self.checkpoints.save(self.state, self.progress)
+
+    def _compile_step(self, sharding):
+        shapes = self.experiment.batch_shapes(self.experiment.loading.batch_size)
+        batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
+        # Metrics are scalars on every device; the state stays where it is.
+        out = (jax.tree.map(lambda x: x.sharding, self.shapes), mesh_lib.replicated(self.mesh))
+        function = self.experiment.step_function()
+        step, record = self.stop.run(lambda: compile_ahead("train_step", function, self.state, batch, self.step_key, donate=(0,), out_shardings=out))
+        self._record_compile(record)
+        return step
+
+    def _flush(self) -> None:
+        """Writes the training line that is due. Waits for the device to reach its step, not further."""
+        if self._pending is None:
+            return
+        (step, metrics, feed), self._pending = self._pending, None
+        values = metrics_lib.values(metrics)
+        self._raise_if_diverged(int(values.pop("diverged_at")))
+        rates = self.clock.rates(step, self.experiment.loading.batch_size, feed)
+        self.log.write(step, "train", self.experiment.task.summarize(values) | rates)
+
+    def _raise_if_diverged(self, at: int) -> None:
+        if at:
+            self.checkpoints.wait()
+            good = self.checkpoints.steps()
+            where = f"the latest good checkpoint is step {good[-1]}" if good else "no checkpoint was written before"
+            raise Diverged(
+                f"diverged at step {at}: loss, gradients or update are not finite; {where}. "
+                "Try a lower learning_rate, a longer schedule.warmup, or clip_norm.",
+                at,
+            )
+
+    def stopped(self, signal_name: str) -> str:
+        """Saves what there is after a signal; says what was saved."""
+        again = "The same command goes on from there."
+        if self.state is None:
+            return f"{signal_name}: stopped before anything was trained. {again}"
+        step = int(self.state.step)
+        if step not in self.checkpoints.steps():
+            self._save(step)
+        self.checkpoints.wait()
+        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. {again}"
+
+    def _finish(self) -> Result:
+        """Tests the best weights, or the last, once; sums up."""
+        step = int(self.state.step)
+        self.checkpoints.wait()
+        source = self.experiment.dataset.splits.get("test")
+        tested = step
+        if self.experiment.checkpoint.best is not None and self.progress.best_step is not None:
+            tested = self.progress.best_step
+        if source is not None and not self.folder.metrics("test"):
+            if tested == step:
+                params, stats = self._weights(), self.state.stats
+            else:
+                best, _ = self.stop.run(self.checkpoints.restore, tested, self.shapes)
+                params, stats = (best.ema if self.experiment.training.ema is not None else best.params), best.stats
+            self.log.write(tested, "test", self.evaluator.run(params, stats, source))
+        if self.evaluator.record is not None:
+            self._record_compile(self.evaluator.record)
+        final = {}
+        for line in self.folder.metrics():
+            if line["split"] != "validation" or line["step"] == tested:
+                final[line["split"]] = {k: v for k, v in line.items() if k not in ("step", "split")}
+        return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
+
+    def close(self) -> None:
+        """Ends writers and threads; what is being saved is finished first."""
+        self.log.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    # The manifest
+
+    def _fallback(self, message: str) -> None:
+        if self.main:
+            self.folder.add_to_manifest("fallbacks", message)
+
+    def _record_compile(self, record: CompileRecord) -> None:
+        how = "loaded from the cache" if record.cached else "compiled"
+        self.log.say(f"{record.name}: {how} in {record.seconds:.1f} s", style="dim")
+        if self.main:
+            starts = self.folder.manifest()["starts"]
+            starts[-1]["compiled"][record.name] = dataclasses.asdict(record)
+            self.folder.update_manifest(starts=starts)
+
+    def _write_manifest(self, step: int) -> None:
+        """What this start runs on."""
+        if not self.main:
+            return
+        parameters = sum(x.size for x in jax.tree.leaves(self.shapes.params))
+        devices = self.mesh.devices.flatten()
+        start = {
+            "time": now(),
+            "from_step": step,
+            "python": platform.python_version(),
+            "packages": {p: metadata.version(p) for p in ("jaxmodels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")},
+            "devices": f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})",
+            "processes": jax.process_count(),
+            "mesh": dict(self.mesh.shape),
+            "compiled": {},
+        }
+        manifest = self.folder.manifest()
+        self.folder.update_manifest(
+            parameters=parameters,
+            steps=self.experiment.steps,
+            data={name: len(split) for name, split in self.experiment.dataset.splits.items()},
+            info={key: value for key, value in self.experiment.dataset.info.items() if key != "tokenizer"},
+            parents=manifest.get("parents", []),
+            fallbacks=manifest.get("fallbacks", []),
+            starts=[*manifest.get("starts", []), start],
+        )
+        tokenizer = self.experiment.dataset.info.get("tokenizer")
+        if tokenizer is not None:
+            self.folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
+        self.log.say(f"{parameters:,} parameters on {start['devices']}; run folder {self.folder.path}")
+
+
+class _Clock:
+    """Rates between log lines, and the length of the run, without the time that evaluating and saving take."""
+
+    def __init__(self, step: int, seconds_before: float):
+        self._step, self._before = step, seconds_before
+        self._first = self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done inside does not count."""
+        started = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - started
+        self._first, self._last = self._first + elapsed, self._last + elapsed
+
+    def rates(self, step: int, batch_size: int, feed: loader.DeviceFeed) -> dict[str, float]:
+        """Steps and examples per second since the last line, and the share of that time spent waiting for data."""
+        elapsed = max(time.perf_counter() - self._last, 1e-9)
+        rate = (step - self._step) / elapsed
+        waited, feed.waited = feed.waited, 0.0
+        self._step, self._last = step, time.perf_counter()
+        return {
+            "steps_per_second": rate,
+            "examples_per_second": rate * batch_size,
+            "data_wait": min(1.0, waited / elapsed),
+            "seconds": round(self.total(), 3),
+        }
+
+    def total(self) -> float:
+        """Seconds of training, over all starts."""
+        return self._before + time.perf_counter() - self._first
+
+
+def _check_same_data(experiment: Experiment, folder: RunFolder) -> None:
+    """A run goes on with the data it began with."""
+    before = folder.manifest().get("data")
+    sizes = {name: len(split) for name, split in experiment.dataset.splits.items()}
+    if before is not None and before != sizes:
+        raise ConfigError(f"the data of this run has changed: {before} examples when it began, {sizes} now. Bring it back, or --overwrite.")
+    tokenizer = experiment.dataset.info.get("tokenizer")
+    if tokenizer is not None and folder.tokenizer_file.is_file() and folder.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
+        raise ConfigError(f"the data of this run has changed: it makes another tokenizer than {folder.tokenizer_file}. Bring it back, or --overwrite.")
