@@ -62,6 +62,8 @@ def _load_values(path: str, argument: str | None) -> dict:
         names = sorted(n for n in os.listdir(folder) if n.endswith(".py")) if os.path.isdir(folder) else []
         raise ConfigError(f"--config: there is no file {path!r}." + suggest(os.path.basename(path), names))
     if path.endswith(".json"):
+        if argument is not None:
+            raise ConfigError(f"--config: {path} takes no argument, but got {argument!r}.")
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     get_config = runpy.run_path(path).get("get_config")

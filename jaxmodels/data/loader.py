@@ -5,7 +5,6 @@ The batch of step s is a pure function of (seed, s). To resume is to seek.
 
 import collections
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -159,25 +158,18 @@ def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, worker
 
 
 class DeviceFeed:
-    """Batches on the devices, `ahead` of them in flight, and the time spent waiting for the host to have one.
-
-    Attributes:
-      waited: seconds that `next` has waited for data, since it was last set to 0.
-    """
+    """Batches on the devices, `ahead` of them placed before they are asked for."""
 
     def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], ahead: int = 2):
         self._batches, self._place, self._ahead = batches, place, ahead
         self._queue = collections.deque()
-        self.waited = 0.0
 
     def __iter__(self):
         return self
 
     def __next__(self):
         while len(self._queue) <= self._ahead:
-            started = time.perf_counter()
             batch = next(self._batches, None)
-            self.waited += time.perf_counter() - started
             if batch is None:
                 break
             self._queue.append(self._place(batch))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import dropout
+from jaxmodels.models.layers import Embed, dropout
 
 SIZES = {"lstm": {"cell": "lstm"}, "gru": {"cell": "gru"}}
 
@@ -114,7 +114,7 @@ class RecurrentLM(nnx.Module):
         embedding = width if embedding is None else embedding
         if tie_embeddings and embedding != width:
             raise ValueError(f"tied embeddings need embedding == width, got {embedding} and {width}")
-        self.embed = nnx.Embed(vocab_size, embedding, embedding_init=nnx.initializers.normal(0.1), rngs=rngs)
+        self.embed = Embed(vocab_size, embedding, init=nnx.initializers.normal(0.1), rngs=rngs)
         widths = [embedding] + [width] * layers
         self.layers = nnx.List([CELLS[cell](widths[i], width, unroll=unroll, rngs=rngs) for i in range(layers)])
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, rngs=rngs)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import dropout
+from jaxmodels.models.layers import Embed, dropout
 
 SIZES = {
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024},
@@ -92,8 +92,8 @@ class Decoder(nnx.Module):
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
         init = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(vocab_size, width, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(context, width, embedding_init=init, rngs=rngs)
+        self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
+        self.positions = Embed(context, width, init=init, rngs=rngs)
         self.final_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
 
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
             return Block(width, heads, dropout=dropout, layers=layers, rngs=rngs)
 
         if scan:
-            self.blocks = nnx.vmap(block)(rngs.fork(split=layers))
+            self.blocks = nnx.vmap(block)(rngs.split(layers))
         else:
             self.blocks = nnx.List([block(rngs) for _ in range(layers)])
         self.context, self.layers, self.scan, self.remat, self.dropout = context, layers, scan, remat, dropout

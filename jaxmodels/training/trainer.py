@@ -17,7 +17,7 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress
-from jaxmodels.training.compile import CompileRecord, compile_ahead, use_persistent_cache
+from jaxmodels.training.compile import CompileRecord, compile_ahead, keep_freed_memory, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator, reading
 from jaxmodels.training.logging import Log, duration
 from jaxmodels.training.run_folder import RunFolder, now
@@ -108,6 +108,8 @@ class Trainer:
         if (problem := use_persistent_cache()) is not None:
             self.log.say("warning: " + problem, style="yellow")
             self._fallback(problem)
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         options = self.experiment.checkpoint
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
         self.state, self.progress, lines = self.stop.run(
@@ -146,15 +148,16 @@ class Trainer:
         stream = loader.read_ahead(batches, start=step, **reading(experiment, source))
         feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
         self.clock = _Clock(step, self.progress.seconds)
+        metrics = None
         with contextlib.closing(stream):
             while step < total and not self.progress.finished:
-                with self.stop.may_raise():
+                with self.stop.may_raise(), self.clock.waiting(metrics):
                     batch = next(feed)
                 self.state, metrics = train_step(self.state, batch, self.step_key)
                 step += 1
                 self._flush()  # the line before this step: its numbers are ready by now, or nearly
                 if step % experiment.log.every == 0 or step == total:
-                    self._pending = (step, metrics, feed)
+                    self._pending = (step, metrics)
                 self.log.tick(step)
                 if self.stop.received:
                     raise Interrupted(self.stop.received)
@@ -245,10 +248,10 @@ class Trainer:
         """Writes the training line that is due. Waits for the device to reach its step, not further."""
         if self._pending is None:
             return
-        (step, metrics, feed), self._pending = self._pending, None
+        (step, metrics), self._pending = self._pending, None
         values = metrics_lib.values(metrics)
         self._raise_if_diverged(int(values.pop("diverged_at")))
-        rates = self.clock.rates(step, self.experiment.loading.batch_size, feed)
+        rates = self.clock.rates(step, self.experiment.loading.batch_size)
         self.log.write(step, "train", self.experiment.task.summarize(values) | rates)
 
     def _raise_if_diverged(self, at: int) -> None:
@@ -354,6 +357,15 @@ class _Clock:
     def __init__(self, step: int, seconds_before: float):
         self._step, self._before = step, seconds_before
         self._first = self._last = time.perf_counter()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self, last_output):
+        """What is done inside is a wait for data if the devices, which made `last_output`, have nothing left to do at its end."""
+        started = time.perf_counter()
+        yield
+        if last_output is not None and jax.tree.leaves(last_output)[0].is_ready():
+            self._waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def paused(self):
@@ -363,11 +375,11 @@ class _Clock:
         elapsed = time.perf_counter() - started
         self._first, self._last = self._first + elapsed, self._last + elapsed
 
-    def rates(self, step: int, batch_size: int, feed: loader.DeviceFeed) -> dict[str, float]:
-        """Steps and examples per second since the last line, and the share of that time spent waiting for data."""
+    def rates(self, step: int, batch_size: int) -> dict[str, float]:
+        """Steps and examples per second since the last line, and the share of that time in which devices waited for data (at most)."""
         elapsed = max(time.perf_counter() - self._last, 1e-9)
         rate = (step - self._step) / elapsed
-        waited, feed.waited = feed.waited, 0.0
+        waited, self._waited = self._waited, 0.0
         self._step, self._last = step, time.perf_counter()
         return {
             "steps_per_second": rate,

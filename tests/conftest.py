@@ -1,0 +1,41 @@
+"""Settings of all tests: the CPU, and a compilation cache that subprocesses share."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-cache-")
+
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def jaxmodels_command():
+    """Runs `python -m jaxmodels ARGS` from the repository; returns the finished process."""
+
+    def run(*args, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "jaxmodels", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+        )
+
+    return run
+
+
+@pytest.fixture
+def data_dir():
+    """The folder of real data sets, where there is one."""
+    folder = os.environ.get("JAXMODELS_DATA_DIR")
+    if not folder:
+        pytest.skip("JAXMODELS_DATA_DIR is not set: no real data sets here")
+    return folder

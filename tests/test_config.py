@@ -1,0 +1,141 @@
+"""Loading, overriding, checking and comparing configs."""
+
+import json
+
+import pytest
+import small
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment import build_experiment, resolve
+
+FILE = """
+from ml_collections import ConfigDict
+
+def get_config(size=None):
+    c = ConfigDict()
+    c.model = {"name": "cnn", "hidden": 128 if size == "large" else 32}
+    c.task = "classify"
+    c.data = {"source": "digits", "batch_size": 16}
+    c.optimizer = {"name": "adam", "learning_rate": 1e-3}
+    c.training = {"steps": 5}
+    return c
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_argument_and_overrides_reach_the_values_and_their_origins_are_told(file):
+    overrides = {"optimizer.learning_rate": 3e-4, "optimizer.schedule": "cosine", "optimizer.schedule.warmup": 2}
+    config = config_lib.load_config(file + ":large", overrides)
+    resolved = resolve(config)
+    assert resolved["model"]["hidden"] == 128
+    assert resolved["optimizer"]["learning_rate"] == 3e-4
+    assert resolved["optimizer"]["schedule"] == {"name": "cosine", "warmup": 2, "decay": None, "final": 0.0}
+    origins = config_lib.origins(file + ":large", overrides, resolved)
+    assert origins["model.hidden"] == "argument"
+    assert origins["model.name"] == "file"
+    assert origins["model.dropout"] == "default"
+    assert origins["optimizer.learning_rate"] == origins["optimizer.schedule.warmup"] == "override"
+
+
+def test_a_resolved_config_survives_json(file):
+    resolved = resolve(config_lib.load_config(file))
+    assert resolve(json.loads(json.dumps(resolved))) == resolved
+
+
+def test_the_loaded_config_is_locked_and_plain_dicts_will_do(file):
+    config = config_lib.load_config(file)
+    config.training.steps = 7
+    with pytest.raises((KeyError, AttributeError)):
+        config.trainnig = {}
+    assert resolve(config)["training"]["steps"] == 7
+    assert resolve(small.CNN)["training"]["steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("true", True), ("None", None), ("(1, 2)", (1, 2)), ("runs/x@best", "runs/x@best"), ("tfds:mnist", "tfds:mnist"), ("0x10", 16)],
+)
+def test_values_on_the_command_line(text, value):
+    assert config_lib.parse_override(text) == value
+
+
+BAD = {
+    "a section's name": ({"trainnig.steps": 3}, "Did you mean 'training'"),
+    "a key": ({"model.hiden": 3}, "Did you mean 'hidden'"),
+    "a type": ({"data.batch_size": "many"}, "data.batch_size must be a whole number, got 'many'"),
+    "a float for an int": ({"training.steps": 2.5}, "training.steps must be a whole number"),
+    "a bool for an int": ({"training.steps": True}, "training.steps must be"),
+    "an item": ({"model.features": (1, "a")}, "model.features must be a list of a whole number"),
+    "a model": ({"model.name": "cnm"}, "Did you mean 'cnn'?"),
+    "a task": ({"task.name": "classfy"}, "Did you mean 'classify'?"),
+    "a data source": ({"data.source": "digit"}, "There are: arrays, digits, python_docs, text, tfds"),
+    "an optimizer": ({"optimizer.name": "adamx"}, "There are: adabelief"),
+    "an optimizer's argument": ({"optimizer.epsilon": 0.1}, "Did you mean 'eps'?"),
+    "an optimizer's argument's type": ({"optimizer.b1": "x"}, "optimizer.b1 must be a number"),
+    "a schedule": ({"optimizer.schedule.name": "cosin"}, "Did you mean 'cosine'?"),
+    "a precision": ({"training.precision": "float16"}, "one of 'float32', 'bfloat16'"),
+    "a section where a value is": ({"seed.x": 3}, "seed"),
+    "both lengths": ({"training.epochs": 3}, "either steps or epochs"),
+    "a metric": ({"checkpoint.best": "los"}, "unknown metric 'los'"),
+    "patience without a metric": ({"evaluation.patience": 3}, "needs checkpoint.best"),
+    "zero": ({"data.batch_size": 0}, "must be above 0"),
+    "accumulation that does not divide": ({"training.accumulate": 5}, "does not divide by training.accumulate=5"),
+    "more than there is": ({"data.batch_size": 4000}, "more than the 1259 training examples"),
+    "a model for another task": ({"model": {"name": "lstm"}}, "Models that fit it: cnn"),
+    "too many poolings": ({"model.features": (1, 2, 3, 4)}, "poolings leave nothing"),
+    "warm-up longer than the run": ({"optimizer.schedule.warmup": 60}, "leaves nothing of a run of 60 steps"),
+    "a pattern that matches nothing": ({"optimizer.no_decay": ("embed",)}, "'embed' matches no parameter"),
+    "ema": ({"training.ema": 1.5}, "between 0 and 1"),
+    "partition": ({"partition": "pmapp"}, "partition must be one of"),
+    "a negative learning rate": ({"optimizer.learning_rate": -1}, "must be above 0"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_is_one_clear_error(what):
+    changes, message = BAD[what]
+    config = small.config(small.CNN)
+    with pytest.raises(ConfigError) as caught:
+        for key, value in changes.items():
+            config_lib.set_at(config, key, value)
+        build_experiment(config)
+    assert message in str(caught.value)
+    assert next(iter(changes)).split(".")[0] in str(caught.value)
+
+
+def test_text_sources_say_what_is_wrong(tmp_path):
+    def error(**changes):
+        with pytest.raises(ConfigError) as caught:
+            build_experiment(small.config(small.GPT, **changes), data_dir=str(tmp_path))
+        return str(caught.value)
+
+    assert f"there is no file no.txt nor {tmp_path}/no.txt" in error(data__source="text:no.txt")
+    assert "text:PATH" in error(data__source="text")
+    (tmp_path / "empty.txt").write_text("")
+    assert "is empty" in error(data__source="text:empty.txt")
+    (tmp_path / "short.txt").write_text("abc")
+    assert "less than one window" in error(data__source="text:short.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    assert "byte 3" in error(data__source="text:latin.txt")
+    assert "context of 8" in error(model__context=8)
+    message = error(data={"source": "tfds:mnist", "batch_size": 8}, task="classify", model={"name": "cnn"})
+    assert "tfds build mnist --file_format=array_record" in message and str(tmp_path) in message
+
+
+def test_differences_name_keys_of_either_side():
+    one, other = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}
+    assert config_lib.differences(one, other) == {"a.c": (2, 3), "d": ("(absent)", 4)}
+
+
+def test_own_models_and_sources_are_named_by_module():
+    resolved = resolve(small.config(small.CNN, model={"name": "jaxmodels.models.cnn:CNN", "hidden": 8}))
+    assert resolved["model"]["hidden"] == 8
+    with pytest.raises(ConfigError, match="cannot import"):
+        resolve(small.config(small.CNN, model={"name": "no_such_package.module:Model"}))
