@@ -8,7 +8,7 @@ def get_config():
     c.data = {"source": "text:tinyshakespeare/input.txt", "sequence_length": 64, "stride": 1, "batch_size": 12, "eval_batch_size": 64}
     c.optimizer = {
         "name": "adamw",
-        "learning_rate": 1e-3,
+        "learning_rate": 4e-3,
         "b2": 0.99,
         "weight_decay": 0.1,
         "clip_norm": 1.0,

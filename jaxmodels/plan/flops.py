@@ -40,14 +40,6 @@ def _jaxpr_flops(jaxpr) -> int:
         elif name == "cond":
             total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:
-            total += sum(_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
+            total += sum(_jaxpr_flops(inner) for inner in jax_core.jaxprs_in_params(equation.params))
     return total
 
-
-def _inner_jaxprs(params):
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(item, jax_core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jax_core.Jaxpr):
-                yield item

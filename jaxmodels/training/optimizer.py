@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxmodels.errors import ConfigError
@@ -58,14 +59,17 @@ class Optimizer:
 
 
 def names() -> list[str]:
-    """All optimizers that Optax has: its functions with a learning rate."""
+    """All optimizers that Optax has: its functions with a learning rate that may be a schedule.
+
+    Without L-BFGS, which calls the loss again as it searches along a line: no step here gives it that.
+    """
     found = []
     for name in dir(optax):
         value = getattr(optax, name)
-        whole = inspect.isfunction(value) and not name.startswith(("_", "scale_by_"))
-        # L-BFGS searches along a line, for which it calls the loss again: no step here gives it that.
-        if whole and name != "lbfgs" and "learning_rate" in inspect.signature(value).parameters:
-            found.append(name)
+        if inspect.isfunction(value) and not name.startswith(("_", "scale_by_", "lbfgs")):
+            rate = inspect.signature(value).parameters.get("learning_rate")
+            if rate is not None and ("Callable" in str(rate.annotation) or "Schedule" in str(rate.annotation)):
+                found.append(name)
     return found
 
 
@@ -110,7 +114,7 @@ def make_schedule(learning_rate: float, schedule: Schedule, steps: int) -> optax
         main = optax.join_schedules([optax.constant_schedule(1.0), optax.linear_schedule(1.0, schedule.final, decay)], [after - decay])
     else:
         scale = max(1, schedule.warmup)
-        main = lambda step: (scale / (step + scale)) ** 0.5  # noqa: E731
+        main = lambda step: (scale / (jnp.maximum(step, 0) + scale)) ** 0.5  # noqa: E731
     if schedule.warmup:
         # The first step is already above 0: a step that changes nothing is a wasted one.
         warmup = lambda step: (step + 1) / schedule.warmup  # noqa: E731

@@ -145,8 +145,8 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
 
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         one = jnp.ones((), jnp.float32)
         metrics = cast(dict(metrics), jnp.float32) | {"grad_norm": (grad_norm, one)}
         fresh = state.step % options.log_every == 0

@@ -16,7 +16,7 @@ from jaxmodels.experiment import MACHINE_KEYS, Experiment, resolve
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
-from jaxmodels.training.checkpoint import Checkpoints, Progress
+from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
 from jaxmodels.training.compile import CompileRecord, compile_ahead, keep_freed_memory, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator, reading
 from jaxmodels.training.logging import Log, duration
@@ -60,15 +60,18 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
     folder = RunFolder(workdir)
+    changed = {}
     if overwrite:
         folder.check_writable()
-        folder.clear()
-    changed = folder.check(experiment.config, resolve, MACHINE_KEYS)
-    _check_same_data(experiment, folder)
-    if experiment.init_from and not folder.config_file.exists():
-        state_lib.check_parent(experiment.init_from, experiment.state_shapes())
+    else:
+        changed = folder.check(experiment.config, resolve, MACHINE_KEYS)
+        _check_same_data(experiment, folder)
+    if experiment.init_from and (overwrite or not folder.config_file.exists()):
+        _check_parent(experiment, folder)
     with StopSignals() as stop:
         trainer = Trainer(experiment, folder, stop, console or Console())
+        if overwrite:  # after all that could have refused the new run
+            folder.clear()
         for key, (there, here) in changed.items():
             trainer.log.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
         try:
@@ -391,6 +394,13 @@ class _Clock:
     def total(self) -> float:
         """Seconds of training, over all starts."""
         return self._before + time.perf_counter() - self._first
+
+
+def _check_parent(experiment: Experiment, folder: RunFolder) -> None:
+    """The weights to begin with fit, and are not those of a run that is about to be deleted."""
+    if RunFolder(parse_run(experiment.init_from.run)[0]).path.resolve() == folder.path.resolve():
+        raise ConfigError("config.init_from names the run's own folder. Choose another --workdir.")
+    state_lib.check_parent(experiment.init_from, experiment.state_shapes())
 
 
 def _check_same_data(experiment: Experiment, folder: RunFolder) -> None:

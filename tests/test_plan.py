@@ -1,0 +1,52 @@
+"""Figures of a dry run against closed forms and the arrays themselves."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+
+from jaxmodels.experiment import build_experiment
+from jaxmodels.plan.dry_run import human_bytes, summarize
+from jaxmodels.plan.flops import count_flops
+
+
+def test_flops_of_products_convolutions_and_loops():
+    a, b = jax.ShapeDtypeStruct((3, 4, 5), jnp.float32), jax.ShapeDtypeStruct((3, 5, 6), jnp.float32)
+    assert count_flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), a, b) == 2 * 3 * 4 * 5 * 6
+    image, kernel = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 7), jnp.float32)
+
+    def convolve(x, k):
+        return jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert count_flops(convolve, image, kernel) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+    square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert count_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], square) == 5 * 2 * 4**3
+    assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), square) == 2 * 4**3
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_flops_of_a_gpt_step_are_six_for_each_weight_and_token_and_attention(scan, accumulate):
+    config = small.config(small.GPT, model__scan=scan, training__accumulate=accumulate, model__dropout=0.0)
+    experiment = build_experiment(config)
+    shapes = experiment.state_shapes()
+    layers, width, time, batch = 2, 16, 16, 16
+    vocab = experiment.dataset.info["vocab_size"]
+    weights = layers * 12 * width**2 + vocab * width
+    attention = layers * 2 * 2 * time * width  # scores and their products with values, a token
+    expected = 3 * batch * time * (2 * weights + attention)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert count_flops(experiment.step_function(), shapes, experiment.batch_shapes(batch), key) == expected
+
+
+def test_bytes_are_those_of_the_arrays():
+    experiment = build_experiment(small.config(small.CNN, training__ema=0.9))
+    figures = summarize(experiment)
+    state = jax.jit(experiment.init_function())(jax.random.key(0))
+    total = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert figures["state_bytes_per_device"] == figures["checkpoint_bytes"] == total
+    assert figures["parameter_count"] == sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_bytes_for_people():
+    assert [human_bytes(n) for n in (5, 2048, 5 * 2**20, 2**41)] == ["5 B", "2.0 KiB", "5.0 MiB", "2.0 TiB"]
