@@ -5,16 +5,16 @@ def get_config():
     c = ConfigDict()
     c.model = {"name": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 128, "dropout": 0.1}
     c.task = {"name": "language_model"}
-    c.data = {"source": "python_docs", "sequence_length": 128, "stride": 1, "batch_size": 16}
+    c.data = {"source": "python_docs", "sequence_length": 128, "stride": 1, "batch_size": 16, "eval_batch_size": 64}
     c.optimizer = {
         "name": "adamw",
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "b2": 0.99,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "schedule": {"name": "cosine", "warmup": 100, "final": 0.1},
     }
-    c.training = {"steps": 1500}
-    c.evaluation = {"every": 500}
-    c.checkpoint = {"every": 500, "best": "loss"}
+    c.training = {"steps": 1000}
+    c.evaluation = {"every": 250}
+    c.checkpoint = {"every": 250, "best": "loss"}
     return c

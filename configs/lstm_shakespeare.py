@@ -3,11 +3,11 @@ from ml_collections import ConfigDict
 
 def get_config():
     c = ConfigDict()
-    c.model = {"name": "lstm", "layers": 2, "width": 256, "dropout": 0.1}
+    c.model = {"name": "lstm", "layers": 2, "width": 256, "dropout": 0.0}
     c.task = {"name": "language_model"}
-    c.data = {"source": "text:tinyshakespeare/input.txt", "sequence_length": 128, "stride": 1, "batch_size": 32}
-    c.optimizer = {"name": "adam", "learning_rate": 3e-3, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 100}}
-    c.training = {"steps": 1000}
-    c.evaluation = {"every": 250}
-    c.checkpoint = {"every": 250, "best": "loss"}
+    c.data = {"source": "text:tinyshakespeare/input.txt", "sequence_length": 128, "stride": 1, "batch_size": 16, "eval_batch_size": 64}
+    c.optimizer = {"name": "adam", "learning_rate": 4e-3, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 100}}
+    c.training = {"steps": 2000}
+    c.evaluation = {"every": 500}
+    c.checkpoint = {"every": 500, "best": "loss"}
     return c

@@ -408,9 +408,24 @@ def _check_fit(experiment: Experiment, options: optimizer.Optimizer, own: Mappin
     optimizer.check(options, own, experiment.steps, params)
     with _as_config_error("config.model"):
         experiment.state_shapes()
+    _check_best(experiment)
     for pattern in experiment.init_from.skip if experiment.init_from else ():
         if not any(re.match(pattern, path) for path in optimizer.paths(params)):
             raise ConfigError(f"config.init_from.skip: {pattern!r} matches no parameter of the model.")
+
+
+def _check_best(experiment: Experiment) -> None:
+    """The metric that picks checkpoints is one that the task gives on a split that there is."""
+    best = experiment.checkpoint.best
+    if best is None:
+        return
+    if "validation" not in experiment.dataset.splits:
+        raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
+    state = experiment.state_shapes()
+    shapes = experiment.eval_metric_shapes(state.params, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
+    given = experiment.task.summarize({name: 1.0 for name in shapes})
+    if best not in given:
+        raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")
 
 
 @contextlib.contextmanager

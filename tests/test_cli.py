@@ -33,6 +33,7 @@ def test_bad_input_ends_with_status_2_and_no_device_started(cnn, tmp_path):
     unwritable.write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(small.config(small.CNN, optimizer__learning_rate=1.0, seed=7)))
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "metrics.jsonl").write_text("")
     cases = [
@@ -40,6 +41,7 @@ def test_bad_input_ends_with_status_2_and_no_device_started(cnn, tmp_path):
         ["train", f"--config={cnn}", "--config.model.hiden=3"],
         ["train", f"--config={cnn}", "--config.data.batch_size=x"],
         ["train", f"--config={cnn}", f"--workdir={unwritable}/run"],
+        ["train", f"--config={cnn}", "--workdir=/proc/run"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/run"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/odd"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/new", f"--config.init_from={tmp_path}/nothing"],
@@ -63,8 +65,8 @@ for case in {cases!r}:
     assert len(messages) == len(cases) + 1
     for message in messages[:-1]:
         assert message.startswith("jaxmodels: ") and "Traceback" not in message
-    assert "learning_rate: 1.0 there, 0.003 now" in messages[4] and "seed: 7 there, 0 now" in messages[4] and "--overwrite" in messages[4]
-    assert "no checkpoint" in messages[8]
+    assert "learning_rate: 1.0 there, 0.003 now" in messages[5] and "seed: 7 there, 0 now" in messages[5] and "--overwrite" in messages[5]
+    assert "no checkpoint" in messages[9]
     assert not (tmp_path / "new").exists()
 
 

@@ -119,7 +119,7 @@ cli.main(["train", "--config={path}", "--workdir={tmp_path / 'killed'}"])
 
 
 def test_sigterm_then_again_is_bitwise_equal(tmp_path):
-    config = small.config(small.GPT, training__ema=0.9, training__steps=400, checkpoint__every=1000, log__every=50)
+    config = small.config(small.GPT, training__ema=0.9, training__steps=400, checkpoint__every=1000, log__every=1)
     path = write_config(tmp_path, config)
     finish(train(path, tmp_path / "whole"))
     process = train(path, tmp_path / "stopped")

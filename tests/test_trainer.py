@@ -113,6 +113,7 @@ def test_higher_is_better_for_accuracy(tmp_path):
 def test_a_metric_the_task_does_not_have_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="gives no 'f1'"):
         run(small.config(small.CNN, training__steps=10, checkpoint__best="f1"), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -143,6 +144,16 @@ def test_a_failing_logger_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
     assert output.getvalue().count("TensorBoard cannot be written (OSError: disk is full)") == 1
     assert any("TensorBoard" in f for f in RunFolder(tmp_path / "x").manifest()["fallbacks"])
     assert lines(tmp_path / "x", "test")
+
+
+def test_the_result_does_not_depend_on_the_log(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk is full")
+
+    expected = run(small.config(small.CNN, training__steps=30), tmp_path / "x")
+    monkeypatch.setattr(logging_lib.JsonLines, "write", fail)
+    result = run(small.config(small.CNN, training__steps=30), tmp_path / "y")
+    assert result.metrics["test"]["accuracy"] == expected.metrics["test"]["accuracy"] and not lines(tmp_path / "y")
 
 
 def test_tensorboard_files_hold_the_metrics(tmp_path):

@@ -183,7 +183,8 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
     path, which = parse_run(reference)
     folder = RunFolder(path)
     folder.config()
-    if not folder.checkpoints.is_dir():
+    # Looked for by hand first: Orbax asks JAX for its devices.
+    if not any(path.name.isdigit() for path in folder.checkpoints.glob("*")):
         raise ConfigError(f"{folder.path} has no checkpoint yet.")
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     return folder, checkpoints, checkpoints.find(which)

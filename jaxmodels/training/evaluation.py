@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,14 @@ from jaxmodels.training.signals import StopSignals
 
 
 class Evaluator:
-    """Evaluates splits of an experiment on a mesh; compiles once, when first used.
+    """Evaluates splits of an experiment on a mesh; compiles once, when first used, and tells `on_compile`."""
 
-    Attributes:
-      record: of that compilation.
-    """
-
-    def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals):
-        self.experiment, self.mesh, self.stop = experiment, mesh, stop
-        self.record: CompileRecord | None = None
-        self._step = None
+    def __init__(
+        self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None
+    ):
+        self.experiment, self.mesh, self.stop, self.on_compile = experiment, mesh, stop, on_compile
+        self._step = None  # compiled when first used
+        self._sums = None  # shapes of the metrics
 
     def run(self, params, stats, source: DataSource) -> dict[str, float]:
         """Metrics of a split, and how long it took.
@@ -38,8 +37,9 @@ class Evaluator:
         process = (jax.process_index(), jax.process_count())
         batches = loader.EvaluationBatches(source, self.experiment.eval_batch_size, process=process)
         if self._step is None:
-            self._step, sums = self.stop.run(self._compile, params, stats)
-        sums = jax.device_put(metrics_lib.zeros(self._shapes), everywhere)
+            self._step, self._sums, record = self.stop.run(self._compile, params, stats)
+            self.on_compile(record)
+        sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
         with contextlib.closing(loader.read_ahead(batches, **reading(self.experiment, source))) as stream:
             feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
             while True:
@@ -55,11 +55,11 @@ class Evaluator:
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
         shapes = self.experiment.batch_shapes(self.experiment.eval_batch_size)
         batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
-        self._shapes = self.experiment.eval_metric_shapes(params, stats, batch)
-        sums = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere), self._shapes)
+        sums = self.experiment.eval_metric_shapes(params, stats, batch)
+        sums = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere), sums)
         function = self.experiment.eval_function()
-        step, self.record = compile_ahead("eval_step", function, params, stats, batch, sums, donate=(3,), out_shardings=everywhere)
-        return step, sums
+        step, record = compile_ahead("eval_step", function, params, stats, batch, sums, donate=(3,), out_shardings=everywhere)
+        return step, sums, record
 
 
 def reading(experiment: Experiment, source: DataSource) -> dict[str, int]:

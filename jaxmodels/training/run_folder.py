@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,10 @@ class RunFolder:
             place = place.parent
         if not place.is_dir():
             raise ConfigError(f"--workdir={self.path}: {place} is a file, not a folder.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"--workdir={self.path}: {place} cannot be written. Choose another folder.")
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
 
     def clear(self) -> None:
         """Deletes the run that lives here, and nothing else that may lie in the folder."""

@@ -14,12 +14,10 @@ class StopSignals:
 
     Attributes:
       received: name of the signal, or None.
-      thread_left: a call was abandoned in a thread that still runs, so the process can only be left hard.
     """
 
     def __init__(self):
         self.received: str | None = None
-        self.thread_left = False
         self._waiting = False
         self._previous = {}
 
@@ -66,13 +64,9 @@ class StopSignals:
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        try:
-            with self.may_raise():
-                while thread.is_alive():
-                    thread.join(0.1)
-        except Interrupted:
-            self.thread_left = thread.is_alive()
-            raise
+        with self.may_raise():
+            while thread.is_alive():
+                thread.join(0.1)
         if "error" in result:
             raise result["error"]
         return result["value"]

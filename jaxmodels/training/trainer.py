@@ -96,12 +96,13 @@ class Trainer:
         self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
         root = jax.random.key(experiment.config["seed"])
         self.init_key, self.step_key, self.sample_key = (jax.random.fold_in(root, i) for i in range(3))
-        self.evaluator = Evaluator(experiment, self.mesh, stop)
+        self.evaluator = Evaluator(experiment, self.mesh, stop, self._record_compile)
         self.log = Log(console, experiment.steps, self._fallback, active=self.main)
         self.checkpoints: Checkpoints | None = None
         self.state = None
         self.progress = Progress()
         self.clock: _Clock | None = None
+        self.lines = []  # (step, split, metrics) of all starts
         self._sampler = None  # compiled when first used
         self._pending = None  # a training line whose numbers the device may not have reached
 
@@ -122,6 +123,8 @@ class Trainer:
             self.log.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
         self.folder.rewind_metrics(step)
+        for line in self.folder.metrics():
+            self.lines.append((line.pop("step"), line.pop("split"), line))
         self._write_manifest(step)
         self.log.open(self.folder, step, self.experiment.log.tensorboard)
         if not self.progress.finished:
@@ -191,7 +194,7 @@ class Trainer:
         source = self.experiment.dataset.splits.get("validation")
         if source is not None:
             values = self.evaluator.run(self._weights(), self.state.stats, source)
-            self.log.write(step, "validation", values)
+            self._write(step, "validation", values)
             progress = self._judge(progress, step, values)
         self._sample(step)
         self.progress = progress
@@ -201,8 +204,6 @@ class Trainer:
         best, patience = self.experiment.checkpoint.best, self.experiment.evaluation.patience
         if best is None:
             return progress
-        if best not in values:
-            raise ConfigError(f"config.checkpoint.best: this task gives no {best!r}; it gives {', '.join(values)}.")
         if metrics_lib.is_better(best, values[best], progress.best):
             return dataclasses.replace(progress, best=values[best], best_step=step, without_improvement=0)
         progress = dataclasses.replace(progress, without_improvement=progress.without_improvement + 1)
@@ -255,7 +256,12 @@ class Trainer:
         values = metrics_lib.values(metrics)
         self._raise_if_diverged(int(values.pop("diverged_at")))
         rates = self.clock.rates(step, self.experiment.loading.batch_size)
-        self.log.write(step, "train", self.experiment.task.summarize(values) | rates)
+        self._write(step, "train", self.experiment.task.summarize(values) | rates)
+
+    def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """A line of metrics, to the log and to the result."""
+        self.lines.append((step, split, values))
+        self.log.write(step, split, values)
 
     def _raise_if_diverged(self, at: int) -> None:
         if at:
@@ -273,6 +279,7 @@ class Trainer:
         again = "The same command goes on from there."
         if self.state is None:
             return f"{signal_name}: stopped before anything was trained. {again}"
+        self._flush()
         step = int(self.state.step)
         if step not in self.checkpoints.steps():
             self._save(step)
@@ -287,19 +294,17 @@ class Trainer:
         tested = step
         if self.experiment.checkpoint.best is not None and self.progress.best_step is not None:
             tested = self.progress.best_step
-        if source is not None and not self.folder.metrics("test"):
+        if source is not None and not any(split == "test" for _, split, _ in self.lines):
             if tested == step:
                 params, stats = self._weights(), self.state.stats
             else:
                 best, _ = self.stop.run(self.checkpoints.restore, tested, self.shapes)
                 params, stats = (best.ema if self.experiment.training.ema is not None else best.params), best.stats
-            self.log.write(tested, "test", self.evaluator.run(params, stats, source))
-        if self.evaluator.record is not None:
-            self._record_compile(self.evaluator.record)
+            self._write(tested, "test", self.evaluator.run(params, stats, source))
         final = {}
-        for line in self.folder.metrics():
-            if line["split"] != "validation" or line["step"] == tested:
-                final[line["split"]] = {k: v for k, v in line.items() if k not in ("step", "split")}
+        for at, split, values in self.lines:
+            if split != "validation" or at == tested:
+                final[split] = values
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
 
     def close(self) -> None:

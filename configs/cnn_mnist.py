@@ -1,0 +1,18 @@
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "cnn", "features": (32, 64), "hidden": 64, "dropout": 0.4}
+    c.task = {"name": "classify"}
+    c.data = {
+        "source": "tfds:mnist",
+        "splits": {"train": "train[:57000]", "validation": "train[57000:]", "test": "test"},
+        "batch_size": 128,
+        "eval_batch_size": 500,
+    }
+    c.optimizer = {"name": "adam", "learning_rate": 2e-3, "schedule": {"name": "cosine", "warmup": 200}}
+    c.training = {"epochs": 10, "ema": 0.995}
+    c.evaluation = {"every": 445}
+    c.checkpoint = {"every": 445}
+    return c

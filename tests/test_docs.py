@@ -1,0 +1,76 @@
+"""What the documents say can be typed, can be typed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from jaxmodels import cli
+from jaxmodels.config import load_config, parse_override, set_at
+from jaxmodels.experiment import resolve
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HEADERS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def commands(page):
+    """Every line that begins a shell command of ours, comments cut off."""
+    lines = re.findall(r"(?:^|&& )(jaxmodels (?:train|evaluate|config)[^\n]*)", page.read_text().replace("    jaxmodels", "jaxmodels"), re.M)
+    return [line.split("  #")[0] for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES + HEADERS, ids=lambda p: p.name)
+def test_commands_parse_and_name_what_exists(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        arguments, overrides = cli._split(shlex.split(command)[1:])
+        options = cli.parser().parse_args(arguments)
+        if hasattr(options, "config") and options.config.startswith("configs/"):
+            config = load_config(options.config)
+            values = config.to_dict()
+            for key, text in overrides.items():
+                set_at(values, key, parse_override(text))
+            resolve(values)
+
+
+def test_there_are_commands_to_check():
+    assert sum(len(commands(page)) for page in PAGES) > 10
+
+
+def test_the_two_commands_stand_at_the_top():
+    top = (ROOT / "README.md").read_text().splitlines()[2:4]
+    assert top == [
+        "    pip install -e . && jaxmodels train --config=configs/cnn_digits.py --workdir=runs/cnn_digits",
+        "    pip install -e '.[test]' && pytest",
+    ]
+    assert "pip install -q -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
+        for target in re.findall(r"`((?:configs|tests|benchmarks|docs)/\w+\.\w+)`", page.read_text()):
+            assert (ROOT / target).exists(), (page, target)
+
+
+def test_every_config_has_a_row_of_results():
+    readme = (ROOT / "README.md").read_text()
+    for path in HEADERS:
+        assert f"`{path.stem}`" in readme, path
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    os.symlink(ROOT / "configs", tmp_path / "configs")
+    # The second block makes GPT-2 itself: by shape is enough.
+    second = blocks[1].replace("create(", "nnx.eval_shape(lambda: create(").replace("nnx.Rngs(0))", "nnx.Rngs(0)))")
+    program = f"import numpy as np\nimages = np.zeros((2, 8, 8, 1), np.float32)\n{blocks[0]}\nassert probabilities.shape == (2, 10)\n{second}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 0.5
