@@ -8,11 +8,11 @@ def get_config():
     c.data = {
         "source": "tfds:mnist",
         "splits": {"train": "train[:57000]", "validation": "train[57000:]", "test": "test"},
-        "batch_size": 128,
+        "batch_size": 64,
         "eval_batch_size": 500,
     }
-    c.optimizer = {"name": "adam", "learning_rate": 2e-3, "schedule": {"name": "cosine", "warmup": 200}}
-    c.training = {"epochs": 10, "ema": 0.995}
-    c.evaluation = {"every": 445}
-    c.checkpoint = {"every": 445}
+    c.optimizer = {"name": "adam", "learning_rate": 1.5e-3, "schedule": {"name": "cosine", "warmup": 200}}
+    c.training = {"epochs": 8, "ema": 0.995}
+    c.evaluation = {"every": 890}
+    c.checkpoint = {"every": 890}
     return c

@@ -10,10 +10,10 @@ from flax import nnx
 
 from jaxmodels.models import create
 from jaxmodels.models.cnn import CNN
-from jaxmodels.models.layers import dropout
+from jaxmodels.models.layers import dropout, halve
 from jaxmodels.models.rnn import GRU, LSTM, RecurrentLM
 from jaxmodels.models.transformer import Decoder
-from jaxmodels.training.step import split
+from jaxmodels.training.step import merge, split
 
 
 def count(model):
@@ -44,6 +44,15 @@ def test_cnn_is_two_convolutions_two_poolings_and_two_dense_layers():
     x = np.maximum(x.reshape(3, -1) @ np.asarray(model.hidden.kernel[...]) + np.asarray(model.hidden.bias[...]), 0)
     expected = x @ np.asarray(model.output.kernel[...]) + np.asarray(model.output.bias[...])
     np.testing.assert_allclose(model(image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_halving_is_max_pooling(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    pool = functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
+    np.testing.assert_array_equal(halve(x), pool(x))
+    one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (halve, pool))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def numpy_gpt2(p, tokens, heads):
@@ -80,7 +89,7 @@ def perturbed(model, seed):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves), stats)
+    return merge(graph, jax.tree.unflatten(tree, leaves), stats)
 
 
 def test_decoder_equals_gpt2_in_numpy():
@@ -102,7 +111,7 @@ def decoder_outputs(scan, remat):
     tokens = jnp.arange(16).reshape(2, 8)
 
     def loss(params):
-        return jnp.sum(nnx.merge(graph, params, stats)(tokens, rngs=nnx.Rngs(dropout=5)) ** 2)
+        return jnp.sum(merge(graph, params, stats)(tokens, rngs=nnx.Rngs(dropout=5)) ** 2)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     if scan:
@@ -208,5 +217,5 @@ def test_models_compute_in_the_type_of_their_parameters():
         (create("lstm", 11, width=8, rngs=nnx.Rngs(0)), jnp.ones((2, 4), int)),
     ]:
         graph, params, stats = split(model)
-        half = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), stats)
+        half = merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), stats)
         assert half(batch).dtype == jnp.bfloat16

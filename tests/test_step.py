@@ -6,15 +6,18 @@ import numpy as np
 import optax
 import pytest
 import small
+from flax import nnx
 from jax.extend import core as jax_core
 
 from jaxmodels.data.loader import TrainingBatches
 from jaxmodels.experiment import build_experiment
+from jaxmodels.models import create
 from jaxmodels.tasks.classify import Classify
 from jaxmodels.tasks.language_model import LanguageModel
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import optimizer as optimizer_lib
 from jaxmodels.training.optimizer import Optimizer, Schedule, make_schedule
+from jaxmodels.training.step import merge, split
 
 
 def trained(config, steps=4, batches=None):
@@ -33,6 +36,16 @@ def trained(config, steps=4, batches=None):
 def assert_close(one, other, **tolerance):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, **tolerance)
+
+
+def test_a_module_comes_back_from_its_parts_with_more_than_ten_layers():
+    model = create("gpt", 11, context=4, layers=12, heads=1, width=4, rngs=nnx.Rngs(0))
+    for i, block in enumerate(model.blocks):
+        block.up.bias[...] = jnp.full(16, float(i))
+    again = merge(*split(model))
+    assert [float(block.up.bias[...][0]) for block in again.blocks] == list(range(12))
+    tokens = jnp.arange(4)[None]
+    np.testing.assert_array_equal(again(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("name", ["cnn", "lstm", "gpt"])
@@ -69,8 +82,6 @@ def test_one_step_is_optax_by_hand():
     by_hand = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda s: jnp.array(rates)[s], b1=0.8, weight_decay=0.01, mask=mask))
     params, opt_state = state.params, by_hand.init(state.params)
     batches = TrainingBatches(experiment.dataset.splits["train"], 4, 3, seed=0, shuffle=True)
-    from jaxmodels.training.step import merge
-
     @jax.jit
     def gradient(params, tokens):
         def loss(params):

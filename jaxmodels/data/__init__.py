@@ -12,6 +12,7 @@ SOURCES = {
     "digits": "jaxmodels.data.digits:digits",
     "python_docs": "jaxmodels.data.text:python_docs",
     "text": "jaxmodels.data.text:text",
+    "csv": "jaxmodels.data.table:csv_table",
     "tfds": "jaxmodels.data.tfds:tfds",
     "arrays": "jaxmodels.data.source:arrays",
 }

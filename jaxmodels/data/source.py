@@ -1,6 +1,7 @@
 """What a source of examples is, and the sources that hold arrays in memory."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +40,22 @@ def take(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:
         return source.take(indices)
     examples = [source[int(i)] for i in indices]
     return {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
+
+
+def find_file(path: str, data_dir: str | None) -> str:
+    """Where a file lies: `path` itself, or below the data directory.
+
+    Raises:
+      ConfigError: neither; names both places.
+    """
+    places = [path] + ([os.path.join(data_dir, path)] if data_dir else [])
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if found is None:
+        raise ConfigError(
+            f"config.data.source: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
+            "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
+        )
+    return found
 
 
 class Arrays:

@@ -1,11 +1,10 @@
 """Text as windows of tokens, for language models."""
 
-import os
 from typing import Literal
 
 import numpy as np
 
-from jaxmodels.data.source import Dataset
+from jaxmodels.data.source import Dataset, find_file
 from jaxmodels.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from jaxmodels.errors import ConfigError
 
@@ -65,13 +64,7 @@ def text(
     Raises:
       ConfigError: the file is missing or not UTF-8, or a part is shorter than one window.
     """
-    places = [path] + ([os.path.join(data_dir, path)] if data_dir else [])
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if found is None:
-        raise ConfigError(
-            f"config.data.source: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
-            "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
-        )
+    found = find_file(path, data_dir)
     try:
         with open(found, encoding="utf-8", newline="") as file:
             content = file.read()

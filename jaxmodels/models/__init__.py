@@ -16,8 +16,15 @@ from jaxmodels import config as config_lib
 
 MODELS = {
     "cnn": "jaxmodels.models.cnn:CNN",
+    "resnet18": "jaxmodels.models.resnet:ResNet",
+    "resnet34": "jaxmodels.models.resnet:ResNet",
+    "resnet50": "jaxmodels.models.resnet:ResNet",
+    "resnet101": "jaxmodels.models.resnet:ResNet",
     "lstm": "jaxmodels.models.rnn:RecurrentLM",
     "gru": "jaxmodels.models.rnn:RecurrentLM",
+    "forecast_linear": "jaxmodels.models.forecast:LinearForecast",
+    "forecast_lstm": "jaxmodels.models.forecast:RecurrentForecast",
+    "forecast_transformer": "jaxmodels.models.forecast:TransformerForecast",
     "gpt": "jaxmodels.models.transformer:Decoder",
     "gpt2": "jaxmodels.models.transformer:Decoder",
     "gpt2-medium": "jaxmodels.models.transformer:Decoder",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxmodels.models.layers import dropout
+from jaxmodels.models.layers import dropout, halve
 
 
 class CNN(nnx.Module):
@@ -48,7 +48,7 @@ class CNN(nnx.Module):
         """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes]."""
         x = image.astype(self.output.kernel.dtype)
         for convolution in self.convolutions:
-            x = nnx.max_pool(nnx.relu(convolution(x)), window_shape=(2, 2), strides=(2, 2))
+            x = halve(nnx.relu(convolution(x)))
         x = dropout(x.reshape(x.shape[0], -1), self.dropout / 2, rngs)
         x = nnx.relu(self.hidden(x))
         return self.output(dropout(x, self.dropout, rngs))

@@ -20,35 +20,44 @@ SIZES = {
 
 
 class Attention(nnx.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017), query, key and value from one matrix product."""
+    """Multi-head self-attention (Vaswani et al. 2017), query, key and value from one matrix product.
 
-    def __init__(self, width: int, heads: int, *, out_init, rngs: nnx.Rngs):
+    With `causal`, position t sees positions 0..t.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool, out_init, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         self.query_key_value = nnx.Linear(width, 3 * width, kernel_init=init, rngs=rngs)
         self.out = nnx.Linear(width, width, kernel_init=out_init, rngs=rngs)
-        self.heads = heads
+        self.heads, self.causal = heads, causal
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
         q_BTNK, k_BTNK, v_BTNK = (
             part.reshape(B, T, self.heads, D // self.heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1)
         )
-        y_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, is_causal=True)
+        y_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, is_causal=self.causal)
         return self.out(y_BTNK.reshape(B, T, D))
 
 
 class Block(nnx.Module):
-    """Attention and a GELU feed-forward of four times the width, each on a normalised input, added to its input."""
+    """Attention and a GELU feed-forward, each on a normalised input, added to its input.
 
-    def __init__(self, width: int, heads: int, *, dropout: float, layers: int, rngs: nnx.Rngs):
+    The feed-forward is four times as wide unless `mlp_width` is given; `layers` is how many blocks are stacked.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, mlp_width: int | None = None, causal: bool = True, dropout: float, layers: int, rngs: nnx.Rngs
+    ):
+        mlp_width = 4 * width if mlp_width is None else mlp_width
         init = nnx.initializers.normal(0.02)
         # Every block adds twice to the residual stream; GPT-2 scales those sums back to unit growth.
         out_init = nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
         self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = Attention(width, heads, out_init=out_init, rngs=rngs)
+        self.attention = Attention(width, heads, causal=causal, out_init=out_init, rngs=rngs)
         self.mlp_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, kernel_init=out_init, rngs=rngs)
+        self.up = nnx.Linear(width, mlp_width, kernel_init=init, rngs=rngs)
+        self.down = nnx.Linear(mlp_width, width, kernel_init=out_init, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:

@@ -17,6 +17,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 TASKS = {
     "classify": "jaxmodels.tasks.classify:Classify",
+    "forecast": "jaxmodels.tasks.forecast:Forecast",
     "language_model": "jaxmodels.tasks.language_model:LanguageModel",
 }
 

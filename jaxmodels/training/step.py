@@ -66,11 +66,16 @@ def split(model: nnx.Module) -> tuple[Any, dict, dict]:
 
 def merge(graph, params: dict, stats: dict) -> nnx.Module:
     """The module again."""
-    return nnx.merge(graph, params, stats)
+    return nnx.merge(graph, _own_keys(params), _own_keys(stats))
 
 
 def _string_keys(tree):
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _own_keys(tree):
+    """Places in a list as the numbers they are: NNX goes by their order, and as strings "10" comes before "2"."""
+    return {int(k) if k.isdigit() else k: _own_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def cast(tree, dtype):
