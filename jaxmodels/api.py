@@ -1,5 +1,6 @@
 """The commands as functions: train, evaluate, and load a run back to predict with it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,14 @@ from flax import nnx
 from rich.console import Console
 
 from jaxmodels.data import tokenizers
-from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import Experiment, build_experiment, build_model
+from jaxmodels.errors import ConfigError, Interrupted
+from jaxmodels.experiment import build_experiment, build_model
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training import checkpoint as checkpoint_lib
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
 from jaxmodels.training.evaluation import Evaluator
+from jaxmodels.training.run_folder import RunFolder
 from jaxmodels.training.signals import StopSignals
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
@@ -31,6 +33,8 @@ def train(
     quiet: bool = False,
 ) -> trainer.Result:
     """Trains a config in a folder, or goes on with the run of it that is there.
+
+    It sets JAX's compilation cache, and on CPUs how freed memory is kept, for the whole process; see `training.compile`.
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
@@ -63,16 +67,22 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
     """
     folder, checkpoints, step = checkpoint_lib.open_run(run)
     try:
-        experiment = build_experiment(folder.config(), data_dir=data_dir, data=data)
+        experiment = build_experiment(folder.config(), data_dir=data_dir, data=data, trained_info=_trained_info(folder))
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
-        mesh = mesh_lib.make_mesh(experiment.mesh)
-        mesh_lib.check_batch(experiment.eval_batch_size, 1, mesh, "data.eval_batch_size")
-        params, stats = _restore_weights(checkpoints, step, experiment.state_shapes(), mesh_lib.replicated(mesh))
+        # All devices there are, however many trained it; a padded batch may be larger than asked.
+        mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
+        ways = mesh.shape["data"]
+        loading = dataclasses.replace(experiment.loading, eval_batch_size=-(-experiment.eval_batch_size // ways) * ways)
+        experiment = dataclasses.replace(experiment, loading=loading)
+        shapes = experiment.state_shapes()
+        with StopSignals() as stop:
+            params, stats = stop.run(checkpoints.restore_weights, step, shapes.params, shapes.stats, mesh_lib.replicated(mesh))
+            values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
+    except Interrupted as error:
+        raise Interrupted(f"{error}: stopped evaluating; there is nothing to save.") from None
     finally:
         checkpoints.close()
-    with StopSignals() as stop:
-        values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
     return {"step": step} | values
 
 
@@ -106,27 +116,20 @@ def load(run: str) -> Run:
     """
     folder, checkpoints, step = checkpoint_lib.open_run(run)
     try:
-        config, info = folder.config(), dict(folder.manifest()["info"])
-        tokenizer = None
-        if folder.tokenizer_file.is_file():
-            info["tokenizer"] = tokenizer = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
+        config, info = folder.config(), _trained_info(folder)
         task, build = build_model(config, info)
-        graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-        shapes = step_lib.TrainState(None, params, stats, None, None, None, None)
-        params, stats = _restore_weights(checkpoints, step, shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
+        params, stats = checkpoints.restore_weights(step, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     finally:
         checkpoints.close()
-    return Run(step_lib.evaluation_model(graph, params, stats), task, config, step, tokenizer)
+    return Run(step_lib.evaluation_model(graph, params, stats), task, config, step, info.get("tokenizer"))
 
 
-def _restore_weights(checkpoints: checkpoint_lib.Checkpoints, step: int, shapes: step_lib.TrainState, sharding) -> tuple[dict, dict]:
-    """Parameters (their average, where it is kept) and statistics, in a sharding."""
-    stored = checkpoints.shapes(step, "ema")
-    weights = "ema" if stored["ema"] else "params"
-    wanted = {weights: shapes.params} | ({"stats": shapes.stats} if shapes.stats else {})
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-    restored = checkpoints.restore_part(step, wanted)
-    return restored[weights], restored.get("stats", {})
-
-
-__all__ = ["Experiment", "Run", "evaluate", "load", "train"]
+def _trained_info(folder: RunFolder) -> dict[str, Any]:
+    """What the data said of itself when the run was trained, with the run's own tokenizer."""
+    info = folder.manifest().get("info")
+    if info is None:
+        raise ConfigError(f"{folder.manifest_file} is missing or says nothing of the data: the run cannot be loaded.")
+    if folder.tokenizer_file.is_file():
+        info["tokenizer"] = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
+    return info

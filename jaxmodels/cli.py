@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add_machine(sub):
         sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
-        sub.add_argument("--cpu_devices", type=int, metavar="N", help="simulate N devices on the CPU")
+        sub.add_argument("--cpu_devices", type=_positive, metavar="N", help="simulate N devices on the CPU")
 
     train = command("train", _train, "train a config, or go on with the run in --workdir")
     add_config(train)
@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
@@ -75,15 +81,17 @@ def run(argv: list[str]) -> int:
         root.error(f"{options.command} takes no --config.{next(iter(overrides))}")
     from jaxmodels.errors import Interrupted, RunError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         return options.function(options, overrides) or 0
+    except Interrupted as error:
+        print(f"jaxmodels: {error}", file=sys.stderr, flush=True)
+        # A compilation may still run in a thread, which the interpreter would wait for.
+        os._exit(error.exit_status)
     except RunError as error:
         print(f"jaxmodels: {error}", file=sys.stderr)
-        if isinstance(error, Interrupted):
-            # A compilation may still run in a thread, which the interpreter would wait for.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_status)
         return error.exit_status
 
 
@@ -119,24 +127,31 @@ def _start(options) -> None:
 
 
 def _train(options, overrides):
-    from rich.console import Console
+    from jaxmodels.errors import Interrupted
+    from jaxmodels.training.signals import StopSignals
 
-    config = _load(options, overrides)
-    _start(options)
-    from jaxmodels.experiment import build_experiment
+    try:
+        # From the first moment on: importing and building take seconds.
+        with StopSignals() as stop, stop.may_raise():
+            from rich.console import Console
 
-    experiment = build_experiment(config, data_dir=options.data_dir)
-    console = Console()
-    if options.dry_run:
-        from jaxmodels.plan.dry_run import print_dry_run
+            config = _load(options, overrides)
+            _start(options)
+            from jaxmodels.config import split_spec
+            from jaxmodels.experiment import build_experiment
+            from jaxmodels.plan.dry_run import print_dry_run
+            from jaxmodels.training import summary, trainer
 
-        return print_dry_run(experiment, console)
-    from jaxmodels.config import split_spec
-    from jaxmodels.training import summary, trainer
-
+            experiment = build_experiment(config, data_dir=options.data_dir)
+            console = Console()
+            if options.dry_run:
+                return print_dry_run(experiment, console)
+    except Interrupted as error:
+        raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
     result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, console=console)
     summary.print_summary(result, experiment, console)
+    return 0
 
 
 def _evaluate(options, _):

@@ -14,10 +14,11 @@ import inspect
 import json
 import os
 import runpy
+import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -65,14 +66,38 @@ def _load_values(path: str, argument: str | None) -> dict:
         if argument is not None:
             raise ConfigError(f"--config: {path} takes no argument, but got {argument!r}.")
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise ConfigError(f"--config: {path} defines no get_config(); it must return an ml_collections.ConfigDict.")
-    if argument is not None and not inspect.signature(get_config).parameters:
-        raise ConfigError(f"--config: get_config() of {path} takes no argument, but got {argument!r}.")
-    config = get_config(argument) if argument is not None else get_config()
-    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+            try:
+                config = json.load(file)
+            except ValueError as error:
+                raise ConfigError(f"--config: {path} is not valid JSON: {error}.") from error
+    else:
+        config = _call_get_config(path, argument)
+    if isinstance(config, ConfigDict):
+        return config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"--config: {path} must give a ConfigDict or a dictionary, not {config!r}.")
+    return dict(config)
+
+
+def _call_get_config(path: str, argument: str | None) -> Any:
+    """What a config file's `get_config` returns; whatever it raises, as ConfigError with the line."""
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise ConfigError(f"--config: {path} defines no function get_config(); it must return an ml_collections.ConfigDict.")
+        parameters = inspect.signature(get_config).parameters.values()
+        if argument is not None and not parameters:
+            raise ConfigError(f"--config: get_config() of {path} takes no argument, but got {argument!r}.")
+        if argument is None and any(p.default is p.empty for p in parameters):
+            raise ConfigError(f"--config: get_config() of {path} needs an argument: --config={path}:ARGUMENT.")
+        return get_config(argument) if argument is not None else get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001  a config is a program: it can raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
+        where = f"{path}, line {line}" if line else path
+        raise ConfigError(f"--config: {where}: {type(error).__name__}: {error}") from error
 
 
 def parse_override(text: str) -> Any:
@@ -240,9 +265,12 @@ def find(kind: str, table: Mapping[str, str], name: str) -> Any:
         )
     module, _, attribute = place.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"config.{kind}: cannot import {place!r}: {error}") from error
+    if not (inspect.isfunction(found) or inspect.isclass(found)):
+        raise ConfigError(f"config.{kind}: {place!r} is neither a function nor a class.")
+    return found
 
 
 # Comparing
@@ -280,8 +308,9 @@ def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[
     if argument is not None:
         try:
             without = flatten(_load_values(path, None))
-        except TypeError:  # get_config() needs its argument: all that it says is the argument's doing
+        except ConfigError:  # get_config() needs its argument: all that it says is the argument's doing
             without = {}
+    given, without, overrides = (_by_first_key(values, resolved) for values in (given, without, overrides))
     result = {}
     for key in flatten(resolved):
         inside = [k for k in (*given, *overrides) if k == key or key.startswith(k + ".")]
@@ -291,4 +320,16 @@ def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[
             result[key] = "default"
         else:
             result[key] = "file" if all(without.get(k) == given[k] and k in without for k in inside) else "argument"
+    return result
+
+
+def _by_first_key(flat: Mapping[str, Any], resolved: Mapping) -> dict[str, Any]:
+    """Sections written by their name alone under the key that the name is the value of: `task` as `task.name`."""
+    result = {}
+    for key, value in flat.items():
+        section = resolved
+        for name in key.split("."):
+            section = section.get(name) if isinstance(section, Mapping) else None
+        whole = isinstance(section, Mapping) and section and not isinstance(value, Mapping)
+        result[f"{key}.{next(iter(section))}" if whole else key] = value
     return result

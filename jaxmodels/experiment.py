@@ -37,7 +37,7 @@ class Loading:
       threads: that read ahead; unless given, none for sources that lie in memory, else 16.
       workers: processes that read ahead instead of threads.
       buffer: batches read ahead.
-      memory_gb: a set that takes no more is decoded once and kept; not with `workers`.
+      memory_gb: a split that takes no more is decoded once and kept; not with `workers`.
     """
 
     batch_size: int
@@ -103,12 +103,13 @@ class InitFrom:
     Attributes:
       run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest.
       skip: patterns; parameters of this model whose path matches one (from its start) are initialised anew.
-      rename: pattern -> replacement, in order, on the paths of the other run's parameters.
+      rename: pairs (pattern, replacement), applied in order to the paths of the other run's parameters; an empty result
+        drops the parameter.
     """
 
     run: str
     skip: tuple[str, ...] = ()
-    rename: Mapping[str, str] | None = None
+    rename: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,10 +146,10 @@ def resolve(config: Mapping) -> dict:
     Raises:
       ConfigError: an unknown section or key, a wrong type, an unknown name, a missing required key.
     """
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    top = {"seed": (int, 0), "model": (dict, None), "task": (dict, None), "data": (dict, None), "optimizer": (dict, None)}
-    top |= {name: (section, None) for name, section in _PLAIN.items()}
-    top |= {"partition": (Literal["jit"], "jit"), "init_from": (InitFrom | None, None)}
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"a config is a dictionary of sections, as jaxmodels.load_config(FILE) gives; got {config!r}.")
+    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "init_from")
     for key in config:
         if key not in top:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
@@ -164,7 +165,7 @@ def resolve(config: Mapping) -> dict:
             raise ConfigError(f"config.{name}.{first} is required, e.g. --config.{name}.{first}=VALUE.")
         resolved[name] = resolve_section(dict(section))
     for name, section in _PLAIN.items():
-        resolved[name] = config_lib.check_section(name, config.get(name) or {}, config_lib.fields(section), f"the section {name!r}")
+        resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
     resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit"])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
     _check_values(resolved)
@@ -212,6 +213,14 @@ def _check_values(c: dict) -> None:
         value = c[section][name]
         if value is not None and value <= 0:
             raise ConfigError(f"config.{key} must be above 0, got {value}.")
+    for key in ("data.threads", "data.workers", "data.memory_gb"):
+        section, name = key.split(".")
+        if c[section][name] is not None and c[section][name] < 0:
+            raise ConfigError(f"config.{key} must not be negative, got {c[section][name]}.")
+    if not 0 <= c["seed"] < 2**32:
+        raise ConfigError(f"config.seed must be at least 0 and below 2**32, got {c['seed']}.")
+    if not max(c["training"]["steps"] or 0, c["training"]["epochs"] or 0) < 2**31:
+        raise ConfigError("config.training: a run has less than 2**31 steps or epochs.")
     if (c["training"]["steps"] is None) == (c["training"]["epochs"] is None):
         raise ConfigError("config.training: give the length of the run as either steps or epochs.")
     ema = c["training"]["ema"]
@@ -223,6 +232,13 @@ def _check_values(c: dict) -> None:
         metrics.check_name("checkpoint.best", c["checkpoint"]["best"])
     elif c["evaluation"]["patience"] is not None:
         raise ConfigError("config.evaluation.patience needs checkpoint.best: the metric that has to improve.")
+    if c["init_from"] is not None:
+        for pair in c["init_from"]["rename"]:
+            if len(pair) != 2:
+                raise ConfigError(f"config.init_from.rename holds pairs (pattern, replacement), got {pair!r}.")
+        for key, patterns in (("skip", c["init_from"]["skip"]), ("rename", [pair[0] for pair in c["init_from"]["rename"]])):
+            for pattern in patterns:
+                optimizer.check_pattern(f"init_from.{key}", pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,13 +278,20 @@ class Experiment:
     @functools.cached_property
     def graph(self):
         """The module's graph, as `training.step.split` gives."""
-        return step.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
+        return step.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0))))[0]
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch of the training split."""
-        example = take(self.dataset.splits["train"], np.array([0]))
+        """Shapes of a batch."""
+        example = take(next(iter(self.dataset.splits.values())), np.array([0]))
         shapes = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in example.items()}
         return shapes | {"weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
+
+    def reading(self, source) -> dict[str, int]:
+        """How a source is read ahead, as arguments of `data.loader.read_ahead`."""
+        threads = self.loading.threads
+        if threads is None:
+            threads = 0 if getattr(source, "in_memory", False) else 16
+        return {"threads": threads, "workers": self.loading.workers, "buffer": self.loading.buffer}
 
     def init_function(self) -> Callable[[jax.Array], step.TrainState]:
         """key -> TrainState; see training.step."""
@@ -305,13 +328,17 @@ class Experiment:
         return step.training_metrics(self._loss, params, stats, self.batch_shapes(rows))
 
 
-def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None) -> Experiment:
+def build_experiment(
+    config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None, trained_info: Mapping | None = None
+) -> Experiment:
     """Resolves a config, opens its data, and checks that data, task, model and optimizer fit each other.
 
     Args:
       config: as `load_config` gives.
       data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
       data: arrays by split, for the source `arrays`.
+      trained_info: what the data said of itself when a run was trained, to evaluate that run: model and task are
+        made from it, the data must agree with it, and no train split is needed.
 
     Raises:
       ConfigError: anything that is wrong, before a device starts.
@@ -319,11 +346,20 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     c = resolve(config)
     loading = Loading(**{key: c["data"][key] for key in config_lib.fields(Loading)})
     dataset = _open(c["data"], loading, data_dir, data)
+    if trained_info is None:
+        _check_train_split(dataset, c["data"])
+    else:
+        dataset = dataclasses.replace(dataset, info=_agreed_info(dataset.info, trained_info))
     task, build = build_model(c, dataset.info)
     training = Training(**c["training"])
-    steps = training.steps or max(1, round(training.epochs * len(dataset.splits["train"]) / loading.batch_size))
+    steps = training.steps or max(1, round(training.epochs * len(dataset.splits.get("train", [])) / loading.batch_size))
     options, own = _split_optimizer(c["optimizer"])
-    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, steps)
+    with _as_config_error("config.model"):
+        params = jax.eval_shape(lambda: step.split(build(nnx.Rngs(params=0)))[1])
+    if trained_info is None:
+        optimizer.check(options, own, steps, params)
+        _check_skip(c["init_from"], params)
+    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + 1))
     experiment = Experiment(
         config=c,
         dataset=dataset,
@@ -340,7 +376,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
         optimizer=optimizer.make_optimizer(options, own, schedule),
         schedule=schedule,
     )
-    _check_fit(experiment, options, own)
+    _check_fit(experiment)
     return experiment
 
 
@@ -378,12 +414,37 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
     shared = config_lib.fields(Loading)
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
     dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+    return dataclasses.replace(dataset, splits={name: _remember(part, loading) for name, part in dataset.splits.items()})
+
+
+def _check_train_split(dataset: Dataset, section: Mapping) -> None:
     if "train" not in dataset.splits:
         raise ConfigError(f"config.data: {section['source']!r} gives no train split, only {', '.join(dataset.splits)}.")
     size = len(dataset.splits["train"])
-    if size < loading.batch_size:
-        raise ConfigError(f"config.data.batch_size={loading.batch_size} is more than the {size} training examples of {section['source']!r}.")
-    return dataclasses.replace(dataset, splits={name: _remember(part, loading) for name, part in dataset.splits.items()})
+    if size < section["batch_size"]:
+        raise ConfigError(f"config.data.batch_size={section['batch_size']} is more than the {size} training examples of {section['source']!r}.")
+
+
+def _agreed_info(info: Mapping, trained: Mapping) -> Mapping:
+    """What a run was trained on, if the data to evaluate it on is of the same kind; it may have fewer classes."""
+    for key, value in trained.items():
+        now = info.get(key)
+        if key == "tokenizer":
+            agree = now is not None and now.to_json() == value.to_json()
+        elif key in ("num_classes", "vocab_size"):
+            agree = now is None or now <= value
+        else:
+            agree = now is None or np.array_equal(np.asarray(now), np.asarray(value))
+        if not agree:
+            shown = "another one now" if key == "tokenizer" else f"{value} when the run was trained, {now} now"
+            raise ConfigError(f"config.data: the data has changed: {key}: {shown}.")
+    return trained
+
+
+def _check_skip(init_from: Mapping | None, params: Any) -> None:
+    for pattern in init_from["skip"] if init_from else ():
+        if not any(re.match(pattern, path) for path in optimizer.paths(params)):
+            raise ConfigError(f"config.init_from.skip: {pattern!r} matches no parameter of the model.")
 
 
 def _remember(source, loading: Loading):
@@ -394,24 +455,24 @@ def _remember(source, loading: Loading):
     return source if size is None or size > loading.memory_gb * 2**30 else Remembered(source)
 
 
-def _check_fit(experiment: Experiment, options: optimizer.Optimizer, own: Mapping) -> None:
-    """Runs model, loss and optimizer on shapes alone, so that what does not fit is said now."""
+def _check_fit(experiment: Experiment) -> None:
+    """Runs model and loss on shapes alone, so that what does not fit is said now."""
     shapes = experiment.batch_shapes(experiment.loading.batch_size)
+    for split, source in experiment.dataset.splits.items():
+        example = take(source, np.array([0]))
+        missing = [name for name in experiment.task.batch if name not in example]
+        if missing:
+            raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {missing[0]!r} in every example; {split} has none.")
+        for name, value in example.items():
+            if name not in shapes or value.shape[1:] != shapes[name].shape[1:] or value.dtype != shapes[name].dtype:
+                raise ConfigError(f"config.data: {name!r} of {split} is {value.dtype} {value.shape[1:]}: not as in the other splits.")
     for name, wanted in experiment.task.batch.items():
-        if name not in shapes:
-            raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {name!r} in every example; the data has {', '.join(shapes)}.")
         got = shapes[name].shape[1:]
         if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
             raise ConfigError(f"config.task: {name!r} should have the shape {wanted}, but has {got} in the data.")
     with _as_config_error("config.model"):
-        params = jax.eval_shape(lambda: step.split(experiment.build(nnx.Rngs(0)))[1])
-    optimizer.check(options, own, experiment.steps, params)
-    with _as_config_error("config.model"):
         experiment.state_shapes()
     _check_best(experiment)
-    for pattern in experiment.init_from.skip if experiment.init_from else ():
-        if not any(re.match(pattern, path) for path in optimizer.paths(params)):
-            raise ConfigError(f"config.init_from.skip: {pattern!r} matches no parameter of the model.")
 
 
 def _check_best(experiment: Experiment) -> None:
@@ -433,5 +494,5 @@ def _as_config_error(where: str):
     """What a model says of its own arguments, as an error of the config."""
     try:
         yield
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error

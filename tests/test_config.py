@@ -75,7 +75,7 @@ BAD = {
     "an item": ({"model.features": (1, "a")}, "model.features must be a list of a whole number"),
     "a model": ({"model.name": "cnm"}, "Did you mean 'cnn'?"),
     "a task": ({"task.name": "classfy"}, "Did you mean 'classify'?"),
-    "a data source": ({"data.source": "digit"}, "There are: arrays, digits, python_docs, text, tfds"),
+    "a data source": ({"data.source": "digit"}, "There are: arrays, csv, digits, python_docs, text, tfds"),
     "an optimizer": ({"optimizer.name": "adamx"}, "There are: adabelief"),
     "an optimizer's argument": ({"optimizer.epsilon": 0.1}, "Did you mean 'eps'?"),
     "an optimizer's argument's type": ({"optimizer.b1": "x"}, "optimizer.b1 must be a number"),
@@ -94,6 +94,20 @@ BAD = {
     "a pattern that matches nothing": ({"optimizer.no_decay": ("embed",)}, "'embed' matches no parameter"),
     "ema": ({"training.ema": 1.5}, "between 0 and 1"),
     "partition": ({"partition": "pmapp"}, "partition must be one of"),
+    "a seed": ({"seed": 2**40}, "seed must be at least 0"),
+    "an endless run": ({"training.steps": 10**19}, "less than 2**31"),
+    "threads": ({"data.threads": -1}, "data.threads must not be negative"),
+    "a section that is a value": ({"log": False}, "config.log must be a section"),
+    "dropout": ({"model.dropout": 1.0}, "dropout must be at least 0 and below 1"),
+    "a size of nothing": ({"model.hidden": 0}, "hidden must be at least 1"),
+    "a weight decay": ({"optimizer.weight_decay": -0.1}, "weight_decay must not be negative"),
+    "a schedule's end that it does not use": ({"optimizer.schedule.final": 0.1}, "means nothing to 'constant'"),
+    "an argument that Optax refuses": ({"optimizer.mu_dtype": 5}, "optimizer"),
+    "no pattern": ({"optimizer.no_decay": ("(",)}, "not a regular expression"),
+    "no pattern in skip": ({"init_from": {"run": "x", "skip": ("(",)}}, "not a regular expression"),
+    "no pair": ({"init_from": {"run": "x", "rename": (("a",),)}}, "holds pairs"),
+    "a module": ({"data.source": "os:path"}, "neither a function nor a class"),
+    "a split seed": ({"data.split_seed": -1}, "split_seed must not be negative"),
     "a negative learning rate": ({"optimizer.learning_rate": -1}, "must be above 0"),
 }
 
@@ -127,6 +141,66 @@ def test_text_sources_say_what_is_wrong(tmp_path):
     assert "context of 8" in error(model__context=8)
     message = error(data={"source": "tfds:mnist", "batch_size": 8}, task="classify", model={"name": "cnn"})
     assert "tfds build mnist --file_format=array_record" in message and str(tmp_path) in message
+
+
+ARRAYS = {"image": [[[[0.0]]]] * 8, "label": [0, 1] * 4}
+BAD_ARRAYS = {
+    "not by split": (ARRAYS, "by split"),
+    "no examples": ({"train": {"image": [], "label": []}}, "above 0"),
+    "words": ({"train": ARRAYS | {"label": ["a"] * 8}}, "'label' must be an array of numbers"),
+    "labels below 0": ({"train": ARRAYS | {"label": [-1, 1] * 4}}, "whole numbers from 0 on"),
+    "fractions as labels": ({"train": ARRAYS | {"label": [0.5, 1] * 4}}, "whole numbers from 0 on"),
+    "another split": ({"train": ARRAYS, "val": ARRAYS}, "has 'val'"),
+    "no labels in one": ({"train": ARRAYS, "test": {"image": ARRAYS["image"]}}, "needs 'label' in every example; test has none"),
+    "another shape in one": ({"train": ARRAYS, "test": ARRAYS | {"image": [[[[0.0, 1.0]]]] * 8}}, "'image' of test"),
+    "grey images": ({"train": ARRAYS | {"image": [[[0.0]]] * 8}}, "height, width, channels"),
+    "one number": ({"train": ARRAYS | {"label": 3}}, "'label' must be an array"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_what_is_wrong_with_arrays_is_one_clear_error(what):
+    data, message = BAD_ARRAYS[what]
+    config = small.config(small.CNN, data={"source": "arrays", "batch_size": 4}, model={"name": "cnn", "features": []})
+    with pytest.raises(ConfigError) as caught:
+        build_experiment(config, data=data)
+    assert message in str(caught.value)
+
+
+BAD_FILES = {
+    "a syntax error": ("def get_config(:", "line 1: SyntaxError"),
+    "an error inside": ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+    "a missing import": ("import no_such_module", "line 1: ModuleNotFoundError"),
+    "no function": ("get_config = 3", "defines no function get_config()"),
+    "nothing returned": ("def get_config():\n    pass", "must give a ConfigDict"),
+    "an argument needed": ("def get_config(x):\n    return {}", "needs an argument"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_what_is_wrong_with_a_config_file_is_one_clear_error(what, tmp_path):
+    text, message = BAD_FILES[what]
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config_lib.load_config(str(tmp_path / "x.py"))
+    assert message in str(caught.value) and "x.py" in str(caught.value)
+    for content in ("[]", "{"):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ConfigError, match="x.json"):
+            config_lib.load_config(str(tmp_path / "x.json"))
+
+
+def test_a_section_written_by_its_name_alone_has_defaults_below(file):
+    overrides = {"optimizer.schedule": "linear"}
+    origins = config_lib.origins(file, overrides, resolve(config_lib.load_config(file, overrides)))
+    assert origins["task.name"] == "file" and origins["task.label_smoothing"] == "default"
+    assert origins["optimizer.schedule.name"] == "override" and origins["optimizer.schedule.warmup"] == "default"
+
+
+def test_what_is_no_config_is_said():
+    for wrong in ("configs/cnn_digits.py", None, 3):
+        with pytest.raises(ConfigError, match="load_config"):
+            resolve(wrong)
 
 
 def test_differences_name_keys_of_either_side():

@@ -79,7 +79,7 @@ def _reached(workdir):
     return "train_step" in RunFolder(workdir).manifest()["starts"][0]["compiled"]
 
 
-@pytest.mark.parametrize("name", ["init", "train_step", "eval_step"])
+@pytest.mark.parametrize("name", ["init", "train_step", "eval_step", "sample"])
 def test_while_compiling(name, tmp_path):
     # Compiled code cannot be interrupted: the stand-in holds its thread as a long compilation does.
     prelude = f"""
@@ -94,12 +94,37 @@ def slow(name, *args, **options):
 for module in (evaluation, state, trainer):
     module.compile_ahead = slow
 """
-    process = start(small.config(small.CNN, evaluation__every=7, checkpoint__every=1000), tmp_path / "x", tmp_path, prelude)
+    config = small.config(small.GPT, task__sample_length=5, training__steps=20, evaluation__every=7, checkpoint__every=1000)
+    process = start(config, tmp_path / "x", tmp_path, prelude)
     wait_for((tmp_path / "compiling").exists, process)
     errors = stop(process)
-    steps = {"init": [], "train_step": ["0"], "eval_step": ["7"]}[name]
+    steps = {"init": [], "train_step": ["0"], "eval_step": ["7"], "sample": ["7"]}[name]
     assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == steps
     assert ("before anything was trained" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
+    again = start(config, tmp_path / "x", tmp_path)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    # What was cut off is done again, and once.
+    assert [line["step"] for line in RunFolder(tmp_path / "x").metrics("validation")] == [7, 14, 20]
+    assert (tmp_path / "x" / "samples.txt").read_text().count("--- step") == 3
+
+
+def test_while_importing(tmp_path):
+    # From the first line of the command on; the interpreter's own start is before that.
+    prelude = f"""
+import builtins, pathlib
+original = builtins.__import__
+def slow(name, *args, **options):
+    if name == "jax" and not pathlib.Path({str(tmp_path / "importing")!r}).exists():
+        pathlib.Path({str(tmp_path / "importing")!r}).write_text("")
+        import time
+        time.sleep(20)
+    return original(name, *args, **options)
+builtins.__import__ = slow
+"""
+    process = start(small.CNN, tmp_path / "x", tmp_path, prelude)
+    wait_for((tmp_path / "importing").exists, process)
+    assert "before anything was trained" in stop(process)
 
 
 def test_previous_handlers_come_back(tmp_path):

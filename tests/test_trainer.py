@@ -12,10 +12,12 @@ from jax._src import array as jax_array
 from rich.console import Console
 
 import jaxmodels
+import jaxmodels.errors
 from jaxmodels.errors import ConfigError, Diverged
 from jaxmodels.experiment import build_experiment
 from jaxmodels.training import compile as compile_lib
 from jaxmodels.training import logging as logging_lib
+from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.checkpoint import Checkpoints, match_weights, parse_run
 from jaxmodels.training.run_folder import RunFolder
@@ -43,7 +45,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "x", "test")] == [150]
     manifest = RunFolder(tmp_path / "x").manifest()
     assert manifest["parameters"] == 40 + 296 + 528 + 170 and manifest["fallbacks"] == [] and manifest["parents"] == []
-    assert manifest["starts"][0]["compiled"].keys() == {"train_step", "eval_step"}
+    assert manifest["starts"][0]["compiled"].keys() == {"init", "train_step", "eval_step"}
     assert manifest["starts"][0]["packages"]["jax"] == jax.__version__
 
 
@@ -156,6 +158,18 @@ def test_the_result_does_not_depend_on_the_log(tmp_path, monkeypatch):
     assert result.metrics["test"]["accuracy"] == expected.metrics["test"]["accuracy"] and not lines(tmp_path / "y")
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("full"), UnicodeEncodeError("ascii", "x", 0, 1, "no"), SystemExit(1)])
+def test_a_terminal_that_fails_stops_nothing(tmp_path, error):
+    class Broken(io.StringIO):
+        def write(self, *_):
+            raise error
+
+    experiment = build_experiment(small.config(small.CNN, training__steps=20))
+    result = trainer_lib.train(experiment, str(tmp_path / "x"), console=Console(file=Broken()))
+    assert result.step == 20 and lines(tmp_path / "x", "test")
+    assert sum("terminal cannot be written" in f for f in RunFolder(tmp_path / "x").manifest()["fallbacks"]) == 1
+
+
 def test_tensorboard_files_hold_the_metrics(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
@@ -246,8 +260,11 @@ def test_changed_data_is_refused(tmp_path):
 
     config = small.config(small.CNN, training__steps=4, data={"source": "arrays", "batch_size": 8}, evaluation={})
     run(config, tmp_path / "x", data=data(40))
-    with pytest.raises(ConfigError, match="data of this run has changed"):
-        run(config, tmp_path / "x", data=data(41))
+    changed = data(40)
+    changed["train"]["image"][3, 0, 0] = 1
+    for other in (data(41), changed):
+        with pytest.raises(ConfigError, match="data of this run has changed"):
+            run(config, tmp_path / "x", data=other)
 
 
 def test_overwrite_touches_nothing_when_the_new_run_is_refused(tmp_path):
@@ -308,16 +325,16 @@ class Shape:
 def test_every_parameter_is_accounted_for():
     here = {"a": Shape(2), "b": Shape(3), "head": Shape(4)}
     there = {"a": Shape(2), "old/b": Shape(3), "head": Shape(9), "extra": Shape(1)}
-    rename = {"^old/": "", "^extra$": ""}
+    rename = [("^o", "very_o"), ("^very_old/", ""), ("^extra$", "")]
     account, sources = match_weights(here, there, skip=("head",), rename=rename)
     assert account.taken == ("a",) and account.renamed == {"b": "old/b"} and account.skipped == ("head",) and account.unused == ("extra",)
     assert sources == {"a": "a", "b": "old/b"}
     with pytest.raises(ConfigError, match="extra .*in the other run, not here"):
-        match_weights(here, there, skip=("head",), rename={"^old/": ""})
+        match_weights(here, there, skip=("head",), rename=[("^old/", "")])
     with pytest.raises(ConfigError, match="'zzz' matches no parameter"):
-        match_weights(here, there, skip=(), rename={"zzz": ""})
+        match_weights(here, there, skip=(), rename=[("zzz", "")])
     with pytest.raises(ConfigError, match="two parameters"):
-        match_weights({"a": Shape(2)}, {"a": Shape(2), "b": Shape(2)}, skip=(), rename={"^b$": "a"})
+        match_weights({"a": Shape(2)}, {"a": Shape(2), "b": Shape(2)}, skip=(), rename=[("^b$", "a")])
 
 
 def test_references_to_runs():
@@ -327,7 +344,53 @@ def test_references_to_runs():
     assert parse_run("runs/a@b") == ("runs/a@b", None)
 
 
+def test_a_checkpoint_being_replaced_when_the_run_was_killed_is_put_back(tmp_path):
+    run(small.config(small.CNN, training__steps=20), tmp_path / "x")
+    folder = tmp_path / "x" / "checkpoints"
+    (folder / "20").rename(folder / "replaced-20")
+    (folder / "replaced-10").mkdir()
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == [10, 20] and not list(folder.glob("replaced-*"))
+    checkpoints.close()
+
+
+def test_not_a_number_is_never_best():
+    assert not metrics_lib.is_better("loss", float("nan"), None) and not metrics_lib.is_better("loss", float("nan"), 1.0)
+    assert metrics_lib.is_better("loss", 0.5, 1.0) and metrics_lib.is_better("accuracy", 0.5, None) and not metrics_lib.is_better("accuracy", 0.5, 0.6)
+
+
 # Loading a run back
+
+
+def test_evaluation_takes_the_run_as_it_was_trained_and_refuses_other_data(tmp_path):
+    def config(text):
+        (tmp_path / "x.txt").write_text(text * 300)
+        return small.config(small.GPT, data__source=f"text:{tmp_path}/x.txt", data__eval_batch_size=16, training__steps=3)
+
+    run(config("abcdefgh\n"), tmp_path / "x")
+    config("ijklmnop\n")
+    with pytest.raises(ConfigError, match="data has changed: tokenizer"):
+        jaxmodels.evaluate(str(tmp_path / "x"), split="validation")
+    images, labels = np.zeros((40, 8, 8, 1), np.float32), np.arange(40) % 4
+    arrays = small.config(small.CNN, training__steps=3, data={"source": "arrays", "batch_size": 8}, evaluation={})
+    run(arrays, tmp_path / "y", data={"train": {"image": images, "label": labels}})
+    # Fewer classes, and no train split: still this run's model.
+    values = jaxmodels.evaluate(str(tmp_path / "y"), data={"test": {"image": images[:5], "label": labels[:5] % 2}})
+    assert 0 <= values["accuracy"] <= 1
+    with pytest.raises(ConfigError, match="image_shape"):
+        jaxmodels.evaluate(str(tmp_path / "y"), data={"test": {"image": images[:, :4], "label": labels}})
+    with pytest.raises(ConfigError, match="num_classes: 4 when the run was trained, 10 now"):
+        jaxmodels.evaluate(str(tmp_path / "y"), data={"test": {"image": images, "label": np.arange(40) % 10}})
+
+
+def test_a_damaged_checkpoint_cannot_be_evaluated_and_says_so(tmp_path):
+    run(small.config(small.CNN, training__steps=5), tmp_path / "x")
+    (tmp_path / "x" / "checkpoints" / "5" / "state" / "_METADATA").unlink()
+    with pytest.raises(jaxmodels.errors.RunError, match="checkpoints/5 cannot be read"):
+        jaxmodels.evaluate(str(tmp_path / "x"))
+    (tmp_path / "x" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="manifest.json is missing"):
+        jaxmodels.load(str(tmp_path / "x"))
 
 
 def test_a_loaded_run_predicts_as_it_was_evaluated(tmp_path):

@@ -1,8 +1,8 @@
 """Where examples come from. A source is opened by name, `NAME` or `NAME:ARGUMENT`, from the `data` section of a config."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.source import Dataset
@@ -16,6 +16,7 @@ SOURCES = {
     "tfds": "jaxmodels.data.tfds:tfds",
     "arrays": "jaxmodels.data.source:arrays",
 }
+SPLITS = ("train", "validation", "test")
 
 
 def find(source: str) -> tuple[Callable, list[str]]:
@@ -29,7 +30,7 @@ def find(source: str) -> tuple[Callable, list[str]]:
         return config_lib.find("data.source", SOURCES, source), []  # the user's own, package.module:function
     function = config_lib.find("data.source", SOURCES, name)
     wanted = [p for p in config_lib.positional(function) if p not in ("data_dir", "given")]
-    if len(wanted) != bool(colon):
+    if len(wanted) != bool(argument):
         use = f"{name}:{wanted[0].upper()}" if wanted else name
         raise ConfigError(f"config.data.source: write it as {use!r}, got {source!r}.")
     return function, [argument] if colon else []
@@ -49,4 +50,13 @@ def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, 
     data_dir = data_dir or os.environ.get("JAXMODELS_DATA_DIR")
     framework = {"data_dir": data_dir, "given": given}
     extra = [framework[name] for name in config_lib.positional(function) if name in framework]
-    return function(*arguments, *extra, **options)
+    dataset = function(*arguments, *extra, **options)
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(f"config.data.source: {source!r} must return a jaxmodels.data.source.Dataset, not {type(dataset).__name__}.")
+    unknown = [name for name in dataset.splits if name not in SPLITS]
+    if unknown:
+        raise ConfigError(f"config.data: a split is one of {', '.join(SPLITS)}; {source!r} has {', '.join(map(repr, unknown))}.")
+    empty = [name for name, split in dataset.splits.items() if not len(split)]
+    if empty:
+        raise ConfigError(f"config.data: the split {empty[0]!r} of {source!r} has no examples.")
+    return dataset

@@ -3,6 +3,7 @@
 import numpy as np
 
 from jaxmodels.data.source import Arrays, Dataset
+from jaxmodels.errors import ConfigError
 
 
 def digits(*, split_seed: int = 0) -> Dataset:
@@ -10,6 +11,8 @@ def digits(*, split_seed: int = 0) -> Dataset:
 
     Examples: `image` float32 [8, 8, 1] in [0, 1], `label` int32.
     """
+    if split_seed < 0:
+        raise ConfigError(f"config.data.split_seed must not be negative, got {split_seed}.")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

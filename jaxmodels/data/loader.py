@@ -148,7 +148,10 @@ def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, worker
       buffer: batches read ahead.
     """
     dataset = grain.MapDataset.source(batches)[start:]
-    options = grain.ReadOptions(num_threads=0 if workers else threads, prefetch_buffer_size=0 if workers or not threads else buffer)
+    if workers or not threads:
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    else:  # a smaller buffer would leave threads idle
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
     stream = dataset.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which only an absl program has parsed

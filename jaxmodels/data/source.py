@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +15,11 @@ Example = Mapping[str, np.ndarray]
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Examples by global index. `take` is optional: many examples in one call, where that is faster."""
+    """Examples by global index.
+
+    Optional: `take(indices)`, many examples in one call, where that is faster; `in_memory = True`, where reading ahead
+    would cost more than it hides; `fingerprint()`, a checksum, by which a resumed run knows its data again.
+    """
 
     def __len__(self) -> int: ...
 
@@ -58,6 +63,15 @@ def find_file(path: str, data_dir: str | None) -> str:
     return found
 
 
+def fingerprint(*arrays: np.ndarray) -> int:
+    """A checksum (CRC-32) of arrays: types, shapes and values."""
+    result = 0
+    for array in arrays:
+        result = zlib.crc32(f"{array.dtype}{array.shape}".encode(), result)
+        result = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), result) if array.size else result
+    return result
+
+
 class Arrays:
     """Examples that are rows of arrays in memory."""
 
@@ -65,12 +79,18 @@ class Arrays:
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self.arrays = {key: np.asarray(value) for key, value in arrays.items()}
+        for key, value in self.arrays.items():
+            if value.ndim == 0 or value.dtype.kind not in "biuf":
+                raise ConfigError(f"{key!r} must be an array of numbers with one row per example, got {value.dtype} of shape {value.shape}.")
         lengths = {key: len(value) for key, value in self.arrays.items()}
-        if len(set(lengths.values())) != 1:
-            raise ConfigError(f"the arrays of one split must have one length, got {lengths}.")
+        if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
+            raise ConfigError(f"the arrays of one split must have one length above 0, got {lengths}.")
 
     def __len__(self):
         return len(next(iter(self.arrays.values())))
+
+    def fingerprint(self):
+        return fingerprint(*self.arrays.values())
 
     def __getitem__(self, index):
         return {key: value[index] for key, value in self.arrays.items()}
@@ -131,8 +151,13 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
             "config.data.source='arrays' needs the arrays: jaxmodels.train(config, workdir, "
             "data={'train': {'image': ..., 'label': ...}, 'test': ...})."
         )
+    if not isinstance(given, Mapping) or not all(isinstance(part, Mapping) for part in given.values()):
+        raise ConfigError("data= must be arrays by split: {'train': {'image': ..., 'label': ...}, 'test': ...}.")
     splits = {name: Arrays(part) for name, part in given.items()}
     columns = {key: [part.arrays[key] for part in splits.values() if key in part.arrays] for key in ("image", "label", "tokens")}
+    for key in ("label", "tokens"):
+        if any(c.dtype.kind not in "iu" or c.min() < (0 if key == "label" else -1) for c in columns[key]):
+            raise ConfigError(f"data=: {key!r} must be whole numbers from 0 on.")
     info = {}
     if columns["image"]:
         info["image_shape"] = columns["image"][0].shape[1:]

@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from jaxmodels.data.source import Dataset, find_file
+from jaxmodels.data.source import Dataset, find_file, fingerprint
 from jaxmodels.errors import ConfigError
 
 
@@ -18,6 +18,9 @@ class Horizons:
 
     def __len__(self):
         return max(0, len(self.values) - self.lookback - self.horizon + 1)
+
+    def fingerprint(self):
+        return fingerprint(self.values, np.array([self.lookback, self.horizon]))
 
     def __getitem__(self, index):
         return {key: value[0] for key, value in self.take(np.array([index])).items()}

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxmodels.data.source import Dataset, find_file
+from jaxmodels.data.source import Dataset, find_file, fingerprint
 from jaxmodels.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from jaxmodels.errors import ConfigError
 
@@ -32,6 +32,9 @@ class Windows:
 
     def __len__(self):
         return self.count
+
+    def fingerprint(self):
+        return fingerprint(self.tokens, np.array([self.length, self.stride]))
 
     def __getitem__(self, index):
         return {key: value[0] for key, value in self.take(np.array([index])).items()}

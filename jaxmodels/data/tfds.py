@@ -46,14 +46,18 @@ def tfds(
     """
     import tensorflow_datasets
 
+    if not 0 < holdout < 100:
+        raise ConfigError(f"config.data.holdout is a percentage between 0 and 100, got {holdout}.")
     folder = _find_folder(name, data_dir)
     builder = tensorflow_datasets.builder_from_directory(folder)
     if splits is None:
         splits = {s: s for s in ("train", "validation", "test") if s in builder.info.splits}
         if "train" in splits and "validation" not in splits:
             splits |= {"train": f"train[:{100 - holdout}%]", "validation": f"train[{100 - holdout}%:]"}
+    if not splits or not all(isinstance(value, str) for value in splits.values()):
+        raise ConfigError(f"config.data.splits: give each split as TFDS writes it, {{'train': 'train[:90%]'}}; got {dict(splits)}.")
     features = builder.info.features
-    names = tuple(n for n, f in features.items() if getattr(f, "np_dtype", None) is not None and np.dtype(f.np_dtype).kind in "biuf")
+    names = tuple(name for name, feature in features.items() if _is_numeric(feature))
     try:
         parts = {ours: Examples(builder.as_data_source(theirs), names) for ours, theirs in splits.items()}
     except NotImplementedError as error:
@@ -63,9 +67,16 @@ def tfds(
     info = {}
     if "image" in features:
         info["image_shape"] = tuple(features["image"].shape)
-    if "label" in features:
+    if hasattr(features.get("label"), "num_classes"):
         info["num_classes"] = features["label"].num_classes
     return Dataset(parts, info)
+
+
+def _is_numeric(feature) -> bool:
+    try:
+        return np.dtype(feature.np_dtype).kind in "biuf"
+    except (AttributeError, TypeError):  # texts, and features inside features
+        return False
 
 
 def _find_folder(name: str, data_dir: str | None) -> str:

@@ -16,7 +16,7 @@ def sample(model, prompt: jax.Array, length: int, key: jax.Array, *, temperature
       length: tokens to draw.
       key: of the drawing.
       temperature: divides the logits; 0 takes the likeliest token.
-      window: tokens that the model reads at most; its `context` if it has one, else 128, unless given.
+      window: tokens that the model reads at most; its `context` if it has one, up to 256, else 128, unless given.
 
     Returns:
       int32 [B, length].

@@ -10,7 +10,8 @@ the `model` section of a config.
 """
 
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from jaxmodels import config as config_lib
 

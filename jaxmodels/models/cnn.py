@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxmodels.models.layers import dropout, halve
+from jaxmodels.models.layers import check_rate, check_sizes, dropout, halve
 
 
 class CNN(nnx.Module):
@@ -31,6 +31,8 @@ class CNN(nnx.Module):
           dropout: rate before the output layer, and half of it after the last pooling.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
+        check_sizes(hidden=hidden, **{f"features[{i}]": wide for i, wide in enumerate(features)})
         height, width, channels = image_shape
         if min(height, width) < 2 ** len(features):
             raise ValueError(f"{len(features)} poolings leave nothing of an image of {height}×{width}; give fewer features")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import dropout
+from jaxmodels.models.layers import check_rate, check_sizes, dropout
 from jaxmodels.models.rnn import CELLS
 from jaxmodels.models.transformer import Block
 
@@ -26,6 +26,7 @@ class LinearForecast(nnx.Module):
           dropout: rate on the past.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
         if window % 2 == 0 or window < 1:
             raise ValueError(f"window must be odd, got {window}")
         init = nnx.initializers.constant(1 / lookback)  # at first, the mean of the past
@@ -91,6 +92,10 @@ class TransformerForecast(nnx.Module):
           dropout: rate on the embedding, on what each block adds, and before the last matrix.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
+        check_sizes(layers=layers, heads=heads, width=width, mlp_width=mlp_width)
+        if width % heads:
+            raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
         self.blocks = nnx.List(
             [Block(width, heads, mlp_width=mlp_width, causal=False, dropout=dropout, layers=layers, rngs=rngs) for _ in range(layers)]
@@ -134,6 +139,8 @@ class RecurrentForecast(nnx.Module):
           dropout: rate on the embedding and on every layer's output.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
+        check_sizes(layers=layers, width=width)
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
         self.layers = nnx.List([CELLS[cell](width, width, rngs=rngs) for _ in range(layers)])
         self.output = nnx.Linear(width, horizon, rngs=rngs)

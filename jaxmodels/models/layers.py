@@ -5,6 +5,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError, naming it, for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_rate(rate: float) -> None:
+    """Raises ValueError for a dropout rate outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {rate}")
+
+
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
     """Inverted dropout (Srivastava et al. 2014); does nothing without `rngs`, which is how a model evaluates.
 

@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from jaxmodels.models.layers import check_sizes
+
 SIZES = {
     "resnet18": {"stages": (2, 2, 2, 2), "block": "basic"},
     "resnet34": {"stages": (3, 4, 6, 3), "block": "basic"},
@@ -94,6 +96,7 @@ class ResNet(nnx.Module):
             3×3 convolution.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_sizes(width=width, **{f"stages[{i}]": count for i, count in enumerate(stages)})
         self.stem = stem
         self.first = ConvNorm(image_shape[-1], width, *((3, 1) if stem == "cifar" else (7, 2)), rngs=rngs)
         blocks, channels = [], width

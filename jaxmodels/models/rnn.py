@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import Embed, dropout
+from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 
 SIZES = {"lstm": {"cell": "lstm"}, "gru": {"cell": "gru"}}
 
@@ -111,6 +111,8 @@ class RecurrentLM(nnx.Module):
           unroll: time steps per turn of the compiled loop: more is faster and slower to compile.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
+        check_sizes(layers=layers, width=width, unroll=unroll)
         embedding = width if embedding is None else embedding
         if tie_embeddings and embedding != width:
             raise ValueError(f"tied embeddings need embedding == width, got {embedding} and {width}")

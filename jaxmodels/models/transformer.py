@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import Embed, dropout
+from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 
 SIZES = {
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024},
@@ -98,6 +98,8 @@ class Decoder(nnx.Module):
           remat: compute each block again in the backward pass instead of keeping its activations.
           rngs: draws the initial parameters from its `params` stream.
         """
+        check_rate(dropout)
+        check_sizes(context=context, layers=layers, heads=heads, width=width)
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
         init = nnx.initializers.normal(0.02)

@@ -27,6 +27,8 @@ class Classify:
                 raise ConfigError(f"config.task: 'classify' needs images with labels; this data source gives no {key}.")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        if len(info["image_shape"]) != 3:
+            raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
         self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": info["num_classes"]}
         self.batch = {"image": self.provides["image_shape"], "label": ()}
         self.label_smoothing = label_smoothing

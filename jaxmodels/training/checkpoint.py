@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Checkpoints:
                 )
             )
         self.folder, self.best = folder, best
+        if not read_only:
+            self._put_back()
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -75,9 +78,12 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Starts to save a state under its step. The state may be donated as soon as this returns."""
         step = int(state.step)
+        replaced = self.folder / f"replaced-{step}"
         if step in self.steps():
+            # Kept until the new one is whole: it may be the only one.
             self._manager.wait_until_finished()
-            self._manager.delete(step)
+            (self.folder / str(step)).rename(replaced)
+            self._manager.reload()
         scored = self.best is not None and progress.evaluated_at == step and progress.best_step == step
         self._manager.save(
             step,
@@ -88,6 +94,15 @@ class Checkpoints:
             metrics={self.best: progress.best} if scored else None,
             force=True,
         )
+        if replaced.exists():
+            self._manager.wait_until_finished()
+            shutil.rmtree(replaced)
+
+    def _put_back(self) -> None:
+        """A checkpoint that was being replaced when the run was killed: back, unless the new one is whole."""
+        for replaced in self.folder.glob("replaced-*"):
+            place = self.folder / replaced.name.removeprefix("replaced-")
+            shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
         """The state at a step, each array under the sharding that its shape carries, and the progress."""
@@ -127,15 +142,39 @@ class Checkpoints:
         return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
 
     def shapes(self, step: int, *parts: str) -> dict:
-        """Shapes of parts of the state (`params`, `ema`, `stats`) as stored at a step."""
-        tree = self._manager.item_metadata(step).state.tree
+        """Shapes of parts of the state (`params`, `ema`, `stats`) as stored at a step; RunError if they cannot be read."""
+        try:
+            tree = self._manager.item_metadata(step).state.tree
+        except Exception as error:  # noqa: BLE001  whatever Orbax raises for a damaged file
+            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
         as_shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
         return {part: jax.tree.map(as_shape, tree.get(part) or {}) for part in parts}
 
     def restore_part(self, step: int, shapes: Mapping[str, Any]) -> dict:
-        """Some parts of the state, or of a part, at a step; `shapes` carry shardings."""
+        """Some parts of the state, or of a part, at a step; `shapes` carry shardings.
+
+        Raises:
+          RunError: the checkpoint cannot be read.
+        """
         args = _restore_args(dict(shapes), partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+        except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
+            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
+
+    def restore_weights(self, step: int, params: Any, stats: Any, sharding: jax.sharding.Sharding) -> tuple[dict, dict]:
+        """The parameters that a run is judged by (their average, where it kept one) and the statistics.
+
+        Args:
+          step: of the checkpoint.
+          params, stats: shapes.
+          sharding: of every array.
+        """
+        weights = "ema" if self.shapes(step, "ema")["ema"] else "params"
+        wanted = {weights: params} | ({"stats": stats} if stats else {})
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+        restored = self.restore_part(step, wanted)
+        return restored[weights], restored.get("stats", {})
 
     def find(self, which: str | None) -> int:
         """The step that `best`, `latest`, or a number means; the best if one is tracked and else the latest, for None.
@@ -207,13 +246,15 @@ class Account:
     unused: tuple[str, ...]
 
 
-def match_weights(here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Mapping[str, str]) -> tuple[Account, dict[str, str]]:
+def match_weights(
+    here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Sequence[tuple[str, str]]
+) -> tuple[Account, dict[str, str]]:
     """Which of another run's parameters fill which of this model's.
 
     Args:
       here, there: path -> shape.
       skip: patterns on paths here, from their start, that are initialised anew.
-      rename: pattern -> replacement, applied in order to paths there; an empty result drops the parameter.
+      rename: (pattern, replacement), applied in order to paths there; an empty result drops the parameter.
 
     Returns:
       The account, and path here -> path there of all that is taken.
@@ -221,17 +262,15 @@ def match_weights(here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tu
     Raises:
       ConfigError: a parameter that is missing, left over or of another shape, or a pattern that matches nothing.
     """
-    for pattern in rename:
-        if not any(re.search(pattern, path) for path in there):
+    new_names = {path: path for path in there}
+    for pattern, replacement in rename:
+        if not any(re.search(pattern, name) for name in new_names.values()):
             raise ConfigError(f"config.init_from.rename: {pattern!r} matches no parameter of the other run.")
-    new_names = {}
-    for path in there:
-        name = path
-        for pattern, replacement in rename.items():
-            name = re.sub(pattern, replacement, name)
-        if name in new_names.values() and name:
-            raise ConfigError(f"config.init_from.rename: two parameters of the other run become {name!r}.")
-        new_names[path] = name
+        new_names = {path: re.sub(pattern, replacement, name) for path, name in new_names.items()}
+    names = [name for name in new_names.values() if name]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"config.init_from.rename: two parameters of the other run become {twice!r}.")
     skipped = tuple(path for path in here if any(re.match(pattern, path) for pattern in skip))
     sources = {name: path for path, name in new_names.items() if name in here and name not in skipped}
     problems = [f"{path} {here[path].shape}: not in the other run" for path in here if path not in sources and path not in skipped]

@@ -27,14 +27,18 @@ class CompileRecord:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: `JAX_COMPILATION_CACHE_DIR`, else `jaxmodels/xla` in the user's cache folder."""
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"
+    """Where compiled programs are kept: `jaxmodels/xla` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"
 
 
 def use_persistent_cache() -> str | None:
-    """Has JAX keep every compiled program on disk. Returns what went wrong, if the folder cannot be used."""
-    folder = cache_folder()
+    """Has JAX keep every compiled program of this process on disk. Returns what went wrong, if the folder cannot be used.
+
+    The folder is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) where that is made, else `cache_folder`.
+    """
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir or cache_folder())
+    if "://" in (jax.config.jax_compilation_cache_dir or ""):
+        return None  # a bucket, which JAX itself opens
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -51,7 +55,8 @@ def keep_freed_memory() -> None:
     """On the CPU, has glibc keep freed memory instead of giving it back to the kernel.
 
     XLA allocates each step's temporaries anew; as fresh pages these cost a page fault every 4 KiB, a third of the
-    time of a small Transformer's step (`benchmarks/overhead.py --malloc`). Elsewhere than on glibc it does nothing.
+    time of a small Transformer's step (`benchmarks/overhead.py`, its two plain loops). It holds for the whole process;
+    elsewhere than on glibc it does nothing.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -40,7 +40,7 @@ class Evaluator:
             self._step, self._sums, record = self.stop.run(self._compile, params, stats)
             self.on_compile(record)
         sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
-        with contextlib.closing(loader.read_ahead(batches, **reading(self.experiment, source))) as stream:
+        with contextlib.closing(loader.read_ahead(batches, **self.experiment.reading(source))) as stream:
             feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
             while True:
                 with self.stop.may_raise():
@@ -61,11 +61,3 @@ class Evaluator:
         step, record = compile_ahead("eval_step", function, params, stats, batch, sums, donate=(3,), out_shardings=everywhere)
         return step, sums, record
 
-
-def reading(experiment: Experiment, source: DataSource) -> dict[str, int]:
-    """How a source is read ahead, as arguments of `loader.read_ahead`."""
-    loading = experiment.loading
-    threads = loading.threads
-    if threads is None:
-        threads = 0 if getattr(source, "in_memory", False) else 16
-    return {"threads": threads, "workers": loading.workers, "buffer": loading.buffer}

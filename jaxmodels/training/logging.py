@@ -1,7 +1,5 @@
 """Where a run is watched: metrics.jsonl, TensorBoard, and the terminal. What fails here never stops training."""
 
-import json
-import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,23 +13,20 @@ REFRESH_SECONDS = 0.25
 
 
 class JsonLines:
-    """Appends metrics to `metrics.jsonl`, one object a line; numbers that are not finite as strings."""
+    """Appends metrics to `metrics.jsonl`, one object a line."""
 
     def __init__(self, folder: RunFolder):
-        self._file = open(folder.metrics_file, "a", encoding="utf-8")
+        self._folder = folder
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One line, on disk at once."""
-        plain = {k: (v if math.isfinite(v) else str(v)) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split} | plain) + "\n")
-        self._file.flush()
+        """One line, with the kernel at once."""
+        self._folder.add_metrics(step, split, values)
 
     def text(self, step: int, name: str, content: str) -> None:
         """Texts are not metrics; they have a file of their own."""
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Nothing stays open."""
 
 
 class Samples:
@@ -59,7 +54,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         # What an earlier start wrote after this step is hidden: it is written again.
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One scalar for each value, `split/name`."""
@@ -109,7 +104,7 @@ class Log:
     def say(self, message: str, style: str | None = None) -> None:
         """One line, above the live one."""
         if self.active:
-            self.console.print(Text(message, style=style or ""), soft_wrap=True)
+            self._draw(lambda: self.console.print(Text(message, style=style or ""), soft_wrap=True))
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Metrics to every place."""
@@ -130,26 +125,32 @@ class Log:
         """Redraws the live line, if there is one and it is time. Waits for no device."""
         if self.active and self.console.is_terminal and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refreshed = time.monotonic()
-            if self._live is None:
-                self._live = Live(console=self.console, auto_refresh=False, transient=True)
-                self._live.start()
             width = 24
             filled = round(width * step / self.total)
             bar = "━" * filled + "╌" * (width - filled)
             line = f"{bar} {_position(step, self.total)}  {_shown(self._last)}{self._rates(step)}"
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
-
-    def pause(self) -> None:
-        """Takes the live line away, for other output."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+            self._draw(lambda: self._update_live(line))
 
     def close(self) -> None:
         """Closes every place."""
-        self.pause()
+        if self._live is not None:
+            self._draw(self._live.stop)
         self._each(lambda writer: writer.close())
         self._writers = {}
+
+    def _update_live(self, line: str) -> None:
+        if self._live is None:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+
+    def _draw(self, act: Callable[[], None]) -> None:
+        """Something for the terminal, which may be a pipe that nobody reads any more: then it is left alone from here on."""
+        try:
+            act()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  reported; rich exits on a broken pipe
+            self.console, self._live = Console(quiet=True), None
+            self._on_failure(f"the terminal cannot be written ({type(error).__name__}: {error}); training goes on without it")
 
     def _rates(self, step: int) -> str:
         rate = self._last.get("steps_per_second")

@@ -1,5 +1,6 @@
 """Metrics as (sum, weight) pairs: adding them up on the device, and reading them on the host."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -37,8 +38,8 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:
-    """Whether a value beats another; anything beats None."""
-    return than is None or (value > than if HIGHER_IS_BETTER[name] else value < than)
+    """Whether a value beats another; any number beats None, and what is not a number beats nothing."""
+    return not math.isnan(value) and (than is None or (value > than if HIGHER_IS_BETTER[name] else value < than))
 
 
 def check_name(key: str, name: str) -> None:

@@ -1,8 +1,8 @@
 """Any Optax optimizer by name, with a schedule, clipping and weight decay by parameter path."""
 
 import dataclasses
-import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmodels.config import suggest
 from jaxmodels.errors import ConfigError
 
 # Biases and the scales of normalisations are not decayed, whatever the model stacks them in.
@@ -81,9 +82,7 @@ def own_arguments(name: str) -> dict[str, tuple[Any, Any]]:
     """
     known = names()
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"config.optimizer.name: Optax has no optimizer {name!r}.{hint} There are: {', '.join(known)}.")
+        raise ConfigError(f"config.optimizer.name: Optax has no optimizer {name!r}.{suggest(name, known)} There are: {', '.join(known)}.")
     ours = {field.name for field in dataclasses.fields(Optimizer)} | {"mask", "weight_decay_mask"}
     return {
         argument: (type(parameter.default) if type(parameter.default) in (bool, int, float) else Any, parameter.default)
@@ -154,22 +153,40 @@ def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.S
 
 def check(options: Optimizer, own: Mapping[str, Any], steps: int, params: Any) -> None:
     """Raises ConfigError if the section cannot make an optimizer for these parameters (shapes will do)."""
-    if options.learning_rate <= 0:
-        raise ConfigError(f"config.optimizer.learning_rate must be above 0, got {options.learning_rate}.")
-    if options.clip_norm is not None and options.clip_norm <= 0:
-        raise ConfigError(f"config.optimizer.clip_norm must be above 0, got {options.clip_norm}.")
+    for key in ("learning_rate", "clip_norm"):
+        value = getattr(options, key)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"config.optimizer.{key} must be above 0 and finite, got {value}.")
+    if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:
+        raise ConfigError(f"config.optimizer.weight_decay must not be negative, got {options.weight_decay}.")
+    _check_schedule(options.schedule)
     schedule = make_schedule(options.learning_rate, options.schedule, steps)
     for pattern in options.no_decay:
-        try:
-            matches = any(re.search(pattern, path) for path in paths(params))
-        except re.error as error:
-            raise ConfigError(f"config.optimizer.no_decay: {pattern!r} is not a regular expression: {error}.") from error
-        if not matches and pattern not in NO_DECAY:
+        check_pattern("optimizer.no_decay", pattern)
+        if not any(re.search(pattern, path) for path in paths(params)) and pattern not in NO_DECAY:
             raise ConfigError(f"config.optimizer.no_decay: {pattern!r} matches no parameter; there are {', '.join(paths(params)[:8])}, …")
     try:
         jax.eval_shape(make_optimizer(options, own, schedule).init, params)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.optimizer: optax.{options.name} refuses its arguments: {error}") from error
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """What a schedule does not use is not silently passed over."""
+    if not 0 <= schedule.final <= 1:
+        raise ConfigError(f"config.optimizer.schedule.final is a share between 0 and 1, got {schedule.final}.")
+    if schedule.final and schedule.name in ("constant", "inverse_sqrt"):
+        raise ConfigError(f"config.optimizer.schedule.final means nothing to {schedule.name!r}.")
+    if schedule.decay is not None and schedule.name != "wsd":
+        raise ConfigError(f"config.optimizer.schedule.decay means nothing to {schedule.name!r}; only 'wsd' has it.")
+
+
+def check_pattern(where: str, pattern: str) -> None:
+    """Raises ConfigError for what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"config.{where}: {pattern!r} is not a regular expression: {error}.") from error
 
 
 def paths(params: Any) -> list[str]:

@@ -11,6 +11,7 @@
 
 import datetime
 import json
+import math
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels import config as config_lib
-from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.errors import ConfigError
 
+_NOT_FINITE = ("nan", "inf", "-inf")
 OURS = ("config.json", "manifest.json", "metrics.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
 
 
@@ -47,7 +49,10 @@ class RunFolder:
         if not self.config_file.is_file():
             hint = "" if self.path.is_dir() else " (there is no such folder)"
             raise ConfigError(f"{self.path} is not the folder of a run: it has no config.json{hint}.")
-        return read_json(self.config_file)
+        config = read_json(self.config_file)
+        if not isinstance(config, dict):
+            raise ConfigError(f"{self.config_file} does not hold a config.")
+        return config
 
     def check(self, config: Mapping, resolve, machine_keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
         """Whether a run of `config` may go on here: the folder is free, or holds a run of the same config.
@@ -89,11 +94,11 @@ class RunFolder:
     def check_writable(self) -> None:
         """Raises ConfigError if the folder cannot be made or written."""
         place = self.path
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir():
-            raise ConfigError(f"--workdir={self.path}: {place} is a file, not a folder.")
         try:
+            while not place.exists() and not place.is_symlink():
+                place = place.parent
+            if not place.is_dir():
+                raise ConfigError(f"--workdir={self.path}: {place} is not a folder.")
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
@@ -135,34 +140,60 @@ class RunFolder:
         if not self.metrics_file.is_file():
             return []
         lines = []
-        for text in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
-        return [line for line in lines if split in (None, line["split"])]
+            if split in (None, line["split"]):
+                lines.append({key: float(value) if value in _NOT_FINITE else value for key, value in line.items()})
+        return lines
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the lines after a step: a run that goes on from there writes them again."""
+    def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends a line to `metrics.jsonl`."""
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(_metrics_line({"step": step, "split": split} | dict(values)))
+
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Drops the lines and samples of what a run that goes on from `step` will do again.
+
+        Args:
+          step: of the checkpoint.
+          evaluated_at: the last step whose evaluation that checkpoint knows of.
+        """
+        kept = [line for line in self.metrics() if line["step"] <= (evaluated_at if line["split"] == "validation" else step)]
         if self.metrics_file.is_file():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-            _replace(self.metrics_file, "".join(kept))
+            _replace(self.metrics_file, "".join(map(_metrics_line, kept)))
         if self.samples_file.is_file():
-            parts = re.split(r"(?m)^(?=--- step \d+ ---$)", self.samples_file.read_text(encoding="utf-8"))
-            _replace(self.samples_file, "".join(part for part in parts if part and int(part.split()[2]) <= step))
+            text = self.samples_file.read_text(encoding="utf-8", errors="replace")
+            samples = re.finditer(r"(?ms)^--- step (\d+) ---$.*?(?=^--- step \d+ ---$|\Z)", text)
+            _replace(self.samples_file, "".join(sample[0] for sample in samples if int(sample[1]) <= evaluated_at))
+
+
+def _metrics_line(line: Mapping) -> str:
+    """As JSON, which has no way to write numbers that are not finite but as strings."""
+    odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(dict(line) | odd) + "\n"
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; RunError names the file if it is broken."""
+    """A JSON file; ConfigError names the file if it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
 
 
 def write_json(path: Path, values: Mapping) -> None:
     """Writes a JSON file whole or not at all."""
-    _replace(path, json.dumps(values, indent=2) + "\n")
+    _replace(path, json.dumps(values, indent=2, default=_plain, ensure_ascii=False) + "\n")
+
+
+def _plain(value):
+    """NumPy's numbers and arrays, as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} cannot be written as JSON")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -41,10 +41,10 @@ class StopSignals:
     @contextlib.contextmanager
     def may_raise(self):
         """Inside, a signal raises Interrupted at once: for waits that may last, with nothing half-done."""
-        if self.received:
-            raise Interrupted(self.received)
-        self._waiting = True
+        self._waiting = True  # first, so that no signal falls between the question and the wait
         try:
+            if self.received:
+                raise Interrupted(self.received)
             yield
         finally:
             self._waiting = False

@@ -40,6 +40,11 @@ class TrainState:
     metrics: Any
     diverged_at: jax.Array
 
+    @property
+    def weights(self):
+        """The parameters that a run is judged by: their moving average, where it keeps one."""
+        return self.ema or self.params
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
@@ -194,14 +199,13 @@ def _accumulate(gradient, state, batch, key, count):
     rows = jax.tree.map(cut, batch)
     first = jax.tree.map(lambda x: x[0], rows)
     (total, (weight, metrics, _)), grads = jax.eval_shape(gradient, state.params, state.stats, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, weight, cast_shapes(metrics), grads))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, weight, _float_shapes(metrics), grads))
     (sums, stats), _ = jax.lax.scan(micro, (zeros, state.stats), (jnp.arange(count), rows))
     total, weight, metrics, grads = sums
     return total, weight, metrics, stats, grads
 
 
-def cast_shapes(tree):
-    """Shapes with floating-point types as float32."""
+def _float_shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
 
 

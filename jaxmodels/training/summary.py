@@ -12,6 +12,13 @@ from jaxmodels.training.trainer import Result
 
 def print_summary(result: Result, experiment: Experiment, console: Console) -> None:
     """A table of final metrics by split, the time, where the run lies, and what to try next."""
+    try:
+        _print(result, experiment, console)
+    except (OSError, UnicodeError, SystemExit):
+        pass  # nobody reads the output any more; the run is done, and its folder says all of this
+
+
+def _print(result: Result, experiment: Experiment, console: Console) -> None:
     splits = [split for split in ("train", "validation", "test") if split in result.metrics]
     names = [name for name in SHOWN if any(name in result.metrics[split] for split in splits)]
     table = Table("metric", *splits, title=f"finished: step {result.step} in {duration(result.seconds)}", title_justify="left")
@@ -19,18 +26,18 @@ def print_summary(result: Result, experiment: Experiment, console: Console) -> N
         table.add_row(name, *(f"{result.metrics[split][name]:.4f}" if name in result.metrics[split] else "" for split in splits))
     console.print(table)
     if result.evaluated_step != result.step:
-        console.print(f"tested: step {result.evaluated_step}, the best {experiment.checkpoint.best} on validation", highlight=False)
+        console.print(f"tested: step {result.evaluated_step}, the best {experiment.checkpoint.best} on validation", highlight=False, markup=False)
     if "test" in result.metrics and "accuracy" in result.metrics["test"]:
-        console.print(f"test accuracy {result.metrics['test']['accuracy']:.4f}", highlight=False, style="bold")
+        console.print(f"test accuracy {result.metrics['test']['accuracy']:.4f}", highlight=False, markup=False, style="bold")
     folder = os.path.relpath(result.workdir)
     folder = result.workdir if folder.startswith("..") else folder
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {folder}", highlight=False, markup=False, soft_wrap=True)
     split = "test" if "test" in result.metrics else "validation"
     console.print(
         "next:\n"
         f"  jaxmodels evaluate --workdir={folder} --split={split}\n"
         f"  jaxmodels train --config={folder} --workdir={folder}_2 --config.seed=1\n"
         f"  python -c \"import jaxmodels; run = jaxmodels.load('{folder}'); print(run.model)\"",
-        highlight=False,
+        highlight=False, markup=False,
         soft_wrap=True,
     )

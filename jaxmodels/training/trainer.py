@@ -18,9 +18,14 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
-from jaxmodels.training.compile import CompileRecord, compile_ahead, keep_freed_memory, use_persistent_cache
-from jaxmodels.training.evaluation import Evaluator, reading
-from jaxmodels.training.logging import Log, duration
+from jaxmodels.training.compile import (
+    CompileRecord,
+    compile_ahead,
+    keep_freed_memory,
+    use_persistent_cache,
+)
+from jaxmodels.training.evaluation import Evaluator
+from jaxmodels.training.logging import Log
 from jaxmodels.training.run_folder import RunFolder, now
 from jaxmodels.training.signals import StopSignals
 from jaxmodels.training.step import evaluation_model
@@ -71,7 +76,7 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
         _check_parent(experiment, folder)
     with StopSignals() as stop:
         trainer = Trainer(experiment, folder, stop, console or Console())
-        if overwrite:  # after all that could have refused the new run
+        if overwrite and trainer.main:  # after all that could have refused the new run
             folder.clear()
         for key, (there, here) in changed.items():
             trainer.log.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
@@ -109,7 +114,8 @@ class Trainer:
 
     def run(self) -> Result:
         """The whole way: start or resume, loop, test."""
-        self.folder.write_config(self.experiment.config)
+        if self.main:
+            self.folder.write_config(self.experiment.config)
         if (problem := use_persistent_cache()) is not None:
             self.log.say("warning: " + problem, style="yellow")
             self._fallback(problem)
@@ -117,16 +123,19 @@ class Trainer:
             keep_freed_memory()
         options = self.experiment.checkpoint
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
-        self.state, self.progress, lines = self.stop.run(
+        self.state, self.progress, lines, record = self.stop.run(
             state_lib.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key
         )
         for line in lines:
             self.log.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
-        self.folder.rewind_metrics(step)
+        if self.main:
+            self.folder.rewind(step, self.progress.evaluated_at)
         for line in self.folder.metrics():
             self.lines.append((line.pop("step"), line.pop("split"), line))
         self._write_manifest(step)
+        if record is not None:
+            self._record_compile(record)
         self.log.open(self.folder, step, self.experiment.log.tensorboard)
         if not self.progress.finished:
             self._loop(step)
@@ -152,7 +161,7 @@ class Trainer:
             shuffle=experiment.loading.shuffle,
             process=(jax.process_index(), jax.process_count()),
         )
-        stream = loader.read_ahead(batches, start=step, **reading(experiment, source))
+        stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
         feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
         self.clock = _Clock(step, self.progress.seconds)
         metrics = None
@@ -194,7 +203,7 @@ class Trainer:
         progress = dataclasses.replace(self.progress, evaluated_at=step, finished=step == self.experiment.steps)
         source = self.experiment.dataset.splits.get("validation")
         if source is not None:
-            values = self.evaluator.run(self._weights(), self.state.stats, source)
+            values = self.evaluator.run(self.state.weights, self.state.stats, source)
             self._write(step, "validation", values)
             progress = self._judge(progress, step, values)
         self._sample(step)
@@ -218,7 +227,7 @@ class Trainer:
         task = self.experiment.task
         if not getattr(task, "sample_length", 0) or getattr(task, "tokenizer", None) is None:
             return
-        arguments = (self._weights(), self.state.stats, jax.random.fold_in(self.sample_key, step))
+        arguments = (self.state.weights, self.state.stats, jax.random.fold_in(self.sample_key, step))
         if self._sampler is None:
             graph = self.experiment.graph
 
@@ -229,9 +238,6 @@ class Trainer:
             self._sampler, record = self.stop.run(lambda: compile_ahead("sample", sample, *arguments, out_shardings=everywhere))
             self._record_compile(record)
         self.log.text(step, "sample", task.tokenizer.decode(jax.device_get(self._sampler(*arguments))))
-
-    def _weights(self):
-        return self.state.ema if self.experiment.training.ema is not None else self.state.params
 
     def _save(self, step: int) -> None:
         self._raise_if_diverged(int(self.state.diverged_at))
@@ -296,11 +302,10 @@ class Trainer:
         if self.experiment.checkpoint.best is not None and self.progress.best_step is not None:
             tested = self.progress.best_step
         if source is not None and not any(split == "test" for _, split, _ in self.lines):
-            if tested == step:
-                params, stats = self._weights(), self.state.stats
-            else:
-                best, _ = self.stop.run(self.checkpoints.restore, tested, self.shapes)
-                params, stats = (best.ema if self.experiment.training.ema is not None else best.params), best.stats
+            params, stats = self.state.weights, self.state.stats
+            if tested != step:
+                restore, everywhere = self.checkpoints.restore_weights, mesh_lib.replicated(self.mesh)
+                params, stats = self.stop.run(restore, tested, self.shapes.params, self.shapes.stats, everywhere)
             self._write(tested, "test", self.evaluator.run(params, stats, source))
         final = {}
         for at, split, values in self.lines:
@@ -339,7 +344,7 @@ class Trainer:
             "from_step": step,
             "python": platform.python_version(),
             "packages": {p: metadata.version(p) for p in ("jaxmodels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")},
-            "devices": f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})",
+            "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
             "processes": jax.process_count(),
             "mesh": dict(self.mesh.shape),
             "compiled": {},
@@ -348,7 +353,7 @@ class Trainer:
         self.folder.update_manifest(
             parameters=parameters,
             steps=self.experiment.steps,
-            data={name: len(split) for name, split in self.experiment.dataset.splits.items()},
+            data=_describe_data(self.experiment),
             info={key: value for key, value in self.experiment.dataset.info.items() if key != "tokenizer"},
             parents=manifest.get("parents", []),
             fallbacks=manifest.get("fallbacks", []),
@@ -424,10 +429,15 @@ def _check_parent(experiment: Experiment, folder: RunFolder) -> None:
 
 def _check_same_data(experiment: Experiment, folder: RunFolder) -> None:
     """A run goes on with the data it began with."""
-    before = folder.manifest().get("data")
-    sizes = {name: len(split) for name, split in experiment.dataset.splits.items()}
-    if before is not None and before != sizes:
-        raise ConfigError(f"the data of this run has changed: {before} examples when it began, {sizes} now. Bring it back, or --overwrite.")
+    before, now = folder.manifest().get("data"), _describe_data(experiment)
+    if before is not None and before != now:
+        raise ConfigError(f"the data of this run has changed: {before} when it began, {now} now. Bring it back, or --overwrite.")
     tokenizer = experiment.dataset.info.get("tokenizer")
     if tokenizer is not None and folder.tokenizer_file.is_file() and folder.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
         raise ConfigError(f"the data of this run has changed: it makes another tokenizer than {folder.tokenizer_file}. Bring it back, or --overwrite.")
+
+
+def _describe_data(experiment: Experiment) -> dict:
+    """Examples in each split, and the checksum of those that lie in memory."""
+    parts = experiment.dataset.splits.items()
+    return {name: {"examples": len(part)} | ({"crc32": part.fingerprint()} if hasattr(part, "fingerprint") else {}) for name, part in parts}
