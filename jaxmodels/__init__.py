@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load_config": "jaxmodels.config",
-    "resolve": "jaxmodels.experiment",
+    "resolve": "jaxmodels.sections",
     "train": "jaxmodels.api",
     "evaluate": "jaxmodels.api",
     "load": "jaxmodels.api",

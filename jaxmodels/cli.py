@@ -167,7 +167,7 @@ def _evaluate(options, _):
 
 def _config(options, overrides):
     from jaxmodels import config as config_lib
-    from jaxmodels.experiment import resolve
+    from jaxmodels.sections import resolve
 
     resolved = resolve(_load(options, overrides))
     if options.diff:

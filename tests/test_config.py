@@ -7,7 +7,8 @@ import small
 
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import build_experiment, resolve
+from jaxmodels.experiment import build_experiment
+from jaxmodels.sections import resolve
 
 FILE = """
 from ml_collections import ConfigDict

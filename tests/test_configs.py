@@ -5,7 +5,8 @@ import pytest
 from conftest import ROOT
 
 from jaxmodels.config import load_config
-from jaxmodels.experiment import build_experiment, resolve
+from jaxmodels.experiment import build_experiment
+from jaxmodels.sections import resolve
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 NEEDS_DATA = ("cnn_mnist", "gpt_shakespeare", "lstm_shakespeare")

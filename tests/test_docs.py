@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from jaxmodels import cli
 from jaxmodels.config import load_config, parse_override, set_at
-from jaxmodels.experiment import resolve
+from jaxmodels.sections import resolve
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADERS = sorted((ROOT / "configs").glob("*.py"))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxmodels.experiment import Experiment, InitFrom
+from jaxmodels.experiment import Experiment
+from jaxmodels.sections import InitFrom
 from jaxmodels.training import checkpoint as checkpoint_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress
 from jaxmodels.training.compile import CompileRecord, compile_ahead

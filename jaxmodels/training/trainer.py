@@ -13,8 +13,9 @@ from rich.console import Console
 
 from jaxmodels.data import loader
 from jaxmodels.errors import ConfigError, Diverged, Interrupted
-from jaxmodels.experiment import MACHINE_KEYS, Experiment, resolve
+from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
