@@ -67,7 +67,7 @@ def tfds(
     info = {}
     if "image" in features:
         info["image_shape"] = tuple(features["image"].shape)
-    if hasattr(features.get("label"), "num_classes"):
+    if "label" in features and hasattr(features["label"], "num_classes"):
         info["num_classes"] = features["label"].num_classes
     return Dataset(parts, info)
 
