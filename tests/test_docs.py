@@ -28,13 +28,14 @@ def test_commands_parse_and_name_what_exists(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         arguments, overrides = cli._split(shlex.split(command)[1:])
-        options = cli.parser().parse_args(arguments)
+        options = cli.parser().parse_args(arguments)  # exits where a command cannot be typed
+        assert options.command in ("train", "evaluate", "config")
         if hasattr(options, "config") and options.config.startswith("configs/"):
             config = load_config(options.config)
             values = config.to_dict()
             for key, text in overrides.items():
                 set_at(values, key, parse_override(text))
-            resolve(values)
+            assert resolve(values)
 
 
 def test_there_are_commands_to_check():
