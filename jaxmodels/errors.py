@@ -1,5 +1,8 @@
 """The errors a run ends with, and the exit status each has on the command line."""
 
+import importlib
+from types import ModuleType
+
 
 class RunError(Exception):
     """A run cannot go on. The message names the cause, the place, and the next thing to try."""
@@ -31,3 +34,21 @@ class Interrupted(RunError):
     """SIGTERM or SIGINT arrived; what was trained is saved, and the same command goes on from there."""
 
     exit_status = 75
+
+
+def optional_import(module: str, extra: str) -> ModuleType:
+    """A module of a package that only some runs need.
+
+    Args:
+      module: its name.
+      extra: the extra of jaxmodels that installs it.
+
+    Raises:
+      ConfigError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and lacks something itself
+        raise ConfigError(f"{module.partition('.')[0]} is not installed, and is needed here: pip install 'jaxmodels[{extra}]'") from error

@@ -1,11 +1,9 @@
 """Sources, order, batches: deterministic, random access, every example once."""
 
-import json
-
 import numpy as np
 import pytest
 
-from jaxmodels.data import loader, open_dataset, tokenizers
+from jaxmodels.data import loader, open_dataset
 from jaxmodels.data.source import Arrays, Remembered, take
 from jaxmodels.data.text import Windows
 from jaxmodels.errors import ConfigError
@@ -168,24 +166,6 @@ def test_python_docs_are_english_split_at_the_end():
     assert len(train) == 65 and "assert" in train.lower()
     total = len(dataset.splits["train"]) * 64 + len(dataset.splits["validation"]) * 64
     assert total > 300_000
-
-
-@pytest.mark.parametrize("kind", ["character", "byte"])
-def test_tokenizers_go_both_ways_and_through_json(kind):
-    text = "Grüße, 世界!\r\n\t🙂"
-    coder = tokenizers.ByteTokenizer() if kind == "byte" else tokenizers.CharacterTokenizer(text)
-    tokens = coder.encode(text)
-    assert tokens.min() >= 0 and tokens.max() < coder.vocab_size
-    assert coder.decode(tokens) == text
-    again = tokenizers.from_json(coder.to_json())
-    np.testing.assert_array_equal(again.encode(text), tokens)
-
-
-def test_an_unknown_character_is_named():
-    with pytest.raises(ValueError, match="'z'"):
-        tokenizers.CharacterTokenizer("abc").encode("abz")
-    with pytest.raises(ValueError, match="word"):
-        tokenizers.from_json(json.dumps({"kind": "word"}))
 
 
 def test_arrays_must_have_one_length():
