@@ -33,10 +33,14 @@ class Dataset:
     Attributes:
       splits: `train`, and where there are any `validation` and `test`.
       info: what the data decides about a model: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
+      notes: what a run prints about the data when it starts.
+      fallbacks: what was done otherwise than asked: printed as warnings, and kept in the run's manifest.
     """
 
     splits: Mapping[str, DataSource]
     info: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
 
 def take(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Language modelling: the next token, at every position."""
 
+import inspect
 import math
 from collections.abc import Mapping
 
@@ -15,7 +16,8 @@ class LanguageModel:
     """Cross-entropy of each token given those before it, in nats.
 
     Batches: `tokens` int [B, T + 1] (inputs are all but the last, targets all but the first; a target of -1 does
-    not count), `weight` float [B].
+    not count), `weight` float [B], and where rows hold several examples `segments` int [B, T + 1]: a target in another
+    segment than its input does not count, and a model sees nothing of other segments.
     """
 
     def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, sample_length: int = 200, temperature: float = 0.8):
@@ -62,15 +64,25 @@ class LanguageModel:
         return dict(values) | {"perplexity": math.exp(min(values["loss"], 700.0))}
 
     def sample(self, model, key):
-        """A text that the model makes up after token 0 (of a character tokenizer, mostly the newline): int [sample_length]."""
-        return generate.sample(model, jnp.zeros((1, 1), jnp.int32), self.sample_length, key, temperature=self.temperature)[0]
+        """A text that the model makes up: int [sample_length].
+
+        It follows the end of a text, where the tokenizer has a token for that; else token 0, of characters mostly the newline.
+        """
+        first = self.tokenizer.special("end") if self.tokenizer is not None else None
+        return generate.sample(model, jnp.full((1, 1), first or 0, jnp.int32), self.sample_length, key, temperature=self.temperature)[0]
 
     def _forward(self, model, batch, rngs):
-        tokens = batch["tokens"]
-        logits = model(jnp.maximum(tokens[:, :-1], 0), rngs=rngs).astype(jnp.float32)
+        tokens, segments = batch["tokens"], batch.get("segments")
         targets = tokens[:, 1:]
-        weight = (targets >= 0) * batch["weight"][:, None]
-        return logits, jnp.maximum(targets, 0), weight
+        counts = targets >= 0
+        options = {}
+        if segments is not None:
+            if "segments" not in inspect.signature(type(model).__call__).parameters:
+                raise ValueError(f"{type(model).__name__} does not tell several examples in a row apart; use data.packing='contiguous' with it")
+            counts &= segments[:, 1:] == segments[:, :-1]
+            options["segments"] = segments[:, :-1]
+        logits = model(tokens[:, :-1], rngs=rngs, **options).astype(jnp.float32)
+        return logits, jnp.maximum(targets, 0), counts * batch["weight"][:, None]
 
 
 def _metrics(logits, targets, weight):

@@ -116,9 +116,12 @@ class Trainer:
         """The whole way: start or resume, loop, test."""
         if self.main:
             self.folder.write_config(self.experiment.config)
-        if (problem := use_persistent_cache()) is not None:
-            self.log.say("warning: " + problem, style="yellow")
-            self._fallback(problem)
+        for note in self.experiment.dataset.notes:
+            self.log.say(note, style="dim")
+        for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
+            if problem is not None:
+                self.log.say("warning: " + problem, style="yellow")
+                self._fallback(problem)
         options = self.experiment.checkpoint
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
         self.state, self.progress, lines, record = self.stop.run(
