@@ -85,7 +85,7 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
         raise Interrupted(f"{error}: stopped evaluating; there is nothing to save.") from None
     finally:
         checkpoints.close()
-    return {"step": step} | values
+    return {"step": step} | values | experiment.dataset.skipped_metric(split)
 
 
 class Run:

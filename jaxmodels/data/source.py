@@ -35,12 +35,18 @@ class Dataset:
       info: what the data decides about a model: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
       notes: what a run prints about the data when it starts.
       fallbacks: what was done otherwise than asked: printed as warnings, and kept in the run's manifest.
+      skipped: split -> bad examples left out of it, where there were any (see `data.skipping`).
     """
 
     splits: Mapping[str, DataSource]
     info: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def skipped_metric(self, split: str) -> dict[str, float]:
+        """`skipped_examples` of a split, for its lines of metrics; nothing where none was left out."""
+        return {"skipped_examples": float(self.skipped[split])} if self.skipped.get(split) else {}
 
 
 def take(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:

@@ -117,7 +117,7 @@ class Trainer:
         if self.main:
             self.folder.write_config(self.experiment.config)
         for note in self.experiment.dataset.notes:
-            self.log.say(note, style="dim")
+            self.log.say(note, style="yellow" if note.startswith("warning") else "dim")
         for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
             if problem is not None:
                 self.log.say("warning: " + problem, style="yellow")
@@ -268,6 +268,7 @@ class Trainer:
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """A line of metrics, to the log and to the result."""
+        values = dict(values) | self.experiment.dataset.skipped_metric(split)
         self.lines.append((step, split, values))
         self.log.write(step, split, values)
 
@@ -356,6 +357,7 @@ class Trainer:
             steps=self.experiment.steps,
             data=_describe_data(self.experiment),
             info={key: value for key, value in self.experiment.dataset.info.items() if key != "tokenizer"},
+            skipped_examples=dict(self.experiment.dataset.skipped),
             parents=manifest.get("parents", []),
             fallbacks=manifest.get("fallbacks", []),
             starts=[*manifest.get("starts", []), start],

@@ -1,0 +1,89 @@
+"""Which files hold which split."""
+
+import glob
+import os
+from collections.abc import Mapping
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError
+
+# The names that a split's file goes by.
+NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
+    """The files of each split, sorted.
+
+    Args:
+      path: a folder (its files `NAME.tsv`, `NAME-*.tsv` or `NAME/*.tsv`, NAME as in `NAMES`), a pattern with `{split}`
+        in it, or a file or a pattern of files, which all train.
+      data_dir: where relative paths are looked for after the working directory.
+      given: split -> a path or pattern of the user's own, relative to the folder, the working directory or the data
+        directory, or None.
+      extensions: of the files in a folder: `(".tsv",)`.
+
+    Raises:
+      ConfigError: nothing is found, or more than one name of a split.
+    """
+    places = [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
+    folder = next((place for place in places if os.path.isdir(place)), None)
+    if folder is not None:
+        found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}
+    elif "{split}" in path:
+        found = next((files for place in places if any((files := {s: _by_pattern(place, s) for s in NAMES}).values())), {})
+    else:
+        found = {"train": next((files for place in places if (files := _glob(place))), [])}
+        if found["train"] and given.get("train"):
+            raise ConfigError(f"config.data.train: the training file is {path!r} already; give a folder, or leave train out.")
+    for split, own in given.items():
+        if own:
+            roots = [root for root in (folder, "", data_dir) if root is not None]
+            found[split] = next((files for root in roots if (files := _glob(os.path.join(root, own)))), [])
+            if not found[split]:
+                raise ConfigError(f"config.data.{split}: there is no file {' nor '.join(os.path.join(root, own) for root in roots)}.")
+    found = {split: files for split, files in found.items() if files}
+    if "train" not in found:
+        raise ConfigError(_nothing(path, places, folder, extensions))
+    return found
+
+
+def _in_folder(folder: str, split: str, extensions: tuple[str, ...]) -> list[str]:
+    by_name = {}
+    for name in NAMES[split]:
+        for pattern in ("{}{}", "{}-*{}", "{}/*{}"):
+            files = [file for e in extensions for file in _glob(os.path.join(glob.escape(folder), pattern.format(name, e)))]
+            if files:
+                by_name[name] = files
+                break
+    return _only(by_name, split, folder)
+
+
+def _by_pattern(pattern: str, split: str) -> list[str]:
+    return _only({name: files for name in NAMES[split] if (files := _glob(pattern.replace("{split}", name)))}, split, pattern)
+
+
+def _only(by_name: Mapping[str, list[str]], split: str, where: str) -> list[str]:
+    if len(by_name) > 1:
+        files = " and ".join(files[0] for files in by_name.values())
+        raise ConfigError(f"config.data.source: {where} has {files}; say which it is with --config.data.{split}=FILE.")
+    return next(iter(by_name.values()), [])
+
+
+def _glob(pattern: str) -> list[str]:
+    if os.path.isfile(pattern):  # a name may hold characters that a pattern reads otherwise
+        return [pattern]
+    return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+
+
+def _nothing(path: str, places: list[str], folder: str | None, extensions: tuple[str, ...]) -> str:
+    if folder is not None:
+        names = sorted(os.listdir(folder))
+        hint = config_lib.suggest("train" + extensions[0], names)
+        return (
+            f"config.data.source: {folder} has no train{extensions[0]}, but {', '.join(names[:8]) or 'nothing'}.{hint} "
+            "Say which file trains with --config.data.train=FILE."
+        )
+    return (
+        f"config.data.source: there is no file or folder {' nor '.join(places)}. Give an absolute path, or the folder it lies in "
+        "with --data_dir=DIR or JAXMODELS_DATA_DIR; {split} in a path stands for train, validation (or dev, valid, val) and test."
+    )

@@ -1,0 +1,48 @@
+"""Examples that cannot be used: an error that names the place, or left out and counted."""
+
+from typing import Literal
+
+from jaxmodels.errors import ConfigError
+
+Policy = Literal["error", "skip"]
+
+
+class Skipping:
+    """What becomes of bad examples while a data set is opened.
+
+    Attributes:
+      counts: split -> how many were left out.
+    """
+
+    def __init__(self, policy: Policy):
+        self.policy, self.counts, self._first = policy, {}, {}
+
+    def bad(self, split: str, where: str, problem: str) -> None:
+        """An example that cannot be used.
+
+        Args:
+          split: it would be in.
+          where: file and line.
+          problem: what is wrong with it, and the next thing to try.
+
+        Raises:
+          ConfigError: unless such examples are to be left out.
+        """
+        if self.policy == "error":
+            raise ConfigError(f"{where}: {problem} (data.on_bad_example=skip leaves such examples out.)")
+        self.counts[split] = self.counts.get(split, 0) + 1
+        self._first.setdefault(split, f"{where}: {problem}")
+
+    def check_rest(self, split: str, rest: int) -> None:
+        """Raises ConfigError if nothing of a split is left."""
+        if not rest and split not in self.counts:
+            raise ConfigError(f"config.data: the files of {split} hold no example.")
+        if not rest:
+            raise ConfigError(f"config.data: all {self.counts[split]} examples of {split} are bad; the first: {self._first[split]}")
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines to say once, at the start of a run."""
+        return tuple(
+            f"warning: {count:,} bad example{'s' if count > 1 else ''} of {split} left out; the first: {self._first[split]}"
+            for split, count in self.counts.items()
+        )

@@ -1,0 +1,217 @@
+"""Rows of text, tags and images from files: what is read, what is refused and where, and what is left out and counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxmodels import api
+from jaxmodels.data import open_dataset
+from jaxmodels.errors import ConfigError
+
+TEXT = {"sequence_length": 8, "tokenizer": "word:100"}
+GOOD = "good film\t1\nbad film\t0\nfine\t1\nawful\t0\n"
+TAGGED = "Ann\tB-PER\nLee\tI-PER\nsleeps\tO\n\nParis\tB-LOC\n\n"
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def words(dataset, split, key="tokens"):
+    """The texts of a split, as its tokenizer tells them."""
+    return [dataset.info["tokenizer"].decode(row[key]) for row in dataset.splits[split]]
+
+
+def test_the_same_rows_from_every_format(tmp_path):
+    """What was written comes back, and no format differs from another."""
+    rows = [("good film", "yes"), ("bad, bad film", "no"), ("fine", "yes"), ("awful", "no")]
+    write(
+        tmp_path,
+        train__tsv="".join(f"{text}\t{label}\n" for text, label in rows),
+        dev__tsv="film\tno\r\n",
+        train__csv="id,label,text\n" + "".join(f'{i},{label},"{text}"\n' for i, (text, label) in enumerate(rows)),
+        validation__csv="id,label,text\n7,no,film\n",
+    )
+    (tmp_path / "part").mkdir()
+    for i, part in enumerate((rows[:1], rows[1:])):
+        (tmp_path / "part" / f"train-{i}.jsonl").write_text("".join(json.dumps({"label": label, "text": text}) + "\n" for text, label in part))
+    (tmp_path / "part" / "valid.jsonl").write_text('{"text": "film", "label": "no", "more": 1}\n')
+    opened = [
+        open_dataset(source, TEXT, str(tmp_path.parent))
+        for source in (f"tsv:{tmp_path}", f"tsv:{tmp_path}/{{split}}.tsv", f"csv_rows:{tmp_path.name}", f"jsonl:{tmp_path}/part")
+    ]
+    for dataset in opened:
+        assert words(dataset, "train") == [text for text, _ in rows] and words(dataset, "validation") == ["film"]
+        assert [dataset.info["labels"][row["label"]] for row in dataset.splits["train"]] == [label for _, label in rows]
+        assert dataset.info["num_classes"] == 2 and dataset.skipped == {} and dataset.notes == ()
+        assert dataset.splits["train"].fingerprint() == opened[0].splits["train"].fingerprint()
+
+
+def test_padding_truncation_and_values(tmp_path):
+    write(tmp_path, train__tsv="a b c d\t0.5\nb\t-2\n", test__tsv="d d\t1e1\n")
+    dataset = open_dataset(f"tsv:{tmp_path}", {"sequence_length": 3, "tokenizer": "word:9", "label": "value", "holdout": 0.0}, None)
+    rows = dataset.splits["train"].arrays
+    assert rows["tokens"].dtype == np.int32 and (rows["tokens"][0] >= 0).all() and (rows["tokens"][1, 1:] == -1).all()
+    assert words(dataset, "train") == ["a b c", "b"] and set(dataset.splits) == {"train", "test"}
+    np.testing.assert_array_equal(rows["label"], np.array([0.5, -2], np.float32))
+    assert "num_classes" not in dataset.info and "1 of 2" in dataset.notes[0]
+    alone = open_dataset(f"tsv:{tmp_path}", TEXT | {"label": "none"}, None)
+    assert set(alone.splits["train"][0]) == {"tokens"}
+
+
+def test_pairs_of_texts(tmp_path):
+    write(tmp_path, train__csv="en,de\na b,x y z\nc,z\n")
+    options = {"sequence_length": 4, "target_length": 3, "tokenizer": "word:20", "source_column": "en", "target_column": "de", "holdout": 0.0}
+    dataset = open_dataset(f"csv_rows:{tmp_path}/train.csv", options, None)
+    coder, rows = dataset.info["tokenizer"], dataset.splits["train"].arrays
+    assert rows["source"].shape == (2, 4) and rows["target"].shape == (2, 4)
+    assert words(dataset, "train", "source") == ["a b", "c"] and words(dataset, "train", "target") == ["<start> x y <end>", "<start> z <end>"]
+    assert rows["target"][1, 3] == -1 and rows["target"][0, 0] == coder.special("start") and rows["target"][0, 3] == coder.special("end")
+    with pytest.raises(ConfigError, match=r"byte\+special"):
+        open_dataset(f"csv_rows:{tmp_path}/train.csv", options | {"tokenizer": "byte"}, None)
+
+
+def test_held_out_rows_are_drawn_once(tmp_path):
+    """A file sorted by label: train and validation together are all rows, each has both labels, and the draw is the same again."""
+    write(tmp_path, all__tsv="".join(f"w{i}\t{i // 50}\n" for i in range(100)))
+    options = {"sequence_length": 1, "tokenizer": "word:200", "holdout": 0.2}
+    one, two = (open_dataset(f"tsv:{tmp_path}/all.tsv", options | {"tokenizer": "character", "sequence_length": 4}, None) for _ in range(2))
+    train, validation = words(one, "train"), words(one, "validation")
+    assert len(train) == 80 and sorted(train + validation) == sorted(f"w{i}" for i in range(100))
+    assert set(one.splits["validation"].arrays["label"]) == {0, 1} and validation == words(two, "validation")
+
+
+def test_tags_lie_on_first_pieces(tmp_path):
+    write(tmp_path, train__conll=TAGGED, test__conll="-DOCSTART-\n\nLee B-PER\n\n\nAnn O")
+    options = {"sequence_length": 12, "tokenizer": "byte", "holdout": 0.0}
+    dataset = open_dataset(f"conll:{tmp_path}", options, None)
+    tags, row = dataset.info["tags"], dataset.splits["train"][0]
+    assert tags == ["B-LOC", "B-PER", "I-PER", "O"] and dataset.info["num_tags"] == 4
+    at = {int(i): tags[row["tags"][i]] for i in np.flatnonzero(row["tags"] >= 0)}
+    # "Ann Lee sleeps" in bytes, cut at 12: a tag lies on the letter, not on the space before it.
+    assert bytes(row["tokens"].astype(np.uint8)) == b"Ann Lee slee" and at == {0: "B-PER", 4: "I-PER", 8: "O"}
+    assert "1 of 2 sentences of train" in dataset.notes[0]
+    assert words(dataset, "test") == ["Lee", "Ann"]
+    whole = open_dataset(f"conll:{tmp_path}", options | {"tokenizer": "word:9"}, None).splits["train"][0]
+    assert [tags[t] for t in whole["tags"] if t >= 0] == ["B-PER", "I-PER", "O"] and ((whole["tags"] >= 0) == (whole["tokens"] >= 0)).all()
+
+
+# What is refused: source, options, files, and what the message must say.
+BAD = {
+    "test label not in train": ("tsv", {}, {"train": GOOD, "test": "ok film\t0\nwhat\t7\n"}, r"test\.tsv, line 2: the label '7' is none of 0, 1"),
+    "misspelt label": ("tsv", {"labels": ("pos", "neg")}, {"train": "a\tpos\nb\tneg\nc\tneq\n"}, r"train\.tsv, line 3.*Did you mean 'neg'"),
+    "label out of the given": ("tsv", {"labels": ("0", "1")}, {"train": GOOD + "x\t2\n"}, r"line 5: the label '2' is none of 0, 1"),
+    "too few columns": ("tsv", {}, {"train": GOOD + "only a text\n"}, r"train\.tsv, line 5: the row has 1 columns"),
+    "too many columns": ("tsv", {}, {"train": "good\t1\tx\n" + GOOD}, r"line 2: the row has 2 columns, the first of the file 3"),
+    "blank line": ("tsv", {}, {"train": "good\t1\n\nbad\t0\n"}, r"line 2: the row has 1 columns"),
+    "empty text": ("tsv", {}, {"train": GOOD + "  \t1\n"}, r"line 5: the text of column 0 is empty"),
+    "empty label": ("tsv", {}, {"train": GOOD + "text\t\n"}, r"line 5: the label 1 is ''"),
+    "not UTF-8": ("tsv", {}, {"train": GOOD.encode() + b"caf\xe9\t1\n"}, r"line 5: the text of column 0 is not UTF-8"),
+    "not a number": ("tsv", {"label": "value"}, {"train": "a\t1.5\nb\tmuch\n"}, r"line 2: the label 1 is 'much', not a finite number"),
+    "not finite": ("tsv", {"label": "value"}, {"train": "a\t1.5\nb\tnan\n"}, r"line 2: the label 1 is 'nan'"),
+    "too long": ("tsv", {"truncate": False, "sequence_length": 1}, {"train": "a\t0\na b\t1\n"}, r"line 2: 2 tokens, where 1 fit"),
+    "unclosed quote": ("csv_rows", {}, {"train": 'text,label\na,0\n"b,1\n'}, r"train\.csv, line 3: not a row"),
+    "no JSON": ("jsonl", {}, {"train": '{"text": "a", "label": 0}\n{"text": \n'}, r"train\.jsonl, line 2: not JSON"),
+    "no JSON object": ("jsonl", {}, {"train": '["a", 0]\n'}, r"line 1: not a JSON object"),
+    "JSON without the key": ("jsonl", {}, {"train": '{"txt": "a", "label": 0}\n'}, r"line 1: no 'text' \(data.text_column\). Did you mean 'txt'"),
+    "JSON text that is none": ("jsonl", {}, {"train": '{"text": 5, "label": 0}\n'}, r"line 1: 'text' is 5, not a text"),
+    "JSON label that is none": ("jsonl", {}, {"train": '{"text": "a", "label": [1]}\n'}, r"line 1: the label 'label' is \[1\]"),
+    "no tag": ("conll", {}, {"train": TAGGED + "Rome\n"}, r"train\.conll, line 7: 1 of the 2 columns"),
+    "empty tag": ("conll", {}, {"train": TAGGED + "Rome\t\n"}, r"line 7: the tag is empty"),
+    "inside nothing": ("conll", {}, {"train": TAGGED + "Rome\tI-LOC\n"}, r"line 7: the tag 'I-LOC' follows 'O': an entity begins with 'B-LOC'"),
+    "inside another": ("conll", {}, {"train": TAGGED + "Ann\tB-PER\nRome\tI-LOC\n"}, r"line 8: the tag 'I-LOC' follows 'B-PER'"),
+    "empty file": ("jsonl", {}, {"train": '{"text": "a", "label": 0}\n', "test": ""}, r"the files of test hold no example"),
+    "no such scheme": ("conll", {}, {"train": TAGGED + "Ann\tPER\n"}, r"line 7: the tag 'PER' is none of O, B-NAME"),
+    "tag not in train": ("conll", {}, {"train": TAGGED, "test": "a\tO\n\nb\tB-ORG\n"}, r"test\.conll, line 3: the tag 'B-ORG' is not in train"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_named_or_left_out(name, tmp_path):
+    """Both policies: the error names file and line; what is left out is that example alone, and it is counted."""
+    source, options, files, message = BAD[name]
+    extension = {"csv_rows": "csv"}.get(source, source)
+    for split, content in files.items():
+        write(tmp_path, **{f"{split}__{extension}": content})
+    options = TEXT | {"holdout": 0.0} | options
+    with pytest.raises(ConfigError, match=message):
+        open_dataset(f"{source}:{tmp_path}", options, None)
+    split = list(files)[-1]
+    if "hold no example" in message:
+        return
+    if message.startswith("line 1:"):  # nothing would be left
+        with pytest.raises(ConfigError, match=f"all 1 examples of {split} are bad; the first: .*{message}"):
+            open_dataset(f"{source}:{tmp_path}", options | {"on_bad_example": "skip"}, None)
+        return
+    dataset = open_dataset(f"{source}:{tmp_path}", options | {"on_bad_example": "skip"}, None)
+    assert dataset.skipped[split] == sum(dataset.skipped.values()) > 0
+    assert dataset.notes[0].startswith(f"warning: {dataset.skipped[split]} bad example")
+    content = files[split] if isinstance(files[split], str) else files[split].decode("latin-1")
+    rows = [s for s in content.split("\n\n" if source == "conll" else "\n")[source == "csv_rows" :] if s]
+    rows = len(rows) + (name == "blank line")
+    assert len(dataset.splits[split]) == rows - dataset.skipped[split]
+
+
+# What no policy forgives: the config is wrong, not an example.
+WRONG = {
+    "no file": ("tsv", "nowhere", {}, r"no file or folder nowhere"),
+    "no train": ("tsv", "empty", {}, r"has no train\.tsv, but trian\.tsv.*Did you mean 'trian\.tsv'"),
+    "two names": ("tsv", "two", {}, r"dev\.tsv.*config\.data\.validation="),
+    "column of that name": ("csv_rows", "csv", {"text_column": "txet"}, r"config\.data\.text_column: .*Did you mean 'text'"),
+    "column of that number": ("tsv", "two", {"validation": "dev.tsv", "label_column": 2}, r"config\.data\.label_column=2: .* has 2 columns"),
+    "name without header": ("tsv", "two", {"validation": "dev.tsv", "text_column": "text"}, r"data\.header=true"),
+    "header not said": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
+    "half a pair": ("tsv", "two", {"source_column": 0}, "go together"),
+    "labels of values": ("tsv", "two", {"label": "value", "labels": ("a",)}, "config.data.labels"),
+    "given file": ("tsv", "two", {"validation": "nothing*.tsv"}, r"config\.data\.validation: there is no file"),
+    "holdout": ("tsv", "two", {"holdout": 1.0}, "config.data.holdout"),
+    "no tokens at all": ("tsv", "two", {"sequence_length": 0}, "sequence_length"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configs_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, files in {
+        "empty": {"trian__tsv": GOOD},
+        "two": {"train__tsv": GOOD, "dev__tsv": GOOD, "val__tsv": GOOD},
+        "csv": {"train__csv": "text,label\na,0\n"},
+        "header": {"train__tsv": "sentence\tlabel\n" + GOOD},
+    }.items():
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, **files)
+    source, path, options, message = WRONG[name]
+    with pytest.raises(ConfigError, match=message):
+        open_dataset(f"{source}:{path}", TEXT | {"on_bad_example": "skip"} | options, None)
+
+
+def test_real_rows(data_dir):
+    sst2 = open_dataset("tsv:sst2", {"sequence_length": 64, "tokenizer": "word:20000"}, data_dir)
+    assert {k: len(v) for k, v in sst2.splits.items()} == {"train": 6920, "validation": 872, "test": 1821}
+    assert np.bincount(sst2.splits["train"].arrays["label"]).tolist() == [3310, 3610] and sst2.info["labels"] == ["0", "1"]
+
+
+TINY = {
+    "model": {"name": "lstm", "layers": 1, "width": 8},
+    "task": {"name": "language_model", "sample_length": 0},
+    "optimizer": {"name": "sgd", "learning_rate": 0.1},
+    "training": {"steps": 2},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
+    """Counted in every line of their split, in the manifest, and in a later evaluation; said once."""
+    write(tmp_path, train__tsv="a b c\na b\n\nb c\n \n", dev__tsv="a b\n", test__tsv="b a\n\n")
+    data = {"source": f"tsv:{tmp_path}", "label": "none", "batch_size": 2, "on_bad_example": "skip"} | TEXT
+    api.train(TINY | {"data": data}, str(tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["split"]: line.get("skipped_examples") for line in lines} == {"train": 2, "validation": None, "test": 1}
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped_examples"] == {"train": 2, "test": 1}
+    assert api.evaluate(str(tmp_path / "run"))["skipped_examples"] == 1
+    said = capsys.readouterr().out
+    assert said.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in said.replace("\n", "")
