@@ -19,6 +19,7 @@ TASKS = {
     "classify": "jaxmodels.tasks.classify:Classify",
     "forecast": "jaxmodels.tasks.forecast:Forecast",
     "language_model": "jaxmodels.tasks.language_model:LanguageModel",
+    "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
 }
 
 
