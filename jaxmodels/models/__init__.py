@@ -31,6 +31,15 @@ MODELS = {
     "gpt2-medium": "jaxmodels.models.transformer:Decoder",
     "gpt2-large": "jaxmodels.models.transformer:Decoder",
     "gpt2-xl": "jaxmodels.models.transformer:Decoder",
+    "encoder": "jaxmodels.models.encoder:Encoder",
+    "bert-tiny": "jaxmodels.models.encoder:Encoder",
+    "bert-mini": "jaxmodels.models.encoder:Encoder",
+    "bert-small": "jaxmodels.models.encoder:Encoder",
+    "bert-medium": "jaxmodels.models.encoder:Encoder",
+    "bert-base": "jaxmodels.models.encoder:Encoder",
+    "bert-large": "jaxmodels.models.encoder:Encoder",
+    "roberta-base": "jaxmodels.models.encoder:Encoder",
+    "roberta-large": "jaxmodels.models.encoder:Encoder",
 }
 
 

@@ -1,15 +1,31 @@
-"""The Transformer decoder: pre-norm blocks with causal self-attention, as in GPT-2 (Radford et al. 2019).
+"""The Transformer (Vaswani et al. 2017): the block that all its shapes are made of, and the decoder (GPT-2 and its kind).
+
+The encoder is in `encoder.py`, the encoder–decoder in `encoder_decoder.py`.
 
 Shapes: B batch, T time, D width, N heads, K width of a head, V vocabulary, L layers.
 """
 
+import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models.attention import Attention, Implementation
 from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.positions import (
+    RotaryScaling,
+    positions_in,
+    rotary_table,
+    sinusoids,
+)
+
+Norm = Literal["layer", "rms"]
+Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
 SIZES = {
     "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024},
@@ -18,58 +34,216 @@ SIZES = {
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024},
 }
 
+ACTIVATIONS = {
+    "gelu": functools.partial(nnx.gelu, approximate=True),
+    "gelu_exact": functools.partial(nnx.gelu, approximate=False),
+    "relu": nnx.relu,
+    "swiglu": nnx.silu,
+    "geglu": functools.partial(nnx.gelu, approximate=True),
+}
 
-class Attention(nnx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), query, key and value from one matrix product.
+# What the forward pass of a block leaves for the backward pass, which computes the rest again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
-    With `causal`, position t sees positions 0..t.
-    """
 
-    def __init__(self, width: int, heads: int, *, causal: bool, out_init, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        self.query_key_value = nnx.Linear(width, 3 * width, kernel_init=init, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=out_init, rngs=rngs)
-        self.heads, self.causal = heads, causal
+def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """Layer normalisation (Ba et al. 2016), or by the root mean square alone (Zhang and Sennrich 2019), which has no bias."""
+    if kind == "rms":
+        return nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        B, T, D = x_BTD.shape
-        q_BTNK, k_BTNK, v_BTNK = (
-            part.reshape(B, T, self.heads, D // self.heads) for part in jnp.split(self.query_key_value(x_BTD), 3, axis=-1)
-        )
-        y_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, is_causal=self.causal)
-        return self.out(y_BTNK.reshape(B, T, D))
+
+class MLP(nnx.Module):
+    """Two matrices with a non-linearity between; with `swiglu` and `geglu` a third one gates (Shazeer 2020)."""
+
+    def __init__(self, width: int, mlp_width: int, *, activation: Activation = "gelu", bias: bool = True, init, out_init, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=bias, rngs=rngs)
+        self.up = linear(width, mlp_width, kernel_init=init)
+        self.gate = linear(width, mlp_width, kernel_init=init) if activation in ("swiglu", "geglu") else None
+        self.down = linear(mlp_width, width, kernel_init=out_init)
+        self.activation = activation
+
+    def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x: [B, T, D]. Returns the same shape. `valid` and `rngs` are for those that stand in its place."""
+        activate = ACTIVATIONS[self.activation]
+        hidden = activate(self.up(x_BTD)) if self.gate is None else activate(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(hidden)
 
 
 class Block(nnx.Module):
-    """Attention and a GELU feed-forward, each on a normalised input, added to its input.
-
-    The feed-forward is four times as wide unless `mlp_width` is given; `layers` is how many blocks are stacked.
-    """
+    """Attention and a feed-forward, each added to its input; in a decoder over a memory, attention to that between them."""
 
     def __init__(
-        self, width: int, heads: int, *, mlp_width: int | None = None, causal: bool = True, dropout: float, layers: int, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_width: int | None = None,
+        causal: bool = True,
+        dropout: float,
+        layers: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        window: int | None = None,
+        norm: Norm = "layer",
+        epsilon: float = 1e-5,
+        post_norm: bool = False,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        qkv_bias: bool | None = None,
+        query_key_norm: bool = False,
+        scale: float | None = None,
+        relative: bool = False,
+        memory: bool = False,
+        attention: Implementation = "auto",
+        init: Literal["normal", "fan_in"] = "normal",
+        mlp: Callable[[nnx.Rngs], nnx.Module] | None = None,
+        rngs: nnx.Rngs,
     ):
-        mlp_width = 4 * width if mlp_width is None else mlp_width
-        init = nnx.initializers.normal(0.02)
-        # Every block adds twice to the residual stream; GPT-2 scales those sums back to unit growth.
-        out_init = nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
-        self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = Attention(width, heads, causal=causal, out_init=out_init, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.up = nnx.Linear(width, mlp_width, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(mlp_width, width, kernel_init=out_init, rngs=rngs)
-        self.dropout = dropout
+        """
+        Args:
+          width, heads: D and N.
+          mlp_width: of the feed-forward; 4 D unless given.
+          causal: position t sees positions 0..t.
+          dropout: rate on what is added.
+          layers: how many blocks are stacked.
+          kv_heads, head_width, window, query_key_norm, scale: of `attention.Attention`.
+          norm: `layer` or `rms`.
+          epsilon: of the normalisation.
+          post_norm: normalise the sums (Vaswani et al. 2017), not the inputs of attention and feed-forward.
+          activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu` and `geglu`.
+          bias: every matrix and layer normalisation has one.
+          qkv_bias: queries, keys and values have one; as `bias` unless given.
+          relative: a bias is added to the products of self-attention when called.
+          memory: attend to another sequence too.
+          attention: its implementation, as in `attention.attend`.
+          init: of the matrices: `normal` with a deviation of 0.02 (GPT-2, BERT), or by `fan_in` (T5).
+          mlp: makes another module in the feed-forward's place. It is called as `mlp(x, valid=…, rngs=…)` with [B, T, D],
+            bool [B, T] (None: all) and what dropout draws from, and returns [B, T, D], or that and a dict of arrays,
+            which the block then returns too.
+          rngs: draws the initial parameters from its `params` stream.
+        """
+        if init == "normal":
+            matrix = query = nnx.initializers.normal(0.02)
+            # A pre-norm block adds to a stream that is never normalised; GPT-2 scales those sums back to unit growth.
+            out = matrix if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
+        else:
+            matrix = out = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+            # Products that are not scaled are scaled at the start, by the queries.
+            unscaled = 1 if scale is None else (head_width or width // heads)
+            query = nnx.initializers.variance_scaling(1.0 / unscaled, "fan_in", "normal")
+        options = {"kv_heads": kv_heads, "head_width": head_width, "query_key_norm": query_key_norm, "epsilon": epsilon}
+        options |= {"bias": bias if qkv_bias is None else qkv_bias, "out_bias": bias, "scale": scale, "implementation": attention}
+        options |= {"init": matrix, "query_init": query, "out_init": out, "rngs": rngs}
+        self.attention_norm = make_norm(norm, width, epsilon, bias, rngs)
+        self.attention = Attention(width, heads, causal=causal, window=window, biased=relative, **options)
+        self.memory_norm = make_norm(norm, width, epsilon, bias, rngs) if memory else None
+        self.memory_attention = Attention(width, heads, **options) if memory else None
+        self.mlp_norm = make_norm(norm, width, epsilon, bias, rngs)
+        if mlp is None:
+            self.mlp = MLP(width, mlp_width or 4 * width, activation=activation, bias=bias, init=matrix, out_init=out, rngs=rngs)
+        else:
+            self.mlp = mlp(rngs)
+        self.dropout, self.post_norm = dropout, post_norm
 
-    def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        x_BTD += dropout(self.attention(self.attention_norm(x_BTD)), self.dropout, rngs)
-        hidden = nnx.gelu(self.up(self.mlp_norm(x_BTD)), approximate=True)
-        return x_BTD + dropout(self.down(hidden), self.dropout, rngs)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        *,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        segments: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        memory_segments: tuple[jax.Array, jax.Array] | None = None,
+        valid: jax.Array | None = None,
+    ):
+        """One block.
+
+        Args:
+          x_BTD: float [B, T, D].
+          rngs: dropout is drawn from; None to evaluate.
+          rotary: cosines and sines of `positions.rotary_table`.
+          segments: int [B, T]; a position sees only those of its own number.
+          bias: added to the products of self-attention.
+          memory: float [B, S, D], for blocks made with `memory`.
+          memory_segments: of x and of the memory, as in `attention.attend`.
+          valid: bool [B, T], what is not padding; for the feed-forward.
+
+        Returns:
+          [B, T, D]; and the dict of the module in the feed-forward's place, if that gives one.
+        """
+        pair = None if segments is None else (segments, segments)
+        x_BTD, _ = self._add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary=rotary, segments=pair, bias=bias), rngs)
+        if self.memory_attention is not None:
+            x_BTD, _ = self._add(x_BTD, self.memory_norm, lambda x: self.memory_attention(x, memory, segments=memory_segments), rngs)
+        x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs)
+        return x_BTD if aux is None else (x_BTD, aux)
+
+    def _add(self, x_BTD, norm, function, rngs):
+        change = function(x_BTD if self.post_norm else norm(x_BTD))
+        change, aux = change if isinstance(change, tuple) else (change, None)
+        x_BTD = x_BTD + dropout(change, self.dropout, rngs)
+        return norm(x_BTD) if self.post_norm else x_BTD, aux
+
+
+def make_blocks(make: Callable[[nnx.Rngs], nnx.Module], layers: int, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """A list of `layers` blocks; with `scan` one module whose parameters are all of theirs stacked, [L, ...]."""
+    return nnx.vmap(make)(rngs.split(layers)) if scan else nnx.List([make(rngs) for _ in range(layers)])
+
+
+def apply_blocks(
+    blocks: nnx.Module, x_BTD: jax.Array, rngs: nnx.Rngs | None, *, remat: Remat = "none", **shared: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs blocks one after the other, as `make_blocks` made them: a list is unrolled, stacked ones are looped over.
+
+    Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised are one function.
+
+    Args:
+      blocks: of `make_blocks`.
+      x_BTD: the first one's input.
+      rngs: dropout is drawn from; None to evaluate.
+      remat: what is computed again in the backward pass instead of kept: `none`; `full` all but each block's input;
+        `dots` all but that and the results of matrix products; `dots_no_batch` keeps those with parameters alone.
+      shared: further arguments of every block.
+
+    Returns:
+      The last one's output, and what blocks returned beside theirs, stacked over those that did: {} for dense ones.
+    """
+    if remat != "none" and remat not in REMAT:
+        raise ValueError(f"remat is 'none', {', '.join(map(repr, REMAT))}, not {remat!r}")
+    scan = not isinstance(blocks, nnx.List)
+    state = nnx.split(blocks)[1] if scan else None
+    layers = jax.tree.leaves(state)[0].shape[0] if scan else len(blocks)
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), layers)
+
+    def apply(x_BTD, block_state, key, shared, graphdef):
+        block = nnx.merge(graphdef, block_state)
+        result = block(x_BTD, None if key is None else nnx.Rngs(dropout=key), **shared)
+        return result if isinstance(result, tuple) else (result, {})
+
+    if remat != "none":
+        apply = jax.checkpoint(apply, static_argnums=4, prevent_cse=not scan, policy=REMAT[remat])
+    if scan:
+        graphdef = nnx.split(blocks)[0]
+        return jax.lax.scan(lambda x, layer: apply(x, *layer, shared, graphdef), x_BTD, (state, keys))
+    collected: dict[str, list] = {}
+    for i, block in enumerate(blocks):
+        graphdef, state = nnx.split(block)
+        x_BTD, aux = apply(x_BTD, state, None if keys is None else keys[i], shared, graphdef)
+        for name, value in aux.items():
+            collected.setdefault(name, []).append(value)
+    return x_BTD, {name: jnp.stack(values) for name, values in collected.items()}
 
 
 class Decoder(nnx.Module):
-    """A GPT-2-style language model: learned positions, pre-norm blocks, tied embeddings.
+    """A language model: causal blocks over token embeddings, by default those of GPT-2 (Radford et al. 2019).
 
-    Named sizes `gpt2`, `gpt2-medium`, `gpt2-large` and `gpt2-xl` have the published parameter counts.
+    Named sizes (`gpt2`, …) have the published parameter counts.
     """
 
     def __init__(
@@ -80,68 +254,109 @@ class Decoder(nnx.Module):
         layers: int = 4,
         heads: int = 4,
         width: int = 128,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        mlp_width: int | None = None,
+        positions: Literal["learned", "rotary", "sinusoidal", "none"] = "learned",
+        rotary_base: float = 10000.0,
+        rotary_scaling: RotaryScaling | None = None,
+        window: int | None = None,
+        norm: Norm = "layer",
+        epsilon: float = 1e-5,
+        post_norm: bool = False,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        qkv_bias: bool | None = None,
+        query_key_norm: bool = False,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
+        attention: Implementation = "auto",
         scan: bool = False,
-        remat: bool = False,
+        remat: Remat = "none",
         rngs: nnx.Rngs,
     ):
         """
         Args:
           vocab_size: V, rows of the embedding and width of the output.
-          context: the longest sequence; rows of the position table.
-          layers, heads, width: L, N and D; N must divide D.
+          context: the longest sequence; rows of the table of learned positions.
+          layers, heads, width: L, N and D; N must divide D unless `head_width` is given.
+          kv_heads: heads of keys and values, each for several of the queries' (Ainslie et al. 2023); N unless given.
+          head_width: K; D / N unless given.
+          mlp_width: of the feed-forward; 4 D unless given.
+          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` turns queries and keys (Su et al. 2021).
+          rotary_base: of the wavelengths of `rotary`.
+          rotary_scaling: for longer contexts than first trained on.
+          window: positions see only the last so many (Jiang et al. 2023).
+          norm: `layer` or `rms`.
+          epsilon: of the normalisation.
+          post_norm: normalise each sum, not the inputs of attention and feed-forward.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          bias: matrices and layer normalisations have one.
+          qkv_bias: those of queries, keys and values do; as `bias` unless given.
+          query_key_norm: normalise queries and keys (Qwen 3).
           dropout: rate on the embedding and on what each block adds.
           tie_embeddings: the output matrix is the token embedding's (Press and Wolf 2017).
+          attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan: keep the blocks' parameters stacked, [L, ...], and loop over them: compiling takes the time of
             one block, however many there are.
-          remat: compute each block again in the backward pass instead of keeping its activations.
+          remat: what of each block is computed again in the backward pass instead of kept: `none`, `full` (all),
+            `dots` (all but matrix products), `dots_no_batch` (all but matrix products with parameters).
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         check_sizes(context=context, layers=layers, heads=heads, width=width)
-        if width % heads:
-            raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
+        if rotary_scaling is not None and positions != "rotary":
+            raise ValueError(f"rotary_scaling means nothing to positions={positions!r}")
         init = nnx.initializers.normal(0.02)
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
-        self.positions = Embed(context, width, init=init, rngs=rngs)
-        self.final_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.positions = Embed(context, width, init=init, rngs=rngs) if positions == "learned" else None
+        self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
+        options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm}
+        options |= {"epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias}
+        options |= {"query_key_norm": query_key_norm, "attention": attention, "dropout": dropout, "layers": layers}
+        self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
+        self.rotary = None
+        if positions == "rotary":
+            scaling = RotaryScaling(**rotary_scaling) if isinstance(rotary_scaling, Mapping) else rotary_scaling
+            self.rotary = (head_width or width // heads, rotary_base, scaling)
+        self.sinusoidal = positions == "sinusoidal"
+        self.context, self.layers, self.remat, self.dropout = context, layers, remat, dropout
 
-        def block(rngs):
-            return Block(width, heads, dropout=dropout, layers=layers, rngs=rngs)
+    def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits of the token after each.
 
-        if scan:
-            self.blocks = nnx.vmap(block)(rngs.split(layers))
-        else:
-            self.blocks = nnx.List([block(rngs) for _ in range(layers)])
-        self.context, self.layers, self.scan, self.remat, self.dropout = context, layers, scan, remat, dropout
+        Args:
+          tokens: int [B, T], T at most `context`; -1 is padding, after the tokens.
+          segments: int [B, T] where several texts are packed into a row: each sees itself alone, from position 0.
+          rngs: dropout is drawn from; None to evaluate.
 
-    def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """tokens: int [B, T], T at most `context`. Returns logits [B, T, V]; those at t see tokens 0..t."""
+        Returns:
+          [B, T, V]; those at t see tokens 0..t.
+        """
+        return self.with_auxiliary(tokens, segments=segments, rngs=rngs)[0]
+
+    def with_auxiliary(
+        self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits, and what the blocks' feed-forwards tell of themselves: {} unless they are mixtures of experts.
+
+        Of that, `loss` is the sum over layers; all else is the mean.
+        """
         T = tokens.shape[1]
         if T > self.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
-        x_BTD = self.embed(tokens) + self.positions(jnp.arange(T))
-        x_BTD = self._apply_blocks(dropout(x_BTD, self.dropout, rngs), rngs)
-        x_BTD = self.final_norm(x_BTD)
-        return self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
-
-    def _apply_blocks(self, x_BTD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        """Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised are one function."""
-        keys = None if rngs is None else jax.random.split(rngs.dropout(), self.layers)
-
-        def apply(x_BTD, block_state, key, graphdef):
-            block = nnx.merge(graphdef, block_state)
-            return block(x_BTD, None if key is None else nnx.Rngs(dropout=key))
-
-        if self.remat:
-            apply = jax.checkpoint(apply, static_argnums=3, prevent_cse=not self.scan)
-        if self.scan:
-            graphdef, stacked = nnx.split(self.blocks)
-            x_BTD, _ = jax.lax.scan(lambda x, layer: (apply(x, *layer, graphdef), None), x_BTD, (stacked, keys))
-            return x_BTD
-        for i, block in enumerate(self.blocks):
-            graphdef, state = nnx.split(block)
-            x_BTD = apply(x_BTD, state, None if keys is None else keys[i], graphdef)
-        return x_BTD
+        valid = tokens >= 0
+        positions = jnp.arange(T)[None] if segments is None else positions_in(segments)
+        x_BTD = self.embed(tokens)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions)
+        if self.sinusoidal:
+            x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        shared = {"rotary": None if self.rotary is None else rotary_table(positions, *self.rotary), "valid": valid}
+        if segments is not None:  # without, no token sees the padding after it
+            shared["segments"] = jnp.where(valid, segments, -1)
+        x_BTD, aux = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
+        x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+        logits = self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
+        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in aux.items()}

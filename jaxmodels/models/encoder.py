@@ -1,0 +1,188 @@
+"""The Transformer encoder, by default BERT's (Devlin et al. 2019), with a head for what it is to say.
+
+Shapes: B batch, T time, D width, V vocabulary.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.models.attention import Implementation
+from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
+from jaxmodels.models.transformer import (
+    ACTIVATIONS,
+    Activation,
+    Block,
+    Norm,
+    Remat,
+    apply_blocks,
+    make_blocks,
+    make_norm,
+)
+
+_ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
+
+# BERT's small models are those of Turc et al. 2019.
+SIZES = {
+    "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
+    "bert-mini": {"layers": 4, "heads": 4, "width": 256},
+    "bert-small": {"layers": 4, "heads": 8, "width": 512},
+    "bert-medium": {"layers": 8, "heads": 8, "width": 512},
+    "bert-base": {"layers": 12, "heads": 12, "width": 768},
+    "bert-large": {"layers": 24, "heads": 16, "width": 1024},
+    "roberta-base": {"layers": 12, "heads": 12, "width": 768, **_ROBERTA},
+    "roberta-large": {"layers": 24, "heads": 16, "width": 1024, **_ROBERTA},
+}
+SIZES = {name: {"context": 512, "types": 2, "dropout": 0.1, **size} for name, size in SIZES.items()}
+
+
+class Head(nnx.Module):
+    """What an encoder says of a sequence (`class`, `value`) or of each token (`tokens`, `tags`)."""
+
+    def __init__(
+        self, kind: str, size: int, width: int, *, pool: str, dropout: float, activation: Activation, norm: Norm, epsilon: float, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.normal(0.02)
+        if kind not in ("tokens", "tags", "class", "value"):
+            raise ValueError(f"a head is 'tokens', 'tags', 'class' or 'value', not {kind!r}")
+        self.dense = nnx.Linear(width, width, kernel_init=init, rngs=rngs) if kind != "tags" else None
+        if kind == "tokens":
+            self.norm = make_norm(norm, width, epsilon, True, rngs)
+            self.bias = nnx.Param(jnp.zeros(size))
+        else:
+            self.output = nnx.Linear(width, size, kernel_init=init, rngs=rngs)
+        self.kind, self.pool, self.dropout, self.activation = kind, pool, dropout, activation
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, embed: Embed, rngs: nnx.Rngs | None) -> jax.Array:
+        """[B, T, size], or [B, size] for a sequence. `embed` is the encoder's: its rows score tokens."""
+        if self.kind == "tokens":
+            activate = ACTIVATIONS["gelu_exact" if self.activation in ("swiglu", "geglu") else self.activation]
+            return embed.attend(self.norm(activate(self.dense(x_BTD)))) + self.bias[...]
+        if self.kind == "tags":
+            return self.output(dropout(x_BTD, self.dropout, rngs))
+        if self.pool == "first":
+            x_BD = x_BTD[:, 0]
+        else:
+            count = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
+            x_BD = jnp.where(valid_BT[..., None], x_BTD, 0).sum(1) / count.astype(x_BTD.dtype)
+        return self.output(dropout(jnp.tanh(self.dense(x_BD)), self.dropout, rngs))
+
+
+class Encoder(nnx.Module):
+    """Blocks that see the whole sequence, and a head, whose parameters alone lie under `head/`.
+
+    Named sizes (`bert-base`, `roberta-base`, …) have the published parameter counts.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        head: tuple[str, int],
+        *,
+        context: int = 512,
+        layers: int = 4,
+        heads: int = 4,
+        width: int = 128,
+        kv_heads: int | None = None,
+        mlp_width: int | None = None,
+        positions: Literal["learned", "rotary", "sinusoidal", "none"] = "learned",
+        position_offset: int = 0,
+        rotary_base: float = 10000.0,
+        types: int = 0,
+        window: int | None = None,
+        norm: Norm = "layer",
+        epsilon: float = 1e-12,
+        post_norm: bool = True,
+        activation: Activation = "gelu_exact",
+        bias: bool = True,
+        pool: Literal["first", "mean"] = "first",
+        dropout: float = 0.0,
+        attention: Implementation = "auto",
+        scan: bool = False,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          vocab_size: V, rows of the embedding.
+          head: what it says, and how many: `("tokens", V)` scores of tokens, by the embedding; `("tags", K)` scores for
+            each token; `("class", C)` scores and `("value", 1)` numbers for the sequence.
+          context: the longest sequence.
+          layers, heads, width, kv_heads, mlp_width, window: of the blocks, as in `transformer.Block`.
+          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` turns queries and keys.
+          position_offset: of the first token in the table of learned positions (2 in RoBERTa).
+          rotary_base: of the wavelengths of `rotary`.
+          types: kinds of tokens (2 in BERT: of a first and a second text); 0 for none.
+          norm: `layer` or `rms`.
+          epsilon: of the normalisation.
+          post_norm: normalise each sum, and the embedding (BERT); else the inputs of attention and feed-forward.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          bias: matrices and layer normalisations have one.
+          pool: a sequence is its `first` token (BERT's, which stands for all), or the `mean` of its tokens.
+          dropout: rate on the embedding, on what each block adds, and in the head.
+          attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
+          scan, remat: of the blocks, as in `transformer.Decoder`.
+          rngs: draws the initial parameters from its `params` stream.
+        """
+        check_rate(dropout)
+        check_sizes(context=context, layers=layers, heads=heads, width=width)
+        init = nnx.initializers.normal(0.02)
+        self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
+        self.positions = Embed(context + position_offset, width, init=init, rngs=rngs) if positions == "learned" else None
+        self.types = Embed(types, width, init=init, rngs=rngs) if types else None
+        self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if post_norm else None
+        self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
+        options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "window": window, "norm": norm, "epsilon": epsilon}
+        options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "attention": attention}
+        options |= {"causal": False, "dropout": dropout, "layers": layers}
+        self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
+        self.head = Head(*head, width, pool=pool, dropout=dropout, activation=activation, norm=norm, epsilon=epsilon, rngs=rngs)
+        self.rotary = (width // heads, rotary_base) if positions == "rotary" else None
+        self.sinusoidal = positions == "sinusoidal"
+        self.context, self.position_offset, self.remat, self.dropout = context, position_offset, remat, dropout
+
+    def __call__(
+        self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """What the head says.
+
+        Args:
+          tokens: int [B, T], T at most `context`; -1 is padding.
+          segments: int [B, T] where several texts are packed into a row: each sees itself alone, from position 0.
+          types: int [B, T], the kinds of tokens; 0 unless given.
+          rngs: dropout is drawn from; None to evaluate.
+
+        Returns:
+          [B, T, size] of a head for tokens, [B, size] of one for the sequence.
+        """
+        return self.head(self.states(tokens, segments=segments, types=types, rngs=rngs), tokens >= 0, self.embed, rngs)
+
+    def states(
+        self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """The last block's output, [B, T, D]: what the head is given. Arguments as of a call."""
+        T = tokens.shape[1]
+        if T > self.context:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
+        if types is not None and self.types is None:
+            raise ValueError("the model has no kinds of tokens; make it with types=2")
+        valid = tokens >= 0
+        positions = jnp.arange(T)[None] if segments is None else positions_in(segments)
+        x_BTD = self.embed(tokens)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions + self.position_offset)
+        if self.sinusoidal:
+            x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        if self.types is not None:
+            x_BTD = x_BTD + self.types(jnp.zeros_like(tokens) if types is None else types)
+        x_BTD = x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+        shared = {
+            "rotary": None if self.rotary is None else rotary_table(positions, *self.rotary),
+            "segments": jnp.where(valid, 0 if segments is None else segments, -1),
+            "valid": valid,
+        }
+        x_BTD, _ = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)

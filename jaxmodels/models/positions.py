@@ -1,0 +1,126 @@
+"""Where a token stands: positions inside packed sequences, rotary angles, sines, relative distances.
+
+Shapes: B batch, T time, S keys' time, N heads, K width of a head, D width.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How rotary angles are slowed down for contexts longer than those first trained on.
+
+    Attributes:
+      kind: `linear` slows all angles down alike (Chen et al. 2023); `llama3` those that turn slowly (Llama 3.1);
+        `yarn` too, and sharpens attention a little (Peng et al. 2024).
+      factor: how much longer.
+      original_context: the context first trained on (llama3, yarn).
+      low_frequency, high_frequency: turns within that context below which an angle is slowed down wholly, and above
+        which it is left alone (llama3).
+      fast, slow: the same for yarn: left alone above `fast` turns, slowed down wholly below `slow`.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_context: int = 8192
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    fast: float = 32.0
+    slow: float = 1.0
+
+
+def positions_in(segments_BT: jax.Array) -> jax.Array:
+    """Places within each segment: 0, 1, … from wherever the number differs from the one before. int [B, T]."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
+    begins_BT = jnp.concatenate([jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
+    return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+
+
+def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:
+    """Radians a position for each pair of a head's channels, float [K / 2], and a factor on their sines and cosines."""
+    frequencies = base ** (-np.arange(0, head_width, 2) / head_width)
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        kept = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / scaling.factor, 1.0
+
+    def pair(turns):
+        """The (fractional) pair of channels that turns so often within the original context."""
+        return head_width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = max(math.floor(pair(scaling.fast)), 0), min(math.ceil(pair(scaling.slow)), head_width - 1)
+    slowed = np.clip((np.arange(head_width // 2) - first) / max(last - first, 1e-3), 0, 1)
+    return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies, 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotary_table(
+    positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for `rotate` at int positions [1 or B, T]: float32 [1 or B, T, 1, K / 2] each."""
+    frequencies, factor = rotary_frequencies(head_width, base, scaling)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Rotary positions (Su et al. 2021): channels i and i + K/2 turn by their angle, so that products depend on distances alone."""
+    one, other = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([one * cosine - other * sine, other * cosine + one * sine], axis=-1).astype(x_BTNK.dtype)
+
+
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+    """Sines and cosines of positions (Vaswani et al. 2017), float32 [..., D], channels 2i and 2i + 1 at one frequency."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :width]
+
+
+def relative_buckets(query_positions: jax.Array, key_positions: jax.Array, *, buckets: int, distance: int, causal: bool) -> jax.Array:
+    """A number in [0, buckets) for each distance from query to key (Raffel et al. 2020).
+
+    Half of the numbers (of each direction) stand for one distance each, the others for ranges that grow exponentially
+    up to `distance`; all beyond share the last.
+
+    Args:
+      query_positions, key_positions: int [..., T] and [..., S].
+      buckets: how many; without `causal` half of them are for keys ahead.
+      distance: from which on all share one.
+      causal: keys ahead count as distance 0.
+
+    Returns:
+      int32 [..., T, S].
+    """
+    ahead = key_positions[..., None, :] - query_positions[..., :, None]
+    first = 0
+    if causal:
+        away = jnp.maximum(-ahead, 0)
+    else:
+        buckets //= 2
+        first, away = jnp.where(ahead > 0, buckets, 0), jnp.abs(ahead)
+    exact = buckets // 2
+    growth = jnp.log(jnp.maximum(away, 1).astype(jnp.float32) / exact) / math.log(distance / exact) * (buckets - exact)
+    far = jnp.minimum(exact + growth.astype(jnp.int32), buckets - 1)
+    return first + jnp.where(away < exact, away, far)
+
+
+class RelativePositions(nnx.Module):
+    """A learned number for each head and bucket of distance, added to attention's products (Raffel et al. 2020)."""
+
+    def __init__(self, heads: int, *, buckets: int, distance: int, causal: bool, init, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(init(rngs.params(), (buckets, heads)))
+        self.buckets, self.distance, self.causal = buckets, distance, causal
+
+    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """int [1 or B, T] and [1 or B, S] to [1 or B, N, T, S]."""
+        buckets = relative_buckets(query_positions, key_positions, buckets=self.buckets, distance=self.distance, causal=self.causal)
+        return jnp.moveaxis(jnp.take(self.embedding[...], buckets, axis=0), -1, 1)
