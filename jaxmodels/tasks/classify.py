@@ -7,62 +7,132 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.tasks import augment
 
 
 class Classify:
     """Softmax cross-entropy over classes.
 
     Batches: `image` float or uint8 [B, H, W, C] (uint8 is scaled to [0, 1]), `label` int [B], `weight` float [B].
+
+    Augmentation is a part of the training loss, on the device, in this order: crop, flip, mixup or cutmix. It is drawn from
+    the step's key, so a resumed run sees the same images; evaluation sees them as they are.
     """
 
-    def __init__(self, info: Mapping, *, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        info: Mapping,
+        *,
+        label_smoothing: float = 0.0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_probability: float = 1.0,
+    ):
         """
         Args:
           info: of the data set: `image_shape`, `num_classes`.
           label_smoothing: probability taken from the true class and spread evenly over all (Szegedy et al. 2016).
             Training only.
+          mean: of each channel, subtracted from every image.
+          std: of each channel, which every image is then divided by.
+          crop: rows and columns of black around an image, out of which a window of its size is cut at random.
+          flip: mirror half of the images, left to right.
+          mixup: alpha of mixup (Zhang et al. 2018): an image and its label are a share of one example and the rest of
+            another, the share drawn from Beta(alpha, alpha). 0 is none.
+          cutmix: alpha of cutmix (Yun et al. 2019): the same with a rectangle pasted in. With both, each example has one
+            of the two, at random.
+          mix_probability: share of the examples that is mixed at all.
         """
         for key in ("image_shape", "num_classes"):
             if key not in info:
                 raise ConfigError(f"config.task: 'classify' needs images with labels; this data source gives no {key}.")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {label_smoothing}.")
         if len(info["image_shape"]) != 3:
             raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        for name, value in {"crop": crop, "mixup": mixup, "cutmix": cutmix}.items():
+            if value < 0:
+                raise ConfigError(f"config.task.{name} must not be negative, got {value}.")
+        if not 0 <= mix_probability <= 1:
+            raise ConfigError(f"config.task.mix_probability must lie in [0, 1], got {mix_probability}.")
+        for name, value in {"mean": mean, "std": std}.items():
+            if value is not None and len(value) != info["image_shape"][-1]:
+                raise ConfigError(f"config.task.{name} has {len(value)} numbers; the images have {info['image_shape'][-1]} channels.")
+        if std is not None and min(std) <= 0:
+            raise ConfigError(f"config.task.std must be above 0, got {std}.")
         self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": info["num_classes"]}
         self.batch = {"image": self.provides["image_shape"], "label": ()}
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
+        self.crop, self.flip, self.mixup, self.cutmix, self.mix_probability = crop, flip, mixup, cutmix, mix_probability
 
     def predict(self, model, batch):
         """Class probabilities, float [B, number of classes]."""
-        return jax.nn.softmax(self._logits(model, batch["image"], None))
+        return jax.nn.softmax(self._logits(model, _scale(batch["image"]), None))
 
     def loss(self, model, batch, rngs):
-        """The sum of weighted cross-entropies, the sum of weights, and metrics."""
-        logits = self._logits(model, batch["image"], rngs)
-        metrics = _metrics(logits, batch)
+        """The sum of weighted cross-entropies, the sum of weights, and metrics.
+
+        The `loss` of the metrics is without label smoothing; under mixup and cutmix it is that of the mixed labels, and
+        `accuracy` is measured against the label of the example itself, whatever its share.
+        """
+        image, targets = self._augment(batch, rngs)
+        logits = self._logits(model, image, rngs)
+        metrics = _metrics(logits, targets, batch)
         if not self.label_smoothing:
             return *metrics["loss"], metrics
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), self.label_smoothing)
-        losses = optax.softmax_cross_entropy(logits, targets)
+        if targets.ndim == 1:
+            targets = jax.nn.one_hot(targets, logits.shape[-1])
+        losses = _cross_entropy(logits, optax.smooth_labels(targets, self.label_smoothing))
         return jnp.sum(losses * batch["weight"]), jnp.sum(batch["weight"]), metrics
 
     def metrics(self, model, batch):
         """`loss` (without label smoothing) and `accuracy`."""
-        return _metrics(self._logits(model, batch["image"], None), batch)
+        return _metrics(self._logits(model, _scale(batch["image"]), None), batch["label"], batch)
 
     def summarize(self, values):
         return dict(values)
 
+    def _augment(self, batch, rngs):
+        """Images scaled and changed, and their labels: int [B], or where they are mixed, probabilities [B, classes]."""
+        image, label = batch["image"], batch["label"]
+        if self.crop:
+            image = augment.random_crop(rngs.dropout(), image, self.crop)
+        if self.flip:
+            image = augment.random_flip(rngs.dropout(), image)
+        image = _scale(image)
+        if not (self.mixup or self.cutmix):
+            return image, label
+        image, share = augment.mix(
+            rngs.dropout(), image, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, probability=self.mix_probability
+        )
+        target = jax.nn.one_hot(label, self.provides["num_classes"])
+        return image, share[:, None] * target + (1 - share[:, None]) * augment.partners(target)
+
     def _logits(self, model, image, rngs):
-        if image.dtype == jnp.uint8:
-            image = image.astype(jnp.float32) / 255
+        if self.mean is not None:
+            image = image - jnp.asarray(self.mean, image.dtype)
+        if self.std is not None:
+            image = image / jnp.asarray(self.std, image.dtype)
         return model(image, rngs=rngs).astype(jnp.float32)
 
 
-def _metrics(logits, batch):
+def _scale(image):
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
+def _cross_entropy(logits, targets):
+    """Of class numbers, int [B], or of probabilities, float [B, classes]."""
+    if targets.ndim == 1:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def _metrics(logits, targets, batch):
     weight = batch["weight"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = jnp.argmax(logits, axis=-1) == batch["label"]
     total = jnp.sum(weight)
-    return {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
+    return {"loss": (jnp.sum(_cross_entropy(logits, targets) * weight), total), "accuracy": (jnp.sum(correct * weight), total)}

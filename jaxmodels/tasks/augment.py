@@ -1,0 +1,87 @@
+"""Random changes of images, on the device: pure functions of a key and a batch [B, H, W, C].
+
+Each example has draws of its own, so the same key gives the same batch however it is spread over devices. What mixes two
+examples mixes each with the one before it (the first with the last): batches are shuffled, so that is a random other.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def random_crop(key: jax.Array, image_BHWC: jax.Array, padding: int) -> jax.Array:
+    """Pads `padding` rows and columns of zeros on each side, and cuts out a window of the old size at a random place."""
+    B, H, W, C = image_BHWC.shape
+    padded = jnp.pad(image_BHWC, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    corner_B2 = jax.random.randint(key, (B, 2), 0, 2 * padding + 1)
+    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), (H, W, C)))(padded, corner_B2)
+
+
+def random_flip(key: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+    """Mirrors half of the images, left to right."""
+    return jnp.where(_as_images(jax.random.bernoulli(key, 0.5, image_BHWC.shape[:1])), image_BHWC[:, :, ::-1], image_BHWC)
+
+
+def partners(x: jax.Array) -> jax.Array:
+    """For each row of a batch, the row it is mixed with."""
+    return jnp.roll(x, 1, axis=0)
+
+
+def mixup(image_BHWC: jax.Array, share_B: jax.Array) -> jax.Array:
+    """`share` of each image and 1 - `share` of its partner (Zhang et al. 2018). Images are floats."""
+    share = _as_images(share_B).astype(image_BHWC.dtype)
+    return share * image_BHWC + (1 - share) * partners(image_BHWC)
+
+
+def cutmix(key: jax.Array, image_BHWC: jax.Array, share_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each image with a rectangle of its partner pasted in (Yun et al. 2019).
+
+    The rectangle has the image's proportions and an area of 1 - `share` of it; its centre is uniform over the image, whose
+    border cuts it off.
+
+    Returns:
+      images, and the share of each image that is its own: float [B].
+    """
+    B, H, W, _ = image_BHWC.shape
+    side_B = jnp.sqrt(1 - share_B)
+    centre_2B = jax.random.uniform(key, (2, B))
+
+    def inside(size, centre):
+        length = jnp.floor(size * side_B)
+        start = jnp.floor(size * centre) - jnp.floor(length / 2)
+        place = jnp.arange(size)
+        return (place >= start[:, None]) & (place < (start + length)[:, None])
+
+    box_BHW = inside(H, centre_2B[0])[:, :, None] & inside(W, centre_2B[1])[:, None, :]
+    return jnp.where(box_BHW[..., None], partners(image_BHWC), image_BHWC), 1 - jnp.mean(box_BHW, axis=(1, 2), dtype=jnp.float32)
+
+
+def mix(key: jax.Array, image_BHWC: jax.Array, *, mixup_alpha: float, cutmix_alpha: float, probability: float) -> tuple[jax.Array, jax.Array]:
+    """Mixup, cutmix, or for each example one of the two, at random.
+
+    Args:
+      key: of this batch.
+      image_BHWC: floats.
+      mixup_alpha, cutmix_alpha: the share of an image that stays its own is drawn from Beta(alpha, alpha); 0 leaves the
+        method out.
+      probability: that an example is mixed at all.
+
+    Returns:
+      images, and how much each is itself rather than its partner: float [B] in [0, 1]. The label is to be mixed likewise.
+    """
+    which, whether, place, first, second = jax.random.split(key, 5)
+    B = image_BHWC.shape[:1]
+    mixed = jax.random.bernoulli(whether, probability, B)
+    use_cutmix = jax.random.bernoulli(which, 0.5 if mixup_alpha else 1.0, B) if cutmix_alpha else jnp.zeros(B, bool)
+    result, share = image_BHWC, jnp.ones(B)
+    if mixup_alpha:
+        share = jnp.where(mixed & ~use_cutmix, jax.random.beta(first, mixup_alpha, mixup_alpha, B), 1.0)
+        result = mixup(image_BHWC, share)
+    if cutmix_alpha:
+        wanted = jnp.where(mixed & use_cutmix, jax.random.beta(second, cutmix_alpha, cutmix_alpha, B), 1.0)
+        pasted, own = cutmix(place, image_BHWC, wanted)
+        result, share = jnp.where(_as_images(use_cutmix), pasted, result), jnp.where(use_cutmix, own, share)
+    return result, share
+
+
+def _as_images(x_B: jax.Array) -> jax.Array:
+    return x_B[:, None, None, None]
