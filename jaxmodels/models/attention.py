@@ -215,7 +215,7 @@ class Attention(nnx.Module):
         scale: float | None = None,
         biased: bool = False,
         implementation: Implementation = "auto",
-        init=nnx.initializers.normal(0.02),
+        init=None,
         query_init=None,
         out_init=None,
         rngs: nnx.Rngs,
@@ -231,7 +231,8 @@ class Attention(nnx.Module):
           query_key_norm: root-mean-square normalisation of every query and key, with a scale (Henry et al. 2020; Qwen 3).
           epsilon: of that normalisation.
           biased: a bias is added to the products when called.
-          init: of the matrices; `query_init` and `out_init` where those of query and output differ.
+          init: of the matrices, normal with a deviation of 0.02 unless given; `query_init` and `out_init` where those of query
+            and output differ.
           rngs: draws the initial parameters from its `params` stream.
         """
         kv_heads = heads if kv_heads is None else kv_heads
@@ -241,6 +242,7 @@ class Attention(nnx.Module):
             head_width = width // heads
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got heads={heads}, kv_heads={kv_heads}")
+        init = init or nnx.initializers.normal(0.02)
         linear = functools.partial(nnx.Linear, rngs=rngs)
         self.query = linear(width, heads * head_width, use_bias=bias, kernel_init=query_init or init)
         self.key = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)

@@ -145,7 +145,13 @@ class Encoder(nnx.Module):
         self.context, self.position_offset, self.remat, self.dropout = context, position_offset, remat, dropout
 
     def __call__(
-        self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        types: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """What the head says.
 
@@ -153,12 +159,18 @@ class Encoder(nnx.Module):
           tokens: int [B, T], T at most `context`; -1 is padding.
           segments: int [B, T] where several texts are packed into a row: each sees itself alone, from position 0.
           types: int [B, T], the kinds of tokens; 0 unless given.
+          positions: int [B, K], where alone a head for tokens is asked; everywhere unless given.
           rngs: dropout is drawn from; None to evaluate.
 
         Returns:
-          [B, T, size] of a head for tokens, [B, size] of one for the sequence.
+          [B, T or K, size] of a head for tokens, [B, size] of one for the sequence.
         """
-        return self.head(self.states(tokens, segments=segments, types=types, rngs=rngs), tokens >= 0, self.embed, rngs)
+        x_BTD = self.states(tokens, segments=segments, types=types, rngs=rngs)
+        if positions is not None:
+            if self.head.kind not in ("tokens", "tags"):
+                raise ValueError(f"a head for the sequence ({self.head.kind!r}) takes no positions")
+            x_BTD = jnp.take_along_axis(x_BTD, positions[:, :, None], axis=1)
+        return self.head(x_BTD, tokens >= 0, self.embed, rngs)
 
     def states(
         self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None

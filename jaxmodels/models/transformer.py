@@ -22,17 +22,13 @@ from jaxmodels.models.positions import (
     rotary_table,
     sinusoids,
 )
+from jaxmodels.models.sizes import DECODERS
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
-SIZES = {
-    "gpt2": {"layers": 12, "heads": 12, "width": 768, "context": 1024},
-    "gpt2-medium": {"layers": 24, "heads": 16, "width": 1024, "context": 1024},
-    "gpt2-large": {"layers": 36, "heads": 20, "width": 1280, "context": 1024},
-    "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "context": 1024},
-}
+SIZES = DECODERS
 
 ACTIVATIONS = {
     "gelu": functools.partial(nnx.gelu, approximate=True),

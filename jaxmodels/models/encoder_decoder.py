@@ -1,0 +1,175 @@
+"""The encoder–decoder: the original Transformer (Vaswani et al. 2017) and T5 v1.1 (Raffel et al. 2020; Shazeer 2020).
+
+Shapes: B batch, S source, T target, D width, N heads, K width of a head, V vocabulary.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.models.attention import Implementation
+from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.positions import RelativePositions, sinusoids
+from jaxmodels.models.transformer import (
+    Activation,
+    Block,
+    Norm,
+    Remat,
+    apply_blocks,
+    make_blocks,
+    make_norm,
+)
+
+_T5 = {
+    "positions": "relative",
+    "norm": "rms",
+    "epsilon": 1e-6,
+    "post_norm": False,
+    "activation": "geglu",
+    "bias": False,
+    "scale_attention": False,
+    "scale_embeddings": False,
+    "tie_embeddings": False,
+    "head_width": 64,
+    "dropout": 0.1,
+}
+SIZES = {
+    "transformer-base": {"layers": 6, "heads": 8, "width": 512, "dropout": 0.1},
+    "transformer-big": {"layers": 6, "heads": 16, "width": 1024, "dropout": 0.3},
+    "t5-v1.1-small": {"layers": 8, "heads": 6, "width": 512, "mlp_width": 1024, **_T5},
+    "t5-v1.1-base": {"layers": 12, "heads": 12, "width": 768, "mlp_width": 2048, **_T5},
+    "t5-v1.1-large": {"layers": 24, "heads": 16, "width": 1024, "mlp_width": 2816, **_T5},
+    "t5-v1.1-xl": {"layers": 24, "heads": 32, "width": 2048, "mlp_width": 5120, **_T5},
+    "t5-v1.1-xxl": {"layers": 24, "heads": 64, "width": 4096, "mlp_width": 10240, **_T5},
+}
+
+
+class Side(nnx.Module):
+    """One half: positions, blocks, and where these do not end in one a normalisation."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat, rngs: nnx.Rngs, **block):
+        init = nnx.initializers.normal(width**-0.5)
+        norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
+        self.positions = Embed(context, width, init=init, rngs=rngs) if positions == "learned" else None
+        relative = positions == "relative"
+        # One table for all layers, as in T5. Its numbers begin small beside products of unit variance.
+        self.relative = RelativePositions(heads, buckets=32, distance=128, causal=causal, init=init, rngs=rngs) if relative else None
+        options = {"causal": causal, "memory": causal, "relative": relative, "init": "fan_in", **block}
+        self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), block["layers"], scan, rngs)
+        self.final_norm = None if block["post_norm"] else make_norm(norm, width, epsilon, bias, rngs)
+        self.sinusoidal, self.remat, self.dropout = positions == "sinusoidal", remat, block["dropout"]
+
+    def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None, **shared) -> jax.Array:
+        """From embeddings to what the last block says, [B, T, D]; `shared` as of `transformer.apply_blocks`."""
+        positions = jnp.arange(x_BTD.shape[1])[None]
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions)
+        if self.sinusoidal:
+            x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        if self.relative is not None:
+            shared["bias"] = self.relative(positions, positions)
+        x_BTD, _ = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
+        return x_BTD if self.final_norm is None else dropout(self.final_norm(x_BTD), self.dropout, rngs)
+
+
+class EncoderDecoder(nnx.Module):
+    """An encoder of a source, and a decoder of the target that attends to it; by default the original Transformer.
+
+    Named sizes: `transformer-base`, `transformer-big`, and `t5-v1.1-small` to `-xxl`, which have the released checkpoints'
+    parameter counts.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        context: int = 512,
+        layers: int = 4,
+        heads: int = 4,
+        width: int = 128,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        mlp_width: int | None = None,
+        positions: Literal["learned", "sinusoidal", "relative", "none"] = "sinusoidal",
+        norm: Norm = "layer",
+        epsilon: float = 1e-6,
+        post_norm: bool = True,
+        activation: Activation = "relu",
+        bias: bool = True,
+        scale_attention: bool = True,
+        scale_embeddings: bool = True,
+        tie_embeddings: bool = True,
+        dropout: float = 0.0,
+        attention: Implementation = "auto",
+        scan: bool = False,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          vocab_size: V, rows of the embedding that source and target share, and width of the output.
+          context: the longest source or target.
+          layers: of the encoder, and of the decoder.
+          heads, width, kv_heads, head_width, mlp_width: of the blocks, as in `transformer.Block`.
+          positions: `learned` and `sinusoidal` are added to the embedding; `relative` adds a number for each head and range
+            of distances to attention's products (Raffel et al. 2020), one table for each side.
+          norm: `layer` or `rms`.
+          epsilon: of the normalisation.
+          post_norm: normalise each sum, not the inputs of attention and feed-forward.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          bias: matrices and layer normalisations have one.
+          scale_attention: divide products by the root of the heads' width (not in T5).
+          scale_embeddings: multiply embeddings by the root of D (not in T5).
+          tie_embeddings: the output matrix is the embedding's.
+          dropout: rate on embeddings and on what each block adds; and, with norms before, on each side's end (T5).
+          attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
+          scan, remat: of the blocks, as in `transformer.Decoder`.
+          rngs: draws the initial parameters from its `params` stream.
+        """
+        check_rate(dropout)
+        check_sizes(context=context, layers=layers, heads=heads, width=width)
+        # What is scaled up by the root of D begins smaller by as much.
+        embed_init = nnx.initializers.normal(width**-0.5 if tie_embeddings else 1.0)
+        self.embed = Embed(vocab_size, width, init=embed_init, rngs=rngs)
+        options = {"positions": positions, "context": context, "kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width}
+        options |= {"norm": norm, "epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "layers": layers}
+        options |= {"scale": None if scale_attention else 1.0, "dropout": dropout, "attention": attention, "scan": scan, "remat": remat}
+        self.encoder = Side(width, heads, causal=False, **options, rngs=rngs)
+        self.decoder = Side(width, heads, causal=True, **options, rngs=rngs)
+        init = nnx.initializers.normal(width**-0.5)
+        self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
+        self.context, self.scale = context, width**0.5 if scale_embeddings else None
+
+    def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits of the token after each of the target.
+
+        Args:
+          source: int [B, S], -1 is padding.
+          target: int [B, T], from its start token on; -1 is padding, after the tokens.
+          rngs: dropout is drawn from; None to evaluate.
+
+        Returns:
+          [B, T, V]; those at t see the source and the target's tokens 0..t.
+        """
+        return self.decode(target, self.encode(source, rngs=rngs), rngs=rngs)
+
+    def encode(self, source: jax.Array, rngs: nnx.Rngs | None = None) -> dict[str, jax.Array]:
+        """What `decode` needs of a source [B, S]: `states` [B, S, D] and which are `valid` [B, S]."""
+        valid = source >= 0
+        segments = jnp.where(valid, 0, -1)
+        return {"states": self.encoder(self._embed(source), rngs, segments=segments, valid=valid), "valid": valid}
+
+    def decode(self, target: jax.Array, memory: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits [B, T, V] of the token after each of `target` [B, T], given what `encode` made of the source."""
+        # Every position of the target looks at the source's tokens, none at its padding.
+        segments = (jnp.zeros(target.shape, jnp.int32), jnp.where(memory["valid"], 0, -1))
+        x_BTD = self.decoder(self._embed(target), rngs, memory=memory["states"], memory_segments=segments, valid=target >= 0)
+        return self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        if tokens.shape[1] > self.context:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the model's context of {self.context}")
+        x_BTD = self.embed(tokens)
+        return x_BTD if self.scale is None else x_BTD * jnp.asarray(self.scale, x_BTD.dtype)
