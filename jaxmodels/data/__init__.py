@@ -11,6 +11,8 @@ from jaxmodels.errors import ConfigError
 SOURCES = {
     "digits": "jaxmodels.data.digits:digits",
     "python_docs": "jaxmodels.data.text:python_docs",
+    "python_code": "jaxmodels.data.python_code:python_code",
+    "python_packages": "jaxmodels.data.python_code:python_packages",
     "text": "jaxmodels.data.text:text",
     "tsv": "jaxmodels.data.rows:tsv",
     "csv_rows": "jaxmodels.data.rows:csv_rows",
