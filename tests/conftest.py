@@ -1,10 +1,11 @@
-"""Settings of all tests: the CPU, and a compilation cache that subprocesses share."""
+"""Settings of all tests: the CPU, and caches that subprocesses share."""
 
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-cache-")
+os.environ["JAXMODELS_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-tokens-")
 
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
@@ -17,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAXMODELS_CACHE_DIR"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture

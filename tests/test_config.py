@@ -76,7 +76,7 @@ BAD = {
     "an item": ({"model.features": (1, "a")}, "model.features must be a list of a whole number"),
     "a model": ({"model.name": "cnm"}, "Did you mean 'cnn'?"),
     "a task": ({"task.name": "classfy"}, "Did you mean 'classify'?"),
-    "a data source": ({"data.source": "digit"}, "There are: arrays, csv, digits, python_docs, text, tfds"),
+    "a data source": ({"data.source": "digit"}, "There are: arrays, "),
     "an optimizer": ({"optimizer.name": "adamx"}, "There are: adabelief"),
     "an optimizer's argument": ({"optimizer.epsilon": 0.1}, "Did you mean 'eps'?"),
     "an optimizer's argument's type": ({"optimizer.b1": "x"}, "optimizer.b1 must be a number"),

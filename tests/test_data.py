@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.data import loader, open_dataset
+from jaxmodels.data.packing import Windows
 from jaxmodels.data.source import Arrays, Remembered, take
-from jaxmodels.data.text import Windows
 from jaxmodels.errors import ConfigError
 
 

@@ -47,6 +47,31 @@ def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None]
     return found
 
 
+def find_files(paths: str, data_dir: str | None, key: str = "source") -> list[str]:
+    """The files that a comma-separated list names: paths, or patterns as of a shell (`*`, `**` for any folders); each file once.
+
+    Args:
+      paths: in the order wanted; what a pattern matches is sorted. Relative to the working directory or else to the data directory.
+      data_dir: the data directory.
+      key: of the `data` section, for errors.
+
+    Raises:
+      ConfigError: nothing is found for one of them.
+    """
+    found = []
+    whole = os.path.isfile(paths) or (data_dir and os.path.isfile(os.path.join(data_dir, paths)))  # its name may hold a comma
+    for path in [paths] if whole else [path.strip() for path in paths.split(",")]:
+        places = [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
+        files = next((files for place in places if path and (files := _glob(place))), None)
+        if files is None:
+            raise ConfigError(
+                f"config.data.{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
+                "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
+            )
+        found += files
+    return list(dict.fromkeys(found))
+
+
 def _in_folder(folder: str, split: str, extensions: tuple[str, ...]) -> list[str]:
     by_name = {}
     for name in NAMES[split]:

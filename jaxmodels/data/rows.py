@@ -112,7 +112,7 @@ def jsonl(
     """The same of files with a JSON object in each line; columns are its keys. Arguments as those of `tsv`."""
     options = _options(locals())
     files = split_files(path, data_dir, {"train": train, "validation": validation, "test": test}, (".jsonl", ".ndjson"))
-    return _open(files, options, data_dir, lambda file: _read_jsonl(file, options.columns))
+    return _open(files, options, data_dir, lambda file: read_jsonl(file, options.columns))
 
 
 def _options(arguments: Mapping) -> Options:
@@ -187,7 +187,7 @@ def _place(key: str, column: Column, names: list[str] | None, count: int, path: 
     return names.index(column)
 
 
-def _read_jsonl(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
+def read_jsonl(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
     for number, line in enumerate(lines(path), 1):
         yield _json_row(f"{path}, line {number}", line, columns)
 

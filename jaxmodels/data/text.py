@@ -1,47 +1,57 @@
-"""Text as windows of tokens, for language models."""
+"""Text as examples of tokens, for language models."""
 
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
 
-from jaxmodels.data.source import Dataset, find_file, fingerprint
-from jaxmodels.data.tokenizers import ByteTokenizer, CharacterTokenizer
+from jaxmodels.data import tokens as tokens_lib
+from jaxmodels.data.documents import Document, read_documents, survey
+from jaxmodels.data.files import find_files
+from jaxmodels.data.packing import Packed, Windows
+from jaxmodels.data.skipping import Policy, Skipping
+from jaxmodels.data.source import Dataset
+from jaxmodels.data.tokenizers import (
+    LIBRARY_VERSION,
+    ByteTokenizer,
+    CharacterTokenizer,
+    Shared,
+    Tokenizer,
+    is_made_from_text,
+    make_tokenizer,
+)
 from jaxmodels.errors import ConfigError
 
-PAD = -1  # a target that does not count
+Packing = Literal["contiguous", "examples"]
+
+# Bytes of text from which on it is tokenised into the cache: some seconds' work. Characters and bytes take almost no time.
+CACHE_FROM = 1 << 20
+CACHE_QUICK_FROM = 64 << 20
+QUICK = ("character", "byte", "character+special", "byte+special")
 
 
-class Windows:
-    """Windows of `length + 1` consecutive tokens (inputs, and the same one later), one every `stride`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What the sources of text have in common; described at `text`."""
 
-    With `cover`, the windows lie end to end, the last is padded with -1, and every token but the first is a
-    target exactly once. Without, only whole windows count.
-    """
+    sequence_length: int
+    tokenizer: str | Tokenizer
+    packing: Packing
+    stride: int | None
+    holdout: float
+    on_bad_example: Policy = "error"
 
-    in_memory = True
-
-    def __init__(self, tokens: np.ndarray, length: int, stride: int, *, cover: bool = False):
-        self.tokens, self.length = tokens, length
-        self.stride = length if cover else stride
-        if cover:
-            self.count = -(-(len(tokens) - 1) // length)
-            padded = self.count * length + 1
-            self.tokens = np.concatenate([tokens, np.full(padded - len(tokens), PAD, tokens.dtype)])
-        else:
-            self.count = max(0, (len(tokens) - 1 - length) // stride + 1)
-
-    def __len__(self):
-        return self.count
-
-    def fingerprint(self):
-        return fingerprint(self.tokens, np.array([self.length, self.stride]))
-
-    def __getitem__(self, index):
-        return {key: value[0] for key, value in self.take(np.array([index])).items()}
-
-    def take(self, indices):
-        starts = np.asarray(indices)[:, None] * self.stride
-        return {"tokens": self.tokens[starts + np.arange(self.length + 1)]}
+    def __post_init__(self):
+        if self.sequence_length < 1 or (self.stride is not None and self.stride < 1):
+            raise ConfigError(f"config.data: sequence_length and stride must be at least 1, got {self.sequence_length} and {self.stride}.")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"config.data.holdout must be at least 0 and below 1, got {self.holdout}.")
+        if self.packing == "examples" and self.stride is not None:
+            raise ConfigError("config.data.stride is between windows of data.packing='contiguous'; with 'examples' there are none.")
 
 
 def text(
@@ -49,68 +59,118 @@ def text(
     data_dir: str | None,
     *,
     sequence_length: int,
-    tokenizer: Literal["character", "byte"] = "character",
+    tokenizer: str = "character",
+    packing: Packing = "contiguous",
     stride: int | None = None,
     holdout: float = 0.1,
+    validation: str | None = None,
+    test: str | None = None,
+    text_column: str = "text",
+    on_bad_example: Policy = "error",
 ) -> Dataset:
-    """A text file, UTF-8.
+    """Text files, UTF-8: each is a document, or of JSON lines (`.jsonl`, `.ndjson`) each line.
 
     Args:
-      path: absolute, or relative to the working directory or else to the data directory.
+      path: files, as `files.find_files` reads it: `docs/**/*.txt,more.jsonl`. Absolute, or relative to the working
+        directory or else to the data directory.
       data_dir: the data directory.
       sequence_length: tokens that a model reads in one example.
-      tokenizer: `character` (an alphabet made of the whole text) or `byte`.
+      tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the training text (the alphabet of
+        `character` from all the text).
+      packing: `contiguous`, windows of the whole text, or `examples`, rows of whole documents with `segments`. Where the tokenizer
+        has an `end`, each document is followed by it.
       stride: tokens between the starts of two training windows; `sequence_length` unless given. With 1, an epoch
         has a window starting at every token.
-      holdout: share of the text, at its end, that validates.
+      holdout: share of the text, at its end, that validates where `validation` names no files; 0 for none.
+      validation, test: files of that split, given like `path`.
+      text_column: the key of the text in JSON lines.
+      on_bad_example: `error`, or `skip`: a document without text, or that cannot be read, is left out, counted, and told of.
 
     Raises:
-      ConfigError: the file is missing or not UTF-8, or a part is shorter than one window.
+      ConfigError: a file is missing; a document is bad, by file and line; a split is shorter than one example.
     """
-    found = find_file(path, data_dir)
-    try:
-        with open(found, encoding="utf-8", newline="") as file:
-            content = file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{found} is not UTF-8 text: byte {error.start}: {error.reason}.") from error
-    return from_string(content, found, sequence_length, tokenizer, stride, holdout)
+    options = _Options(
+        sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout, on_bad_example=on_bad_example
+    )
+    given = {"source": path, "validation": validation, "test": test}
+    files = {key if key != "source" else "train": find_files(value, data_dir, key) for key, value in given.items() if value is not None}
+    documents = {split: functools.partial(read_documents, paths, text_column) for split, paths in files.items()}
+    return _open(documents, path, options, data_dir, _key(files, text_column, options, data_dir))
 
 
 def python_docs(
     *,
     sequence_length: int,
-    tokenizer: Literal["character", "byte"] = "character",
+    tokenizer: str = "character",
+    packing: Packing = "contiguous",
     stride: int | None = None,
     holdout: float = 0.1,
 ) -> Dataset:
     """English that every Python ships: the help topics of the language reference, `pydoc_data.topics`, by title.
 
-    Its length differs a little between Python versions (3.11: 464,970 characters). Arguments as those of `text`.
+    Its length differs a little between Python versions (3.11: 464,970 characters). Arguments as those of `text`; with `packing`
+    `examples`, each topic is a document.
     """
     from pydoc_data.topics import topics
 
-    content = "\n\n".join(topics[title] for title in sorted(topics))
-    return from_string(content, "pydoc_data.topics", sequence_length, tokenizer, stride, holdout)
+    options = _Options(sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout)
+    documents = [Document(title, topics[title]) for title in sorted(topics)]
+    if packing == "contiguous":
+        documents = [Document("pydoc_data.topics", "\n\n".join(document.text for document in documents))]
+    return _open({"train": lambda: documents}, "pydoc_data.topics", options, None, None)
 
 
-def from_string(content: str, where: str, sequence_length: int, tokenizer: str, stride: int | None, holdout: float) -> Dataset:
-    """Splits, tokenises and cuts a text; `where` names it in errors."""
-    if sequence_length < 1 or (stride is not None and stride < 1):
-        raise ConfigError(f"config.data: sequence_length and stride must be at least 1, got {sequence_length} and {stride}.")
-    if not 0 < holdout < 1:
-        raise ConfigError(f"config.data.holdout must lie between 0 and 1, got {holdout}.")
-    if not content:
-        raise ConfigError(f"config.data.source: {where} is empty.")
-    coder = ByteTokenizer() if tokenizer == "byte" else CharacterTokenizer(content)
-    tokens = coder.encode(content)
-    cut = int(len(tokens) * (1 - holdout))
-    splits = {
-        "train": Windows(tokens[:cut], sequence_length, stride or sequence_length),
-        "validation": Windows(tokens[cut:], sequence_length, sequence_length, cover=True),
-    }
-    if not len(splits["train"]) or len(tokens) - cut < 2:
-        raise ConfigError(
-            f"config.data: {where} has {len(tokens)} tokens, {cut} of them for training: less than one window of "
-            f"sequence_length={sequence_length} (and a target)."
-        )
-    return Dataset(splits, {"vocab_size": coder.vocab_size, "tokenizer": coder})
+def _key(files: Mapping[str, list[str]], text_column: str, options: _Options, data_dir: str | None) -> str | None:
+    """The key of these texts in the cache; None for those that are tokenised anew each time."""
+    tokenizer = options.tokenizer
+    if isinstance(tokenizer, Shared):
+        return None  # it is not made yet
+    quick = isinstance(tokenizer, (CharacterTokenizer, ByteTokenizer)) or tokenizer in QUICK
+    if sum(os.path.getsize(path) for paths in files.values() for path in paths) < (CACHE_QUICK_FROM if quick else CACHE_FROM):
+        return None
+    made_by = [tokenizer, LIBRARY_VERSION] if is_made_from_text(tokenizer) else make_tokenizer(tokenizer, (), data_dir).to_json()
+    digests = {split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in paths] for split, paths in files.items()}
+    return tokens_lib.cache_key(made_by, digests, text_column, options.holdout, options.on_bad_example)
+
+
+def _open(
+    documents: Mapping[str, Callable[[], Iterable[Document]]], where: str, options: _Options, data_dir: str | None, key: str | None
+) -> Dataset:
+    """Tokenises, or finds tokenised, and lays out examples; `where` names the text in errors."""
+    notes, fallbacks, done = [], [], None
+    if key is not None:
+        done, problem = tokens_lib.read_cache(key)
+        notes += [f"warning: {problem}; it is made anew"] if problem else []
+        notes += [f"{done.size:,} tokens read from {tokens_lib.entry(key)}"] if done else []
+    if done is None:
+        skipping = Skipping(options.on_bad_example)
+        corpora = survey(documents, options.holdout, skipping)
+        # An alphabet must hold every character there is; all else is made from the text that trains.
+        fed = corpora.values() if options.tokenizer == "character" else [corpora["train"]]
+        tokenizer = make_tokenizer(options.tokenizer, itertools.chain.from_iterable(fed), data_dir)
+        texts = {split: corpus.pieces for split, corpus in corpora.items()}
+        header = {"skipped": skipping.counts, "notes": skipping.notes()}
+        if key is not None:
+            try:
+                done = tokens_lib.write_cache(key, texts, tokenizer, header)
+                notes.append(f"{done.size:,} tokens written to {tokens_lib.entry(key)}: the next start reads them")
+            except OSError as error:
+                fallbacks.append(f"no cache of tokens ({error}): every start tokenises anew; set JAXMODELS_CACHE_DIR to a folder that can be written")
+        done = done or tokens_lib.tokenise(texts, tokenizer, header, key)
+    splits = {split: _lay_out(split, *part, options) for split, part in done.splits.items()}
+    for split, (tokens, _) in done.splits.items():
+        if not len(splits[split]):
+            least = "one window" if split == "train" and options.packing == "contiguous" else "one target"
+            raise ConfigError(f"config.data: {where} has {len(tokens)} tokens in {split}: less than {least} of sequence_length={options.sequence_length}.")
+        if options.packing == "examples":
+            notes.append(f"{split}: {len(splits[split]):,} rows, {splits[split].fill:.1%} of their places filled")
+    info = {"vocab_size": done.tokenizer.vocab_size, "tokenizer": done.tokenizer}
+    return Dataset(splits, info, notes=(*done.header["notes"], *notes), fallbacks=tuple(fallbacks), skipped=dict(done.header["skipped"]))
+
+
+def _lay_out(split: str, tokens: tokens_lib.Tokens, ends: np.ndarray, options: _Options) -> Windows | Packed:
+    """The examples of a split."""
+    length = options.sequence_length
+    if options.packing == "examples":
+        return Packed(tokens, ends, length)
+    return Windows(tokens, length, options.stride or length, cover=split != "train")

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError, optional_import
 
+LIBRARY_VERSION = library.__version__  # another one may train to another end
 SPECIAL = ("<unknown>", "<start>", "<end>", "<mask>")
 FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE", "FILE.json", "FILE.model", "RUN")
 
@@ -230,20 +231,42 @@ class SentencePieceTokenizer:
         return json.dumps({"kind": "sentencepiece", "model": base64.b64encode(self._model).decode()})
 
 
-def make_tokenizer(spec: str, texts: Iterable[str], data_dir: str | None) -> Tokenizer:
+class Shared(str):
+    """The specification of a tokenizer that several sources are going to share: none of them makes it, all hand over their texts."""
+
+
+class HandedOver(Exception):
+    """Raised instead of making a tokenizer by a `Shared` specification.
+
+    Attributes:
+      texts: what it would have been made from.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        super().__init__("texts")
+        self.texts = texts
+
+
+def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
     Args:
       spec: `character` (the alphabet of `texts`) or `byte`, both also with `+special`, which puts the special tokens first;
         `word:MAX` and `word-lower:MAX` (the most frequent words of `texts`); `bpe:SIZE` (byte-level BPE trained on `texts`);
-        or the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder.
+        or the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder. A tokenizer is
+        given back.
       texts: what it is trained on; read only if it is trained. One that is encoded without `unknown` (`character`) must
         be given all the text there is.
       data_dir: where relative paths are looked for, after the working directory.
 
     Raises:
       ConfigError: no such form or file, a file that is no tokenizer, a size out of range, or no text to train on.
+      HandedOver: a `Shared` specification.
     """
+    if isinstance(spec, Shared):
+        raise HandedOver(texts)
+    if not isinstance(spec, str):
+        return spec
     if spec in ("byte", "byte+special"):
         return ByteTokenizer(special=spec.endswith("special"))
     if spec in ("character", "character+special"):
@@ -251,14 +274,14 @@ def make_tokenizer(spec: str, texts: Iterable[str], data_dir: str | None) -> Tok
         if not alphabet:
             raise ConfigError(f"config.data.tokenizer={spec!r}: the training text is empty.")
         return CharacterTokenizer("".join(alphabet), special=spec.endswith("special"))
-    if is_trained(spec):
+    if is_made_from_text(spec):
         return _train(spec, texts)
     return _from_path(spec, data_dir)
 
 
-def is_trained(spec: str) -> bool:
-    """Whether the tokenizer of a specification is made from text, and costs time to make."""
-    return re.fullmatch(r"(word|word-lower|bpe):.*", spec) is not None
+def is_made_from_text(spec: str | Tokenizer) -> bool:
+    """Whether a tokenizer depends on the texts it is made from."""
+    return isinstance(spec, str) and re.fullmatch(r"character(\+special)?|(word|word-lower|bpe):.*", spec) is not None
 
 
 def _train(spec: str, texts: Iterable[str]) -> Tokenizer:

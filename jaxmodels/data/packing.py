@@ -1,0 +1,145 @@
+"""Tokens as examples of one length: windows of a stream, or whole documents laid into rows.
+
+Shapes: T `sequence_length`; an example holds T + 1 tokens, the inputs and, one later, the targets.
+"""
+
+import numpy as np
+
+from jaxmodels.data.source import fingerprint
+from jaxmodels.data.tokens import Tokens
+
+PAD = -1  # a target that does not count
+
+
+class Windows:
+    """Windows of T + 1 consecutive tokens, one every `stride`.
+
+    With `cover`, the windows lie end to end, the last is padded with -1, and every token but the first is a
+    target exactly once. Without, only whole windows count.
+    """
+
+    def __init__(self, tokens: np.ndarray | Tokens, length: int, stride: int, *, cover: bool = False):
+        """
+        Args:
+          tokens: int [n].
+          length: T.
+          stride: tokens between the starts of two windows; with `cover`, it is T.
+          cover: whether the last window may be padded.
+        """
+        self.tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+        self.length, self.stride = length, length if cover else stride
+        size = len(self.tokens)
+        self.count = -(-(size - 1) // length) if cover else max(0, (size - 1 - length) // stride + 1)
+
+    def __len__(self):
+        return self.count
+
+    @property
+    def in_memory(self):
+        return self.tokens.in_memory
+
+    def fingerprint(self):
+        return fingerprint(np.array([self.tokens.fingerprint(), self.length, self.stride]))
+
+    def __getitem__(self, index):
+        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+
+    def take(self, indices):
+        """`tokens` int32 [number of indices, T + 1]."""
+        places = np.asarray(indices, np.int64)[:, None] * self.stride + np.arange(self.length + 1)
+        inside = places < len(self.tokens)
+        if inside.all():
+            return {"tokens": self.tokens[places]}
+        return {"tokens": np.where(inside, self.tokens[np.where(inside, places, 0)], PAD)}
+
+
+class Packed:
+    """Rows of T + 1 tokens, each of one or more whole documents, which `segments` tells apart.
+
+    A document longer than a row is cut into pieces of T + 1, each of which begins with the last token of the one before, so that
+    every token of a document but its first is a target exactly once. Pieces are laid by best fit, the longest first. What is left
+    of a row is padding: -1, in `segments` too. Documents of one token, which have no target, are left out.
+    """
+
+    def __init__(self, tokens: Tokens, ends: np.ndarray, length: int):
+        """
+        Args:
+          tokens: of all documents, one after the other.
+          ends: int [documents], where each ends.
+          length: T.
+        """
+        self.tokens, self.length = tokens, length
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        self.starts, self.sizes = _pieces(starts, np.asarray(ends, np.int64) - starts, length)
+        row_of_piece, self.count = _best_fit(self.sizes, length + 1)
+        order = np.argsort(row_of_piece, kind="stable")
+        self.starts, self.sizes = self.starts[order], self.sizes[order]
+        # Row r holds pieces first[r] up to first[r + 1].
+        self.first = np.searchsorted(row_of_piece[order], np.arange(self.count + 1))
+
+    def __len__(self):
+        return self.count
+
+    @property
+    def in_memory(self):
+        return self.tokens.in_memory
+
+    @property
+    def fill(self) -> float:
+        """The share of places that hold tokens."""
+        return float(self.sizes.sum() / max(1, self.count * (self.length + 1)))
+
+    def fingerprint(self):
+        return fingerprint(np.array([self.tokens.fingerprint(), self.length]), self.starts, self.first)
+
+    def __getitem__(self, index):
+        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+
+    def take(self, indices):
+        """`tokens` and `segments`, both int32 [number of indices, T + 1]."""
+        indices = np.asarray(indices, np.int64)
+        counts = self.first[indices + 1] - self.first[indices]
+        pieces = _ranges(self.first[indices], counts)
+        sizes = self.sizes[pieces]
+        used = np.add.reduceat(sizes, np.cumsum(counts) - counts)
+        filled = np.arange(self.length + 1) < used[:, None]
+        tokens, segments = (np.full(filled.shape, PAD, np.int32) for _ in range(2))
+        tokens[filled] = self.tokens[_ranges(self.starts[pieces], sizes)]
+        segments[filled] = np.repeat(_ranges(np.zeros_like(counts), counts), sizes)
+        return {"tokens": tokens, "segments": segments}
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[s, s + 1, …] of each start, as long as its count, one after the other."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and sizes of the pieces that documents are cut into."""
+    starts, targets = starts[sizes > 1], sizes[sizes > 1] - 1
+    counts = -(-targets // length)
+    before = _ranges(np.zeros_like(counts), counts) * length
+    return np.repeat(starts, counts) + before, np.minimum(np.repeat(targets, counts) - before, length) + 1
+
+
+def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Which row each piece goes to, and how many rows there are: best fit, longest first (Johnson 1974)."""
+    rows = np.empty(len(sizes), np.int64)
+    open_rows = [[] for _ in range(capacity + 1)]  # by the room that is left
+    rooms, count = 0, 0  # bit r of `rooms`: some row has room r
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[piece])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row, count = capacity, count, count + 1
+        rows[piece] = row
+        left = room - size
+        if left > 1:  # a document of one token has no target
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    return rows, count

@@ -1,0 +1,284 @@
+"""Tokenised text: in memory, or in the cache, where it is tokenised once and mapped from disk.
+
+The cache is the folder `JAXMODELS_CACHE_DIR`, or else `~/.cache/jaxmodels`. An entry is a folder named after a checksum of what
+it was made from: `header.json`, `tokenizer.json`, and for each split its tokens and where its documents end.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmodels.data.source import fingerprint
+from jaxmodels.data.tokenizers import Tokenizer, from_json
+from jaxmodels.errors import ConfigError
+
+VERSION = 1
+_BLOCK = 1 << 24  # bytes that a checksum reads at once
+_ABANDONED = 24 * 3600  # seconds after which a half-written entry is taken for one whose process died
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one.
+
+    Attributes:
+      where: file, and line where it is one of many.
+      text: of it.
+      whole: whether its end is the document's.
+    """
+
+    where: str
+    text: str
+    whole: bool
+
+
+Texts = Mapping[str, Callable[[], Iterable[Piece]]]  # by split, as often as they are asked for
+
+
+class Tokens:
+    """Tokens by place, int32 wherever they lie: an array in memory, or a file."""
+
+    def __init__(self, values: np.ndarray, *, path: str | os.PathLike | None = None, key: str | None = None):
+        """
+        Args:
+          values: int [n], of any width.
+          path: the file that `values` is mapped from, or None.
+          key: a checksum of what they were made from, where reading all of them for one would cost too much.
+        """
+        self.values, self.path, self.key = values, path, key
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, places):
+        return self.values[places].astype(np.int32)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading costs no waiting: what was just written or checked is in the system's memory, up to a gigabyte."""
+        return self.path is None or self.values.nbytes <= 1 << 30
+
+    def fingerprint(self) -> int:
+        """A checksum."""
+        return fingerprint(self.values) if self.key is None else zlib.crc32(self.key.encode())
+
+    def __getstate__(self):  # a worker process maps the file itself
+        if self.path is None:
+            return self.__dict__
+        return self.__dict__ | {"values": (self.values.dtype.str, len(self.values))}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.path is not None:
+            self.values = _mapped(Path(self.path), *self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """Texts as tokens.
+
+    Attributes:
+      splits: split -> (tokens, where each document ends).
+      tokenizer: that made them.
+      header: what else was known of the texts.
+    """
+
+    splits: Mapping[str, tuple[Tokens, np.ndarray]]
+    tokenizer: Tokenizer
+    header: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Tokens of all splits."""
+        return sum(len(tokens) for tokens, _ in self.splits.values())
+
+
+def tokenise(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any], key: str | None = None) -> Tokenised:
+    """Tokenises in memory. A document is followed by the tokenizer's `end`, where it has one.
+
+    Args:
+      texts: by split.
+      tokenizer: to use.
+      header: kept beside.
+      key: as for `Tokens`.
+    """
+    splits = {}
+    for split, pieces in texts.items():
+        parts = list(_encoded(pieces(), tokenizer))
+        values = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        splits[split] = (Tokens(values, key=key and f"{key} {split}"), np.cumsum([len(part) for part in parts], dtype=np.int64))
+    return Tokenised(splits, tokenizer, dict(header))
+
+
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    end = tokenizer.special("end")
+    for where, text, whole in pieces:
+        try:
+            tokens = tokenizer.encode(text)
+        except ValueError as error:
+            raise ConfigError(f"config.data.tokenizer: {where}: {error}.") from error
+        yield np.append(tokens, np.int32(end)) if whole and end is not None else tokens
+
+
+# The cache
+
+
+def cache_folder() -> Path:
+    """Where tokenised text is kept."""
+    own = os.environ.get("JAXMODELS_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
+
+
+def cache_key(*parts: Any) -> str:
+    """A checksum of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """A checksum of a file's bytes; the same file is read for it once in a process."""
+    stat = os.stat(path)
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+def read_cache(key: str) -> tuple[Tokenised | None, str | None]:
+    """The entry of a key or None, and what is wrong with the one that is there, if something is."""
+    folder = entry(key)
+    try:
+        if not folder.exists():
+            return None, None
+        return _open(folder, folder, key), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{folder} is damaged ({error})"
+
+
+def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> Tokenised:
+    """Tokenises into the cache.
+
+    The entry is written under another name and renamed when it is whole, so that a process that is stopped leaves none behind;
+    of several that write the same at once, one wins, and all read the same.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    folder = entry(key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    temporary = _new_folder(folder)
+    try:
+        _fill(temporary, texts, tokenizer, header)
+        # Opened before it is renamed: whatever becomes of the name, what is mapped stays.
+        result = _open(temporary, folder, key)
+        _publish(temporary, folder, key)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return result
+
+
+def entry(key: str) -> Path:
+    """The folder of what is tokenised under a key."""
+    return cache_folder() / "tokens" / key
+
+
+def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> None:
+    """Writes all files of an entry."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    described = {}
+    for split, pieces in texts.items():
+        ends, size = [], 0
+        with open(folder / f"{split}.tokens", "wb") as file:
+            for tokens in _encoded(pieces(), tokenizer):
+                file.write(tokens.astype(dtype).tobytes())
+                size += len(tokens)
+                ends.append(size)
+        np.array(ends, np.int64).tofile(folder / f"{split}.ends")
+        checksums = [_checksum(folder / f"{split}.{kind}") for kind in ("tokens", "ends")]
+        described[split] = {"tokens": size, "documents": len(ends), "crc32": checksums}
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    values = {"dtype": dtype.str, "splits": described, "texts": dict(header)}
+    (folder / "header.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def _open(folder: Path, final: Path, key: str) -> Tokenised:
+    """An entry that lies in `folder` and is going to lie in `final`.
+
+    Raises:
+      OSError, ValueError, KeyError, TypeError: it is not whole.
+    """
+    header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+    splits = {}
+    for split, described in header["splits"].items():
+        files = [folder / f"{split}.{kind}" for kind in ("tokens", "ends")]
+        if [_checksum(file) for file in files] != described["crc32"]:
+            raise ValueError(f"the checksum of {split} is not the one written down")
+        values = _mapped(files[0], header["dtype"], described["tokens"])
+        ends = np.fromfile(files[1], np.int64)
+        if len(ends) != described["documents"]:
+            raise ValueError(f"{files[1].name} has {len(ends)} documents, not {described['documents']}")
+        splits[split] = (Tokens(values, path=final / files[0].name, key=f"{key} {split}"), ends)
+    tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return Tokenised(splits, tokenizer, header["texts"])
+
+
+def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
+    if size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r", shape=(size,))
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: less to read than the text that it was made from."""
+    result = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            result = zlib.crc32(block, result)
+    return result
+
+
+def _new_folder(folder: Path) -> Path:
+    """A folder of this process alone, beside an entry."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    return temporary
+
+
+def _publish(temporary: Path, folder: Path, key: str) -> None:
+    """Gives a whole entry its name, unless a whole one has it by now."""
+    with contextlib.suppress(OSError):
+        os.rename(temporary, folder)
+        return
+    if read_cache(key)[0] is not None:
+        return  # another process was quicker
+    aside = _new_folder(folder)  # for the damaged one that is in the way
+    with contextlib.suppress(OSError):  # unless another process has done the same by now
+        os.rename(folder, aside / "damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(temporary, folder)
+        return
+    if read_cache(key)[0] is None:
+        raise OSError(f"{folder} cannot be replaced")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that died while writing have left."""
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
