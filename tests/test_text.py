@@ -91,17 +91,17 @@ def test_packed_rows_are_worth_what_their_documents_are():
     source = Packed(Tokens(values), np.cumsum(sizes), 8)
     model, task = create("gpt", 11, layers=1, heads=2, width=8, context=8, rngs=nnx.Rngs(0)), LanguageModel({"vocab_size": 11})
 
-    def loss(batch):
-        count = len(batch["tokens"])
-        return nnx.jit(lambda model, batch: task.loss(model, batch, None)[:2])(model, batch | {"weight": jnp.ones(count)})
-
-    rows = loss(everything(source))
-    alone = np.full((len(sizes), 9), -1)
+    rows, alone = everything(source), np.full((len(sizes), 9), -1)
     for row, document in zip(alone, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
         row[: len(document)] = document
-    alone = loss({"tokens": alone})
-    assert len(source) < len(sizes) and rows[1] == alone[1] == (sizes - 1).sum()
-    np.testing.assert_allclose(rows[0], alone[0], rtol=1e-5)
+    assert len(source) < len(sizes)
+    loss = nnx.jit(lambda model, batch: task.loss(model, batch, None)[:2])
+    one, other = (
+        loss(model, {key: np.resize(value, (len(sizes), 9)) for key, value in batch.items()} | {"weight": jnp.arange(len(sizes)) < len(batch["tokens"])})
+        for batch in (rows, {"tokens": alone, "segments": np.zeros_like(alone)})
+    )
+    assert one[1] == other[1] == (sizes - 1).sum()
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
 
 
 # Files and documents
