@@ -100,7 +100,7 @@ class Experiment:
         return step.make_train_step(self._loss, self.optimizer, self.schedule, options)
 
     def eval_function(self) -> Callable:
-        """(params, stats, batch, sums) -> sums; see training.step."""
+        """(params, stats, batch, sums) -> sums, outputs; see training.step."""
         return step.make_eval_step(self.task, self.graph, self.training.precision)
 
     def eval_metric_shapes(self, params, stats, batch) -> dict:
@@ -276,7 +276,7 @@ def _check_best(experiment: Experiment) -> None:
         raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
     state = experiment.state_shapes()
     shapes = experiment.eval_metric_shapes(state.params, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
-    given = experiment.task.summarize({name: 1.0 for name in shapes})
+    given = experiment.task.summarize({name: 1.0 for name in (*shapes, *tasks.scores(experiment.task))})
     if best not in given:
         raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")
 

@@ -1,4 +1,7 @@
-"""Recurrent networks: stacked LSTM and GRU layers, and a language model made of them.
+"""Recurrent networks: LSTM and GRU layers, stacks of them in one direction or both, and a language model.
+
+Padding never enters a state: given `valid` [B, T], a layer keeps its state where that is False, so that its last state
+is that of the last real token, and the backward direction, which walks from the end, begins at it.
 
 Shapes: B batch, T time, D width in, H width of a layer, V vocabulary.
 """
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models import cudnn
 from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 
 SIZES = {"lstm": {"cell": "lstm"}, "gru": {"cell": "gru"}}
@@ -32,8 +36,8 @@ class LSTM(nnx.Module):
         """Zero (hidden, cell), each [B, H]."""
         return jnp.zeros((batch, self.width), dtype), jnp.zeros((batch, self.width), dtype)
 
-    def __call__(self, x, state=None):
-        """x: [B, T, D]; state: (hidden, cell) or None for zeros. Returns outputs [B, T, H] and the last state."""
+    def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
+        """x: [B, T, D]; state: (hidden, cell) or None for zeros. Returns outputs [B, T, H] and the last state; see `_loop`."""
         recurrent = self.recurrent[...]
 
         def step(state, gates):
@@ -45,8 +49,7 @@ class LSTM(nnx.Module):
 
         gates = self.input(x)
         state = self.initial_state(x.shape[0], gates.dtype) if state is None else state
-        state, outputs = jax.lax.scan(step, state, gates.swapaxes(0, 1), unroll=self.unroll)
-        return outputs.swapaxes(0, 1), state
+        return _loop(step, state, gates, valid, restart, reverse, self.unroll)
 
 
 class GRU(nnx.Module):
@@ -62,8 +65,8 @@ class GRU(nnx.Module):
         """Zero hidden state [B, H]."""
         return jnp.zeros((batch, self.width), dtype)
 
-    def __call__(self, x, state=None):
-        """x: [B, T, D]; state: hidden [B, H] or None for zeros. Returns outputs [B, T, H] and the last state."""
+    def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
+        """x: [B, T, D]; state: hidden [B, H] or None for zeros. Returns outputs [B, T, H] and the last state; see `_loop`."""
         recurrent, bias = self.recurrent[...], self.recurrent_bias[...]
 
         def step(hidden, gates):
@@ -76,11 +79,119 @@ class GRU(nnx.Module):
 
         gates = self.input(x)
         state = self.initial_state(x.shape[0], gates.dtype) if state is None else state
-        state, outputs = jax.lax.scan(step, state, gates.swapaxes(0, 1), unroll=self.unroll)
-        return outputs.swapaxes(0, 1), state
+        return _loop(step, state, gates, valid, restart, reverse, self.unroll)
+
+
+def _loop(step, state, gates, valid, restart, reverse, unroll):
+    """A layer's step over time.
+
+    Args:
+      step: (state, gates [B, G]) -> (state, output [B, H]).
+      state: the first.
+      gates: [B, T, G], what the inputs add to the gates.
+      valid: bool [B, T] or None; where False the state stays, and the output is zero.
+      restart: bool [B, T] or None; where True the state is zero before the step.
+      reverse: walk from the last time to the first.
+      unroll: steps per turn of the compiled loop.
+
+    Returns:
+      outputs [B, T, H], each at its own time, and the last state.
+    """
+
+    def one(state, inputs):
+        gates, valid, restart = inputs
+        if restart is not None:
+            state = jax.tree.map(lambda x: jnp.where(restart[:, None], 0, x), state)
+        after, output = step(state, gates)
+        if valid is not None:
+            after = jax.tree.map(lambda new, old: jnp.where(valid[:, None], new, old), after, state)
+            output = jnp.where(valid[:, None], output, 0)
+        return after, output
+
+    inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (gates, valid, restart))
+    state, outputs = jax.lax.scan(one, state, inputs, reverse=reverse, unroll=unroll)
+    return outputs.swapaxes(0, 1), state
 
 
 CELLS = {"lstm": LSTM, "gru": GRU}
+
+
+class Recurrent(nnx.Module):
+    """Stacked layers, each in one direction or both (Schuster and Paliwal 1997), with dropout between them.
+
+    Both directions read the outputs of both below; a layer's output is theirs side by side.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        *,
+        cell: str = "lstm",
+        layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        kernel: str = "xla",
+        unroll: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          width_in: D.
+          width: H, of each direction.
+          cell: `lstm` or `gru`.
+          layers: how many are stacked.
+          bidirectional: a second direction in each layer, from the last token to the first.
+          dropout: rate on what goes from a layer to the next.
+          kernel: `xla`, or `cudnn`; see `models.cudnn`.
+          unroll: time steps per turn of the compiled loop.
+          rngs: draws the initial parameters from its `params` stream.
+        """
+        check_rate(dropout)
+        check_sizes(layers=layers, width=width, unroll=unroll)
+        cudnn.check(kernel, cell)
+        directions = 2 if bidirectional else 1
+        widths = [width_in] + [directions * width] * (layers - 1)
+        self.forward = nnx.List([CELLS[cell](w, width, unroll=unroll, rngs=rngs) for w in widths])
+        self.backward = nnx.List([CELLS[cell](w, width, unroll=unroll, rngs=rngs) for w in widths]) if bidirectional else None
+        self.dropout, self.kernel, self.width_out = dropout, kernel, directions * width
+
+    def __call__(self, x, state=None, *, valid=None, restart=None, rngs: nnx.Rngs | None = None):
+        """Outputs of the last layer and the last states.
+
+        Args:
+          x: [B, T, D].
+          state: for each layer a tuple of its directions' states, or None for zeros.
+          valid, restart: bool [B, T] or None: where tokens are real, and where the states begin anew.
+          rngs: draws dropout, in training.
+
+        Returns:
+          [B, T, H] (2H with both directions; zero where not `valid`), and the states in the form of `state`.
+        """
+        if restart is not None and self.backward is not None:
+            raise ValueError("packed sequences (segments) need bidirectional=False")
+        after = []
+        for i in range(len(self.forward)):
+            cells = [self.forward[i]] + ([] if self.backward is None else [self.backward[i]])
+            x = x if i == 0 else dropout(x, self.dropout, rngs)
+            x, last = run_layer(cells, x, None if state is None else state[i], valid, restart, self.kernel)
+            after.append(last)
+        return x, tuple(after)
+
+
+def run_layer(cells, x, states, valid, restart, kernel: str):
+    """One layer of one or two directions through a kernel. Returns outputs [B, T, H or 2H] and a tuple of last states."""
+    if kernel == "cudnn":
+        if restart is not None:
+            raise ValueError("kernel='cudnn' cannot restart within a row, as packed sequences need; use kernel='xla'")
+        return cudnn.lstm(cells, x, states, valid)
+    states = (None,) * len(cells) if states is None else states
+    done = [
+        cell(x, state, valid=valid, restart=restart, reverse=reverse)
+        for cell, state, reverse in zip(cells, states, (False, True), strict=False)
+    ]
+    outputs = done[0][0] if len(done) == 1 else jnp.concatenate([outputs for outputs, _ in done], axis=-1)
+    return outputs, tuple(last for _, last in done)
 
 
 class RecurrentLM(nnx.Module):
@@ -96,6 +207,7 @@ class RecurrentLM(nnx.Module):
         embedding: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = False,
+        kernel: Literal["xla", "cudnn"] = "xla",
         unroll: int = 1,
         rngs: nnx.Rngs,
     ):
@@ -108,11 +220,13 @@ class RecurrentLM(nnx.Module):
           embedding: width of the embedding; that of the layers unless given.
           dropout: rate on the embedding and on every layer's output.
           tie_embeddings: the output matrix is the embedding's (Press and Wolf 2017); their widths must be equal.
+          kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU; the parameters are the same.
           unroll: time steps per turn of the compiled loop: more is faster and slower to compile.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         check_sizes(layers=layers, width=width, unroll=unroll)
+        cudnn.check(kernel, cell)
         embedding = width if embedding is None else embedding
         if tie_embeddings and embedding != width:
             raise ValueError(f"tied embeddings need embedding == width, got {embedding} and {width}")
@@ -120,20 +234,32 @@ class RecurrentLM(nnx.Module):
         widths = [embedding] + [width] * layers
         self.layers = nnx.List([CELLS[cell](widths[i], width, unroll=unroll, rngs=rngs) for i in range(layers)])
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, rngs=rngs)
-        self.dropout = dropout
+        self.dropout, self.kernel = dropout, kernel
 
-    def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """tokens: int [B, T]. Returns logits [B, T, V]; those at t see tokens 0..t."""
-        logits, _ = self.with_state(tokens, None, rngs=rngs)
+    def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+          tokens: int [B, T].
+          segments: int [B, T] or None; with several sequences in a row, each one's number: the state begins anew with each.
+          rngs: draws dropout, in training.
+
+        Returns:
+          [B, T, V]; those at t see the tokens 0..t of their segment.
+        """
+        logits, _ = self.with_state(tokens, None, segments=segments, rngs=rngs)
         return logits
 
-    def with_state(self, tokens: jax.Array, state, *, rngs: nnx.Rngs | None = None):
+    def with_state(self, tokens: jax.Array, state, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None):
         """Goes on from `state` (a tuple with one state per layer, or None for zeros). Returns logits and the new state."""
+        restart = None
+        if segments is not None:
+            restart = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
         state = (None,) * len(self.layers) if state is None else state
         x = dropout(self.embed(tokens), self.dropout, rngs)
         after = []
         for layer, before in zip(self.layers, state, strict=True):
-            x, last = layer(x, before)
+            x, (last,) = run_layer([layer], x, None if before is None else (before,), None, restart, self.kernel)
             x = dropout(x, self.dropout, rngs)
             after.append(last)
         logits = self.embed.attend(x) if self.output is None else self.output(x)

@@ -1,4 +1,4 @@
-"""Evaluating a split: every example once, summed up on the devices."""
+"""Evaluating a split: every example once, summed up on the devices; what no sum can give is scored on the host."""
 
 import contextlib
 import time
@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxmodels import tasks
 from jaxmodels.data import loader
 from jaxmodels.data.source import DataSource
 from jaxmodels.experiment import Experiment
@@ -40,6 +42,7 @@ class Evaluator:
             self._step, self._sums, record = self.stop.run(self._compile, params, stats)
             self.on_compile(record)
         sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
+        rows = _Rows()
         with contextlib.closing(loader.read_ahead(batches, **self.experiment.reading(source))) as stream:
             feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
             while True:
@@ -47,9 +50,12 @@ class Evaluator:
                     batch = next(feed, None)
                 if batch is None:
                     break
-                sums = self._step(params, stats, batch, sums)
-        values = self.experiment.task.summarize(metrics_lib.values(sums))
-        return values | {"seconds": round(time.perf_counter() - started, 3)}
+                sums, outputs = self._step(params, stats, batch, sums)
+                rows.add(outputs)
+        values = metrics_lib.values(sums)
+        if tasks.scores(self.experiment.task):
+            values |= self.experiment.task.score(rows.all())
+        return self.experiment.task.summarize(values) | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _compile(self, params, stats):
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
@@ -61,3 +67,29 @@ class Evaluator:
         step, record = compile_ahead("eval_step", function, params, stats, batch, sums, donate=(3,), out_shardings=everywhere)
         return step, sums, record
 
+
+class _Rows:
+    """The outputs of all real rows, on the host.
+
+    They come replicated from the step, so that every process has the whole split and scores it alike.
+    """
+
+    def __init__(self):
+        self._kept: list[dict[str, np.ndarray]] = []
+        self._last = {}  # on the devices, which may still be at it
+
+    def add(self, outputs) -> None:
+        """A batch's outputs; fetches those of the batch before."""
+        self._fetch()
+        self._last = outputs
+
+    def all(self) -> dict[str, np.ndarray]:
+        """Each output with all rows along its first axis."""
+        self._fetch()
+        return {name: np.concatenate([part[name] for part in self._kept]) for name in self._kept[0]}
+
+    def _fetch(self) -> None:
+        if self._last:
+            outputs, self._last = jax.device_get(self._last), {}
+            real = outputs.pop("weight") > 0
+            self._kept.append({name: value[real] for name, value in outputs.items()})

@@ -18,7 +18,16 @@ HIGHER_IS_BETTER = {
     "mae": False,
     "accuracy": True,
     "f1": True,
+    "macro_f1": True,
+    "precision": True,
+    "recall": True,
+    "pearson": True,
+    "spearman": True,
+    "exact_match": True,
     "bleu": True,
+    "rouge1": True,
+    "rouge2": True,
+    "rougeL": True,
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
+from jaxmodels import tasks
 from jaxmodels.training import metrics as metrics_lib
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -215,13 +216,18 @@ def _average(ema, params, step, decay):
 
 
 def make_eval_step(task, graph, precision: str) -> Callable:
-    """(params, stats, batch, sums) -> sums: adds a batch's metrics to `sums`."""
+    """(params, stats, batch, sums) -> sums, outputs: adds a batch's metrics to `sums`.
+
+    `outputs` are the task's own of each row, with the rows' `weight`, where it has a score that is made from them; else nothing.
+    """
     dtype = DTYPES[precision]
 
     def eval_step(params, stats, batch, sums):
         model = evaluation_model(graph, params, stats, dtype)
         inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
-        return metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)), jnp.float32))
+        sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)), jnp.float32))
+        outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
+        return sums, outputs
 
     return eval_step
 
