@@ -10,6 +10,7 @@ file that validates or tests in either, so that a model pretrained on the one ha
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 import sys
@@ -17,10 +18,10 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 
+from jaxmodels.data.documents import Document
 from jaxmodels.data.labelled import Options, Row, open_rows
 from jaxmodels.data.source import Dataset
-from jaxmodels.data.text import Windows
-from jaxmodels.data.tokenizers import make_tokenizer
+from jaxmodels.data.text import Packing, TextOptions, corpus_key, open_documents
 from jaxmodels.errors import ConfigError
 
 # Those that every Python from 3.11 on has, distributions that leave out parts included, of at least three files.
@@ -35,45 +36,53 @@ _OWN_NAME = re.compile(rf"(?<!\w)(?:{'|'.join(PACKAGES)})(?!\w)", re.IGNORECASE)
 
 
 def python_code(
+    data_dir: str | None,
     *,
     sequence_length: int,
-    tokenizer: str = "bpe:4096",
+    tokenizer: str = "bpe:2048",
+    packing: Packing = "contiguous",
     stride: int | None = None,
     characters: int = 4_000_000,
 ) -> Dataset:
     """The standard library's code and the language reference's topics, as text.
 
     Trains on the topics and on files drawn by a fixed draw, without the files that validate and test in `python_packages`; the
-    former validate here too. Tests, tables of encodings and installed packages are left out.
+    former validate here too. Tests, tables of encodings and installed packages are left out. It takes some seconds to tokenise, and
+    is kept in the cache of tokens.
 
     Args:
+      data_dir: where a tokenizer's file may lie.
       sequence_length: tokens that a language model reads in one example; `tokens` have one more.
-      tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the first part of the training text.
-      stride: tokens between the starts of two training windows; `sequence_length` unless given.
+      tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the training text.
+      packing, stride: see `text`.
       characters: at most so many are trained on.
 
     Raises:
       ConfigError: this Python comes without the source of its library.
     """
+    options = TextOptions(sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=0.0)
     files = _library()
     places = divide(files)
-    training, size = [_topics()], 0
+    training, size = [Document("pydoc_data.topics", _topics())], 0
     for path in sorted((path for path in files if places.get(path, "train") == "train"), key=_draw):
-        if size + len(files[path]) + len(training[0]) <= characters:
-            training.append(files[path])
+        if size + len(files[path]) + len(training[0].text) <= characters:
+            training.append(Document(path, files[path]))
             size += len(files[path])
-    validation = [files[path] for path in sorted(places) if places[path] == "validation"]
-    coder = make_tokenizer(tokenizer, training + validation if tokenizer == "character" else training, None)
-    train, valid = (coder.encode("\n".join(texts)) for texts in (training, validation))
-    splits = {
-        "train": Windows(train, sequence_length, stride or sequence_length),
-        "validation": Windows(valid, sequence_length, sequence_length, cover=True),
-    }
+    validation = [Document(path, files[path]) for path in sorted(places) if places[path] == "validation"]
+    documents = {"train": training, "validation": validation}
+
+    def digests():
+        digest = hashlib.sha256(repr([[(d.where, d.text) for d in part] for part in documents.values()]).encode())
+        return ["python_code", digest.hexdigest()]
+
+    key = corpus_key(size, digests, options, data_dir)
+    dataset = open_documents({split: lambda part=part: part for split, part in documents.items()}, "python_code", options, data_dir, key)
     note = f"{_version()}: {len(training) - 1} files and the help topics train, {len(validation)} files validate"
-    return _told(Dataset(splits, {"vocab_size": coder.vocab_size, "tokenizer": coder}), note, _missing(places))
+    return _told(dataset, note, _missing(places))
 
 
 def python_packages(
+    data_dir: str | None,
     *,
     sequence_length: int,
     tokenizer: str,
@@ -87,6 +96,7 @@ def python_packages(
     replaced by the word `package`, in all of them, so that an import does not give the answer away.
 
     Args:
+      data_dir: where a tokenizer's file may lie.
       sequence_length: tokens of an example; shorter passages are padded with -1, longer ones cut.
       tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the training passages.
       lines: of a passage.
@@ -111,7 +121,7 @@ def python_packages(
         text_column="text", label_column="package", label="class", labels=tuple(found), source_column=None, target_column=None,
         sequence_length=sequence_length, target_length=None, tokenizer=tokenizer, truncate=True, holdout=0.0, on_bad_example="error",
     )  # fmt: skip
-    dataset = open_rows(rows, options, None)
+    dataset = open_rows(rows, options, data_dir)
     counts = ", ".join(f"{len(part)} {split}" for split, part in rows.items())
     return _told(dataset, f"{_version()}: passages of {len(found)} packages: {counts}", _missing(places))
 
@@ -143,6 +153,7 @@ def _library() -> dict[str, str]:
                 path = os.path.join(folder, name)
                 with open(path, encoding="utf-8", errors="replace") as file:
                     files[os.path.relpath(path, root).replace(os.sep, "/")] = file.read()
+    files = {path: text for path, text in files.items() if text.strip()}
     if not any(_package(path) in PACKAGES for path in files):
         raise ConfigError(f"config.data.source: this Python comes without the source of its standard library: {root} has no .py files of its packages.")
     return files

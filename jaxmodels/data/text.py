@@ -35,7 +35,7 @@ QUICK = ("character", "byte", "character+special", "byte+special")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options:
+class TextOptions:
     """What the sources of text have in common; described at `text`."""
 
     sequence_length: int
@@ -89,13 +89,13 @@ def text(
     Raises:
       ConfigError: a file is missing; a document is bad, by file and line; a split is shorter than one example.
     """
-    options = _Options(
+    options = TextOptions(
         sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout, on_bad_example=on_bad_example
     )
     given = {"source": path, "validation": validation, "test": test}
     files = {key if key != "source" else "train": find_files(value, data_dir, key) for key, value in given.items() if value is not None}
     documents = {split: functools.partial(read_documents, paths, text_column) for split, paths in files.items()}
-    return _open(documents, path, options, data_dir, _key(files, text_column, options, data_dir))
+    return open_documents(documents, path, options, data_dir, _key(files, text_column, options, data_dir))
 
 
 def python_docs(
@@ -113,28 +113,43 @@ def python_docs(
     """
     from pydoc_data.topics import topics
 
-    options = _Options(sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout)
+    options = TextOptions(sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout)
     documents = [Document(title, topics[title]) for title in sorted(topics)]
     if packing == "contiguous":
         documents = [Document("pydoc_data.topics", "\n\n".join(document.text for document in documents))]
-    return _open({"train": lambda: documents}, "pydoc_data.topics", options, None, None)
+    return open_documents({"train": lambda: documents}, "pydoc_data.topics", options, None, None)
 
 
-def _key(files: Mapping[str, list[str]], text_column: str, options: _Options, data_dir: str | None) -> str | None:
-    """The key of these texts in the cache; None for those that are tokenised anew each time."""
+def _key(files: Mapping[str, list[str]], text_column: str, options: TextOptions, data_dir: str | None) -> str | None:
+    size = sum(os.path.getsize(path) for paths in files.values() for path in paths)
+
+    def digests():
+        return [{split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in paths] for split, paths in files.items()}, text_column]
+
+    return corpus_key(size, digests, options, data_dir)
+
+
+def corpus_key(size: int, digests: Callable[[], list], options: TextOptions, data_dir: str | None) -> str | None:
+    """The key of texts in the cache; None for those that are tokenised anew each time.
+
+    Args:
+      size: bytes or so of all texts.
+      digests: what the texts are known by, of anything that JSON can hold; called if the cache is used.
+      options: how they are tokenised.
+      data_dir: the data directory.
+    """
     tokenizer = options.tokenizer
     if isinstance(tokenizer, Shared):
         return None  # it is not made yet
     quick = isinstance(tokenizer, (CharacterTokenizer, ByteTokenizer)) or tokenizer in QUICK
-    if sum(os.path.getsize(path) for paths in files.values() for path in paths) < (CACHE_QUICK_FROM if quick else CACHE_FROM):
+    if size < (CACHE_QUICK_FROM if quick else CACHE_FROM):
         return None
     made_by = [tokenizer, LIBRARY_VERSION] if is_made_from_text(tokenizer) else make_tokenizer(tokenizer, (), data_dir).to_json()
-    digests = {split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in paths] for split, paths in files.items()}
-    return tokens_lib.cache_key(made_by, digests, text_column, options.holdout, options.on_bad_example)
+    return tokens_lib.cache_key(made_by, *digests(), options.holdout, options.on_bad_example)
 
 
-def _open(
-    documents: Mapping[str, Callable[[], Iterable[Document]]], where: str, options: _Options, data_dir: str | None, key: str | None
+def open_documents(
+    documents: Mapping[str, Callable[[], Iterable[Document]]], where: str, options: TextOptions, data_dir: str | None, key: str | None
 ) -> Dataset:
     """Tokenises, or finds tokenised, and lays out examples; `where` names the text in errors."""
     notes, fallbacks, done = [], [], None
@@ -168,7 +183,7 @@ def _open(
     return Dataset(splits, info, notes=(*done.header["notes"], *notes), fallbacks=tuple(fallbacks), skipped=dict(done.header["skipped"]))
 
 
-def _lay_out(split: str, tokens: tokens_lib.Tokens, ends: np.ndarray, options: _Options) -> Windows | Packed:
+def _lay_out(split: str, tokens: tokens_lib.Tokens, ends: np.ndarray, options: TextOptions) -> Windows | Packed:
     """The examples of a split."""
     length = options.sequence_length
     if options.packing == "examples":
