@@ -170,10 +170,7 @@ def _resolve_task(section: dict) -> dict:
 
 
 def _resolve_data(section: dict) -> dict:
-    source = config_lib.check_value("data.source", section.pop("source"), str)
-    function, _ = data_lib.find(source)
-    allowed = config_lib.fields(function) | config_lib.fields(Loading)
-    return {"source": source} | config_lib.check_section("data", section, allowed, f"the data source {source!r}")
+    return data_lib.resolve_source(section, config_lib.fields(Loading))
 
 
 def _resolve_optimizer(section: dict) -> dict:

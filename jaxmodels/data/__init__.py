@@ -21,25 +21,51 @@ SOURCES = {
     "csv": "jaxmodels.data.table:csv_table",
     "tfds": "jaxmodels.data.tfds:tfds",
     "arrays": "jaxmodels.data.source:arrays",
+    "mixture": "jaxmodels.data.mixture:mixture",
 }
 SPLITS = ("train", "validation", "test")
 
 
-def find(source: str) -> tuple[Callable, list[str]]:
+def find(source: str, where: str = "data") -> tuple[Callable, list[str]]:
     """The function that opens `NAME[:ARGUMENT]`, and its argument as a list of none or one.
+
+    Args:
+      source: to find.
+      where: the section that names it, for errors.
 
     Raises:
       ConfigError: no such source, or an argument missing or too many.
     """
     name, colon, argument = source.partition(":")
     if name not in SOURCES and colon:
-        return config_lib.find("data.source", SOURCES, source), []  # the user's own, package.module:function
-    function = config_lib.find("data.source", SOURCES, name)
+        return config_lib.find(f"{where}.source", SOURCES, source), []  # the user's own, package.module:function
+    function = config_lib.find(f"{where}.source", SOURCES, name)
     wanted = [p for p in config_lib.positional(function) if p not in ("data_dir", "given")]
     if len(wanted) != bool(argument):
         use = f"{name}:{wanted[0].upper()}" if wanted else name
-        raise ConfigError(f"config.data.source: write it as {use!r}, got {source!r}.")
+        raise ConfigError(f"config.{where}.source: write it as {use!r}, got {source!r}.")
     return function, [argument] if colon else []
+
+
+def resolve_source(section: Mapping, shared: Mapping[str, tuple[Any, Any]], where: str = "data", without: tuple[str, ...] = ()) -> dict:
+    """The section of a source, every key with its value, types checked.
+
+    Args:
+      section: `source` and the source's keyword-only arguments, and of `shared` what is wanted.
+      shared: keys that every source may have beside its own: name -> (type, default).
+      where: the section's dotted name, for errors.
+      without: keys of the source's own that are not to be given.
+    """
+    source = config_lib.check_value(f"{where}.source", section["source"], str)
+    function, _ = find(source, where)
+    allowed = {key: value for key, value in config_lib.fields(function).items() if key not in without} | dict(shared)
+    rest = {key: value for key, value in section.items() if key != "source"}
+    resolved = {"source": source} | config_lib.check_section(where, rest, allowed, f"the data source {source!r}")
+    if source == "mixture":
+        from jaxmodels.data.mixture import resolve_parts
+
+        resolved["sources"] = resolve_parts(resolved["sources"], f"{where}.sources")
+    return resolved
 
 
 def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, given: Mapping | None = None) -> Dataset:
