@@ -1,8 +1,23 @@
 """Pieces that several families share."""
 
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
+
+# The non-linearity of a feed-forward. The gated ones (Shazeer 2020) have a third matrix, and theirs is the gate's.
+ACTIVATIONS = {
+    "gelu": functools.partial(nnx.gelu, approximate=True),
+    "gelu_exact": functools.partial(nnx.gelu, approximate=False),
+    "relu": nnx.relu,
+    "swiglu": nnx.silu,
+    "geglu": functools.partial(nnx.gelu, approximate=True),
+}
+GATED = ("swiglu", "geglu")
 
 
 def check_sizes(**sizes: int) -> None:

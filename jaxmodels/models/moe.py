@@ -1,0 +1,267 @@
+"""A mixture of experts: many feed-forward networks, of which each token passes through a few (Shazeer et al. 2017).
+
+Shapes: B batch, T time, D width, F width of an expert, E experts, K experts of a token, A = T K assignments of a row
+(or B T K of all), C slots of an expert, S slots of all experts.
+
+An assignment is one token going to one expert. Tokens are laid out in slots, every slot belonging to one expert, so
+that an expert's tokens lie together and go through its matrices in one product; what comes out is gathered back and
+summed with the router's weights.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, check_sizes
+
+Dispatch = Literal["capacity", "dropless"]
+
+# Rows that an expert's matrices are applied to at once without capacity; an expert's last block is filled up with zeros.
+BLOCK = 64
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+class Kernels(nnx.Module):
+    """One matrix an expert, [E, in, out]."""
+
+    def __init__(self, experts: int, width: int, to: int, *, init, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (experts, width, to)))
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks of one shape: down(activation(up(x))), or gated down(activation(gate(x)) * up(x)); no biases."""
+
+    def __init__(self, width: int, mlp_width: int, *, experts: int, activation: Activation, init, out_init, rngs: nnx.Rngs):
+        self.gate = Kernels(experts, width, mlp_width, init=init, rngs=rngs) if activation in GATED else None
+        self.up = Kernels(experts, width, mlp_width, init=init, rngs=rngs)
+        self.down = Kernels(experts, mlp_width, width, init=out_init, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, product) -> jax.Array:
+        """x: slots in any layout [..., D]; product: (slots [..., in], kernels [E, in, out]) -> [..., out], by each slot's expert."""
+        activate = ACTIVATIONS[self.activation]
+        hidden = product(x, self.up.kernel[...])
+        hidden = activate(hidden) if self.gate is None else activate(product(x, self.gate.kernel[...])) * hidden
+        return product(hidden, self.down.kernel[...])
+
+
+class MoE(nnx.Module):
+    """A layer of experts that stands where a Transformer block has its feed-forward.
+
+    Routed as in Mixtral (Jiang et al. 2024) or Qwen3-MoE (Yang et al. 2025). All of the router is computed in float32
+    (Fedus et al. 2022).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        experts: int,
+        top_k: int = 2,
+        normalize: bool = True,
+        dispatch: Dispatch = "dropless",
+        capacity_factor: float = 1.25,
+        balance_coefficient: float = 0.01,
+        router_z_coefficient: float = 0.001,
+        activation: Activation = "swiglu",
+        init=_INIT,
+        out_init=_INIT,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          width: D.
+          mlp_width: F, of each expert.
+          experts: E.
+          top_k: K, the experts with the largest probabilities are a token's.
+          normalize: the weights of a token's experts are scaled to sum to 1, which is the softmax over the K largest
+            logits: Mixtral, Qwen3-MoE. Otherwise they are the probabilities among all experts: Switch, OLMoE.
+          dispatch: `dropless` computes every assignment. With `capacity`, an expert takes at most
+            ceil(capacity_factor * T * K / E) assignments of a row of the batch; those of later positions are dropped, and
+            add nothing. What is dropped depends on no other row and no later position, so a causal model stays one.
+          capacity_factor: how much more than its even share an expert takes; E / K drops nothing.
+          balance_coefficient: of the load-balancing loss in the auxiliary loss.
+          router_z_coefficient: of the router z-loss in it.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          init, out_init: initializers of the matrices into and out of the hidden layer.
+          rngs: draws the initial parameters from its `params` stream.
+
+        Raises:
+          ValueError: a size below 1, more experts per token than there are, an unknown name.
+        """
+        check_sizes(width=width, mlp_width=mlp_width, experts=experts, top_k=top_k)
+        if top_k > experts:
+            raise ValueError(f"top_k={top_k} is more than the {experts} experts there are")
+        if dispatch not in ("capacity", "dropless"):
+            raise ValueError(f"dispatch is 'capacity' or 'dropless', got {dispatch!r}")
+        if not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be above 0 and finite, got {capacity_factor}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.router = nnx.Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
+        self.experts = Experts(
+            width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs
+        )
+        self.top_k, self.normalize, self.dispatch, self.capacity_factor = top_k, normalize, dispatch, capacity_factor
+        self.balance_coefficient, self.router_z_coefficient = balance_coefficient, router_z_coefficient
+
+    def __call__(
+        self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Routes each token to its experts.
+
+        Args:
+          x_BTD: float [B, T, D].
+          valid: bool [B, T], False where there is padding: it goes to no expert, gets zeros, and counts nowhere. All are
+            real unless given.
+          rngs: as other layers take it; nothing here is random.
+
+        Returns:
+          What the experts add, [B, T, D], and float32 statistics over all real tokens:
+            loss: the auxiliary loss, with its coefficients.
+            load_balance: E times the sum over experts of (share of assignments) * (mean probability), as in the Switch
+              Transformer (Fedus et al. 2022) for K = 1 and as Mixtral's divided by K: 1 for an even load, E for one
+              expert that takes all.
+            router_z: the mean square of the log of the sum of exponentials of a token's logits (Zoph et al. 2022).
+            load: [E], shares of assignments before any is dropped; they sum to 1.
+            load_min, load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
+            dropped: share of assignments that found no room.
+        """
+        valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
+        logits_BTE = x_BTD.astype(jnp.float32) @ self.router.kernel[...].astype(jnp.float32)
+        probabilities_BTE = jax.nn.softmax(logits_BTE)
+        weights_BTK, chosen_BTK = jax.lax.top_k(probabilities_BTE, self.top_k)
+        if self.normalize:
+            weights_BTK /= weights_BTK.sum(axis=-1, keepdims=True)
+        E = logits_BTE.shape[-1]
+        chosen_BTK = jnp.where(valid_BT[..., None], chosen_BTK, E)  # no expert
+        if self.dispatch == "dropless":
+            y_BTKD, kept = self._dropless(x_BTD, chosen_BTK), chosen_BTK < E
+        else:
+            y_BTKD, kept = self._capacity(x_BTD, chosen_BTK)
+        y_BTD = jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK.astype(x_BTD.dtype))
+        return y_BTD, self._statistics(logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept)
+
+    def _statistics(self, logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept_BTK) -> dict[str, jax.Array]:
+        E = logits_BTE.shape[-1]
+        real_BT = valid_BT.astype(jnp.float32)
+        tokens = jnp.maximum(real_BT.sum(), 1)
+        load_E = jax.nn.one_hot(chosen_BTK, E).sum(axis=(0, 1, 2)) / (tokens * self.top_k)
+        mean_E = jnp.einsum("bte,bt->e", probabilities_BTE, real_BT) / tokens
+        load_balance = E * jnp.sum(load_E * mean_E)
+        router_z = jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2 * real_BT) / tokens
+        return {
+            "loss": self.balance_coefficient * load_balance + self.router_z_coefficient * router_z,
+            "load_balance": load_balance,
+            "router_z": router_z,
+            "load": load_E,
+            "load_min": E * load_E.min(),
+            "load_max": E * load_E.max(),
+            "dropped": jnp.sum((chosen_BTK < E) & ~kept_BTK) / (tokens * self.top_k),
+        }
+
+    def _capacity(self, x_BTD, chosen_BTK):
+        """What each assignment's expert says [B, T, K, D], zeros where it is dropped; and whether it was kept."""
+        (B, T, D), K, E = x_BTD.shape, self.top_k, self.router.kernel.shape[-1]
+        C = min(T, math.ceil(self.capacity_factor * T * K / E))  # a token chooses an expert once at most
+        chosen_BA = chosen_BTK.reshape(B, T * K)
+        rank_BA = _rank(chosen_BA, E)
+        kept_BA = (rank_BA < C) & (chosen_BA < E)
+        slot_BA = jnp.where(kept_BA, chosen_BA * C + rank_BA, E * C)
+        take = jax.vmap(functools.partial(_lay_out, slots=E * C, each=K))
+        back = jax.vmap(_gather_back)
+        slots_BSD, assignment_BS = take(x_BTD, slot_BA)
+
+        def product(x, kernels):
+            return jnp.einsum("beci,eio->beco", x, kernels)
+
+        y_BSD = self.experts(slots_BSD.reshape(B, E, C, D), product).reshape(B, E * C, D)
+        y_BAD = back(y_BSD, slot_BA, assignment_BS)
+        return y_BAD.reshape(B, T, K, D), kept_BA.reshape(B, T, K)
+
+    def _dropless(self, x_BTD, chosen_BTK):
+        """What each assignment's expert says [B, T, K, D]; zeros for padding."""
+        (B, T, D), K, E = x_BTD.shape, self.top_k, self.router.kernel.shape[-1]
+        A = B * T * K
+        blocks = min(A, -(-A // BLOCK) + E - 1)  # enough however the assignments fall: E - 1 blocks more than they would fill
+        chosen_A = chosen_BTK.reshape(A)
+        sizes_E = jnp.sum(jax.nn.one_hot(chosen_A, E, dtype=jnp.int32), axis=0)
+        sizes_E = -(-sizes_E // BLOCK) * BLOCK
+        ends_E = jnp.cumsum(sizes_E)
+        slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), blocks * BLOCK)
+        slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=blocks * BLOCK, each=K)
+        product = functools.partial(grouped_product, sizes_E=sizes_E)
+        return _gather_back(self.experts(slots_SD, product), slot_A, assignment_S).reshape(B, T, K, D)
+
+
+def grouped_product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Products of groups of rows, one after the other, with a matrix each; rows after the last group give no particular value.
+
+    `jax.lax.ragged_dot` where there is an accelerator. On a CPU that computes every row with every matrix (measured with 8
+    matrices: 10 times the time of one dense product, its gradient 17 times), so there each block of rows is multiplied with its
+    own copy of its matrix (3 times, 1.6 times).
+
+    Args:
+      x_SD: rows, a multiple of BLOCK.
+      kernels_EDF: matrices.
+      sizes_E: rows of each group, int32, multiples of BLOCK.
+    """
+    return jax.lax.platform_dependent(x_SD, kernels_EDF, sizes_E, cpu=_product_by_blocks, default=jax.lax.ragged_dot)
+
+
+def _product_by_blocks(x_SD, kernels_EDF, sizes_E):
+    S, D = x_SD.shape
+    starts = jnp.arange(0, S, BLOCK)
+    owner = jnp.searchsorted(jnp.cumsum(sizes_E), starts, side="right", method="compare_all")
+    kernels = jnp.take(kernels_EDF, owner, axis=0, mode="clip")
+    return jnp.einsum("nbd,ndf->nbf", x_SD.reshape(-1, BLOCK, D), kernels).reshape(S, -1)
+
+
+def _rank(chosen_A: jax.Array, experts: int) -> jax.Array:
+    """How many assignments before this one are to the same expert; along the last axis."""
+    one_hot = jax.nn.one_hot(chosen_A, experts, dtype=jnp.int32)
+    before = jnp.cumsum(one_hot, axis=-2) - one_hot
+    return jnp.sum(before * one_hot, axis=-1)
+
+
+def _lay_out(x_TD: jax.Array, slot_A: jax.Array, *, slots: int, each: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens in slots, zeros in empty ones [S, D]; and the assignment in each slot [S], A in empty ones.
+
+    Args:
+      x_TD: tokens.
+      slot_A: of each assignment, token by token; S for none.
+      slots: S.
+      each: assignments of a token.
+    """
+    A = len(slot_A)
+    assignment_S = jnp.full(slots, A, jnp.int32).at[slot_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
+    return _gather(x_TD, assignment_S // each, slot_A.reshape(-1, each)), assignment_S
+
+
+def _gather_back(y_SD: jax.Array, slot_A: jax.Array, assignment_S: jax.Array) -> jax.Array:
+    """What lies in the slot of each assignment [A, D]; zeros for those that have none."""
+    return _gather(y_SD, slot_A, assignment_S[:, None])
+
+
+@jax.custom_vjp
+def _gather(x_ND, rows_M, places_NK):
+    """Rows of x [M, D], zeros where a row is N. `places` says where each row of x went, M for nowhere: the gradient gathers
+    from there, where that of a general gather would scatter, which is slow and adds in no fixed order on GPUs."""
+    return jnp.take(x_ND, rows_M, axis=0, mode="fill", fill_value=0)
+
+
+def _gather_forward(x_ND, rows_M, places_NK):
+    return _gather(x_ND, rows_M, places_NK), places_NK
+
+
+def _gather_backward(places_NK, g_MD):
+    return jnp.take(g_MD, places_NK, axis=0, mode="fill", fill_value=0).sum(axis=1), None, None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

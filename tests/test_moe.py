@@ -1,0 +1,207 @@
+"""A mixture of experts against loops in numpy, counts by hand, and closed forms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmodels.models import moe
+from jaxmodels.models.moe import MoE
+from jaxmodels.training.step import merge, split
+
+B, T, D, F, E, K = 2, 12, 8, 16, 4, 2
+
+
+def make(**options):
+    options = {"experts": E, "top_k": K, "init": nnx.initializers.normal(0.5), "out_init": nnx.initializers.normal(0.5)} | options
+    return MoE(D, F, **options, rngs=nnx.Rngs(0))
+
+
+def inputs(rows=B, time=T):
+    x = jax.random.normal(jax.random.key(1), (rows, time, D))
+    valid = np.ones((rows, time), bool)
+    valid[0, 3] = valid[1, -4:] = False
+    return x, jnp.asarray(valid)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph, params, stats, x, valid):
+    return merge(graph, params, stats)(x, valid=valid)
+
+
+def apply(model, x, valid=None):
+    return jax.tree.map(np.asarray, _apply(*split(model), x, valid))
+
+
+def by_loop(model, x, valid, *, top_k=K, normalize=True, gated=True, capacity=None):
+    """Every token through its experts, one at a time, in float64; with a capacity, the first come are served."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), split(model)[1])
+    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
+    y, dropped, load = np.zeros(x.shape), 0, np.zeros(p["router"]["kernel"].shape[-1])
+    for b in range(x.shape[0]):
+        taken = np.zeros(len(load), int)
+        for t in range(x.shape[1]):
+            if not valid[b, t]:
+                continue
+            token = np.asarray(x[b, t], np.float64)
+            logits = token @ p["router"]["kernel"]
+            probabilities = np.exp(logits) / np.exp(logits).sum()
+            best = np.argsort(-probabilities)[:top_k]
+            scale = probabilities[best].sum() if normalize else 1
+            for e in best:
+                load[e] += 1
+                if capacity is not None and taken[e] == capacity:
+                    dropped += 1
+                    continue
+                taken[e] += 1
+                kernels = {name: p["experts"][name]["kernel"][e] for name in p["experts"]}
+                up = token @ kernels["up"]
+                hidden = silu(token @ kernels["gate"]) * up if gated else np.maximum(up, 0)
+                y[b, t] += probabilities[e] / scale * (hidden @ kernels["down"])
+    return y, dropped / load.sum(), load / load.sum()
+
+
+@pytest.mark.parametrize(("block", "normalize", "gated", "top_k"), [(4, True, True, 2), (64, False, False, 1)])
+def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, top_k):
+    monkeypatch.setattr(moe, "BLOCK", block)  # many blocks an expert, and one
+    model = make(top_k=top_k, normalize=normalize, activation="swiglu" if gated else "relu")
+    x, valid = inputs()
+    y, statistics = apply(model, x, valid)
+    expected, _, load = by_loop(model, x, valid, top_k=top_k, normalize=normalize, gated=gated)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(statistics["load"], load, atol=1e-6)
+    np.testing.assert_allclose([statistics["load_min"], statistics["load_max"]], [E * load.min(), E * load.max()], atol=1e-5)
+    assert statistics["dropped"] == 0
+
+
+def test_products_by_blocks_are_ragged_dot(monkeypatch):
+    # On a CPU grouped_product computes by blocks; accelerators get ragged_dot.
+    monkeypatch.setattr(moe, "BLOCK", 4)
+    sizes = jnp.array([8, 0, 4, 12], jnp.int32)
+    x, kernels = jax.random.normal(jax.random.key(0), (28, D)), jax.random.normal(jax.random.key(1), (E, D, F))
+
+    def total(function):
+        return lambda x, kernels: jnp.sum(jnp.sin(function(x, kernels, sizes)[:24]))
+
+    np.testing.assert_allclose(moe.grouped_product(x, kernels, sizes)[:24], jax.lax.ragged_dot(x, kernels, sizes)[:24], atol=1e-5)
+    ours = jax.grad(total(moe.grouped_product), (0, 1))(x, kernels)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, jax.grad(total(jax.lax.ragged_dot), (0, 1))(x, kernels))
+
+
+def gradients(model, x, valid):
+    graph, params, stats = split(model)
+
+    def loss(params, x):
+        y, statistics = merge(graph, params, stats)(x, valid=valid)
+        return jnp.sum(jnp.sin(y)) + statistics["loss"]
+
+    return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+
+
+def test_room_for_all_is_dropless_and_so_are_the_gradients():
+    x, valid = inputs()
+    one, other = make(), make(dispatch="capacity", capacity_factor=E / K)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), apply(one, x, valid), apply(other, x, valid))
+    of_one, of_other = gradients(one, x, valid), gradients(other, x, valid)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), of_one, of_other)
+    assert np.abs(of_one[0]["router"]["kernel"]).max() > 1e-2  # the router learns from the output, and not only from its losses
+    # Against a finite difference, since both share the way they gather.
+    step = 1e-2 * jax.random.normal(jax.random.key(2), x.shape)
+    ends = [jnp.sum(jnp.sin(y)) + s["loss"] for y, s in (apply(one, x + sign * step / 2, valid) for sign in (1, -1))]
+    np.testing.assert_allclose(jnp.sum(of_one[1] * step), ends[0] - ends[1], rtol=2e-2)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_capacity_drops_what_comes_late(factor):
+    model = make(dispatch="capacity", capacity_factor=factor)
+    x, valid = inputs()
+    y, statistics = apply(model, x, valid)
+    expected, dropped, load = by_loop(model, x, valid, capacity=int(np.ceil(factor * T * K / E)))
+    assert 0 < dropped < 1
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(statistics["dropped"], dropped, atol=1e-6)
+    np.testing.assert_allclose(statistics["load"], load, atol=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_padding_takes_no_room_and_counts_nowhere(dispatch):
+    model = make(dispatch=dispatch, capacity_factor=0.5)
+    x, _ = inputs()
+    valid = jnp.arange(T)[None, :] >= jnp.array([[0], [5]])
+    y, statistics = apply(model, x, valid)
+    assert not y[1, :5].any()
+    other, same = apply(model, jnp.where(valid[..., None], x, 1e3), valid)
+    np.testing.assert_allclose(other, y, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), same, statistics)
+    np.testing.assert_allclose(statistics["load"].sum(), 1, rtol=1e-6)
+    nothing, statistics = apply(model, x, jnp.zeros((B, T), bool))
+    assert not nothing.any() and all(np.isfinite(v).all() and not np.any(v) for v in statistics.values())
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_what_an_expert_is_called_does_not_matter(dispatch):
+    model = make(dispatch=dispatch, capacity_factor=0.5)
+    graph, params, stats = split(model)
+    order = np.array([2, 0, 3, 1])
+    moved = {"router": {"kernel": params["router"]["kernel"][:, order]}, "experts": jax.tree.map(lambda w: w[order], params["experts"])}
+    x, valid = inputs()
+    (y, one), (z, other) = apply(model, x, valid), apply(merge(graph, moved, stats), x, valid)
+    np.testing.assert_allclose(y, z, atol=1e-5)
+    np.testing.assert_allclose(one["load"][order], other["load"], atol=1e-6)
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+
+
+def test_capacity_looks_at_no_other_row_and_no_later_position():
+    model = make(dispatch="capacity", capacity_factor=0.5)
+    x, valid = inputs()
+    y, _ = apply(model, x, valid)
+    changed, _ = apply(model, x.at[1].add(1.0).at[0, 5:].add(1.0), valid)
+    np.testing.assert_allclose(changed[0, :5], y[0, :5], atol=1e-6)
+    assert np.abs(changed[0, 5:] - y[0, 5:]).max() > 1e-3
+
+
+def test_losses_at_even_load_and_at_collapse():
+    # Token i goes to expert i: identity router, one-hot inputs times s. Then P is uniform on average, f too.
+    model = make(top_k=1, balance_coefficient=0.5, router_z_coefficient=0.25)
+    model.router.kernel[...] = jnp.eye(D, E)
+    s = 3.0
+    even = s * jnp.tile(jnp.eye(E, D), (1, 3, 1))
+    _, statistics = apply(model, even)
+    z = np.log(np.exp(s) + E - 1) ** 2
+    np.testing.assert_allclose(statistics["load"], 1 / E, rtol=1e-6)
+    np.testing.assert_allclose(statistics["load_balance"], 1, rtol=1e-6)
+    np.testing.assert_allclose(statistics["router_z"], z, rtol=1e-6)
+    np.testing.assert_allclose(statistics["loss"], 0.5 + 0.25 * z, rtol=1e-6)
+    _, statistics = apply(model, jnp.tile(even[:, :1], (1, T, 1)))
+    assert statistics["load_max"] == E and statistics["load_min"] == 0
+    np.testing.assert_allclose(statistics["load"], np.eye(E)[0])
+    np.testing.assert_allclose(statistics["load_balance"], E * np.exp(s) / (np.exp(s) + E - 1), rtol=1e-6)
+
+
+def test_an_even_load_is_where_gradients_of_balance_lead():
+    model = make(top_k=1, balance_coefficient=1.0, router_z_coefficient=0.0)
+    graph, params, stats = split(model)
+    x = jax.random.normal(jax.random.key(3), (4, 32, D)) + 0.5
+
+    @jax.jit
+    def update(params):
+        gradient = jax.grad(lambda p: merge(graph, p, stats)(x)[1]["loss"])(params)
+        return jax.tree.map(lambda p, g: p - 0.2 * g, params, gradient)
+
+    before = apply(model, x)[1]["load"].max()
+    for _ in range(100):
+        params = update(params)
+    after = apply(merge(graph, params, stats), x)[1]["load"].max()
+    assert after < 0.35 < before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"top_k": 5}, "top_k=5"), ({"dispatch": "both"}, "dispatch"), ({"capacity_factor": 0.0}, "capacity_factor"), ({"activation": "no"}, "activation")],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
