@@ -73,7 +73,7 @@ def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, to
     expected, _, load = by_loop(model, x, valid, top_k=top_k, normalize=normalize, gated=gated)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_allclose(statistics["load"], load, atol=1e-6)
-    np.testing.assert_allclose([statistics["load_min"], statistics["load_max"]], [E * load.min(), E * load.max()], atol=1e-5)
+    np.testing.assert_allclose([statistics["expert_load_min"], statistics["expert_load_max"]], [E * load.min(), E * load.max()], atol=1e-5)
     assert statistics["dropped"] == 0
 
 
@@ -176,7 +176,7 @@ def test_losses_at_even_load_and_at_collapse():
     np.testing.assert_allclose(statistics["router_z"], z, rtol=1e-6)
     np.testing.assert_allclose(statistics["loss"], 0.5 + 0.25 * z, rtol=1e-6)
     _, statistics = apply(model, jnp.tile(even[:, :1], (1, T, 1)))
-    assert statistics["load_max"] == E and statistics["load_min"] == 0
+    assert statistics["expert_load_max"] == E and statistics["expert_load_min"] == 0
     np.testing.assert_allclose(statistics["load"], np.eye(E)[0])
     np.testing.assert_allclose(statistics["load_balance"], E * np.exp(s) / (np.exp(s) + E - 1), rtol=1e-6)
 
@@ -200,7 +200,7 @@ def test_an_even_load_is_where_gradients_of_balance_lead():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"top_k": 5}, "top_k=5"), ({"dispatch": "both"}, "dispatch"), ({"capacity_factor": 0.0}, "capacity_factor"), ({"activation": "no"}, "activation")],
+    [({"top_k": 5}, "top_k=5"), ({"dispatch": "both"}, "dispatch"), ({"capacity_factor": 0.0}, "capacity_factor"), ({"activation": "no"}, "activation"), ({"experts": 0}, "experts")],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

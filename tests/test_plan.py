@@ -19,6 +19,10 @@ def test_flops_of_products_convolutions_and_loops():
         return jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert count_flops(convolve, image, kernel) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+    rows, kernels, sizes = jax.ShapeDtypeStruct((12, 3), jnp.float32), jax.ShapeDtypeStruct((4, 3, 5), jnp.float32), jnp.array([6, 0, 2, 4])
+    assert count_flops(lambda x, w: jax.lax.ragged_dot(x, w, sizes), rows, kernels) == 2 * 12 * 3 * 5
+    gradient = jax.grad(lambda x, w: jnp.sum(jax.lax.ragged_dot(x, w, sizes) ** 2), (0, 1))
+    assert count_flops(gradient, rows, kernels) == 3 * 2 * 12 * 3 * 5
     square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     assert count_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], square) == 5 * 2 * 4**3
     assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), square) == 2 * 4**3

@@ -10,11 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.attention import Implementation
-from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import (
+    ACTIVATIONS,
+    GATED,
+    Activation,
+    Embed,
+    check_rate,
+    check_sizes,
+    dropout,
+)
 from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
 from jaxmodels.models.transformer import (
-    ACTIVATIONS,
-    Activation,
     Block,
     Norm,
     Remat,
@@ -59,7 +65,7 @@ class Head(nnx.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, embed: Embed, rngs: nnx.Rngs | None) -> jax.Array:
         """[B, T, size], or [B, size] for a sequence. `embed` is the encoder's: its rows score tokens."""
         if self.kind == "tokens":
-            activate = ACTIVATIONS["gelu_exact" if self.activation in ("swiglu", "geglu") else self.activation]
+            activate = ACTIVATIONS["gelu_exact" if self.activation in GATED else self.activation]
             return embed.attend(self.norm(activate(self.dense(x_BTD)))) + self.bias[...]
         if self.kind == "tags":
             return self.output(dropout(x_BTD, self.dropout, rngs))

@@ -8,9 +8,11 @@ that an expert's tokens lie together and go through its matrices in one product;
 summed with the router's weights.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,47 @@ from flax import nnx
 
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, check_sizes
 
-Dispatch = Literal["capacity", "dropless"]
-
 # Rows that an expert's matrices are applied to at once without capacity; an expert's last block is filled up with zeros.
 BLOCK = 64
 
 _INIT = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How tokens go to experts.
+
+    Attributes:
+      experts: E.
+      top_k: K; a token's experts are those with the largest probabilities.
+      normalize: the weights of a token's experts are scaled to sum to 1, which is the softmax over the K largest
+        logits: Mixtral, Qwen3-MoE. Otherwise they are the probabilities among all experts: Switch, OLMoE.
+      dispatch: `dropless` computes every assignment. With `capacity`, an expert takes at most
+        ceil(capacity_factor * T * K / E) assignments of a row of the batch; those of later positions are dropped, and
+        add nothing. What is dropped depends on no other row and no later position, so a causal model stays one.
+      capacity_factor: how much more than its even share an expert takes; E / K drops nothing.
+      balance_coefficient: of the load-balancing loss in the auxiliary loss.
+      router_z_coefficient: of the router z-loss in it.
+    """
+
+    experts: int
+    top_k: int = 2
+    normalize: bool = True
+    dispatch: Literal["capacity", "dropless"] = "dropless"
+    capacity_factor: float = 1.25
+    balance_coefficient: float = 0.01
+    router_z_coefficient: float = 0.001
+
+    def __post_init__(self):
+        check_sizes(experts=self.experts, top_k=self.top_k)
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} is more than the {self.experts} experts there are")
+        if self.dispatch not in ("capacity", "dropless"):
+            raise ValueError(f"dispatch is 'capacity' or 'dropless', got {self.dispatch!r}")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be above 0 and finite, got {self.capacity_factor}")
+        if not (0 <= self.balance_coefficient < math.inf and 0 <= self.router_z_coefficient < math.inf):
+            raise ValueError("balance_coefficient and router_z_coefficient must not be negative")
 
 
 class Kernels(nnx.Module):
@@ -42,7 +79,7 @@ class Experts(nnx.Module):
         self.down = Kernels(experts, mlp_width, width, init=out_init, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: jax.Array, product) -> jax.Array:
+    def __call__(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         """x: slots in any layout [..., D]; product: (slots [..., in], kernels [E, in, out]) -> [..., out], by each slot's expert."""
         activate = ACTIVATIONS[self.activation]
         hidden = product(x, self.up.kernel[...])
@@ -62,54 +99,31 @@ class MoE(nnx.Module):
         width: int,
         mlp_width: int,
         *,
-        experts: int,
-        top_k: int = 2,
-        normalize: bool = True,
-        dispatch: Dispatch = "dropless",
-        capacity_factor: float = 1.25,
-        balance_coefficient: float = 0.01,
-        router_z_coefficient: float = 0.001,
         activation: Activation = "swiglu",
         init=_INIT,
         out_init=_INIT,
         rngs: nnx.Rngs,
+        **mixture: Any,
     ):
         """
         Args:
           width: D.
           mlp_width: F, of each expert.
-          experts: E.
-          top_k: K, the experts with the largest probabilities are a token's.
-          normalize: the weights of a token's experts are scaled to sum to 1, which is the softmax over the K largest
-            logits: Mixtral, Qwen3-MoE. Otherwise they are the probabilities among all experts: Switch, OLMoE.
-          dispatch: `dropless` computes every assignment. With `capacity`, an expert takes at most
-            ceil(capacity_factor * T * K / E) assignments of a row of the batch; those of later positions are dropped, and
-            add nothing. What is dropped depends on no other row and no later position, so a causal model stays one.
-          capacity_factor: how much more than its even share an expert takes; E / K drops nothing.
-          balance_coefficient: of the load-balancing loss in the auxiliary loss.
-          router_z_coefficient: of the router z-loss in it.
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
           init, out_init: initializers of the matrices into and out of the hidden layer.
           rngs: draws the initial parameters from its `params` stream.
+          mixture: the attributes of `Mixture`: `experts`, `top_k`, …
 
         Raises:
           ValueError: a size below 1, more experts per token than there are, an unknown name.
         """
-        check_sizes(width=width, mlp_width=mlp_width, experts=experts, top_k=top_k)
-        if top_k > experts:
-            raise ValueError(f"top_k={top_k} is more than the {experts} experts there are")
-        if dispatch not in ("capacity", "dropless"):
-            raise ValueError(f"dispatch is 'capacity' or 'dropless', got {dispatch!r}")
-        if not 0 < capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor must be above 0 and finite, got {capacity_factor}")
+        check_sizes(width=width, mlp_width=mlp_width)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.mixture = Mixture(**mixture)
+        experts = self.mixture.experts
         self.router = nnx.Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
-        self.experts = Experts(
-            width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs
-        )
-        self.top_k, self.normalize, self.dispatch, self.capacity_factor = top_k, normalize, dispatch, capacity_factor
-        self.balance_coefficient, self.router_z_coefficient = balance_coefficient, router_z_coefficient
+        self.experts = Experts(width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs)
 
     def __call__(
         self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None
@@ -130,18 +144,18 @@ class MoE(nnx.Module):
               expert that takes all.
             router_z: the mean square of the log of the sum of exponentials of a token's logits (Zoph et al. 2022).
             load: [E], shares of assignments before any is dropped; they sum to 1.
-            load_min, load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
+            expert_load_min, expert_load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
             dropped: share of assignments that found no room.
         """
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
         logits_BTE = x_BTD.astype(jnp.float32) @ self.router.kernel[...].astype(jnp.float32)
         probabilities_BTE = jax.nn.softmax(logits_BTE)
-        weights_BTK, chosen_BTK = jax.lax.top_k(probabilities_BTE, self.top_k)
-        if self.normalize:
+        weights_BTK, chosen_BTK = jax.lax.top_k(probabilities_BTE, self.mixture.top_k)
+        if self.mixture.normalize:
             weights_BTK /= weights_BTK.sum(axis=-1, keepdims=True)
-        E = logits_BTE.shape[-1]
+        E = self.mixture.experts
         chosen_BTK = jnp.where(valid_BT[..., None], chosen_BTK, E)  # no expert
-        if self.dispatch == "dropless":
+        if self.mixture.dispatch == "dropless":
             y_BTKD, kept = self._dropless(x_BTD, chosen_BTK), chosen_BTK < E
         else:
             y_BTKD, kept = self._capacity(x_BTD, chosen_BTK)
@@ -149,27 +163,27 @@ class MoE(nnx.Module):
         return y_BTD, self._statistics(logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept)
 
     def _statistics(self, logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept_BTK) -> dict[str, jax.Array]:
-        E = logits_BTE.shape[-1]
+        E = self.mixture.experts
         real_BT = valid_BT.astype(jnp.float32)
         tokens = jnp.maximum(real_BT.sum(), 1)
-        load_E = jax.nn.one_hot(chosen_BTK, E).sum(axis=(0, 1, 2)) / (tokens * self.top_k)
+        load_E = jax.nn.one_hot(chosen_BTK, E).sum(axis=(0, 1, 2)) / (tokens * self.mixture.top_k)
         mean_E = jnp.einsum("bte,bt->e", probabilities_BTE, real_BT) / tokens
         load_balance = E * jnp.sum(load_E * mean_E)
         router_z = jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2 * real_BT) / tokens
         return {
-            "loss": self.balance_coefficient * load_balance + self.router_z_coefficient * router_z,
+            "loss": self.mixture.balance_coefficient * load_balance + self.mixture.router_z_coefficient * router_z,
             "load_balance": load_balance,
             "router_z": router_z,
             "load": load_E,
-            "load_min": E * load_E.min(),
-            "load_max": E * load_E.max(),
-            "dropped": jnp.sum((chosen_BTK < E) & ~kept_BTK) / (tokens * self.top_k),
+            "expert_load_min": E * load_E.min(),
+            "expert_load_max": E * load_E.max(),
+            "dropped": jnp.sum((chosen_BTK < E) & ~kept_BTK) / (tokens * self.mixture.top_k),
         }
 
     def _capacity(self, x_BTD, chosen_BTK):
         """What each assignment's expert says [B, T, K, D], zeros where it is dropped; and whether it was kept."""
-        (B, T, D), K, E = x_BTD.shape, self.top_k, self.router.kernel.shape[-1]
-        C = min(T, math.ceil(self.capacity_factor * T * K / E))  # a token chooses an expert once at most
+        (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, self.mixture.experts
+        C = min(T, math.ceil(self.mixture.capacity_factor * T * K / E))  # a token chooses an expert once at most
         chosen_BA = chosen_BTK.reshape(B, T * K)
         rank_BA = _rank(chosen_BA, E)
         kept_BA = (rank_BA < C) & (chosen_BA < E)
@@ -187,7 +201,7 @@ class MoE(nnx.Module):
 
     def _dropless(self, x_BTD, chosen_BTK):
         """What each assignment's expert says [B, T, K, D]; zeros for padding."""
-        (B, T, D), K, E = x_BTD.shape, self.top_k, self.router.kernel.shape[-1]
+        (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, self.mixture.experts
         A = B * T * K
         blocks = min(A, -(-A // BLOCK) + E - 1)  # enough however the assignments fall: E - 1 blocks more than they would fill
         chosen_A = chosen_BTK.reshape(A)
@@ -196,10 +210,11 @@ class MoE(nnx.Module):
         ends_E = jnp.cumsum(sizes_E)
         slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), blocks * BLOCK)
         slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=blocks * BLOCK, each=K)
-        product = functools.partial(grouped_product, sizes_E=sizes_E)
-        return _gather_back(self.experts(slots_SD, product), slot_A, assignment_S).reshape(B, T, K, D)
+        y_SD = self.experts(slots_SD, lambda x, kernels: grouped_product(x, kernels, sizes_E))
+        return _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
 
 
+@jax.custom_vjp
 def grouped_product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Products of groups of rows, one after the other, with a matrix each; rows after the last group give no particular value.
 
@@ -213,6 +228,22 @@ def grouped_product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array)
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
     return jax.lax.platform_dependent(x_SD, kernels_EDF, sizes_E, cpu=_product_by_blocks, default=jax.lax.ragged_dot)
+
+
+def _grouped_product_forward(x_SD, kernels_EDF, sizes_E):
+    # A gradient of its own, since what one platform keeps for it, copies of matrices, would be kept on all.
+    return grouped_product(x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
+
+
+def _grouped_product_backward(kept, g_SF):
+    def transpose(product, x_SD, kernels_EDF, sizes_E, g_SF):
+        return jax.vjp(lambda x, kernels: product(x, kernels, sizes_E), x_SD, kernels_EDF)[1](g_SF)
+
+    ways = {"cpu": functools.partial(transpose, _product_by_blocks), "default": functools.partial(transpose, jax.lax.ragged_dot)}
+    return *jax.lax.platform_dependent(*kept, g_SF, **ways), None
+
+
+grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
 
 
 def _product_by_blocks(x_SD, kernels_EDF, sizes_E):

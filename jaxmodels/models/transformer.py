@@ -5,6 +5,7 @@ The encoder is in `encoder.py`, the encoder–decoder in `encoder_decoder.py`.
 Shapes: B batch, T time, D width, N heads, K width of a head, V vocabulary, L layers.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +16,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.attention import Attention, Implementation
-from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import (
+    ACTIVATIONS,
+    GATED,
+    Activation,
+    Embed,
+    check_rate,
+    check_sizes,
+    dropout,
+)
+from jaxmodels.models.moe import Mixture, MoE
 from jaxmodels.models.positions import (
     RotaryScaling,
     positions_in,
@@ -25,18 +35,9 @@ from jaxmodels.models.positions import (
 from jaxmodels.models.sizes import DECODERS
 
 Norm = Literal["layer", "rms"]
-Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
 SIZES = DECODERS
-
-ACTIVATIONS = {
-    "gelu": functools.partial(nnx.gelu, approximate=True),
-    "gelu_exact": functools.partial(nnx.gelu, approximate=False),
-    "relu": nnx.relu,
-    "swiglu": nnx.silu,
-    "geglu": functools.partial(nnx.gelu, approximate=True),
-}
 
 # What the forward pass of a block leaves for the backward pass, which computes the rest again.
 REMAT = {
@@ -59,7 +60,7 @@ class MLP(nnx.Module):
     def __init__(self, width: int, mlp_width: int, *, activation: Activation = "gelu", bias: bool = True, init, out_init, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=bias, rngs=rngs)
         self.up = linear(width, mlp_width, kernel_init=init)
-        self.gate = linear(width, mlp_width, kernel_init=init) if activation in ("swiglu", "geglu") else None
+        self.gate = linear(width, mlp_width, kernel_init=init) if activation in GATED else None
         self.down = linear(mlp_width, width, kernel_init=out_init)
         self.activation = activation
 
@@ -264,6 +265,7 @@ class Decoder(nnx.Module):
         bias: bool = True,
         qkv_bias: bool | None = None,
         query_key_norm: bool = False,
+        moe: Mixture | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
         attention: Implementation = "auto",
@@ -290,6 +292,7 @@ class Decoder(nnx.Module):
           bias: matrices and layer normalisations have one.
           qkv_bias: those of queries, keys and values do; as `bias` unless given.
           query_key_norm: normalise queries and keys (Qwen 3).
+          moe: each feed-forward is a mixture of experts, each of width `mlp_width`: `{"experts": 8, "top_k": 2}`.
           dropout: rate on the embedding and on what each block adds.
           tie_embeddings: the output matrix is the token embedding's (Press and Wolf 2017).
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
@@ -311,6 +314,10 @@ class Decoder(nnx.Module):
         options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm}
         options |= {"epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias}
         options |= {"query_key_norm": query_key_norm, "attention": attention, "dropout": dropout, "layers": layers}
+        if moe is not None:
+            mixture = dict(moe) if isinstance(moe, Mapping) else dataclasses.asdict(moe)
+            out_init = init if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
+            options["mlp"] = lambda rngs: MoE(width, mlp_width or 4 * width, activation=activation, out_init=out_init, rngs=rngs, **mixture)
         self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
         self.rotary = None
         if positions == "rotary":

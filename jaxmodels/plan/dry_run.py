@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Mapping
+from fractions import Fraction
 
 import jax
 from rich.console import Console
@@ -14,7 +16,7 @@ from jaxmodels.training import optimizer
 
 
 def summarize(experiment: Experiment) -> dict:
-    """The figures of `print_dry_run`: parameters by path, bytes of state per device and on disk, FLOPs per step.
+    """The figures of `print_dry_run`: parameters by path, all and active for one token, bytes of state per device and on disk, FLOPs per step.
 
     Raises:
       ConfigError: the mesh or the batch does not fit the devices that are here.
@@ -29,12 +31,26 @@ def summarize(experiment: Experiment) -> dict:
     return {
         "parameters": dict(zip(optimizer.paths(shapes.params), params, strict=True)),
         "parameter_count": sum(x.size for x in params),
+        "active_parameter_count": active_parameters(shapes.params, experiment.config["model"]),
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
         "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
     }
+
+
+def active_parameters(params, model: Mapping) -> int:
+    """Parameters that one token passes through: all, but of a mixture's experts as many as a token has.
+
+    Args:
+      params: a model's parameters, or their shapes.
+      model: the `model` section.
+    """
+    moe = model.get("moe")
+    share = Fraction(moe["top_k"], moe["experts"]) if moe else 1
+    sizes = zip(optimizer.paths(params), jax.tree.leaves(params), strict=True)
+    return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in sizes))
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:
@@ -47,6 +63,8 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
     table.add_section()
     count = figures["parameter_count"]
     table.add_row("all", "", "", f"{count:,}", human_bytes(sum(x.size * x.dtype.itemsize for x in figures["parameters"].values())))
+    if figures["active_parameter_count"] != count:
+        table.add_row("active for one token", "", "", f"{figures['active_parameter_count']:,}", "")
     console.print(table)
     data = ", ".join(f"{len(split):,} {name}" for name, split in experiment.dataset.splits.items())
     rows = {

@@ -29,6 +29,12 @@ def _jaxpr_flops(jaxpr) -> int:
             (contract, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+        elif name == "ragged_dot_general":
+            # Groups of rows, a matrix each: as many operations as all rows with one; or, in a gradient, the groups' own sums.
+            numbers, out = equation.params["ragged_dot_dimension_numbers"], equation.outvars[0].aval
+            (contract, _), _ = numbers.dot_dimension_numbers
+            groups = 1 if numbers.rhs_group_dimensions else out.shape[0]
+            total += 2 * out.size // groups * math.prod(equation.invars[0].aval.shape[i] for i in contract)
         elif name == "conv_general_dilated":
             numbers = equation.params["dimension_numbers"]
             kernel = equation.invars[1].aval.shape

@@ -44,19 +44,21 @@ class LanguageModel:
         return jax.nn.log_softmax(model(batch["tokens"]).astype(jnp.float32))
 
     def loss(self, model, batch, rngs):
-        """The sum of cross-entropies over targets that count, how many count, and metrics."""
-        logits, targets, weight = self._forward(model, batch, rngs)
-        metrics = _metrics(logits, targets, weight)
+        """The sum of cross-entropies over targets that count, each with the model's auxiliary loss; how many count; and metrics."""
+        logits, targets, weight, auxiliary = self._forward(model, batch, rngs)
+        metrics = _metrics(logits, targets, weight, auxiliary)
+        total, count = metrics["loss"]
+        extra = auxiliary.get("loss", 0.0) * count
         if not self.label_smoothing:
-            return *metrics["loss"], metrics
+            return total + extra, count, metrics
         # Cross-entropy with smoothed targets, without making them: (1 - s) * CE + s * the mean over all tokens.
         spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
         exact = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         losses = (1 - self.label_smoothing) * exact + self.label_smoothing * spread
-        return jnp.sum(losses * weight), jnp.sum(weight), metrics
+        return jnp.sum(losses * weight) + extra, count, metrics
 
     def metrics(self, model, batch):
-        """`loss` and `accuracy` of the next token."""
+        """`loss` and `accuracy` of the next token; and what the model tells of its experts, means over layers and batches."""
         return _metrics(*self._forward(model, batch, None))
 
     def summarize(self, values):
@@ -81,12 +83,18 @@ class LanguageModel:
                 raise ValueError(f"{type(model).__name__} does not tell several examples in a row apart; use data.packing='contiguous' with it")
             counts &= segments[:, 1:] == segments[:, :-1]
             options["segments"] = segments[:, :-1]
-        logits = model(tokens[:, :-1], rngs=rngs, **options).astype(jnp.float32)
-        return logits, jnp.maximum(targets, 0), counts * batch["weight"][:, None]
+        inputs, auxiliary = tokens[:, :-1], {}
+        if hasattr(model, "with_auxiliary"):
+            inputs = jnp.where(batch["weight"][:, None] > 0, inputs, -1)  # rows that only fill a batch up are told of nowhere
+            logits, auxiliary = model.with_auxiliary(inputs, rngs=rngs, **options)
+        else:
+            logits = model(inputs, rngs=rngs, **options)
+        return logits.astype(jnp.float32), jnp.maximum(targets, 0), counts * batch["weight"][:, None], auxiliary
 
 
-def _metrics(logits, targets, weight):
+def _metrics(logits, targets, weight, auxiliary):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     correct = jnp.argmax(logits, axis=-1) == targets
     total = jnp.sum(weight)
-    return {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
+    metrics = {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
+    return metrics | {name: (value * total, total) for name, value in auxiliary.items() if name != "loss" and value.ndim == 0}
