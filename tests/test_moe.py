@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from flax import nnx
 
-from jaxmodels.models import moe
+from jaxmodels.experiment import build_experiment
+from jaxmodels.models import create, find, moe
 from jaxmodels.models.moe import MoE
+from jaxmodels.models.transformer import Decoder
+from jaxmodels.plan.dry_run import active_parameters
+from jaxmodels.tasks.language_model import LanguageModel
 from jaxmodels.training.step import merge, split
 
 B, T, D, F, E, K = 2, 12, 8, 16, 4, 2
@@ -205,3 +210,72 @@ def test_an_even_load_is_where_gradients_of_balance_lead():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+# Parameters of the released checkpoints, and what their authors say a token uses.
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "parameters", "active"),
+    [("mixtral-8x7b", 32000, 46_702_792_704, 12.9e9), ("qwen3-30b-a3b", 151936, 30_532_122_624, 3.3e9)],
+)
+def test_sizes_are_the_published_ones(name, vocab_size, parameters, active):
+    params = split(nnx.eval_shape(lambda: create(name, vocab_size, scan=True, rngs=nnx.Rngs(0))))[1]
+    assert sum(x.size for x in jax.tree.leaves(params)) == parameters
+    assert abs(active_parameters(params, find(name)[1]) - active) < 0.06e9
+
+
+SMALL = {"layers": 2, "heads": 2, "width": 16, "context": 16, "dropout": 0.1, "norm": "rms", "activation": "swiglu", "bias": False}
+SMALL |= {"mlp_width": 8, "moe": {"experts": 4, "top_k": 2}}
+
+
+def test_a_decoder_of_experts_scanned_and_rematerialised_is_one_function():
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11).at[1, 5:].set(-1)
+
+    def outcome(model):
+        graph, params, stats = split(model)
+
+        def loss(params):
+            logits, aux = merge(graph, params, stats).with_auxiliary(tokens, rngs=nnx.Rngs(dropout=1))
+            return jnp.sum(jnp.sin(logits)) + 10 * aux["loss"], aux
+
+        return params, *jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    params, one, of_one = outcome(Decoder(11, **SMALL, rngs=nnx.Rngs(0)))
+    assert set(params["blocks"]["0"]["mlp"]) == {"router", "experts"}
+    stacked = Decoder(11, **SMALL, scan=True, remat="full", rngs=nnx.Rngs(0))
+    graph, other, stats = split(stacked)
+    other |= params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), params["blocks"]["0"], params["blocks"]["1"])}
+    _, other, of_other = outcome(merge(graph, other, stats))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, other)
+    stack = jax.tree.map(lambda *x: jnp.stack(x), of_one["blocks"]["0"], of_one["blocks"]["1"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), stack, of_other["blocks"])
+    assert set(one[1]) == {"loss", "load_balance", "router_z", "load", "expert_load_min", "expert_load_max", "dropped"}
+
+
+class Told(nnx.Module):
+    """A model that gives even logits, and as auxiliary loss 0.5; remembers what it read."""
+
+    def with_auxiliary(self, tokens, *, segments=None, rngs=None):
+        self.tokens = tokens
+        return jnp.zeros((*tokens.shape, 3)), {"loss": jnp.array(0.5), "dropped": jnp.array(0.25), "load": jnp.ones(4)}
+
+
+def test_the_task_adds_the_auxiliary_loss_for_each_target_and_reports_the_rest():
+    task, model = LanguageModel({"vocab_size": 3}), Told()
+    batch = {"tokens": jnp.array([[1, 2, 0, -1], [0, 0, 0, 0], [1, 1, 1, 1]]), "weight": jnp.array([1.0, 0.5, 0.0])}
+    total, weight, metrics = task.loss(model, batch, nnx.Rngs(dropout=0))
+    assert weight == 2 + 0.5 * 3
+    np.testing.assert_allclose(total, weight * (np.log(3) + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"][0], weight * np.log(3), rtol=1e-6)
+    assert set(metrics) == {"loss", "accuracy", "dropped"} and metrics["dropped"] == (0.25 * weight, weight)
+    assert (model.tokens[2] == -1).all()  # a row that only fills the batch up is routed nowhere
+
+
+def test_experts_are_an_option_of_the_config():
+    config = small.config(small.GPT, model__moe={"experts": 4, "dispatch": "capacity"}, model__mlp_width=8)
+    experiment = build_experiment(config)
+    assert experiment.config["model"]["moe"]["top_k"] == 2
+    shapes = experiment.state_shapes()
+    assert {"load_balance", "router_z", "dropped", "expert_load_min", "expert_load_max"} <= set(shapes.metrics)
+    assert shapes.params["blocks"]["0"]["mlp"]["experts"]["up"]["kernel"].shape == (4, 16, 8)
+    with pytest.raises(Exception, match="top_k=5"):
+        build_experiment(small.config(small.GPT, model__moe={"experts": 4, "top_k": 5}))

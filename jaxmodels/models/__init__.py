@@ -58,6 +58,8 @@ MODELS = {
     "qwen3-8b": "jaxmodels.models.transformer:Decoder",
     "qwen3-14b": "jaxmodels.models.transformer:Decoder",
     "qwen3-32b": "jaxmodels.models.transformer:Decoder",
+    "mixtral-8x7b": "jaxmodels.models.transformer:Decoder",
+    "qwen3-30b-a3b": "jaxmodels.models.transformer:Decoder",
     "encoder": "jaxmodels.models.encoder:Encoder",
     "bert-tiny": "jaxmodels.models.encoder:Encoder",
     "bert-mini": "jaxmodels.models.encoder:Encoder",

@@ -48,4 +48,7 @@ DECODERS = {
     "qwen3-8b": _QWEN3 | _size(36, 32, 4096, 12288),
     "qwen3-14b": _QWEN3 | _size(40, 40, 5120, 17408),
     "qwen3-32b": _QWEN3 | _size(64, 64, 5120, 25600),
+    # Jiang et al. 2024
+    "mixtral-8x7b": _LLAMA | _size(32, 32, 4096, 14336, 8) | {"context": 32768, "rotary_base": 1e6, "moe": {"experts": 8, "top_k": 2}},
+    "qwen3-30b-a3b": _QWEN3 | _size(48, 32, 2048, 768, 4) | {"moe": {"experts": 128, "top_k": 8}},
 }
