@@ -54,6 +54,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     add_machine(evaluate)
 
+    tokenizer = command("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on text files; use it with --config.data.tokenizer=FILE")
+    tokenizer.add_argument("--input", required=True, metavar="FILES", help="paths and patterns, comma-separated: 'docs/**/*.txt,more.jsonl'")
+    tokenizer.add_argument("--size", type=_positive, default=8000, metavar="N", help="tokens (default: 8000)")
+    tokenizer.add_argument("--output", default="tokenizer.json", metavar="FILE", help="default: tokenizer.json")
+    tokenizer.add_argument("--text_column", default="text", metavar="KEY", help="key of the text in JSON lines (default: text)")
+    tokenizer.add_argument("--on_bad_example", choices=("error", "skip"), default="error", help="what becomes of bad documents (default: error)")
+    tokenizer.add_argument("--overwrite", action="store_true", help="write over --output")
+    tokenizer.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
+
     config = command("config", _config, "print a resolved config and where each value comes from")
     add_config(config)
     config.add_argument("--diff", metavar="OTHER", help="print only what differs from another config or run")
@@ -165,6 +174,14 @@ def _evaluate(options, _):
         print(json.dumps(values))
         return
     print(f"{options.workdir}, {options.split}: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+
+
+def _tokenizer(options, _):
+    from jaxmodels.data.train_tokenizer import train_tokenizer
+
+    keys = {key: getattr(options, key) for key in ("text_column", "on_bad_example", "overwrite")}
+    data_dir = options.data_dir or os.environ.get("JAXMODELS_DATA_DIR")
+    print(train_tokenizer(options.input, options.size, options.output, data_dir=data_dir, **keys))
 
 
 def _config(options, overrides):

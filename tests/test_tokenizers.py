@@ -165,3 +165,26 @@ def test_a_missing_package_says_how_to_get_it():
     with pytest.raises(ConfigError, match=r"no_such_package is not installed.*pip install 'jaxmodels\[text\]'"):
         optional_import("no_such_package.inside", "text")
     assert optional_import("json", "text") is json
+
+
+def test_the_command_trains_one_from_files(tmp_path, capsys):
+    from jaxmodels import cli
+
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": TEXT}) + "\n\n")
+    output = tmp_path / "out" / "t.json"
+    command = ["tokenizer", "--input=*.txt,b.jsonl", f"--data_dir={tmp_path}", "--size=300", f"--output={output}", "--text_column=body"]
+    assert cli.run(command) == 2 and "b.jsonl, line 2: not JSON" in capsys.readouterr().err and not output.exists()
+    assert cli.run([*command, "--on_bad_example=skip"]) == 0
+    said = capsys.readouterr().out
+    coder = make_tokenizer(str(output), [], None)
+    per_token = len(TEXT) / len(coder.encode(TEXT))
+    assert "300 tokens, from 2 documents in 2 files" in said and f"{per_token:.2f} characters a token" in said and "1 bad example" in said
+    assert coder.to_json() == make_tokenizer("bpe:300", [TEXT, TEXT], None).to_json()
+    assert cli.run(command) == 2 and "--overwrite" in capsys.readouterr().err
+    assert cli.run([*command, "--overwrite", "--size=9"]) == 2 and "--size=9" in capsys.readouterr().err
+    assert cli.run([*command, "--overwrite", "--on_bad_example=skip", "--size=9000"]) == 0 and "9,000 were asked for" in capsys.readouterr().out
+    assert cli.run(["tokenizer", "--input=no.txt", f"--output={tmp_path}/x"]) == 2 and "--input: there is no file no.txt" in capsys.readouterr().err
+    assert cli.run([*command[:-2], f"--output={tmp_path}/a.txt/t.json", "--on_bad_example=skip", "--text_column=body"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "b.jsonl", "out", "t.json"]

@@ -47,13 +47,13 @@ def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None]
     return found
 
 
-def find_files(paths: str, data_dir: str | None, key: str = "source") -> list[str]:
+def find_files(paths: str, data_dir: str | None, key: str = "config.data.source") -> list[str]:
     """The files that a comma-separated list names: paths, or patterns as of a shell (`*`, `**` for any folders); each file once.
 
     Args:
       paths: in the order wanted; what a pattern matches is sorted. Relative to the working directory or else to the data directory.
       data_dir: the data directory.
-      key: of the `data` section, for errors.
+      key: the config key or argument that names them, for errors.
 
     Raises:
       ConfigError: nothing is found for one of them.
@@ -65,7 +65,7 @@ def find_files(paths: str, data_dir: str | None, key: str = "source") -> list[st
         files = next((files for place in places if path and (files := _glob(place))), None)
         if files is None:
             raise ConfigError(
-                f"config.data.{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
+                f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
                 "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
             )
         found += files

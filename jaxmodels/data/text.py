@@ -93,7 +93,7 @@ def text(
         sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout, on_bad_example=on_bad_example
     )
     given = {"source": path, "validation": validation, "test": test}
-    files = {key if key != "source" else "train": find_files(value, data_dir, key) for key, value in given.items() if value is not None}
+    files = {key if key != "source" else "train": find_files(value, data_dir, f"config.data.{key}") for key, value in given.items() if value is not None}
     documents = {split: functools.partial(read_documents, paths, text_column) for split, paths in files.items()}
     return open_documents(documents, path, options, data_dir, _key(files, text_column, options, data_dir))
 

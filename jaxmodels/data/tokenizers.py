@@ -30,7 +30,7 @@ _PUBLISHED = {
     "end": ("<end>", "</s>", "[SEP]", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
     "mask": ("<mask>", "[MASK]"),
 }
-_SMALLEST_BPE = len(SPECIAL) + 256
+SMALLEST_BPE = len(SPECIAL) + 256
 _PIECE = 1 << 20  # characters that are encoded at once where a text may be cut
 
 
@@ -286,7 +286,7 @@ def is_made_from_text(spec: str | Tokenizer) -> bool:
 
 def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
     form, _, number = spec.partition(":")
-    smallest = _SMALLEST_BPE if form == "bpe" else 1
+    smallest = SMALLEST_BPE if form == "bpe" else 1
     if not (number.isascii() and number.isdigit()) or not smallest <= int(number) < 2**31:
         raise ConfigError(f"config.data.tokenizer: {form}:{'SIZE' if form == 'bpe' else 'MAX'} takes a whole number from {smallest} on, got {spec!r}.")
     if form == "bpe":
