@@ -10,6 +10,7 @@ from jaxmodels.errors import ConfigError
 
 SOURCES = {
     "digits": "jaxmodels.data.digits:digits",
+    "dates": "jaxmodels.data.dates:dates",
     "python_docs": "jaxmodels.data.text:python_docs",
     "python_code": "jaxmodels.data.python_code:python_code",
     "python_packages": "jaxmodels.data.python_code:python_packages",

@@ -128,6 +128,8 @@ def open_rows(splits: Mapping[str, Iterable[Row]], options: Options, data_dir: s
             notes.append(f"{encoder.cut:,} of {len(examples):,} examples of {split} are longer than data.sequence_length and are cut")
             encoder.cut = 0
     info |= {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer}
+    if options.pairs:
+        info["target_length"] = encoder.target_length
     return Dataset(arrays, info, notes=(*skipping.notes(), *notes), skipped=skipping.counts)
 
 
