@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from jaxmodels.models.convolution import Conv, pool_to_half
 from jaxmodels.models.layers import check_sizes
 
 SIZES = {
@@ -22,10 +23,7 @@ class ConvNorm(nnx.Module):
     """A convolution without bias, and batch normalisation: over the batch with `train`, else with running statistics."""
 
     def __init__(self, channels: int, features: int, kernel: int, stride: int = 1, *, zero_scale: bool = False, rngs: nnx.Rngs):
-        padding = [((kernel - 1) // 2,) * 2] * 2  # the same on both sides, also where the stride is 2
-        self.conv = nnx.Conv(
-            channels, features, (kernel, kernel), (stride, stride), padding=padding, use_bias=False, kernel_init=he_normal, rngs=rngs
-        )
+        self.conv = Conv(channels, features, kernel, stride, init=he_normal, rngs=rngs)
         scale = nnx.initializers.zeros if zero_scale else nnx.initializers.ones
         self.norm = nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, scale_init=scale, rngs=rngs)
 
@@ -117,7 +115,7 @@ class ResNet(nnx.Module):
         train = rngs is not None
         x = nnx.relu(self.first(image.astype(self.output.kernel.dtype), train))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = pool_to_half(x)
         for block in self.blocks:
             x = block(x, train)
         return self.output(x.mean(axis=(1, 2)))

@@ -1,0 +1,82 @@
+"""Convolutions and poolings of images [B, H, W, C], written so that they are quick on CPUs too."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Outputs of at most so many rows and columns are computed as one matrix product. XLA's convolutions on CPUs take up to
+# eighty times as long for images of one or two pixels, and somewhat longer at four; elsewhere it is no loss.
+SMALL = 4
+
+
+class Conv(nnx.Module):
+    """A convolution without bias. Zeros around the image, as many on both sides, keep its size (divided by the stride)."""
+
+    def __init__(self, channels: int, features: int, size: int, stride: int = 1, *, init, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, channels, features)))
+        self.stride = stride
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        return convolve(x_BHWC, self.kernel[...], self.stride)
+
+
+def convolve(x_BHWC: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """The convolution of images with a kernel [size, size, C, F] of odd size. Returns [B, H / stride, W / stride, F], rounded up."""
+    B, H, W, C = x_BHWC.shape
+    size = kernel.shape[0]
+    height, width, edge = -(-H // stride), -(-W // stride), (size - 1) // 2
+    if size == 1:
+        return x_BHWC[:, ::stride, ::stride] @ kernel[0, 0]
+    if max(height, width) > SMALL:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x_BHWC, kernel, (stride, stride), [(edge, edge)] * 2, dimension_numbers=numbers)
+    columns = jnp.concatenate(_shifted(x_BHWC, size, stride, height, width, 0.0), axis=-1)
+    return columns @ kernel.reshape(size * size * C, -1)
+
+
+def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Each channel convolved with a kernel of its own, [size, size, C], odd. Returns the shape of x.
+
+    On CPUs as a sum of shifted images: the general convolution there takes about twenty times as long.
+    """
+    size, _, C = kernel.shape
+
+    def shifted(x, kernel):
+        slices = _shifted(x, size, 1, *x.shape[1:3], 0.0)
+        return sum(part * weight for part, weight in zip(slices, kernel.reshape(-1, C), strict=True))
+
+    def general(x, kernel):
+        edges, numbers = [(size // 2, size // 2)] * 2, ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel[:, :, None], (1, 1), edges, dimension_numbers=numbers, feature_group_count=C)
+
+    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=shifted, default=general)
+
+
+def pool_to_half(x_BHWC: jax.Array) -> jax.Array:
+    """Max-pooling 3×3 with stride 2, of images with an edge of one pixel that never is the largest; half the size, rounded up.
+
+    As a maximum of nine slices: the gradient of a general max-pooling walks over windows, which is several times slower on a
+    CPU. Where values tie, each has a part of the gradient.
+    """
+    B, H, W, C = x_BHWC.shape
+    slices = _shifted(x_BHWC, 3, 2, -(-H // 2), -(-W // 2), -jnp.inf)
+    result = slices[0]
+    for other in slices[1:]:
+        result = jnp.maximum(result, other)
+    return result
+
+
+def patches(x_BHWC: jax.Array, size: int) -> jax.Array:
+    """Squares of size×size pixels as vectors: [B, H / size, W / size, size * size * C]; what is left over at the end is dropped."""
+    B, H, W, C = x_BHWC.shape
+    height, width = H // size, W // size
+    x = x_BHWC[:, : height * size, : width * size].reshape(B, height, size, width, size, C)
+    return x.swapaxes(2, 3).reshape(B, height, width, size * size * C)
+
+
+def _shifted(x_BHWC, size, stride, height, width, fill):
+    """What each place of a size×size window sees of an image with an edge of `fill`, window by window."""
+    edge = (size - 1) // 2
+    x = jnp.pad(x_BHWC, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=fill)
+    rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
+    return [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(size) for j in range(size)]
