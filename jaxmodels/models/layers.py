@@ -27,10 +27,10 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def check_rate(rate: float) -> None:
-    """Raises ValueError for a dropout rate outside [0, 1)."""
+def check_rate(rate: float, name: str = "dropout") -> None:
+    """Raises ValueError for a rate of dropout outside [0, 1)."""
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {rate}")
+        raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
@@ -45,6 +45,20 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """What a block adds to its input, left out for whole examples at random (Huang et al. 2016); scaled up for the others.
+
+    Args:
+      change: [B, ...].
+      rate: probability that an example's change is dropped, in [0, 1).
+      rngs: draws from its `dropout` stream; without it nothing is dropped.
+    """
+    if rngs is None or rate == 0.0:
+        return change
+    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, (change.shape[0],) + (1,) * (change.ndim - 1))
+    return jnp.where(keep, change / (1.0 - rate), jnp.zeros_like(change))
 
 
 class Embed(nnx.Module):

@@ -1,0 +1,110 @@
+"""ConvNeXt (Liu et al. 2022): depthwise 7×7 convolutions and pointwise feed-forwards, in stages as a ResNet's."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.models.convolution import depthwise, patches
+from jaxmodels.models.layers import check_rate, check_sizes, stochastic_depth
+
+SIZES = {
+    "convnext_t": {"stages": (3, 3, 9, 3), "width": 96},
+    "convnext_s": {"stages": (3, 3, 27, 3), "width": 96},
+    "convnext_b": {"stages": (3, 3, 27, 3), "width": 128},
+}
+
+init = nnx.initializers.truncated_normal(0.02)
+
+
+class Merge(nnx.Module):
+    """Squares of `size`×`size` pixels to one of `features` channels: a convolution with a stride of its size."""
+
+    def __init__(self, channels: int, features: int, size: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(size * size * channels, features, kernel_init=init, rngs=rngs)
+        self.size = size
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(patches(x, self.size))
+
+
+class ConvNeXtBlock(nnx.Module):
+    """A depthwise convolution, normalisation, and a feed-forward, scaled by channel and added to the input."""
+
+    def __init__(self, channels: int, *, kernel: int, layer_scale: float, rate: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.norm = nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
+        self.up = nnx.Linear(channels, 4 * channels, kernel_init=init, rngs=rngs)
+        self.down = nnx.Linear(4 * channels, channels, kernel_init=init, rngs=rngs)
+        self.layer_scale = nnx.Param(jnp.full(channels, layer_scale))
+        self.rate = rate
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        y = depthwise(x, self.kernel[...]) + self.bias[...]
+        y = self.down(nnx.gelu(self.up(self.norm(y)), approximate=False)) * self.layer_scale[...]
+        return x + stochastic_depth(y, self.rate, rngs)
+
+
+class ConvNeXt(nnx.Module):
+    """Stages of blocks, each after the first at half the resolution and twice the width, mean pooling, logits.
+
+    Named sizes `convnext_t`, `convnext_s` and `convnext_b` have the published parameter counts at 1,000 classes.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        *,
+        stages: tuple[int, ...] = (2, 2, 6, 2),
+        width: int = 40,
+        patch: int = 4,
+        kernel: int = 7,
+        layer_scale: float = 1e-6,
+        stochastic_depth: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          image_shape: (height, width, channels). An odd last row or column is dropped where the resolution halves.
+          num_classes: width of the output.
+          stages: blocks in each.
+          width: channels of the first stage.
+          patch: pixels to a side of what becomes one place of the first stage; 1 or 2 for small images.
+          kernel: side of the depthwise convolutions, odd.
+          layer_scale: where the scales of what blocks add begin (Touvron et al. 2021).
+          stochastic_depth: rate at which whole examples skip the last block; it rises in a line from 0 at the first.
+          rngs: draws the initial parameters from its `params` stream.
+        """
+        check_rate(stochastic_depth, "stochastic_depth")
+        check_sizes(width=width, patch=patch, kernel=kernel, **{f"stages[{i}]": count for i, count in enumerate(stages)})
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {kernel}")
+        if min(image_shape[:2]) < patch * 2 ** (len(stages) - 1):
+            raise ValueError(f"{len(stages)} stages leave nothing of {image_shape[0]}×{image_shape[1]} pixels; give a smaller patch or fewer stages")
+        self.stem = Merge(image_shape[2], width, patch, rngs=rngs)
+        self.stem_norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+        norms, merges, blocks, done = [], [], [], 0
+        for stage, count in enumerate(stages):
+            channels = width * 2**stage
+            if stage:
+                norms.append(nnx.LayerNorm(channels // 2, epsilon=1e-6, rngs=rngs))
+                merges.append(Merge(channels // 2, channels, 2, rngs=rngs))
+            rates = [stochastic_depth * (done + i) / max(1, sum(stages) - 1) for i in range(count)]
+            blocks.append(nnx.List([ConvNeXtBlock(channels, kernel=kernel, layer_scale=layer_scale, rate=rate, rngs=rngs) for rate in rates]))
+            done += count
+        self.norms, self.merges, self.blocks = nnx.List(norms), nnx.List(merges), nnx.List(blocks)
+        self.norm = nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
+        self.output = nnx.Linear(channels, num_classes, kernel_init=init, rngs=rngs)
+
+    def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes]."""
+        x = self.stem_norm(self.stem(image.astype(self.output.kernel.dtype)))
+        for stage, blocks in enumerate(self.blocks):
+            if stage:
+                x = self.merges[stage - 1](self.norms[stage - 1](x))
+            for block in blocks:
+                x = block(x, rngs)
+        return self.output(self.norm(x.mean(axis=(1, 2))))
