@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmodels.data import loader, open_dataset
+from jaxmodels.data import loader, open_dataset, text
 from jaxmodels.data.mixture import PERIOD, Concatenation, Mixture
 from jaxmodels.data.source import Arrays, take
 from jaxmodels.errors import ConfigError
@@ -90,6 +90,18 @@ def test_all_parts_have_one_tokenizer_made_from_all(folder, spec):
     share = np.mean(["b" in coder.decode(row).replace("ab", "") for row in train])
     assert abs(share - 0.75) < 0.1
     assert "an epoch of the mixture" in dataset.notes[-1]
+
+
+def test_a_part_that_is_read_from_the_cache(folder, monkeypatch):
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(folder / "cache"))
+    before = opened(folder, parts(), tokenizer="bpe:270")
+    monkeypatch.setattr(text, "CACHE_FROM", 0)
+    for _ in range(2):
+        dataset = opened(folder, parts(), tokenizer="bpe:270")
+        assert any("cache" in note for note in dataset.notes)
+        for split, source in dataset.splits.items():
+            places = np.arange(len(source))
+            np.testing.assert_array_equal(take(source, places)["tokens"], take(before.splits[split], places)["tokens"])
 
 
 def test_parts_in_parts_and_what_they_say(folder):

@@ -135,6 +135,8 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
     for name in names[1:]:
         for key in first.info.keys() | datasets[name].info.keys():
             one, other = first.info.get(key), datasets[name].info.get(key)
+            if key == "tokenizer" and one is not None and other is not None:
+                one, other = one.to_json(), other.to_json()  # one that is read from the cache is another object
             if one is not other and not np.array_equal(np.asarray(one), np.asarray(other)):
                 raise ConfigError(f"config.data.sources: {key} is {one} in {names[0]!r} and {other} in {name!r}; the parts of a mixture must be of one kind.")
     kinds = {}
