@@ -106,7 +106,18 @@ class Run:
         self._predict = jax.jit(lambda params, stats, batch: task.predict(step_lib.evaluation_model(graph, params, stats), batch))
 
     def predict(self, batch: Mapping[str, np.ndarray]) -> Any:
-        """What the model says of a batch: class probabilities of `image` [B, H, W, C], or the log-probabilities of what follows `tokens` [B, T]."""
+        """What the model says of a batch, as the task's own `predict` gives it.
+
+        Args:
+          batch: arrays with B rows, of what the model reads; text goes through `run.tokenizer.encode`, padded with -1.
+
+        Returns:
+          By task: `classify`, of `image` [B, H, W, C], and `classify_text`, of `tokens` [B, T]: class probabilities [B, C].
+          `language_model`, of `tokens`: log-probabilities of what follows each [B, T, V]; `masked_lm`: of what is at each place.
+          `tag`, of `tokens`: the tags' numbers [B, T], names in `run.task.names`. `regress_text`, of `tokens`: numbers [B].
+          `seq2seq`, of `source` [B, S]: decoded tokens [B, U], which `run.task.text(row)` makes a text of.
+          `forecast`, of `past` [B, L, V]: [B, H, V].
+        """
         return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch)))
 
 
