@@ -15,7 +15,8 @@ def part(number, size):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "weights"), [([10, 10], [1, 1]), ([7, 30, 4], [0.2, 0.5, 0.3]), ([100, 3], [1, 50]), ([9], [2.0]), ([25_000, 10], [1, 0.001]), ([3, 3, 3], [1, 1, 1])]
+    ("sizes", "weights"),
+    [([10, 10], [1, 1]), ([7, 30, 4], [0.2, 0.5, 0.3]), ([100, 3], [1, 50]), ([9], [2.0]), ([25_000, 10], [1, 0.001]), ([3, 3, 3], [1, 1, 1])],
 )
 def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
     mixed = Mixture([part(i, size) for i, size in enumerate(sizes)], weights)
@@ -35,7 +36,7 @@ def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
 
 
 def test_any_example_is_found_at_once():
-    mixed = Mixture([part(0, 40), part(1, 9)], [3, 1])
+    mixed, again = (Mixture([part(0, 40), part(1, 9)], [3, 1]) for _ in range(2))
     whole = take(mixed, np.arange(len(mixed)))
     few = np.array([30, 2, 30, 17])
     for key, value in take(mixed, few).items():
@@ -44,7 +45,7 @@ def test_any_example_is_found_at_once():
     huge = Mixture([part(0, 10), part(1, 10)], [1, 1])
     assert 0.45 < np.mean(huge.locate(np.arange(10**12, 10**12 + 1000))[0]) < 0.55
     seeked = loader.TrainingBatches(mixed, 4, 30, seed=1, shuffle=True)[20]
-    np.testing.assert_array_equal(seeked["x"], loader.TrainingBatches(Mixture([part(0, 40), part(1, 9)], [3, 1]), 4, 30, seed=1, shuffle=True)[20]["x"])
+    np.testing.assert_array_equal(seeked["x"], [loader.TrainingBatches(again, 4, 30, seed=1, shuffle=True)[step] for step in range(21)][-1]["x"])
     assert mixed.in_memory and mixed.fingerprint() != Mixture([part(0, 40), part(1, 9)], [1, 3]).fingerprint()
 
 
@@ -105,7 +106,8 @@ def test_a_part_that_is_read_from_the_cache(folder, monkeypatch):
 
 
 def test_parts_in_parts_and_what_they_say(folder):
-    inner = {"source": "mixture", "weight": 2, "sources": {"b": parts()["b"], "c": {"source": "text:c.jsonl", "sequence_length": 4, "holdout": 0.0, "on_bad_example": "skip"}}}
+    lines = {"source": "text:c.jsonl", "sequence_length": 4, "holdout": 0.0, "on_bad_example": "skip"}
+    inner = {"source": "mixture", "weight": 2, "sources": {"b": parts()["b"], "c": lines}}
     dataset = opened(folder, {"a": parts()["a"], "more": inner}, tokenizer="character")
     assert dataset.info["tokenizer"].alphabet == " abcd"
     assert dataset.skipped == {"train": 1} and any(note.startswith("more: c: warning: 1 bad example") for note in dataset.notes)

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
+import jaxmodels
 from jaxmodels.data import open_dataset, text, tokens
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.source import take
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
+from jaxmodels.training.run_folder import RunFolder
 
 
 def everything(source):
@@ -96,10 +99,12 @@ def test_packed_rows_are_worth_what_their_documents_are():
         row[: len(document)] = document
     assert len(source) < len(sizes)
     loss = nnx.jit(lambda model, batch: task.loss(model, batch, None)[:2])
-    one, other = (
-        loss(model, {key: np.resize(value, (len(sizes), 9)) for key, value in batch.items()} | {"weight": jnp.arange(len(sizes)) < len(batch["tokens"])})
-        for batch in (rows, {"tokens": alone, "segments": np.zeros_like(alone)})
-    )
+
+    def filled_up(batch):  # to one shape, and so one compilation
+        weight = jnp.arange(len(sizes)) < len(batch["tokens"])
+        return {key: np.resize(value, (len(sizes), 9)) for key, value in batch.items()} | {"weight": weight}
+
+    one, other = (loss(model, filled_up(batch)) for batch in (rows, {"tokens": alone, "segments": np.zeros_like(alone)}))
     assert one[1] == other[1] == (sizes - 1).sum()
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
 
@@ -244,7 +249,8 @@ def test_what_comes_from_the_cache_is_what_was_tokenised(cached, monkeypatch, op
         without.setattr(text, "CACHE_QUICK_FROM", 1 << 30)
         plain = opened(files, cached, **options)
     first = opened(files, cached, **options)
-    monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("made again") if options["tokenizer"] != "byte" else tokens.from_json('{"kind": "byte"}'))
+    if options["tokenizer"] != "byte":  # that costs nothing to make
+        monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("made again"))
     monkeypatch.setattr(text, "survey", lambda *_: pytest.fail("read again"))
     second = opened(files, cached, **options)
     same(first, second)
@@ -346,3 +352,22 @@ def test_a_killed_build_leaves_nothing_that_is_read(cached):
     dataset = opened("long.txt", cached, sequence_length=8, tokenizer="bpe:300")
     assert not any("damaged" in note for note in dataset.notes) and "written to" in dataset.notes[-1]
     assert not left[0].exists() and left[1].exists(), "what was abandoned long ago is removed"
+
+
+def test_a_run_keeps_its_tokenizer_and_notes_what_it_did_otherwise(cached, monkeypatch):
+
+
+    (cached / "long.txt").write_text("the cat sat on the mat\n" * 50)
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(cached / "long.txt"))
+    data = {"source": "text:long.txt", "sequence_length": 8, "tokenizer": "word:7", "batch_size": 4}
+    model = {"name": "lstm", "layers": 1, "width": 4}
+    config = small.config(small.LSTM, data=data, model=model, training__steps=1, checkpoint__every=1)
+    jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True)
+    manifest = RunFolder(cached / "run").manifest()
+    assert any("no cache of tokens" in fallback for fallback in manifest["fallbacks"])
+    again = opened("long.txt", cached, tokenizer="run")
+    assert again.info["vocab_size"] == 4 + 5 and jaxmodels.load(str(cached / "run")).tokenizer.to_json() == again.info["tokenizer"].to_json()
+    assert jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True).step == 1, "made anew, the tokenizer is the same"
+    (cached / "long.txt").write_text("the cat sat on the hat\n" * 50)
+    with pytest.raises(ConfigError, match="data of this run has changed"):
+        jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True)

@@ -51,9 +51,8 @@ def mixture(data_dir: str | None, given: Mapping | None, *, sources: Mapping[str
     for split in ("validation", "test"):
         found = [dataset.splits[split] for dataset in datasets.values() if split in dataset.splits]
         splits |= {split: Concatenation(found)} if found else {}
-    shares = ", ".join(
-        f"{name} {count / len(train):.1%} ({count / len(part):.2f} times each)" for name, count, part in zip(datasets, train.counts, train.parts, strict=True)
-    )
+    counted = zip(datasets, train.counts, train.parts, strict=True)
+    shares = ", ".join(f"{name} {count / len(train):.1%} ({count / len(part):.2f} times each)" for name, count, part in counted)
     notes = [f"{name}: {note}" for name, dataset in datasets.items() for note in dataset.notes]
     skipped = {split: sum(dataset.skipped.get(split, 0) for dataset in datasets.values()) for split in splits}
     return Dataset(
@@ -80,7 +79,8 @@ def resolve_parts(sources: Mapping[str, Any], where: str) -> dict[str, dict]:
         if not isinstance(part, Mapping) or "source" not in part:
             raise ConfigError(f"config.{where}.{name}.source is required, e.g. --config.{where}.{name}.source=VALUE.")
         if "tokenizer" in part:
-            raise ConfigError(f"config.{where}.{name}.tokenizer: the parts of a mixture share one; set config.{where.removesuffix('sources')}tokenizer.")
+            above = where.removesuffix("sources")
+            raise ConfigError(f"config.{where}.{name}.tokenizer: the parts of a mixture share one; set config.{above}tokenizer.")
         parts[name] = data_lib.resolve_source(part, {"weight": (float, 1.0)}, f"{where}.{name}", without=("tokenizer",))
         if not 0 < parts[name]["weight"] < float("inf"):
             raise ConfigError(f"config.{where}.{name}.weight must be above 0, got {parts[name]['weight']}.")
@@ -138,7 +138,8 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
             if key == "tokenizer" and one is not None and other is not None:
                 one, other = one.to_json(), other.to_json()  # one that is read from the cache is another object
             if one is not other and not np.array_equal(np.asarray(one), np.asarray(other)):
-                raise ConfigError(f"config.data.sources: {key} is {one} in {names[0]!r} and {other} in {name!r}; the parts of a mixture must be of one kind.")
+                both = f"{key} is {one} in {names[0]!r} and {other} in {name!r}"
+                raise ConfigError(f"config.data.sources: {both}; the parts of a mixture must be of one kind.")
     kinds = {}
     for name, dataset in datasets.items():
         for split, source in dataset.splits.items():

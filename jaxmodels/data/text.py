@@ -92,8 +92,10 @@ def text(
     options = TextOptions(
         sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=holdout, on_bad_example=on_bad_example
     )
-    given = {"source": path, "validation": validation, "test": test}
-    files = {key if key != "source" else "train": find_files(value, data_dir, f"config.data.{key}") for key, value in given.items() if value is not None}
+    files = {"train": find_files(path, data_dir)}
+    for split, paths in (("validation", validation), ("test", test)):
+        if paths is not None:
+            files[split] = find_files(paths, data_dir, f"config.data.{split}")
     documents = {split: functools.partial(read_documents, paths, text_column) for split, paths in files.items()}
     return open_documents(documents, path, options, data_dir, _key(files, text_column, options, data_dir))
 
@@ -170,13 +172,15 @@ def open_documents(
                 done = tokens_lib.write_cache(key, texts, tokenizer, header)
                 notes.append(f"{done.size:,} tokens written to {tokens_lib.entry(key)}: the next start reads them")
             except OSError as error:
-                fallbacks.append(f"no cache of tokens ({error}): every start tokenises anew; set JAXMODELS_CACHE_DIR to a folder that can be written")
+                cure = "set JAXMODELS_CACHE_DIR to a folder that can be written"
+                fallbacks.append(f"no cache of tokens ({error}): every start tokenises anew; {cure}")
         done = done or tokens_lib.tokenise(texts, tokenizer, header, key)
     splits = {split: _lay_out(split, *part, options) for split, part in done.splits.items()}
     for split, (tokens, _) in done.splits.items():
         if not len(splits[split]):
             least = "one window" if split == "train" and options.packing == "contiguous" else "one target"
-            raise ConfigError(f"config.data: {where} has {len(tokens)} tokens in {split}: less than {least} of sequence_length={options.sequence_length}.")
+            length = options.sequence_length
+            raise ConfigError(f"config.data: {where} has {len(tokens)} tokens in {split}: less than {least} of sequence_length={length}.")
         if options.packing == "examples":
             notes.append(f"{split}: {len(splits[split]):,} rows, {splits[split].fill:.1%} of their places filled")
     info = {"vocab_size": done.tokenizer.vocab_size, "tokenizer": done.tokenizer}

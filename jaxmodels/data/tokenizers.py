@@ -288,7 +288,8 @@ def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
     form, _, number = spec.partition(":")
     smallest = SMALLEST_BPE if form == "bpe" else 1
     if not (number.isascii() and number.isdigit()) or not smallest <= int(number) < 2**31:
-        raise ConfigError(f"config.data.tokenizer: {form}:{'SIZE' if form == 'bpe' else 'MAX'} takes a whole number from {smallest} on, got {spec!r}.")
+        shown = "SIZE" if form == "bpe" else "MAX"
+        raise ConfigError(f"config.data.tokenizer: {form}:{shown} takes a whole number from {smallest} on, got {spec!r}.")
     if form == "bpe":
         return TokenizersTokenizer.train(texts, int(number))
     tokenizer = WordTokenizer.train(texts, int(number), lower=form == "word-lower")

@@ -60,8 +60,9 @@ def train_tokenizer(
             text = text[: _MEASURED - characters]
             characters, tokens = characters + len(text), tokens + len(tokenizer.encode(text))
     fewer = f" (the text has no more to merge: {size:,} were asked for)" if tokenizer.vocab_size < size else ""
+    source = f"{documents:,} document{'s' * (documents > 1)} in {len(files):,} file{'s' * (len(files) > 1)}"
     return (
-        f"{target}: {tokenizer.vocab_size:,} tokens{fewer}, from {documents:,} document{'s' * (documents > 1)} in {len(files):,} file{'s' * (len(files) > 1)}. "
+        f"{target}: {tokenizer.vocab_size:,} tokens{fewer}, from {source}. "
         f"{characters:,} characters are {tokens:,} tokens: {characters / tokens:.2f} characters a token."
         + "".join(f"\n{note}" for note in skipping.notes())
     )
