@@ -105,7 +105,11 @@ class Experiment:
 
     def eval_metric_shapes(self, params, stats, batch) -> dict:
         """Shapes of the metrics that the evaluation step sums up."""
-        return jax.eval_shape(lambda p, s, b: dict(self.task.metrics(step.evaluation_model(self.graph, p, s), b)), params, stats, batch)
+
+        def metrics(params, stats, batch):
+            return dict(self.task.metrics(step.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
+
+        return jax.eval_shape(metrics, params, stats, batch)
 
     def state_shapes(self) -> step.TrainState:
         """Shapes of the train state."""

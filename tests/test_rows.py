@@ -1,12 +1,16 @@
 """Rows of text, tags and images from files: what is read, what is refused and where, and what is left out and counted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmodels import api
-from jaxmodels.data import open_dataset
+from jaxmodels.data import loader, open_dataset, tfds
+from jaxmodels.data.skipping import Forgiving
+from jaxmodels.data.source import Arrays, take
 from jaxmodels.errors import ConfigError
 
 TEXT = {"sequence_length": 8, "tokenizer": "word:100"}
@@ -215,3 +219,140 @@ def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
     assert api.evaluate(str(tmp_path / "run"))["skipped_examples"] == 1
     said = capsys.readouterr().out
     assert said.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in said.replace("\n", "")
+
+
+def image_folder(path, splits=("train",), classes=("cat", "dog"), count=6):
+    """Images of one grey each, which tells which file it was; the broken one is the third dog's."""
+    for split in splits:
+        for c, name in enumerate(classes):
+            (path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (12, 8), 100 * c + 10 * i).save(path / split / name / f"{i}.png")
+    return path
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_image_folders(tmp_path):
+    folder = image_folder(tmp_path / "a", ("train", "val"))
+    (folder / "train" / "cat" / ".hidden").write_text("no image")
+    dataset = open_dataset("images:a", {"size": (4, 6), "channels": 1}, str(tmp_path))
+    assert dataset.info == {"image_shape": (4, 6, 1), "num_classes": 2, "labels": ["cat", "dog"]}
+    rows = take(dataset.splits["train"], np.arange(12))
+    assert rows["image"].dtype == np.uint8 and rows["label"].tolist() == [0] * 6 + [1] * 6
+    np.testing.assert_array_equal(rows["image"][:, 2, 3, 0], [100 * c + 10 * i for c in range(2) for i in range(6)])
+    held = open_dataset(f"images:{folder}/train", {"size": 3, "holdout": 0.25}, None).splits
+    greys = {name: sorted(int(row["image"][0, 0, 0]) for row in part) for name, part in held.items()}
+    assert len(greys["validation"]) == 3 and sorted(greys["train"] + greys["validation"]) == rows["image"][:, 0, 0, 0].tolist()
+    assert held["train"][0]["image"].shape == (3, 3, 3)
+    before = dataset.splits["train"].fingerprint()
+    spoil(folder / "train" / "dog" / "2.png")
+    assert dataset.splits["train"].fingerprint() != before
+    (folder / "val" / "cow").mkdir()
+    (folder / "val" / "cow" / "1.png").write_text("")
+    with pytest.raises(ConfigError, match="class 'cow' is in validation, but not in train"):
+        open_dataset(f"images:{folder}", {"size": 4}, None)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        open_dataset("images:b", {"size": 4}, str(tmp_path))
+
+
+def test_cropped_or_stretched(tmp_path):
+    """Of a wide image, white at its left and right thirds, the crop keeps the black middle and the stretch all."""
+    (tmp_path / "a").mkdir()
+    pixels = np.full((10, 30), 255, np.uint8)
+    pixels[:, 10:20] = 0
+    Image.fromarray(pixels).save(tmp_path / "a" / "x.png")
+    options = {"size": 10, "channels": 1, "holdout": 0.0}
+    crop, stretch = (open_dataset(f"images:{tmp_path}", options | {"fit": fit}, None).splits["train"][0]["image"] for fit in ("crop", "stretch"))
+    assert crop.max() < 30 and stretch[:, 0].min() > 225 and stretch[:, -1].min() > 225 and stretch[:, 5].max() < 30
+
+
+def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):
+    folder = image_folder(tmp_path)
+    spoil(folder / "train" / "dog" / "2.png")
+    options = {"size": 4, "holdout": 0.0}
+    source = open_dataset(f"images:{folder}", options, None).splits["train"]
+    assert int(source[7]["image"].max()) == 110
+    with pytest.raises(ConfigError, match=r"train/dog/2\.png: cannot be decoded as an image"):
+        source[8]
+    batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
+    with pytest.raises(ConfigError, match=r"dog/2\.png"):
+        list(loader.read_ahead(batches, threads=2, workers=0, buffer=2))
+    source = open_dataset(f"images:{folder}", options | {"on_bad_example": "skip"}, None).splits["train"]
+    for batch in (take(source, np.arange(12)), loader.EvaluationBatches(source, 16)[0]):
+        assert np.flatnonzero(batch["skipped"]).tolist() == [8] and not batch["image"][8].any()
+    assert np.flatnonzero(batch["weight"]).tolist() == [i for i in range(12) if i != 8]
+    batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
+    for step in range(9):
+        batch, bad = batches[step], batches.indices(4 * step, 4 * step + 4) == 8
+        np.testing.assert_array_equal(batch["skipped"], bad)
+        np.testing.assert_array_equal(batch["weight"], ~bad)
+
+
+def test_examples_have_weights_of_their_own():
+    source = Arrays({"image": np.zeros((3, 2)), "weight": np.array([0.5, 2, 1])})
+    assert loader.EvaluationBatches(source, 4)[0]["weight"].tolist() == [0.5, 2, 1, 0]
+    assert sorted(loader.TrainingBatches(source, 3, 1, seed=0, shuffle=True)[0]["weight"]) == [0.5, 1, 2]
+
+
+CNN = TINY | {
+    "model": {"name": "cnn", "features": (2,), "hidden": 2},
+    "task": {"name": "classify"},
+    "training": {"steps": 6},
+    "evaluation": {"every": 3},
+    "checkpoint": {"every": 2},
+    "log": {"every": 3, "tensorboard": False},
+}
+
+
+def lines(run):
+    timed = ("seconds", "steps_per_second", "examples_per_second", "data_wait")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_broken_images_count_exactly(tmp_path):
+    """In every line; the metrics are those of the other images alone; and a resumed run writes the same lines."""
+    folder = image_folder(tmp_path / "a", ("train", "val"), count=4)
+    spoil(folder / "train" / "dog" / "2.png")
+    spoil(folder / "val" / "cat" / "0.png")
+    spoil(folder / "val" / "cat" / "3.png")
+    data = {"source": f"images:{folder}", "size": 8, "batch_size": 4, "eval_batch_size": 16, "on_bad_example": "skip"}
+    config = CNN | {"data": data}
+    api.train(config, str(tmp_path / "run"))
+    written = lines(tmp_path / "run")
+    counts = {split: [line["skipped_examples"] for line in written if line["split"] == split] for split in ("train", "validation")}
+    assert counts["validation"] == [2, 2]
+    # 24 rows are three epochs of eight: each has the broken image once.
+    assert sum(counts["train"]) == 3
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # stopped at step 4, in the middle of a line
+    api.train(config, str(tmp_path / "run"))
+    assert lines(tmp_path / "run") == written
+    (folder / "val" / "cat" / "0.png").unlink()
+    (folder / "val" / "cat" / "3.png").unlink()
+    clean = api.evaluate(str(tmp_path / "run"), split="validation")
+    assert clean["loss"] == pytest.approx(written[-1]["loss"], rel=1e-6) and clean["skipped_examples"] == 0
+
+
+class Broken:
+    """A TFDS source whose second image does not decode."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError("Truncated File Read")
+        return {"image": np.ones((2, 2, 1), np.uint8), "label": np.int64(1)}
+
+
+def test_a_broken_tfds_example(data_dir):
+    source = tfds.Examples(Broken(), ("image", "label"), "pictures train")
+    with pytest.raises(ConfigError, match="pictures train, example 1: cannot be decoded: Truncated"):
+        take(source, np.arange(3))
+    blank = {"image": np.zeros((2, 2, 1), np.uint8), "label": np.int32(0)}
+    assert take(Forgiving(source, blank), np.arange(3))["skipped"].tolist() == [0, 1, 0]
+    real = open_dataset("tfds:cifar10", {"on_bad_example": "skip"}, data_dir).splits["test"]
+    for name, value in real.blank.items():
+        assert (value.shape, value.dtype) == (real[0][name].shape, real[0][name].dtype)

@@ -20,6 +20,7 @@ SOURCES = {
     "jsonl": "jaxmodels.data.rows:jsonl",
     "conll": "jaxmodels.data.conll:conll",
     "csv": "jaxmodels.data.table:csv_table",
+    "images": "jaxmodels.data.images:images",
     "tfds": "jaxmodels.data.tfds:tfds",
     "arrays": "jaxmodels.data.source:arrays",
     "mixture": "jaxmodels.data.mixture:mixture",

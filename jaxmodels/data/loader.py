@@ -93,8 +93,7 @@ class TrainingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         start = step * self.batch_size + self.first
-        batch = take(self.source, self.indices(start, start + self.rows))
-        return batch | {"weight": np.ones(self.rows, np.float32)}
+        return _weighted(take(self.source, self.indices(start, start + self.rows)), np.ones(self.rows, np.float32))
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """The examples at the positions [start, stop) of the endless order."""
@@ -133,8 +132,21 @@ class EvaluationBatches:
         start = number * self.batch_size + self.first
         rows = np.arange(start, start + self.rows)
         real = rows < len(self.source)
-        batch = take(self.source, np.where(real, rows, 0))
-        return batch | {"weight": real.astype(np.float32)}
+        return _weighted(take(self.source, np.where(real, rows, 0)), real.astype(np.float32))
+
+
+def _weighted(batch: Batch, real: np.ndarray) -> Batch:
+    """The batch with the `weight` of each row: 1, or the example's own; 0 for rows that fill up, and for skipped examples.
+
+    Args:
+      batch: may have a `weight` of its own and `skipped`, see `data.skipping`.
+      real: float32 [B], 0 for rows that fill up.
+    """
+    weight = real * np.asarray(batch.get("weight", 1), np.float32)
+    if "skipped" in batch:
+        skipped = real * batch["skipped"]
+        return batch | {"skipped": skipped, "weight": weight * (1 - skipped)}
+    return batch | {"weight": weight}
 
 
 def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, workers: int, buffer: int) -> Iterator[Batch]:

@@ -1,10 +1,25 @@
 """Examples that cannot be used: an error that names the place, or left out and counted."""
 
+from collections.abc import Mapping
 from typing import Literal
+
+import numpy as np
 
 from jaxmodels.errors import ConfigError
 
 Policy = Literal["error", "skip"]
+
+
+class BadExample(ConfigError):
+    """An example cannot be used."""
+
+    def __init__(self, where: str, problem: str):
+        """
+        Args:
+          where: file and line.
+          problem: what is wrong with it, and the next thing to try.
+        """
+        super().__init__(f"{where}: {problem} (data.on_bad_example=skip leaves such examples out.)")
 
 
 class Skipping:
@@ -26,10 +41,10 @@ class Skipping:
           problem: what is wrong with it, and the next thing to try.
 
         Raises:
-          ConfigError: unless such examples are to be left out.
+          BadExample: unless such examples are to be left out.
         """
         if self.policy == "error":
-            raise ConfigError(f"{where}: {problem} (data.on_bad_example=skip leaves such examples out.)")
+            raise BadExample(where, problem)
         self.counts[split] = self.counts.get(split, 0) + 1
         self._first.setdefault(split, f"{where}: {problem}")
 
@@ -46,3 +61,25 @@ class Skipping:
             f"warning: {count:,} bad example{'s' if count > 1 else ''} of {split} left out; the first: {self._first[split]}"
             for split, count in self.counts.items()
         )
+
+
+class Forgiving:
+    """Another source, of which examples that raise BadExample when they are read count for nothing.
+
+    Their place cannot be given to others without reading all, so each is `blank`. Examples have an array `skipped` more, 1.0 or 0.0,
+    which the loader turns into the row's weight and the step counts.
+    """
+
+    def __init__(self, source, blank: Mapping[str, np.ndarray]):
+        self.source, self.blank = source, dict(blank)
+        if hasattr(source, "fingerprint"):
+            self.fingerprint = source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        try:
+            return dict(self.source[index]) | {"skipped": np.float32(0)}
+        except BadExample:
+            return self.blank | {"skipped": np.float32(1)}

@@ -5,21 +5,36 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxmodels.data.skipping import BadExample, Forgiving, Policy
 from jaxmodels.data.source import Dataset
 from jaxmodels.errors import ConfigError
 
 
 class Examples:
-    """A TFDS split as a data source: its numeric features by name, whole numbers as int32."""
+    """A TFDS split as a data source: its numeric features by name, whole numbers as int32.
 
-    def __init__(self, source, names: tuple[str, ...]):
-        self.source, self.names = source, names
+    An example that cannot be decoded raises BadExample when it is read.
+    """
+
+    def __init__(self, source, names: tuple[str, ...], where: str):
+        """
+        Args:
+          source: of TFDS.
+          names: the features.
+          where: the data set and split, for errors.
+        """
+        self.source, self.names, self.where = source, names, where
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
-        example = self.source[index]
+        try:
+            example = self.source[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the record is broken
+            raise BadExample(f"{self.where}, example {index}", f"cannot be decoded: {error}.") from error
         values = {name: np.asarray(example[name]) for name in self.names}
         return {name: v.astype(np.int32) if v.dtype == np.int64 else v for name, v in values.items()}
 
@@ -30,6 +45,7 @@ def tfds(
     *,
     splits: Mapping[str, str] | None = None,
     holdout: int = 10,
+    on_bad_example: Policy = "error",
 ) -> Dataset:
     """A prepared TFDS data set: `tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION`.
 
@@ -40,6 +56,8 @@ def tfds(
       splits: which TFDS split, with slices, is which: `{"train": "train[:90%]", "validation": "train[90%:]"}`. Unless
         given, those that the data set has, and where it has no validation split, the end of train.
       holdout: percent of train that validates in that case.
+      on_bad_example: of an example that cannot be decoded: `error`, which ends the run when it is read, or `skip`: its row has
+        weight 0 and is counted in the metric `skipped_examples`.
 
     Raises:
       ConfigError: no such folder (how to prepare it), a format without random access, or an unknown split.
@@ -59,17 +77,29 @@ def tfds(
     features = builder.info.features
     names = tuple(name for name, feature in features.items() if _is_numeric(feature))
     try:
-        parts = {ours: Examples(builder.as_data_source(theirs), names) for ours, theirs in splits.items()}
+        parts = {ours: Examples(builder.as_data_source(theirs), names, f"{folder} {theirs}") for ours, theirs in splits.items()}
     except NotImplementedError as error:
         raise ConfigError(f"config.data.source: {folder} allows no random access. {_how_to_prepare(name, data_dir)}") from error
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.data.splits: {error} (the data set has: {', '.join(builder.info.splits)})") from error
+    if on_bad_example == "skip":
+        blank = _blank(features, names)
+        parts = {name: Forgiving(part, blank) for name, part in parts.items()}
     info = {}
     if "image" in features:
         info["image_shape"] = tuple(features["image"].shape)
     if "label" in features and hasattr(features["label"], "num_classes"):
         info["num_classes"] = features["label"].num_classes
     return Dataset(parts, info)
+
+
+def _blank(features, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """An example of zeros."""
+    for name in names:
+        if None in features[name].shape:
+            raise ConfigError(f"config.data.on_bad_example='skip' needs features of one size; {name!r} is {tuple(features[name].shape)}.")
+    dtypes = {name: np.dtype(features[name].np_dtype) for name in names}
+    return {name: np.zeros(features[name].shape, np.int32 if dtype == np.int64 else dtype) for name, dtype in dtypes.items()}
 
 
 def _is_numeric(feature) -> bool:

@@ -42,8 +42,8 @@ def zeros(shapes: Metrics) -> Metrics:
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """Sum over weight of each, on the host. Waits for the device."""
-    return {name: float(total) / max(float(weight), 1e-30) for name, (total, weight) in jax.device_get(dict(metrics)).items()}
+    """Sum over weight of each, or the sum of a count, whose weights are 0; on the host. Waits for the device."""
+    return {name: float(total) / (float(weight) or 1.0) for name, (total, weight) in jax.device_get(dict(metrics)).items()}
 
 
 def is_better(name: str, value: float, than: float | None) -> bool:

@@ -151,7 +151,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
             (total, (weight, metrics, stats)), grads = gradient(state.params, state.stats, batch, key)
         else:
             total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options.accumulate)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -159,7 +159,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         one = jnp.ones((), jnp.float32)
-        metrics = cast(dict(metrics), jnp.float32) | {"grad_norm": (grad_norm, one)}
+        metrics = cast(dict(metrics), jnp.float32) | {"grad_norm": (grad_norm, one)} | skipped_metric(batch)
         fresh = state.step % options.log_every == 0
         metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.metrics, metrics)
         state = TrainState(
@@ -181,7 +181,12 @@ def training_metrics(loss: Callable, params, stats, batch) -> dict:
     """Shapes of the metrics that a train step sums up."""
     _, (_, metrics, _) = jax.eval_shape(loss, params, stats, batch, jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return dict(metrics) | {"grad_norm": (scalar, scalar)}
+    return dict(metrics) | {"grad_norm": (scalar, scalar)} | jax.eval_shape(skipped_metric, batch)
+
+
+def skipped_metric(batch) -> dict:
+    """How many rows were left out, a count, where the data tells (see `data.skipping`)."""
+    return {"skipped_examples": (jnp.sum(batch["skipped"]), jnp.zeros((), jnp.float32))} if "skipped" in batch else {}
 
 
 def _accumulate(gradient, state, batch, key, count):
@@ -225,7 +230,7 @@ def make_eval_step(task, graph, precision: str) -> Callable:
     def eval_step(params, stats, batch, sums):
         model = evaluation_model(graph, params, stats, dtype)
         inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
-        sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)), jnp.float32))
+        sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)) | skipped_metric(batch), jnp.float32))
         outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
         return sums, outputs
 
