@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from jaxmodels import api
@@ -12,6 +15,8 @@ from jaxmodels.data import loader, open_dataset, tfds
 from jaxmodels.data.skipping import Forgiving
 from jaxmodels.data.source import Arrays, take
 from jaxmodels.errors import ConfigError
+from jaxmodels.models import create
+from jaxmodels.tasks.classify import Classify
 
 TEXT = {"sequence_length": 8, "tokenizer": "word:100"}
 GOOD = "good film\t1\nbad film\t0\nfine\t1\nawful\t0\n"
@@ -333,6 +338,24 @@ def test_broken_images_count_exactly(tmp_path):
     (folder / "val" / "cat" / "3.png").unlink()
     clean = api.evaluate(str(tmp_path / "run"), split="validation")
     assert clean["loss"] == pytest.approx(written[-1]["loss"], rel=1e-6) and clean["skipped_examples"] == 0
+
+
+def test_a_row_of_weight_0_is_mixed_into_no_other():
+    """Whatever it holds, the loss and the gradient are the same."""
+    task = Classify({"image_shape": (4, 4, 1), "num_classes": 2}, mixup=1.0)
+    model = create("cnn", (4, 4, 1), 2, features=(2,), hidden=2, dropout=0.0, rngs=nnx.Rngs(0))
+    image = np.random.default_rng(0).random((8, 4, 4, 1), np.float32)
+    weight = np.ones(8, np.float32)
+    weight[[2, 7]] = 0
+
+    def loss(model, fill):
+        batch = {"image": jnp.where(weight[:, None, None, None] > 0, image, fill), "label": np.arange(8) % 2, "weight": weight}
+        return task.loss(model, jax.tree.map(jnp.asarray, batch), nnx.Rngs(dropout=1))[0]
+
+    step = nnx.jit(nnx.value_and_grad(loss))
+    (one, first), (two, second) = (step(model, np.float32(fill)) for fill in (0, 9))
+    assert one == two and one > 0
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 class Broken:

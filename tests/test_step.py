@@ -41,9 +41,9 @@ def assert_close(one, other, **tolerance):
 def test_a_module_comes_back_from_its_parts_with_more_than_ten_layers():
     model = create("gpt", 11, context=4, layers=12, heads=1, width=4, rngs=nnx.Rngs(0))
     for i, block in enumerate(model.blocks):
-        block.up.bias[...] = jnp.full(16, float(i))
+        block.mlp.up.bias[...] = jnp.full(16, float(i))
     again = merge(*split(model))
-    assert [float(block.up.bias[...][0]) for block in again.blocks] == list(range(12))
+    assert [float(block.mlp.up.bias[...][0]) for block in again.blocks] == list(range(12))
     tokens = jnp.arange(4)[None]
     np.testing.assert_array_equal(again(tokens), model(tokens))
 

@@ -129,7 +129,8 @@ def _split_folders(folder: str) -> dict[str, str]:
         there = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
         if len(there) > 1:
             raise ConfigError(f"config.data.source: {' and '.join(there)} are both {split}; keep one.")
-        found |= {split: place for place in there}
+        if there:
+            found[split] = there[0]
     if found and "train" not in found:
         raise ConfigError(f"config.data.source: {folder} has {', '.join(found)}, but no folder 'train'.")
     return found or {"train": folder}
