@@ -69,14 +69,14 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
     """
     folder, checkpoints, step = checkpoint_lib.open_run(run)
     try:
-        experiment = build_experiment(folder.config(), data_dir=data_dir, data=data, trained_info=_trained_info(folder))
+        experiment = build_experiment(_for_any_platform(folder.config()), data_dir=data_dir, data=data, trained_info=_trained_info(folder))
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
         # All devices there are, however many trained it; a padded batch may be larger than asked.
         mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
         ways = mesh.shape["data"]
         loading = dataclasses.replace(experiment.loading, eval_batch_size=-(-experiment.eval_batch_size // ways) * ways)
-        experiment = dataclasses.replace(experiment, loading=loading)
+        experiment = dataclasses.replace(experiment, loading=loading).on(mesh.devices.flat[0].platform, mesh.size)
         shapes = experiment.state_shapes()
         with StopSignals() as stop:
             params, stats = stop.run(checkpoints.restore_weights, step, shapes.params, shapes.stats, mesh_lib.replicated(mesh))
@@ -129,13 +129,19 @@ def load(run: str) -> Run:
     """
     folder, checkpoints, step = checkpoint_lib.open_run(run)
     try:
-        config, info = folder.config(), _trained_info(folder)
+        config, info = _for_any_platform(folder.config()), _trained_info(folder)
         task, build = build_model(config, info)
         graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
         params, stats = checkpoints.restore_weights(step, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     finally:
         checkpoints.close()
     return Run(step_lib.evaluation_model(graph, params, stats), task, config, step, info.get("tokenizer"))
+
+
+def _for_any_platform(config: dict) -> dict:
+    """A run's config without its wish for an accelerator's own attention, which this machine may not have."""
+    model = config["model"]
+    return config | {"model": model | {"attention": "auto"}} if model.get("attention") in ("cudnn", "splash") else config
 
 
 def _trained_info(folder: RunFolder) -> dict[str, Any]:

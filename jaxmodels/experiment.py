@@ -20,6 +20,7 @@ from jaxmodels import data as data_lib
 from jaxmodels import models, tasks
 from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
+from jaxmodels.models import attention
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.sections import (
     Checkpointing,
@@ -46,6 +47,7 @@ class Experiment:
       steps: length of the run.
       optimizer: as Optax has it.
       schedule: the learning rate over steps.
+      platform, devices: where it runs; None while that is not known.
     """
 
     config: dict
@@ -62,15 +64,39 @@ class Experiment:
     steps: int
     optimizer: Any
     schedule: Any
+    platform: str | None = None
+    devices: int = 1
+
+    def on(self, platform: str, devices: int) -> "Experiment":
+        """The experiment as it runs on a platform, on so many devices.
+
+        Raises:
+          ConfigError: the attention that is asked for cannot run there.
+        """
+        placed = dataclasses.replace(self, platform=platform, devices=devices)
+        with _as_config_error("config.model.attention"):
+            _ = placed.graph
+        return placed
 
     @property
     def eval_batch_size(self) -> int:
         return self.loading.eval_batch_size or self.loading.batch_size
 
-    @functools.cached_property
+    @property
     def graph(self):
         """The module's graph, as `training.step.split` gives."""
-        return step.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0))))[0]
+        return self._graph_and_attention[0]
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """Which implementation of attention runs, and why; {} for a model without."""
+        return self._graph_and_attention[1]
+
+    @functools.cached_property
+    def _graph_and_attention(self):
+        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        used = attention.settle(model, self.platform, step.DTYPES[self.training.precision], devices=self.devices)
+        return step.split(model)[0], used
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch."""

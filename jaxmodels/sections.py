@@ -112,7 +112,7 @@ class Logging:
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
-MACHINE_KEYS = ("mesh", "partition", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
+MACHINE_KEYS = ("mesh", "partition", "model.attention", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
 
 _PLAIN = {
     "training": Training,

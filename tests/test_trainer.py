@@ -59,6 +59,8 @@ def test_text_runs_learn_and_show_samples(tmp_path):
     np.testing.assert_allclose(result.metrics["validation"]["perplexity"], np.exp(result.metrics["validation"]["loss"]))
     text = (tmp_path / "x" / "samples.txt").read_text()
     assert text.count("--- step") == 2 and len(text) > 80
+    used = {"asked": "auto", "used": "xla", "why": "there is no fused kernel for cpu"}
+    assert RunFolder(tmp_path / "x").manifest()["starts"][0]["attention"] == used
     assert jaxmodels.load(str(tmp_path / "x")).tokenizer.vocab_size == result_vocabulary(config)
 
 

@@ -131,7 +131,7 @@ def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, de
 
     Args:
       model: a module, or the shapes of one.
-      platform: as in `choose`; None where only shapes are computed, which are the same for all.
+      platform: as in `choose`; None while there is none, and only shapes are computed, which are the same for all.
       dtype: of the computation.
       devices: that it is spread over.
 
@@ -139,20 +139,21 @@ def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, de
       What was asked, what is used and why: empty for a model without attention.
 
     Raises:
-      ValueError: what is asked for cannot run; says why.
+      ValueError: what is asked for cannot run; says why. Without a platform: on none.
     """
-    record = {}
+    found: dict[str, list[str]] = {"asked": [], "used": [], "why": []}
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attention):
-            used, why = "xla", "shapes alone"
-            if platform is not None:
-                options = {"causal": module.causal, "window": module.window, "bias": module.biased, "devices": devices}
-                used, why = choose(module.implementation, platform, dtype, module.head_width, **options)
-            new = {"asked": module.implementation, "used": used, "why": why}
-            # The kinds of attention in one model may differ (an encoder's has a bias, the one between it and a decoder none).
-            record = {key: value if record.get(key, value) == value else f"{record[key]} / {value}" for key, value in new.items()}
-            module.implementation = used
-    return record
+            wanted = module.implementation
+            options = {"causal": module.causal, "window": module.window, "bias": module.biased, "devices": devices}
+            likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(wanted, "cpu")
+            used, why = choose(wanted, likely, dtype, module.head_width, **options)
+            for key, value in zip(found, (wanted, used, why), strict=True):
+                if value not in found[key]:
+                    found[key].append(value)
+            module.implementation = used if platform else "xla"
+    # The kinds of attention in one model may differ: with relative positions, and without them between two sequences.
+    return {key: " / ".join(values) for key, values in found.items() if values}
 
 
 def _splash(q_BTNK, k_BSGK, v_BSGK, *, causal, window, segments, bias, scale, interpret=False):

@@ -93,9 +93,10 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console):
         """Finds the devices and lays out the state on them; makes no array of it yet."""
+        self.mesh = mesh_lib.make_mesh(experiment.mesh)
+        experiment = experiment.on(self.mesh.devices.flat[0].platform, self.mesh.size)
         self.experiment, self.folder, self.stop = experiment, folder, stop
         self.main = jax.process_index() == 0
-        self.mesh = mesh_lib.make_mesh(experiment.mesh)
         mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size")
         mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
         everywhere = mesh_lib.replicated(self.mesh)
@@ -351,6 +352,9 @@ class Trainer:
             "mesh": dict(self.mesh.shape),
             "compiled": {},
         }
+        if used := self.experiment.attention:
+            start["attention"] = used
+            self.log.say(f"attention: {used['used']} ({used['why']})", style="dim")
         manifest = self.folder.manifest()
         self.folder.update_manifest(
             parameters=parameters,

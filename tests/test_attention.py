@@ -1,0 +1,111 @@
+"""Attention against plain computations, its implementations against each other, and the choice between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment import build_experiment
+from jaxmodels.models import attention, create
+from jaxmodels.models.attention import attend, choose, settle
+from tests import small
+
+
+def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
+    """Query by query, in float64, as the paper's formula reads."""
+    B, T, N, K = q.shape
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    y = np.zeros(q.shape)
+    for b, n, t in np.ndindex(B, N, T):
+        group = n // (N // k.shape[2])
+        seen = [s for s in range(k.shape[1]) if not (causal and s > t) and not (window and abs(s - t) >= window)]
+        seen = [s for s in seen if segments is None or segments[0][b, t] == segments[1][b, s]]
+        scores = k[b, seen, group] @ q[b, t, n] * (K**-0.5 if scale is None else scale)
+        scores = scores if bias is None else scores + np.asarray(bias, np.float64)[0, n, t, seen]
+        weights = np.exp(scores - scores.max())
+        y[b, t, n] = weights / weights.sum() @ v[b, seen, group]
+    return y
+
+
+def arrays(T=7, N=4, G=2, K=4, B=2):
+    draw = np.random.default_rng(0).normal
+    return tuple(draw(size=(B, T, heads, K)).astype(np.float32) for heads in (N, G, G))
+
+
+SEGMENTS = np.array([[0, 0, 0, 1, 1, -1, -1], [3, 3, 2, 2, 2, 2, 2]])
+BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window": 3}, {"causal": True, "window": 2, "scale": 1.0}, {"segments": (SEGMENTS, SEGMENTS)}, {"bias": BIAS, "causal": True}],
+    ids=lambda options: "+".join(options),
+)
+def test_attention_is_what_the_formula_says(options):
+    y = jax.jit(lambda q, k, v: attend(q, k, v, **options))(*arrays())
+    np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"segments": SEGMENTS}], ids=lambda options: "+".join(options))
+def test_the_tpu_kernel_computes_the_same(options):
+    # As an interpreter runs it on the CPU; sequences of 7 are filled up to its blocks of 128.
+    if "segments" in options:
+        options = {"segments": (SEGMENTS[:1], SEGMENTS[:1])}
+    q, k, v = arrays(B=1)
+    y = attention._splash(q, k, v, causal=options.get("causal", False), window=None, segments=options.get("segments"), bias=None, scale=None, interpret=True)
+    np.testing.assert_allclose(y, numpy_attend(q, k, v, **options), atol=1e-4)
+
+
+ASKED = {"causal": True, "window": None, "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "changes", "used"),
+    [
+        ("auto", "cpu", "bfloat16", {}, "xla"),
+        ("auto", "gpu", "bfloat16", {}, "cudnn"),
+        ("auto", "gpu", "float32", {}, "xla"),
+        ("auto", "gpu", "bfloat16", {"bias": True}, "xla"),
+        ("auto", "gpu", "bfloat16", {"causal": False, "window": 4}, "xla"),
+        ("auto", "tpu", "float32", {}, "splash"),
+        ("auto", "tpu", "float32", {"devices": 4}, "xla"),
+        ("xla", "gpu", "bfloat16", {}, "xla"),
+        ("cudnn", "gpu", "float16", {}, "cudnn"),
+    ],
+)
+def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, changes, used):
+    assert choose(asked, platform, dtype, 64, **ASKED | changes)[0] == used
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "head_width", "said"),
+    [
+        ("cudnn", "cpu", "bfloat16", 64, "needs an NVIDIA GPU"),
+        ("cudnn", "gpu", "float32", 64, "not float32"),
+        ("cudnn", "gpu", "bfloat16", 36, "not 36 wide"),
+        ("splash", "gpu", "float32", 64, "TPU kernel"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head_width, said):
+    with pytest.raises(ValueError, match=said):
+        choose(asked, platform, dtype, head_width, **ASKED)
+
+
+def test_settling_reaches_every_attention_and_says_what_was_chosen():
+    model = nnx.eval_shape(lambda: create("t5-v1.1-small", 11, layers=2, heads=2, width=16, head_width=8, scan=True, rngs=nnx.Rngs(0)))
+    record = settle(model, "gpu", jnp.bfloat16)
+    # Self-attention has relative positions, for which there is no cuDNN; attention to the memory has none.
+    assert (model.encoder.blocks.attention.implementation, model.decoder.blocks.memory_attention.implementation) == ("xla", "cudnn")
+    assert record["asked"] == "auto" and set(record["used"].split(" / ")) == {"xla", "cudnn"}
+    assert settle(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
+
+
+def test_attention_that_cannot_run_is_an_error_of_the_config():
+    with pytest.raises(ConfigError, match="float32"):  # no GPU could: said while the config is checked
+        build_experiment(small.config(small.GPT, model__attention="cudnn"))
+    experiment = build_experiment(small.config(small.GPT, model__attention="cudnn", training__precision="bfloat16"))
+    with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
+        experiment.on("cpu", 1)
+    assert experiment.on("gpu", 1).attention["used"] == "cudnn"
