@@ -379,3 +379,59 @@ def test_a_broken_tfds_example(data_dir):
     real = open_dataset("tfds:cifar10", {"on_bad_example": "skip"}, data_dir).splits["test"]
     for name, value in real.blank.items():
         assert (value.shape, value.dtype) == (real[0][name].shape, real[0][name].dtype)
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return pytest.importorskip("datasets")
+
+
+def test_texts_of_huggingface(tmp_path, datasets):
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    train = datasets.Dataset.from_dict({"sentence": ["good film", "bad film", "fine"], "label": [1, 0, 1]}, features)
+    test = datasets.Dataset.from_dict({"sentence": ["film", "no label", " "], "label": [0, -1, 1]}, features)
+    datasets.DatasetDict(train=train, dev=train, test=test).save_to_disk(tmp_path / "a")
+    options = TEXT | {"text_column": "sentence"}
+    with pytest.raises(ConfigError, match="a test, row 2: the text of column 'sentence' is empty"):
+        open_dataset("hf:a", options, str(tmp_path))
+    dataset = open_dataset("hf:a", options | {"on_bad_example": "skip"}, str(tmp_path))
+    assert dataset.info["labels"] == ["neg", "pos"] and dataset.splits["train"].arrays["label"].tolist() == [1, 0, 1]
+    assert words(dataset, "validation") == ["good film", "bad film", "fine"] and words(dataset, "test") == ["film"]
+    assert dataset.skipped == {"test": 2}
+    with pytest.raises(ConfigError, match=r"text_column: .*no column 'sentense'. Did you mean 'sentence'"):
+        open_dataset("hf:a", TEXT | {"text_column": "sentense"}, str(tmp_path))
+    with pytest.raises(ConfigError, match="image_column and size"):
+        open_dataset("hf:a", {}, str(tmp_path))
+    with pytest.raises(ConfigError, match="save_to_disk"):
+        open_dataset("hf:hf", TEXT, str(image_folder(tmp_path / "hf").parent))
+
+
+def test_images_of_huggingface(tmp_path, datasets):
+    import io
+
+    def png(grey):
+        file = io.BytesIO()
+        Image.new("L", (6, 4), grey).save(file, "PNG")
+        return file.getvalue()
+
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+    pictures = [{"bytes": png(10 * i), "path": None} for i in range(6)]
+    pictures[4]["bytes"] = pictures[4]["bytes"][:40]
+    rows = datasets.Dataset.from_dict({"picture": pictures, "kind": ["b", "a"] * 3}, features)
+    rows.save_to_disk(tmp_path / "a")
+    options = {"image_column": "picture", "label_column": "kind", "size": 2, "channels": 1, "holdout": 0.34}
+    dataset = open_dataset(f"hf:{tmp_path}/a", options | {"on_bad_example": "skip"}, None)
+    assert dataset.info == {"image_shape": (2, 2, 1), "num_classes": 2, "labels": ["a", "b"]}
+    parts = [take(source, np.arange(len(source))) for source in dataset.splits.values()]
+    assert [len(part["label"]) for part in parts] == [4, 2]
+    seen = {(int(g[0, 0, 0]), int(k), int(s)) for part in parts for g, k, s in zip(part["image"], part["label"], part["skipped"], strict=True)}
+    assert seen == {(10 * i, (i + 1) % 2, 0) for i in (0, 1, 2, 3, 5)} | {(0, 0, 1)}
+    datasets.DatasetDict(train=rows, test=rows.select([0, 1]).map(lambda row: {"kind": row["kind"].replace("a", "c")})).save_to_disk(tmp_path / "b")
+    with pytest.raises(ConfigError, match="b test, row 1: its label is none of the classes"):
+        open_dataset(f"hf:{tmp_path}/b", options, None)
+    other = open_dataset(f"hf:{tmp_path}/b", options | {"on_bad_example": "skip"}, None).splits["test"]
+    assert take(other, np.arange(2))["skipped"].tolist() == [0, 1]
+    strict = open_dataset(f"hf:{tmp_path}/a", options | {"holdout": 0.0}, None).splits["train"]
+    with pytest.raises(ConfigError, match="a train, row 4: 'picture' cannot be decoded as an image"):
+        take(strict, np.arange(6))

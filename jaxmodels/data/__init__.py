@@ -21,6 +21,7 @@ SOURCES = {
     "conll": "jaxmodels.data.conll:conll",
     "csv": "jaxmodels.data.table:csv_table",
     "images": "jaxmodels.data.images:images",
+    "hf": "jaxmodels.data.huggingface:huggingface",
     "tfds": "jaxmodels.data.tfds:tfds",
     "arrays": "jaxmodels.data.source:arrays",
     "mixture": "jaxmodels.data.mixture:mixture",

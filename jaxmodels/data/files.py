@@ -11,6 +11,19 @@ from jaxmodels.errors import ConfigError
 NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
+def find_folder(path: str, data_dir: str | None) -> str:
+    """Where a folder lies: `path` itself, or below the data directory; ConfigError names both places."""
+    places = _places(path, data_dir)
+    folder = next((place for place in places if os.path.isdir(place)), None)
+    if folder is None:
+        raise ConfigError(f"config.data.source: there is no folder {' nor '.join(places)}; give it with --data_dir=DIR or JAXMODELS_DATA_DIR.")
+    return folder
+
+
+def _places(path: str, data_dir: str | None) -> list[str]:
+    return [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
+
+
 def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
     """The files of each split, sorted.
 
@@ -25,7 +38,7 @@ def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None]
     Raises:
       ConfigError: nothing is found, or more than one name of a split.
     """
-    places = [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
+    places = _places(path, data_dir)
     folder = next((place for place in places if os.path.isdir(place)), None)
     if folder is not None:
         found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxmodels.data.files import NAMES
+from jaxmodels.data.files import NAMES, find_folder
 from jaxmodels.data.labelled import hold_out
 from jaxmodels.data.skipping import BadExample, Forgiving, Policy
 from jaxmodels.data.source import Dataset
@@ -89,12 +89,10 @@ def images(
     Raises:
       ConfigError: no such folder, no images, or classes that differ between splits.
     """
-    height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
-    if min(height, width) < 1:
-        raise ConfigError(f"config.data.size must be a number above 0, or height and width, got {size}.")
+    size = check_size(size)
     if not 0 <= holdout < 1:
         raise ConfigError(f"config.data.holdout must be at least 0 and below 1, got {holdout}.")
-    folder = _find(path, data_dir)
+    folder = find_folder(path, data_dir)
     classes, files = {}, {}
     for split, place in _split_folders(folder).items():
         classes[split] = sorted(name for name in os.listdir(place) if os.path.isdir(os.path.join(place, name)) and not name.startswith("."))
@@ -106,20 +104,24 @@ def images(
             raise ConfigError(f"config.data.source: {folder}: the class {odd[0]!r} is in {has}, but not in {lacks}.")
     if "validation" not in files and holdout:
         files["train"], files["validation"] = hold_out(files["train"], holdout)
-    splits = {split: ImageFiles(part, (height, width), channels, fit) for split, part in files.items()}
+    splits = {split: ImageFiles(part, size, channels, fit) for split, part in files.items()}
     if on_bad_example == "skip":
-        blank = {"image": np.zeros((height, width, channels), np.uint8), "label": np.int32(0)}
-        splits = {split: Forgiving(source, blank) for split, source in splits.items()}
+        splits = {split: Forgiving(source, blank_image(size, channels)) for split, source in splits.items()}
     names = classes["train"]
-    return Dataset(splits, {"image_shape": (height, width, channels), "num_classes": len(names), "labels": names})
+    return Dataset(splits, {"image_shape": (*size, channels), "num_classes": len(names), "labels": names})
 
 
-def _find(path: str, data_dir: str | None) -> str:
-    places = [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
-    folder = next((place for place in places if os.path.isdir(place)), None)
-    if folder is None:
-        raise ConfigError(f"config.data.source: there is no folder {' nor '.join(places)}; give it with --data_dir=DIR or JAXMODELS_DATA_DIR.")
-    return folder
+def check_size(size: int | tuple[int, ...] | None) -> tuple[int, int]:
+    """(height, width), or ConfigError."""
+    both = (size, size) if isinstance(size, int) else size or ()
+    if len(both) != 2 or min(both) < 1:
+        raise ConfigError(f"config.data.size must be a number above 0, or height and width, got {size}.")
+    return tuple(both)
+
+
+def blank_image(size: tuple[int, int], channels: int) -> dict[str, np.ndarray]:
+    """An example of zeros."""
+    return {"image": np.zeros((*size, channels), np.uint8), "label": np.int32(0)}
 
 
 def _split_folders(folder: str) -> dict[str, str]:

@@ -105,7 +105,7 @@ def open_rows(splits: Mapping[str, Iterable[Row]], options: Options, data_dir: s
     good = {split: [row for row in rows if _usable(row, split, options, skipping)] for split, rows in parts.items()}
     info = {}
     if not options.pairs and options.label == "class":
-        names = list(options.labels) if options.labels is not None else _class_names(good["train"] + (good["validation"] if held_out else []))
+        names = list(options.labels) if options.labels is not None else class_names(good["train"] + (good["validation"] if held_out else []))
         info = {"num_classes": len(names), "labels": names}
     texts = 2 if options.pairs else 1
     skipping.check_rest("train", len(good["train"]))
@@ -173,7 +173,7 @@ def _number_problem(value: Any, column: Column) -> str | None:
     return None if finite else f"the label {column!r} is {value!r}, not a finite number, which data.label='value' asks for."
 
 
-def _class_names(rows: Sequence[Row]) -> list[str]:
+def class_names(rows: Sequence[Row]) -> list[str]:
     """The distinct labels: by value where all are whole numbers, else by name."""
     counts = {}
     for row in rows:
