@@ -111,10 +111,10 @@ def test_vit_stacked_and_listed_are_one_function():
     params["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), params["blocks"]["0"], params["blocks"]["1"])
     image = normal(4, 8, 12, 3)
     got = []
-    for model, params in [(plain, split(plain)[1]), (vit(stochastic_depth=0.3, dropout=0.1, scan=True, remat="full"), params)]:
+    for model, weights in [(plain, split(plain)[1]), (vit(stochastic_depth=0.3, dropout=0.1, scan=True, remat="full"), params)]:
         graph, _, stats = split(model)
         run = jax.jit(lambda params, g=graph, s=stats: [merge(g, params, s)(image, rngs=rngs) for rngs in (nnx.Rngs(dropout=1), None)])
-        got.append(run(params))
+        got.append(run(weights))
     np.testing.assert_allclose(got[0], got[1], atol=1e-5)
     assert np.abs(got[0][0] - got[0][1]).max() > 0.01, "training drops"
 
