@@ -18,6 +18,7 @@ from flax import nnx
 from jaxmodels import config as config_lib
 from jaxmodels import data as data_lib
 from jaxmodels import models, tasks
+from jaxmodels.data.augment import RandAugment
 from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.models import attention
@@ -108,8 +109,14 @@ class Experiment:
         """How a source is read ahead, as arguments of `data.loader.read_ahead`."""
         threads = self.loading.threads
         if threads is None:
-            threads = 0 if getattr(source, "in_memory", False) else 16
+            threads = 0 if getattr(source, "in_memory", False) and self.loading.rand_augment is None else 16
         return {"threads": threads, "workers": self.loading.workers, "buffer": self.loading.buffer}
+
+    @property
+    def transform(self) -> Callable | None:
+        """What changes the rows of training batches on the host, as an argument of `data.loader.TrainingBatches`."""
+        augment = self.loading.rand_augment
+        return None if augment is None else functools.partial(augment.batch, seed=self.config["seed"])
 
     def init_function(self) -> Callable[[jax.Array], step.TrainState]:
         """key -> TrainState; see training.step."""
@@ -166,10 +173,12 @@ def build_experiment(
       ConfigError: anything that is wrong, before a device starts.
     """
     c = resolve(config)
-    loading = Loading(**{key: c["data"][key] for key in config_lib.fields(Loading)})
+    loading = _loading(c["data"])
     dataset = _open(c["data"], loading, data_dir, data)
     if trained_info is None:
         _check_train_split(dataset, c["data"])
+        if loading.rand_augment is not None:
+            loading.rand_augment.check(dataset.splits["train"][0])
     else:
         dataset = dataclasses.replace(dataset, info=_agreed_info(dataset.info, trained_info))
     task, build = build_model(c, dataset.info)
@@ -219,6 +228,13 @@ def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs
         return constructor(*arguments, **options, rngs=rngs)
 
     return task, build
+
+
+def _loading(section: dict) -> Loading:
+    values = {key: section[key] for key in config_lib.fields(Loading)}
+    if values["rand_augment"] is not None:
+        values["rand_augment"] = RandAugment(**values["rand_augment"])
+    return Loading(**values)
 
 
 def _without_name(section: dict) -> dict:

@@ -7,6 +7,7 @@ from typing import Literal
 from jaxmodels import config as config_lib
 from jaxmodels import data as data_lib
 from jaxmodels import models, tasks
+from jaxmodels.data.augment import RandAugment
 from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.training import metrics, optimizer
@@ -24,6 +25,7 @@ class Loading:
       workers: processes that read ahead instead of threads.
       buffer: batches read ahead.
       memory_gb: a split that takes no more is decoded once and kept; not with `workers`.
+      rand_augment: random operations on every training image, on the host (Cubuk et al. 2020); a section, {} for its defaults.
     """
 
     batch_size: int
@@ -33,6 +35,7 @@ class Loading:
     workers: int = 0
     buffer: int = 4
     memory_gb: float = 1.0
+    rand_augment: RandAugment | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

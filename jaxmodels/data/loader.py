@@ -65,7 +65,17 @@ class TrainingBatches:
     Every example is used once an epoch, in an order of the epoch's own; batches run over the ends of epochs.
     """
 
-    def __init__(self, source: DataSource, batch_size: int, steps: int, *, seed: int, shuffle: bool, process: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        source: DataSource,
+        batch_size: int,
+        steps: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        process: tuple[int, int] = (0, 1),
+        transform: Callable[[Batch, np.ndarray], Batch] | None = None,
+    ):
         """
         Args:
           source: the examples.
@@ -74,8 +84,9 @@ class TrainingBatches:
           seed: of the order.
           shuffle: False keeps the source's order in every epoch.
           process: this process's number and how many there are.
+          transform: changes rows, given their positions in the endless order, int [rows]; a pure function of both.
         """
-        self.source, self.batch_size, self.steps = source, batch_size, steps
+        self.source, self.batch_size, self.steps, self.transform = source, batch_size, steps, transform
         self.seed, self.shuffle = seed, shuffle
         index, count = process
         self.first, self.rows = index * batch_size // count, batch_size // count
@@ -93,7 +104,10 @@ class TrainingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         start = step * self.batch_size + self.first
-        return _weighted(take(self.source, self.indices(start, start + self.rows)), np.ones(self.rows, np.float32))
+        batch = take(self.source, self.indices(start, start + self.rows))
+        if self.transform is not None:
+            batch = self.transform(batch, np.arange(start, start + self.rows))
+        return _weighted(batch, np.ones(self.rows, np.float32))
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """The examples at the positions [start, stop) of the endless order."""

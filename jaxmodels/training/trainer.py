@@ -162,6 +162,7 @@ class Trainer:
             seed=experiment.config["seed"],
             shuffle=experiment.loading.shuffle,
             process=(jax.process_index(), jax.process_count()),
+            transform=experiment.transform,
         )
         stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
         feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
