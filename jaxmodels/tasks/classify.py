@@ -1,17 +1,17 @@
 """Image classification: one label for each image."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.tasks import augment
+from jaxmodels.tasks import augment, losses
 
 
 class Classify:
-    """Softmax cross-entropy over classes.
+    """Softmax cross-entropy over classes, or focal loss.
 
     Batches: `image` float or uint8 [B, H, W, C] (uint8 is scaled to [0, 1]), `label` int [B], `weight` float [B].
 
@@ -31,6 +31,8 @@ class Classify:
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_probability: float = 1.0,
+        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        gamma: float = 2.0,
     ):
         """
         Args:
@@ -46,14 +48,15 @@ class Classify:
           cutmix: alpha of cutmix (Yun et al. 2019): the same with a rectangle pasted in. With both, each example has one
             of the two, at random.
           mix_probability: share of the examples that is mixed at all.
+          loss: `cross_entropy`, or `focal` (Lin et al. 2017), for which what is right already counts less.
+          gamma: of `focal`: how much less.
         """
         for key in ("image_shape", "num_classes"):
             if key not in info:
                 raise ConfigError(f"config.task: 'classify' needs images with labels; this data source gives no {key}.")
         if len(info["image_shape"]) != 3:
             raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        losses.check(label_smoothing=label_smoothing, gamma=gamma)
         for name, value in {"crop": crop, "mixup": mixup, "cutmix": cutmix}.items():
             if value < 0:
                 raise ConfigError(f"config.task.{name} must not be negative, got {value}.")
@@ -67,6 +70,7 @@ class Classify:
         self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": info["num_classes"]}
         self.batch = {"image": self.provides["image_shape"], "label": ()}
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
+        self.losses = losses.classification(loss, gamma)
         self.crop, self.flip, self.mixup, self.cutmix, self.mix_probability = crop, flip, mixup, cutmix, mix_probability
 
     def predict(self, model, batch):
@@ -74,24 +78,19 @@ class Classify:
         return jax.nn.softmax(self._logits(model, _scale(batch["image"]), None))
 
     def loss(self, model, batch, rngs):
-        """The sum of weighted cross-entropies, the sum of weights, and metrics.
+        """The sum of weighted losses, the sum of weights, and metrics.
 
         The `loss` of the metrics is without label smoothing; under mixup and cutmix it is that of the mixed labels, and
         `accuracy` is measured against the label of the example itself, whatever its share.
         """
         image, targets = self._augment(batch, rngs)
         logits = self._logits(model, image, rngs)
-        metrics = _metrics(logits, targets, batch)
-        if not self.label_smoothing:
-            return *metrics["loss"], metrics
-        if targets.ndim == 1:
-            targets = jax.nn.one_hot(targets, logits.shape[-1])
-        losses = _cross_entropy(logits, optax.smooth_labels(targets, self.label_smoothing))
-        return jnp.sum(losses * batch["weight"]), jnp.sum(batch["weight"]), metrics
+        values = self.losses(logits, targets, label_smoothing=self.label_smoothing)
+        return jnp.sum(values * batch["weight"]), jnp.sum(batch["weight"]), self._metrics(logits, targets, batch)
 
     def metrics(self, model, batch):
         """`loss` (without label smoothing) and `accuracy`."""
-        return _metrics(self._logits(model, _scale(batch["image"]), None), batch["label"], batch)
+        return self._metrics(self._logits(model, _scale(batch["image"]), None), batch["label"], batch)
 
     def summarize(self, values):
         return dict(values)
@@ -121,20 +120,12 @@ class Classify:
             image = image / jnp.asarray(self.std, image.dtype)
         return model(image, rngs=rngs).astype(jnp.float32)
 
+    def _metrics(self, logits, targets, batch):
+        weight = batch["weight"]
+        correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        total = jnp.sum(weight)
+        return {"loss": (jnp.sum(self.losses(logits, targets) * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
+
 
 def _scale(image):
     return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-
-
-def _cross_entropy(logits, targets):
-    """Of class numbers, int [B], or of probabilities, float [B, classes]."""
-    if targets.ndim == 1:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return optax.softmax_cross_entropy(logits, targets)
-
-
-def _metrics(logits, targets, batch):
-    weight = batch["weight"]
-    correct = jnp.argmax(logits, axis=-1) == batch["label"]
-    total = jnp.sum(weight)
-    return {"loss": (jnp.sum(_cross_entropy(logits, targets) * weight), total), "accuracy": (jnp.sum(correct * weight), total)}

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.inference import generate
+from jaxmodels.tasks.losses import cross_entropy
 
 
 class LanguageModel:
@@ -47,15 +47,9 @@ class LanguageModel:
         """The sum of cross-entropies over targets that count, each with the model's auxiliary loss; how many count; and metrics."""
         logits, targets, weight, auxiliary = self._forward(model, batch, rngs)
         metrics = _metrics(logits, targets, weight, auxiliary)
-        total, count = metrics["loss"]
-        extra = auxiliary.get("loss", 0.0) * count
-        if not self.label_smoothing:
-            return total + extra, count, metrics
-        # Cross-entropy with smoothed targets, without making them: (1 - s) * CE + s * the mean over all tokens.
-        spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        exact = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        losses = (1 - self.label_smoothing) * exact + self.label_smoothing * spread
-        return jnp.sum(losses * weight) + extra, count, metrics
+        values = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        count = jnp.sum(weight)
+        return jnp.sum(values * weight) + auxiliary.get("loss", 0.0) * count, count, metrics
 
     def metrics(self, model, batch):
         """`loss` and `accuracy` of the next token; and what the model tells of its experts, means over layers and batches."""
@@ -93,7 +87,7 @@ class LanguageModel:
 
 
 def _metrics(logits, targets, weight, auxiliary):
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    losses = cross_entropy(logits, targets)
     correct = jnp.argmax(logits, axis=-1) == targets
     total = jnp.sum(weight)
     metrics = {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}

@@ -1,46 +1,59 @@
 """Text regression: one number for each sequence of tokens."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from jaxmodels.tasks import require
+from jaxmodels.tasks import losses, require
 
 
 class RegressText:
-    """Mean squared error.
+    """An error, squared unless asked otherwise.
 
     Batches: `tokens` int [B, T] (-1 is padding), `label` float [B], `weight` float [B].
     """
 
     scores = ("pearson", "spearman")
 
-    def __init__(self, info: Mapping, *, center: float = 0.0, scale: float = 1.0):
+    def __init__(
+        self,
+        info: Mapping,
+        *,
+        center: float = 0.0,
+        scale: float = 1.0,
+        loss: Literal["mse", "mae", "huber"] = "mse",
+        delta: float = 1.0,
+    ):
         """
         Args:
           info: of the data set: `vocab_size`.
           center, scale: a prediction is `center + scale *` the model's output: of the size of the labels' mean and
             deviation, where these are far from 0 and 1. Metrics are in the labels' own units.
+          loss: `mse`, `mae` or `huber`.
+          delta: error, in the labels' units, from which on `huber` is linear.
         """
         require(info, "regress_text", "texts", "vocab_size")
         self.provides = {"vocab_size": info["vocab_size"], "head": ("value", 1)}
         self.batch = {"tokens": (None,), "label": ()}
+        losses.check(delta=delta)
         self.center, self.scale = center, scale
+        self.error = {"loss": loss, "delta": delta}
 
     def predict(self, model, batch):
         """The number of each of `tokens` [B, T]: float [B]."""
         return self._value(model, batch, None)
 
     def loss(self, model, batch, rngs):
-        """The sum of squared errors, the sum of weights, and metrics."""
-        metrics = _metrics(self._value(model, batch, rngs), batch)
-        return *metrics["mse"], metrics
+        """The sum of errors, the sum of weights, and metrics."""
+        metrics = self._errors(model, batch, rngs)
+        return *metrics[self.error["loss"]], metrics
 
     def metrics(self, model, batch):
-        """`mse` and `mae`."""
-        return _metrics(self._value(model, batch, None), batch)
+        """`mse` and `mae`, and `huber` where that is the loss."""
+        return self._errors(model, batch, None)
 
     def outputs(self, model, batch):
         """The prediction and the label of each row."""
@@ -54,14 +67,11 @@ class RegressText:
         return {"pearson": float(stats.pearsonr(predicted, label)[0]), "spearman": float(stats.spearmanr(predicted, label)[0])}
 
     def summarize(self, values):
-        """Adds `loss`, which is the `mse`."""
-        return {"loss": values["mse"]} | dict(values)
+        """Adds `loss`, which is that error of the others."""
+        return {"loss": values[self.error["loss"]]} | dict(values)
+
+    def _errors(self, model, batch, rngs):
+        return losses.errors(self._value(model, batch, rngs), batch["label"], batch["weight"], **self.error)
 
     def _value(self, model, batch, rngs):
         return self.center + self.scale * model(batch["tokens"], rngs=rngs)[:, 0].astype(jnp.float32)
-
-
-def _metrics(value, batch):
-    error, weight = value - batch["label"], batch["weight"]
-    total = jnp.sum(weight)
-    return {"mse": (jnp.sum(error**2 * weight), total), "mae": (jnp.sum(jnp.abs(error) * weight), total)}

@@ -16,6 +16,7 @@ HIGHER_IS_BETTER = {
     "perplexity": False,
     "mse": False,
     "mae": False,
+    "huber": False,
     "accuracy": True,
     "f1": True,
     "macro_f1": True,
