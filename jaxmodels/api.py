@@ -139,9 +139,13 @@ def load(run: str) -> Run:
 
 
 def _for_any_platform(config: dict) -> dict:
-    """A run's config without its wish for an accelerator's own attention, which this machine may not have."""
-    model = config["model"]
-    return config | {"model": model | {"attention": "auto"}} if model.get("attention") in ("cudnn", "splash") else config
+    """A run's config without its wish for an accelerator's own attention or recurrent kernel, which this machine may not have."""
+    model = dict(config["model"])
+    if model.get("attention") in ("cudnn", "splash"):
+        model["attention"] = "auto"
+    if model.get("kernel") == "cudnn":
+        model["kernel"] = "xla"
+    return config | {"model": model}
 
 
 def _trained_info(folder: RunFolder) -> dict[str, Any]:

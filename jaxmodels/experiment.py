@@ -21,7 +21,7 @@ from jaxmodels import models, tasks
 from jaxmodels.data.augment import RandAugment
 from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
-from jaxmodels.models import attention
+from jaxmodels.models import attention, rnn
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.sections import (
     Checkpointing,
@@ -72,11 +72,10 @@ class Experiment:
         """The experiment as it runs on a platform, on so many devices.
 
         Raises:
-          ConfigError: the attention that is asked for cannot run there.
+          ConfigError: the attention, or the recurrent kernel, that is asked for cannot run there.
         """
         placed = dataclasses.replace(self, platform=platform, devices=devices)
-        with _as_config_error("config.model.attention"):
-            _ = placed.graph
+        _ = placed.graph
         return placed
 
     @property
@@ -86,18 +85,21 @@ class Experiment:
     @property
     def graph(self):
         """The module's graph, as `training.step.split` gives."""
-        return self._graph_and_attention[0]
+        return self._graph_and_kernels[0]
 
     @property
-    def attention(self) -> dict[str, str]:
-        """Which implementation of attention runs, and why; {} for a model without."""
-        return self._graph_and_attention[1]
+    def kernels(self) -> dict[str, dict[str, str]]:
+        """Of `attention` and `recurrent` layers, where the model has such: which implementation runs, and why."""
+        return self._graph_and_kernels[1]
 
     @functools.cached_property
-    def _graph_and_attention(self):
+    def _graph_and_kernels(self):
         model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
-        used = attention.settle(model, self.platform, step.DTYPES[self.training.precision], devices=self.devices)
-        return step.split(model)[0], used
+        kernels = {}
+        for part, module, key in (("attention", attention, "attention"), ("recurrent", rnn, "kernel")):
+            with _as_config_error(f"config.model.{key}"):
+                kernels[part] = module.settle(model, self.platform, step.DTYPES[self.training.precision], devices=self.devices)
+        return step.split(model)[0], {part: used for part, used in kernels.items() if used}
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch."""

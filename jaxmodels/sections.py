@@ -115,7 +115,7 @@ class Logging:
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
-MACHINE_KEYS = ("mesh", "partition", "model.attention", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
+MACHINE_KEYS = ("mesh", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
 
 _PLAIN = {
     "training": Training,

@@ -108,4 +108,4 @@ def test_attention_that_cannot_run_is_an_error_of_the_config():
     experiment = build_experiment(small.config(small.GPT, model__attention="cudnn", training__precision="bfloat16"))
     with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
         experiment.on("cpu", 1)
-    assert experiment.on("gpu", 1).attention["used"] == "cudnn"
+    assert experiment.on("gpu", 1).kernels["attention"]["used"] == "cudnn"

@@ -12,7 +12,7 @@ from jax.experimental import rnn as jax_rnn
 from jaxmodels.inference import translate
 from jaxmodels.models import create, cudnn
 from jaxmodels.models.recurrent import RecurrentEncoder, RecurrentSeq2Seq
-from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM
+from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM, settle
 from jaxmodels.training.step import merge, split
 
 
@@ -154,6 +154,21 @@ def test_cudnn_is_refused_where_it_cannot_run(name, options, message):
     arguments = (9, ("class", 2)) if name == "lstm_encoder" else (9,)
     with pytest.raises(ValueError, match=message):
         create(name, *arguments, **options, width=4, rngs=nnx.Rngs(0))
+
+
+def test_where_cudnn_runs_is_settled_before_anything_is_compiled():
+    model = nnx.eval_shape(lambda: RecurrentEncoder(9, ("value", 1), width=4, rngs=nnx.Rngs(0)))
+    assert settle(model, "cpu")["used"] == "xla"
+    model.encoder.kernel = "cudnn"  # as on a GPU
+    assert settle(model, "gpu")["used"] == "cudnn"
+    for options, message in (
+        ({"platform": "cpu"}, "needs a GPU"),
+        ({"platform": "gpu", "devices": 2}, "one device"),
+        ({"platform": "gpu", "dtype": jnp.bfloat16}, "float32, not bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settle(model, **options)
+    assert settle(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "cpu") == {}
 
 
 def test_packed_sequences_begin_anew():

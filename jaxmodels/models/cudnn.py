@@ -14,8 +14,18 @@ def check(kernel: str, cell: str) -> None:
         raise ValueError(f"kernel must be 'xla' or 'cudnn', got {kernel!r}")
     if kernel == "cudnn" and cell != "lstm":
         raise ValueError(f"kernel='cudnn' runs LSTMs only, not cell={cell!r}; use kernel='xla'")
-    if kernel == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"kernel='cudnn' needs a GPU, and JAX runs on the {jax.default_backend()} here; use kernel='xla'")
+    if kernel == "cudnn":
+        check_place(jax.default_backend(), jnp.float32, 1)
+
+
+def check_place(platform: str, dtype, devices: int) -> None:
+    """Raises ValueError unless cuDNN's LSTM runs on a platform, in a type, over so many devices: one GPU, float32."""
+    if platform != "gpu":
+        raise ValueError(f"kernel='cudnn' needs a GPU, and JAX runs on the {platform} here; use kernel='xla'")
+    if dtype != jnp.float32:
+        raise ValueError(f"kernel='cudnn' computes in float32, not {jnp.dtype(dtype).name}: use kernel='xla' with other precisions")
+    if devices > 1:
+        raise ValueError(f"kernel='cudnn' runs on one device: its call cannot be spread over {devices}; use kernel='xla'")
 
 
 def pack(cells) -> jax.Array:
@@ -44,8 +54,7 @@ def lstm(cells, x: jax.Array, states, valid: jax.Array | None):
     Raises:
       ValueError: x is not float32, which is all that JAX's call of cuDNN takes.
     """
-    if x.dtype != jnp.float32:
-        raise ValueError(f"kernel='cudnn' computes in float32, not {x.dtype}: use kernel='xla' with other precisions")
+    check_place("gpu", x.dtype, 1)  # the type alone: a module that stands alone has not been settled
     batch, time, width_in = x.shape
     width = cells[0].width
     if states is None:

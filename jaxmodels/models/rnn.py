@@ -266,6 +266,30 @@ class RecurrentLM(nnx.Module):
         return logits, tuple(after)
 
 
+def settle(model: nnx.Module, platform: str | None, dtype=jnp.float32, devices: int = 1) -> dict[str, str]:
+    """Which kernel a model's recurrent layers run with.
+
+    Args:
+      model: a module, or the shapes of one.
+      platform: `cpu`, `gpu` or `tpu`; None while there is none.
+      dtype: of the computation.
+      devices: that it is spread over.
+
+    Returns:
+      What was asked, what is used and why: empty for a model that has no choice.
+
+    Raises:
+      ValueError: what is asked for cannot run there; says why.
+    """
+    kernels = {module.kernel for _, module in nnx.iter_modules(model) if isinstance(module, (Recurrent, RecurrentLM))}
+    if not kernels:
+        return {}
+    (kernel,) = kernels
+    if kernel == "cudnn" and platform is not None:
+        cudnn.check_place(platform, dtype, devices)
+    return {"asked": kernel, "used": kernel, "why": "as model.kernel says"}
+
+
 def _orthogonal_gates(key: jax.Array, width: int, gates: int) -> jax.Array:
     """[H, gates * H]: an orthogonal matrix for each gate (Saxe et al. 2014)."""
     init = nnx.initializers.orthogonal()

@@ -353,9 +353,9 @@ class Trainer:
             "mesh": dict(self.mesh.shape),
             "compiled": {},
         }
-        if used := self.experiment.attention:
-            start["attention"] = used
-            self.log.say(f"attention: {used['used']} ({used['why']})", style="dim")
+        for part, used in self.experiment.kernels.items():
+            start[part] = used
+            self.log.say(f"{part}: {used['used']} ({used['why']})", style="dim")
         manifest = self.folder.manifest()
         self.folder.update_manifest(
             parameters=parameters,
