@@ -194,6 +194,20 @@ def test_rows_with_nothing_to_hide_weigh_nothing():
     assert float(metrics["loss"][1]) == 0 and float(metrics["loss"][0]) == 0
 
 
+def test_rows_of_several_texts_need_a_model_that_tells_them_apart():
+    seen = []
+
+    def model(tokens, *, segments, rngs=None):
+        seen.append(segments)
+        return jnp.zeros((*tokens.shape, VOCAB))
+
+    batch = batch_of(text_rows(rows=2)) | {"segments": jnp.zeros((2, 96), jnp.int32)}
+    jax.eval_shape(lambda batch: make_task().metrics(model, batch), batch)
+    assert seen[0].shape == (2, 96)
+    with pytest.raises(ValueError, match="contiguous"):
+        jax.eval_shape(lambda batch: make_task().metrics(Lookup(), batch), batch)
+
+
 def test_what_is_missing_is_said():
     with pytest.raises(ConfigError, match="bpe:SIZE"):
         MaskedLM({"vocab_size": 10, "tokenizer": types.SimpleNamespace(special=lambda name: None)})

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.tasks import require
+from jaxmodels.tasks.losses import cross_entropy
 
 SPECIAL = ("unknown", "start", "end", "mask")
 EVALUATION_SEED = 0  # of what is hidden in evaluation, together with each row's own tokens
@@ -40,9 +41,8 @@ class MaskedLM:
           mask_share: share of these that is shown as the mask token.
           random_share: share of these that is shown as a random token; what is left is shown as it is.
         """
-        tokenizer = info.get("tokenizer")
-        if "vocab_size" not in info or tokenizer is None:
-            raise ConfigError("config.task: 'masked_lm' needs a source of text; this data source gives no tokenizer.")
+        require(info, "masked_lm", "a source of text", "vocab_size", "tokenizer")
+        tokenizer = info["tokenizer"]
         if tokenizer.special("mask") is None:
             raise ConfigError(
                 "config.data.tokenizer: 'masked_lm' needs a token to hide others behind, and this tokenizer has none. Those that have one: "
@@ -64,7 +64,7 @@ class MaskedLM:
 
     def predict(self, model, batch):
         """Log-probabilities of the token at each place of `tokens` [B, T], as these are (hide some yourself): float [B, T, V]."""
-        return jax.nn.log_softmax(model(batch["tokens"], **_segments(batch)).astype(jnp.float32))
+        return jax.nn.log_softmax(model(batch["tokens"], **_options(model, batch)).astype(jnp.float32))
 
     def loss(self, model, batch, rngs):
         """The sum of cross-entropies of hidden tokens, how many these are, and metrics."""
@@ -113,22 +113,31 @@ class MaskedLM:
         targets_BK = jnp.where(chosen_BK, jnp.take_along_axis(tokens_BT, positions_BK, axis=1), 0)
         weight_BK = chosen_BK * batch["weight"][:, None]
         logits_BKV = _logits(model, shown_BT, positions_BK, batch, rngs).astype(jnp.float32)
-        losses_BK = optax.softmax_cross_entropy_with_integer_labels(logits_BKV, targets_BK)
+        losses_BK = cross_entropy(logits_BKV, targets_BK)
         correct_BK = jnp.argmax(logits_BKV, axis=-1) == targets_BK
         total = jnp.sum(weight_BK)
         return {"loss": (jnp.sum(losses_BK * weight_BK), total), "accuracy": (jnp.sum(correct_BK * weight_BK), total)}
 
 
-def _segments(batch):
-    return {"segments": batch["segments"]} if "segments" in batch else {}
+def _options(model, batch):
+    """`segments`, where rows hold several texts."""
+    if "segments" not in batch:
+        return {}
+    if "segments" not in _arguments(model):
+        raise ValueError(f"{type(model).__name__} does not tell several examples in a row apart; use data.packing='contiguous' with it")
+    return {"segments": batch["segments"]}
 
 
 def _logits(model, tokens_BT, positions_BK, batch, rngs):
     """Logits at some positions, [B, K, V]. A model that takes `positions` makes no others: the output layer is much of the work."""
-    options = _segments(batch)
-    if "positions" in inspect.signature(model.__call__).parameters:
+    options = _options(model, batch)
+    if "positions" in _arguments(model):
         return model(tokens_BT, positions=positions_BK, rngs=rngs, **options)
     return jnp.take_along_axis(model(tokens_BT, rngs=rngs, **options), positions_BK[:, :, None], axis=1)
+
+
+def _arguments(model):
+    return inspect.signature(model).parameters
 
 
 def _row_hash(tokens_BT):
