@@ -12,6 +12,7 @@ Train Flax models with Optax from one config file.
   jaxmodels train --config=FILE[:ARGUMENT] --config.optimizer.learning_rate=3e-4
   jaxmodels evaluate --workdir=runs/cnn_digits
   jaxmodels config --config=configs/cnn_digits.py --diff=runs/cnn_digits
+  jaxmodels data --config=configs/cnn_digits.py
 
 Any value of a config is set with --config.SECTION.KEY=VALUE.
 Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.
@@ -62,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--on_bad_example", choices=("error", "skip"), default="error", help="what becomes of bad documents (default: error)")
     tokenizer.add_argument("--overwrite", action="store_true", help="write over --output")
     tokenizer.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
+
+    data = command("data", _data, "open a config's data, make what it caches, and tell what it holds")
+    add_config(data)
+    data.add_argument("--examples", type=_positive, default=3, metavar="N", help="training examples to show (default: 3)")
+    data.add_argument("--limit", type=_positive, default=20_000, metavar="N", help="examples of a split to read, spread evenly (default: 20000)")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
+    data.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
 
     config = command("config", _config, "print a resolved config and where each value comes from")
     add_config(config)
@@ -182,6 +190,22 @@ def _tokenizer(options, _):
     keys = {key: getattr(options, key) for key in ("text_column", "on_bad_example", "overwrite")}
     data_dir = options.data_dir or os.environ.get("JAXMODELS_DATA_DIR")
     print(train_tokenizer(options.input, options.size, options.output, data_dir=data_dir, **keys))
+
+
+def _data(options, overrides):
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends another image decoder
+    from rich.console import Console
+
+    from jaxmodels.data.inspect import inspect, print_report
+    from jaxmodels.sections import resolve
+
+    report = inspect(resolve(_load(options, overrides)), data_dir=options.data_dir, examples=options.examples, limit=options.limit)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print_report(report, Console())
 
 
 def _config(options, overrides):
