@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmodels import api
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
 from jaxmodels.models import attention, create
@@ -109,3 +110,5 @@ def test_attention_that_cannot_run_is_an_error_of_the_config():
     with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
         experiment.on("cpu", 1)
     assert experiment.on("gpu", 1).kernels["attention"]["used"] == "cudnn"
+    # Where a trained run is only evaluated, it runs on what there is.
+    assert build_experiment(api._for_any_platform(experiment.config)).on("cpu", 1).kernels["attention"]["used"] == "xla"

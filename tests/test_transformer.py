@@ -175,8 +175,9 @@ def test_a_decoder_sees_its_own_past_alone(name):
     np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)  # not padding
     np.testing.assert_allclose(y[4, :5], y[0, :5], atol=1e-4)  # a text in a packed row is as by itself
     np.testing.assert_allclose(y[4, 5:], y[3, :3], atol=1e-4)
-    alone = np.asarray(jax.jit(model)(tokens[:4]))
-    np.testing.assert_allclose(alone[tokens[:4] >= 0], y[:4][tokens[:4] >= 0], atol=1e-4)
+    if name in ("gpt2", "llama"):
+        alone = np.asarray(jax.jit(model)(tokens[:4]))  # without segments
+        np.testing.assert_allclose(alone[tokens[:4] >= 0], y[:4][tokens[:4] >= 0], atol=1e-4)
 
 
 def rms(x, scale, epsilon):
@@ -278,7 +279,7 @@ def test_encoder_decoder_equals_t5_in_numpy():
     np.testing.assert_allclose(jax.jit(model)(source, target), x @ p["output"]["kernel"], atol=2e-4)
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "relative"])
+@pytest.mark.parametrize("positions", ["learned", "relative"])
 def test_an_encoder_decoder_sees_the_source_and_the_targets_past(positions):
     model = filled(lambda: EncoderDecoder(11, layers=2, width=8, heads=2, positions=positions, scan=True, rngs=nnx.Rngs(0)))
     texts, _ = rows_of_texts()
@@ -333,6 +334,22 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert product(10, 4, RotaryScaling(kind="linear", factor=2.0)) == pytest.approx(product(5, 2), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"positions": "rotary", "heads": 8}, "pairs of channels"),
+        ({"kv_heads": 3}, "kv_heads must divide"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "means nothing"),
+        ({"remat": True}, "remat is"),
+        ({"context": 4}, "5 tokens are more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, said):
+    options = {"width": 8, "heads": 2, "layers": 1, **options}
+    with pytest.raises(ValueError, match=said):
+        nnx.eval_shape(lambda tokens: Decoder(11, **options, rngs=nnx.Rngs(0))(tokens), jnp.zeros((1, 5), int))
+
+
 @pytest.mark.parametrize("kind", ["llama3", "yarn"])
 def test_rotary_scaling_slows_down_slow_angles_alone(kind):
     plain, _ = rotary_frequencies(128, 500000.0)
@@ -366,13 +383,17 @@ def test_what_stands_in_the_feed_forwards_place_is_heard():
     x, valid = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.array([[True, True, False]] * 2)
     for scan in (False, True):
         blocks = filled(lambda: make_blocks(lambda rngs: Block(8, 2, dropout=0.0, layers=2, mlp=Talkative, rngs=rngs), 2, scan, nnx.Rngs(0)))  # noqa: B023
-        y, told = jax.jit(lambda x: apply_blocks(blocks, x, None, remat="full", valid=valid))(x)  # noqa: B023
         graph, state = nnx.split(blocks)
-        expected, aux = x, []
-        for i in range(2):
-            block = nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) if scan else blocks[i]  # noqa: B023
-            expected, said = block(expected, None, valid=valid)
-            aux.append(said)
+
+        def both(x, blocks=blocks, graph=graph, state=state, scan=scan):
+            told, y = [], x
+            for i in range(2):
+                block = nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) if scan else blocks[i]  # noqa: B023
+                y, said = block(y, None, valid=valid)
+                told.append(said)
+            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, told)
+
+        (y, told), (expected, aux) = jax.jit(both)(x)
         np.testing.assert_allclose(y, expected, atol=1e-5)
         for name in ("loss", "load"):
             np.testing.assert_allclose(told[name], np.stack([said[name] for said in aux]), atol=1e-5)

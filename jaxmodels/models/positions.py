@@ -45,6 +45,8 @@ def positions_in(segments_BT: jax.Array) -> jax.Array:
 
 def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:
     """Radians a position for each pair of a head's channels, float [K / 2], and a factor on their sines and cosines."""
+    if head_width % 2:
+        raise ValueError(f"rotary positions turn pairs of channels: heads cannot be {head_width} wide")
     frequencies = base ** (-np.arange(0, head_width, 2) / head_width)
     if scaling is None:
         return frequencies, 1.0
