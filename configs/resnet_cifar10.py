@@ -45,7 +45,7 @@ def get_config(arg=None):
         c.model.stem = "imagenet"
         c.task.crop, c.task.label_smoothing = 0, 0.0
         c.data.batch_size, c.data.eval_batch_size = 64, 500
-        c.optimizer.learning_rate, c.optimizer.schedule = 0.08, {"name": "linear", "warmup": 150}
-        c.training = {"steps": 900}
-        c.evaluation.every = c.checkpoint.every = 450
+        c.optimizer.learning_rate, c.optimizer.schedule = 0.08, {"name": "linear", "warmup": 100}
+        c.training = {"steps": 600}
+        c.evaluation.every = c.checkpoint.every = 300
     return c

@@ -89,7 +89,7 @@ class Recorder(nnx.Module):
         return self.logits
 
 
-def batch(n=8, dtype=np.float32):
+def batch(n=400, dtype=np.float32):
     image = np.asarray(images(n))
     image = (image * 255).astype(np.uint8) if dtype == np.uint8 else image
     return {"image": jnp.asarray(image), "label": jnp.arange(n) % 4, "weight": jnp.ones(n)}
@@ -98,7 +98,7 @@ def batch(n=8, dtype=np.float32):
 @pytest.mark.parametrize("options", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0, "crop": 2, "flip": True}])
 def test_labels_are_mixed_as_the_images_are(options):
     """The loss is the mean of the two labels' losses by the shares that `mix` gives for the same key."""
-    logits = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    logits = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     task = Classify(INFO, label_smoothing=0.1, **options)
     total, weight, metrics = task.loss(Recorder(logits), batch(), nnx.Rngs(dropout=3))
@@ -108,16 +108,16 @@ def test_labels_are_mixed_as_the_images_are(options):
     _, share = augment.mix(
         rngs.dropout(), batch()["image"], mixup_alpha=options.get("mixup", 0), cutmix_alpha=options.get("cutmix", 0), probability=1.0
     )
-    share, label = np.asarray(share), np.arange(8) % 4
-    exact = -(share * log_p[np.arange(8), label] + (1 - share) * log_p[np.arange(8), np.roll(label, 1)])
+    share, label = np.asarray(share), np.arange(400) % 4
+    exact = -(share * log_p[np.arange(400), label] + (1 - share) * log_p[np.arange(400), np.roll(label, 1)])
     np.testing.assert_allclose(metrics["loss"][0], exact.sum(), rtol=1e-5)
     np.testing.assert_allclose(total, (0.9 * exact - 0.1 * log_p.mean(-1)).sum(), rtol=1e-5)
-    assert weight == 8 and metrics["accuracy"][0] == (logits.argmax(-1) == label).sum()
+    assert weight == 400 and metrics["accuracy"][0] == (logits.argmax(-1) == label).sum()
 
 
 def test_the_same_key_gives_the_same_images_and_evaluation_changes_none():
     task = Classify(INFO, crop=2, flip=True, mixup=1.0, cutmix=1.0)
-    model = Recorder(np.zeros((8, 4), np.float32))
+    model = Recorder(np.zeros((400, 4), np.float32))
     for seed in (3, 3, 4):
         task.loss(model, batch(dtype=np.uint8), nnx.Rngs(dropout=seed))
     task.metrics(model, batch(dtype=np.uint8))
@@ -132,7 +132,7 @@ def test_the_same_key_gives_the_same_images_and_evaluation_changes_none():
 def test_images_are_normalised_by_channel_in_training_and_evaluation():
     mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 0.5)
     task = Classify(INFO, mean=mean, std=std)
-    model = Recorder(np.zeros((8, 4), np.float32))
+    model = Recorder(np.zeros((400, 4), np.float32))
     task.loss(model, batch(), nnx.Rngs(dropout=0))
     task.metrics(model, batch())
     for seen in model.seen:
