@@ -14,9 +14,9 @@ from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError, Interrupted
 from jaxmodels.experiment import build_experiment, build_model
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.training import checkpoint as checkpoint_lib
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
+from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.run_folder import RunFolder
 from jaxmodels.training.signals import StopSignals
@@ -67,7 +67,8 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
     Raises:
       ConfigError: no such run, checkpoint or split.
     """
-    folder, checkpoints, step = checkpoint_lib.open_run(run)
+    located = weights_lib.locate(run)
+    folder = located.folder
     try:
         experiment = build_experiment(_for_any_platform(folder.config()), data_dir=data_dir, data=data, trained_info=_trained_info(folder))
         if split not in experiment.dataset.splits:
@@ -79,13 +80,11 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
         experiment = dataclasses.replace(experiment, loading=loading).on(mesh.devices.flat[0].platform, mesh.size)
         shapes = experiment.state_shapes()
         with StopSignals() as stop:
-            params, stats = stop.run(checkpoints.restore_weights, step, shapes.params, shapes.stats, mesh_lib.replicated(mesh))
+            params, stats = stop.run(weights_lib.read_model, located, shapes.weights, shapes.stats, mesh_lib.replicated(mesh))
             values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped evaluating; there is nothing to save.") from None
-    finally:
-        checkpoints.close()
-    return {"step": step} | values | experiment.dataset.skipped_metric(split)
+    return {"step": located.step} | values | experiment.dataset.skipped_metric(split)
 
 
 class Run:
@@ -127,15 +126,12 @@ def load(run: str) -> Run:
     Args:
       run: as for `evaluate`.
     """
-    folder, checkpoints, step = checkpoint_lib.open_run(run)
-    try:
-        config, info = _for_any_platform(folder.config()), _trained_info(folder)
-        task, build = build_model(config, info)
-        graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
-        params, stats = checkpoints.restore_weights(step, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    finally:
-        checkpoints.close()
-    return Run(step_lib.evaluation_model(graph, params, stats), task, config, step, info.get("tokenizer"))
+    located = weights_lib.locate(run)
+    config, info = _for_any_platform(located.folder.config()), _trained_info(located.folder)
+    task, build = build_model(config, info)
+    graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
+    params, stats = weights_lib.read_model(located, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"))
 
 
 def _for_any_platform(config: dict) -> dict:

@@ -13,6 +13,8 @@ Train Flax models with Optax from one config file.
   jaxmodels evaluate --workdir=runs/cnn_digits
   jaxmodels config --config=configs/cnn_digits.py --diff=runs/cnn_digits
   jaxmodels data --config=configs/cnn_digits.py
+  jaxmodels lineage --workdir=runs/cnn_digits
+  jaxmodels merge --workdir=runs/lora --output=runs/merged
 
 Any value of a config is set with --config.SECTION.KEY=VALUE.
 Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.
@@ -75,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
     add_config(config)
     config.add_argument("--diff", metavar="OTHER", help="print only what differs from another config or run")
     config.add_argument("--json", action="store_true", help="print the config as JSON, without origins")
+
+    lineage = command("lineage", _lineage, "print what a run started from, and what started from it, as a tree")
+    lineage.add_argument("--workdir", required=True, metavar="RUN", help="the run")
+    lineage.add_argument("--json", action="store_true", help="print one JSON object")
+
+    merge = command("merge", _merge, "write a run with adapters, or one that borrows frozen weights, as a whole run of its own")
+    merge.add_argument("--workdir", required=True, metavar="RUN[@best|@latest|@STEP]", help="the run")
+    merge.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     return root
 
 
@@ -228,3 +238,25 @@ def _config(options, overrides):
         width = max(map(len, flat))
         for key, value in flat.items():
             print(f"{key:<{width}}  {value!r:<24}  {origins[key]}")
+
+
+def _lineage(options, _):
+    from rich.console import Console
+
+    from jaxmodels.training import lineage
+
+    family = lineage.lineage(options.workdir)
+    if options.json:
+        print(json.dumps(family))
+    else:
+        Console(width=None if sys.stdout.isatty() else 1000).print(lineage.tree(family, options.workdir), highlight=False)
+
+
+def _merge(options, _):
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    from jaxmodels.training.merge import merge
+
+    folder = merge(options.workdir, options.output)
+    print(f"merged {options.workdir} into {folder.path}: {folder.manifest()['parameters']:,} parameters")

@@ -209,7 +209,7 @@ def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
     if dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
             value = dataclasses.asdict(value)
-        elif isinstance(value, str):
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
             value = {next(iter(fields(annotation))): value}  # by its first key alone: schedule="cosine"
         if not isinstance(value, Mapping):
             return value, False

@@ -22,6 +22,7 @@ from jaxmodels.data.augment import RandAugment
 from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.models import attention, rnn
+from jaxmodels.models.lora import ADAPTERS, add_lora
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.sections import (
     Checkpointing,
@@ -29,6 +30,7 @@ from jaxmodels.sections import (
     InitFrom,
     Loading,
     Logging,
+    Lora,
     Training,
     resolve,
 )
@@ -44,6 +46,7 @@ class Experiment:
       dataset: opened.
       task: constructed with the data set's info.
       build: makes the module from `nnx.Rngs`.
+      trained: whether the parameter of a path is trained; the others are frozen.
       loading, training, evaluation, checkpoint, log, mesh, init_from: the sections.
       steps: length of the run.
       optimizer: as Optax has it.
@@ -55,6 +58,7 @@ class Experiment:
     dataset: Dataset
     task: Any
     build: Callable[[nnx.Rngs], nnx.Module]
+    trained: Callable[[str], bool]
     loading: Loading
     training: Training
     evaluation: Evaluation
@@ -81,6 +85,11 @@ class Experiment:
     @property
     def eval_batch_size(self) -> int:
         return self.loading.eval_batch_size or self.loading.batch_size
+
+    @functools.cached_property
+    def frozen_in_parent(self) -> bool:
+        """Whether frozen parameters lie in a parent run, so that checkpoints need not hold them."""
+        return self.init_from is not None and bool(self.state_shapes().frozen)
 
     @property
     def graph(self):
@@ -122,7 +131,7 @@ class Experiment:
 
     def init_function(self) -> Callable[[jax.Array], step.TrainState]:
         """key -> TrainState; see training.step."""
-        return step.make_init(self.build, self.optimizer, self._metric_shapes, self.training.ema is not None)
+        return step.make_init(self.build, self.trained, self.optimizer, self._metric_shapes, self.training.ema is not None)
 
     def step_function(self) -> Callable:
         """(state, batch, key) -> (state, metrics); see training.step."""
@@ -154,9 +163,9 @@ class Experiment:
     def _loss(self):
         return step.make_loss(self.task, self.graph, self.training.precision)
 
-    def _metric_shapes(self, params, stats):
+    def _metric_shapes(self, params, frozen, stats):
         rows = self.loading.batch_size // self.training.accumulate
-        return step.training_metrics(self._loss, params, stats, self.batch_shapes(rows))
+        return step.training_metrics(self._loss, params, frozen, stats, self.batch_shapes(rows))
 
 
 def build_experiment(
@@ -190,7 +199,8 @@ def build_experiment(
     with _as_config_error("config.model"):
         params = jax.eval_shape(lambda: step.split(build(nnx.Rngs(params=0)))[1])
     if trained_info is None:
-        optimizer.check(options, own, steps, params)
+        _check_trained(c, optimizer.paths(params))
+        optimizer.check(options, own, steps, step.divide(params, functools.partial(is_trained, c))[0])
         _check_skip(c["init_from"], params)
     schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + 1))
     experiment = Experiment(
@@ -198,6 +208,7 @@ def build_experiment(
         dataset=dataset,
         task=task,
         build=build,
+        trained=functools.partial(is_trained, c),
         loading=loading,
         training=training,
         evaluation=Evaluation(**c["evaluation"]),
@@ -225,9 +236,13 @@ def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs
     constructor, _ = models.find(model_name)
     arguments = tasks.model_arguments(constructor, task.provides, model_name, task_name)
     options = _without_name(config["model"])
+    lora = Lora(**config["lora"]) if config["lora"] is not None else None
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        return constructor(*arguments, **options, rngs=rngs)
+        model = constructor(*arguments, **options, rngs=rngs)
+        if lora is not None:
+            add_lora(model, rank=lora.rank, alpha=lora.scale * lora.rank, targets=lora.targets, rngs=rngs)
+        return model
 
     return task, build
 
@@ -239,6 +254,30 @@ def _loading(section: dict) -> Loading:
     return Loading(**values)
 
 
+def is_trained(config: Mapping, path: str) -> bool:
+    """Whether a resolved config trains the parameter of a path: by `training.trainable`, `training.freeze` and `lora`."""
+    trainable = config["training"]["trainable"]
+    if config["lora"] is not None:
+        trainable = (*(rf"{name}$" for name in ADAPTERS), *(trainable or ()))
+    chosen = trainable is None or any(re.search(pattern, path) for pattern in trainable)
+    return chosen and not any(re.search(pattern, path) for pattern in config["training"]["freeze"])
+
+
+def _check_trained(config: Mapping, paths: list[str]) -> None:
+    """Every pattern means a parameter, and something is left to train."""
+    for key in ("trainable", "freeze"):
+        for pattern in config["training"][key] or ():
+            if not any(re.search(pattern, path) for path in paths):
+                raise ConfigError(f"config.training.{key}: {pattern!r} matches no parameter; there are {', '.join(paths[:8])}, …")
+    if not any(is_trained(config, path) for path in paths):
+        raise ConfigError("config.training: trainable and freeze leave no parameter to train.")
+    frozen = [path for path in paths if not is_trained(config, path)]
+    skip = config["init_from"]["skip"] if config["init_from"] else ()
+    lost = [path for path in frozen if any(re.match(pattern, path) for pattern in skip)]
+    if lost:
+        raise ConfigError(f"config.init_from.skip: {lost[0]} is initialised anew and frozen too: nothing would ever train it.")
+
+
 def _without_name(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != "name"}
 
@@ -247,6 +286,8 @@ def _split_optimizer(section: dict) -> tuple[optimizer.Optimizer, dict]:
     ours = config_lib.fields(optimizer.Optimizer)
     values = {key: section[key] for key in ours}
     values["schedule"] = optimizer.Schedule(**values["schedule"])
+    if values["layer_decay"] is not None:
+        values["layer_decay"] = optimizer.LayerDecay(**values["layer_decay"])
     return optimizer.Optimizer(**values), {key: value for key, value in section.items() if key not in ours}
 
 
@@ -323,7 +364,7 @@ def _check_best(experiment: Experiment) -> None:
     if "validation" not in experiment.dataset.splits:
         raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
     state = experiment.state_shapes()
-    shapes = experiment.eval_metric_shapes(state.params, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
+    shapes = experiment.eval_metric_shapes(state.weights, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
     given = experiment.task.summarize({name: 1.0 for name in (*shapes, *tasks.scores(experiment.task))})
     if best not in given:
         raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")

@@ -48,6 +48,9 @@ class Training:
       accumulate: microbatches that a batch is computed in.
       ema: decay of a moving average of the parameters, which is then what is evaluated.
       precision: of the computation; parameters and optimizer stay float32.
+      trainable: patterns; only parameters whose path matches one (anywhere in it) are trained. All unless given; with
+        `lora`, its adapters, and these besides.
+      freeze: patterns; parameters whose path matches one are not trained.
     """
 
     steps: int | None = None
@@ -55,6 +58,8 @@ class Training:
     accumulate: int = 1
     ema: float | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    trainable: tuple[str, ...] | None = None
+    freeze: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,25 @@ class InitFrom:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The `lora` section: low-rank adapters beside linear layers, trained in their place (Hu et al. 2021).
+
+    Attributes:
+      rank: of an adapter's two matrices.
+      targets: patterns on paths of linear layers (anywhere in them).
+      alpha: an adapter's output is multiplied by alpha / rank; `rank` unless given.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Logging:
     """The `log` section.
 
@@ -138,7 +162,7 @@ def resolve(config: Mapping) -> dict:
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         raise ConfigError(f"a config is a dictionary of sections, as jaxmodels.load_config(FILE) gives; got {config!r}.")
-    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "init_from")
+    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "init_from", "lora")
     for key in config:
         if key not in top:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
@@ -157,6 +181,7 @@ def resolve(config: Mapping) -> dict:
         resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
     resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit"])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
+    resolved["lora"] = config_lib.check_value("lora", config.get("lora"), Lora | None)
     _check_values(resolved)
     return resolved
 
@@ -218,6 +243,11 @@ def _check_values(c: dict) -> None:
         metrics.check_name("checkpoint.best", c["checkpoint"]["best"])
     elif c["evaluation"]["patience"] is not None:
         raise ConfigError("config.evaluation.patience needs checkpoint.best: the metric that has to improve.")
+    for key in ("trainable", "freeze"):
+        for pattern in c["training"][key] or ():
+            optimizer.check_pattern(f"training.{key}", pattern)
+    if c["lora"] is not None:
+        _check_lora(c)
     if c["init_from"] is not None:
         for pair in c["init_from"]["rename"]:
             if len(pair) != 2:
@@ -225,3 +255,13 @@ def _check_values(c: dict) -> None:
         for key, patterns in (("skip", c["init_from"]["skip"]), ("rename", [pair[0] for pair in c["init_from"]["rename"]])):
             for pattern in patterns:
                 optimizer.check_pattern(f"init_from.{key}", pattern)
+
+
+def _check_lora(c: dict) -> None:
+    """Adapters stand beside weights that were trained before."""
+    if c["lora"]["rank"] < 1 or not c["lora"]["targets"]:
+        raise ConfigError(f"config.lora needs a rank of at least 1 and at least one target, got {c['lora']}.")
+    for pattern in c["lora"]["targets"]:
+        optimizer.check_pattern("lora.targets", pattern)
+    if c["init_from"] is None:
+        raise ConfigError("config.lora trains adapters beside weights that another run trained: name it with config.init_from=RUN.")

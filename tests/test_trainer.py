@@ -19,8 +19,9 @@ from jaxmodels.training import compile as compile_lib
 from jaxmodels.training import logging as logging_lib
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import trainer as trainer_lib
-from jaxmodels.training.checkpoint import Checkpoints, match_weights, parse_run
+from jaxmodels.training.checkpoint import Checkpoints, parse_run
 from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.weights import match
 
 
 def run(config, workdir, **options):
@@ -289,7 +290,7 @@ def test_init_from_takes_weights_says_so_and_records_the_parent(tmp_path):
     child = small.config(small.CNN, training__steps=1, optimizer={"name": "sgd", "learning_rate": 1e-30}, evaluation={})
     child["init_from"] = {"run": f"{tmp_path}/parent@20", "skip": ["output/"]}
     trainer_lib.train(build_experiment(child), str(tmp_path / "child"), console=Console(file=output, width=300))
-    assert "6 taken, 2 initialised (initialised: output/bias, output/kernel)" in output.getvalue()
+    assert "6 taken, 2 skipped" in output.getvalue() and "skipped     output/kernel" in output.getvalue()
     assert "(their moving average)" in output.getvalue()
     (entry,) = RunFolder(tmp_path / "child").manifest()["parents"]
     assert entry["run"] == str(tmp_path / "parent") and entry["step"] == 20 and entry["weights"] == "ema"
@@ -310,7 +311,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path):
 
     parent = str(tmp_path / "parent")
     message = error(init_from=parent, model__hidden=8)
-    assert "hidden/kernel: (32, 8) here, (32, 16) there" in message and "init_from.skip" in message
+    assert "hidden/kernel: shape differs: (32, 8) here, (32, 16) there" in message and "init_from.skip" in message
     message = error(init_from=parent, model__features=(4, 8, 8))
     assert "convolutions/2/kernel (3, 3, 8, 8): not in the other run" in message
     assert "has no checkpoint '7'; it has steps" in error(init_from=parent + "@7")
@@ -328,15 +329,15 @@ def test_every_parameter_is_accounted_for():
     here = {"a": Shape(2), "b": Shape(3), "head": Shape(4)}
     there = {"a": Shape(2), "old/b": Shape(3), "head": Shape(9), "extra": Shape(1)}
     rename = [("^o", "very_o"), ("^very_old/", ""), ("^extra$", "")]
-    account, sources = match_weights(here, there, skip=("head",), rename=rename)
-    assert account.taken == ("a",) and account.renamed == {"b": "old/b"} and account.skipped == ("head",) and account.unused == ("extra",)
+    account, sources = match(here, there, skip=("head",), rename=rename)
+    assert account.taken == ("a",) and account.renamed == {"b": "old/b"} and account.skipped == ("head",) and account.dropped == ("extra",)
     assert sources == {"a": "a", "b": "old/b"}
     with pytest.raises(ConfigError, match="extra .*in the other run, not here"):
-        match_weights(here, there, skip=("head",), rename=[("^old/", "")])
+        match(here, there, skip=("head",), rename=[("^old/", "")])
     with pytest.raises(ConfigError, match="'zzz' matches no parameter"):
-        match_weights(here, there, skip=(), rename=[("zzz", "")])
+        match(here, there, skip=(), rename=[("zzz", "")])
     with pytest.raises(ConfigError, match="two parameters"):
-        match_weights({"a": Shape(2)}, {"a": Shape(2), "b": Shape(2)}, skip=(), rename=[("^b$", "a")])
+        match({"a": Shape(2)}, {"a": Shape(2), "b": Shape(2)}, skip=(), rename=[("^b$", "a")])
 
 
 def test_references_to_runs():

@@ -28,7 +28,8 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, scale_init=scale, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.norm(self.conv(x), use_running_average=not train).astype(x.dtype)
+        # In training as its own setting says: one whose parameters are frozen is held to its running statistics.
+        return self.norm(self.conv(x), use_running_average=None if train else True).astype(x.dtype)
 
 
 class Basic(nnx.Module):

@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.plan.flops import count_flops
-from jaxmodels.training import optimizer
+from jaxmodels.training import step
 
 
 def summarize(experiment: Experiment) -> dict:
@@ -25,15 +25,17 @@ def summarize(experiment: Experiment) -> dict:
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size")
     everywhere = mesh_lib.replicated(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
+    saved = shapes.replace(frozen={}) if experiment.frozen_in_parent else shapes
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.tree.leaves(shapes.params)
+    params = step.flatten(shapes.params) | step.flatten(shapes.frozen)
     return {
-        "parameters": dict(zip(optimizer.paths(shapes.params), params, strict=True)),
-        "parameter_count": sum(x.size for x in params),
-        "active_parameter_count": active_parameters(shapes.params, experiment.config["model"]),
+        "parameters": params,
+        "parameter_count": sum(x.size for x in params.values()),
+        "active_parameter_count": active_parameters(shapes.weights, experiment.config["model"]),
+        "trained_count": sum(x.size for x in jax.tree.leaves(shapes.params)),
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
-        "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
+        "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved)),
         "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
@@ -65,6 +67,8 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
     table.add_row("all", "", "", f"{count:,}", human_bytes(sum(x.size * x.dtype.itemsize for x in figures["parameters"].values())))
     if figures["active_parameter_count"] != count:
         table.add_row("active for one token", "", "", f"{figures['active_parameter_count']:,}", "")
+    if figures["trained_count"] < count:
+        table.add_row("trained", "", "", f"{figures['trained_count']:,}", "")
     console.print(table)
     data = ", ".join(f"{len(split):,} {name}" for name, split in experiment.dataset.splits.items())
     rows = {

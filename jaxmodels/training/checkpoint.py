@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,26 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run, one folder a step."""
 
-    def __init__(self, folder: Path, *, keep: int = 1, best: str | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        best: str | None = None,
+        parents: Callable[[], set[int]] = set,
+        save_frozen: bool = True,
+        read_only: bool = False,
+    ):
         """
         Args:
           folder: `checkpoints` of the run.
           keep: how many of the latest are kept.
           best: a metric; the checkpoint best by it is kept besides.
+          parents: steps that other runs started from; these are never deleted.
+          save_frozen: whether frozen parameters are saved; they are not where they lie in a parent run.
           read_only: looks, never deletes or writes.
         """
-        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        policies = [ocp.checkpoint_managers.LatestN(keep), _Parents(parents)]
         if best is not None:
             policies.append(
                 ocp.checkpoint_managers.BestN(
@@ -59,6 +70,7 @@ class Checkpoints:
                 )
             )
         self.folder, self.best = folder, best
+        self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
             self._put_back()
         self._manager = ocp.CheckpointManager(
@@ -70,6 +82,9 @@ class Checkpoints:
             ),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
         )
+
+    def _as_dict(self, state: TrainState) -> dict:
+        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in self._left_out}
 
     def steps(self) -> list[int]:
         """Steps with a whole checkpoint, in order."""
@@ -88,7 +103,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_as_dict(state)),
+                state=ocp.args.PyTreeSave(self._as_dict(state)),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
             metrics={self.best: progress.best} if scored else None,
@@ -105,12 +120,15 @@ class Checkpoints:
             shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
-        """The state at a step, each array under the sharding that its shape carries, and the progress."""
+        """The state at a step, each array under the sharding that its shape carries, and the progress.
+
+        What is not saved stays as its shape.
+        """
         items = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=_restore_args(_as_dict(shapes)), progress=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(state=_restore_args(self._as_dict(shapes)), progress=ocp.args.JsonRestore()),
         )
-        return TrainState(**items.state), Progress(**items.progress)
+        return shapes.replace(**items.state), Progress(**items.progress)
 
     def restore_latest(self, shapes: TrainState) -> tuple[TrainState, Progress, list[str]] | None:
         """The latest state that can be read; None where there is no checkpoint.
@@ -142,7 +160,7 @@ class Checkpoints:
         return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
 
     def shapes(self, step: int, *parts: str) -> dict:
-        """Shapes of parts of the state (`params`, `ema`, `stats`) as stored at a step; RunError if they cannot be read."""
+        """Shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) as stored at a step; RunError if they cannot be read."""
         try:
             tree = self._manager.item_metadata(step).state.tree
         except Exception as error:  # noqa: BLE001  whatever Orbax raises for a damaged file
@@ -161,20 +179,6 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
         except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
-
-    def restore_weights(self, step: int, params: Any, stats: Any, sharding: jax.sharding.Sharding) -> tuple[dict, dict]:
-        """The parameters that a run is judged by (their average, where it kept one) and the statistics.
-
-        Args:
-          step: of the checkpoint.
-          params, stats: shapes.
-          sharding: of every array.
-        """
-        weights = "ema" if self.shapes(step, "ema")["ema"] else "params"
-        wanted = {weights: params} | ({"stats": stats} if stats else {})
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-        restored = self.restore_part(step, wanted)
-        return restored[weights], restored.get("stats", {})
 
     def find(self, which: str | None) -> int:
         """The step that `best`, `latest`, or a number means; the best if one is tracked and else the latest, for None.
@@ -230,72 +234,14 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """What became of every parameter when weights were taken from another run: paths of this model's parameters.
+class _Parents(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoints that other runs started from."""
 
-    Attributes:
-      taken: from the other run, under the same path.
-      renamed: path here -> path there.
-      skipped: by `skip`: initialised here, whatever the other run has.
-      unused: paths of the other run that nothing here asked for, dropped by a rename to the empty string.
-    """
+    steps: Callable[[], set[int]]
 
-    taken: tuple[str, ...]
-    renamed: Mapping[str, str]
-    skipped: tuple[str, ...]
-    unused: tuple[str, ...]
-
-
-def match_weights(
-    here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Sequence[tuple[str, str]]
-) -> tuple[Account, dict[str, str]]:
-    """Which of another run's parameters fill which of this model's.
-
-    Args:
-      here, there: path -> shape.
-      skip: patterns on paths here, from their start, that are initialised anew.
-      rename: (pattern, replacement), applied in order to paths there; an empty result drops the parameter.
-
-    Returns:
-      The account, and path here -> path there of all that is taken.
-
-    Raises:
-      ConfigError: a parameter that is missing, left over or of another shape, or a pattern that matches nothing.
-    """
-    new_names = {path: path for path in there}
-    for pattern, replacement in rename:
-        if not any(re.search(pattern, name) for name in new_names.values()):
-            raise ConfigError(f"config.init_from.rename: {pattern!r} matches no parameter of the other run.")
-        new_names = {path: re.sub(pattern, replacement, name) for path, name in new_names.items()}
-    names = [name for name in new_names.values() if name]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"config.init_from.rename: two parameters of the other run become {twice!r}.")
-    skipped = tuple(path for path in here if any(re.match(pattern, path) for pattern in skip))
-    sources = {name: path for path, name in new_names.items() if name in here and name not in skipped}
-    problems = [f"{path} {here[path].shape}: not in the other run" for path in here if path not in sources and path not in skipped]
-    problems += [
-        f"{path}: {here[path].shape} here, {there[source].shape} there"
-        for path, source in sources.items()
-        if here[path].shape != there[source].shape
-    ]
-    problems += [f"{path} {there[path].shape}: in the other run, not here" for path, name in new_names.items() if name and name not in here]
-    if problems:
-        raise ConfigError(
-            "config.init_from: the weights do not match this model:\n  " + "\n  ".join(problems) + "\n"
-            "Initialise parameters anew with init_from.skip, or map names with init_from.rename (to '' to drop one)."
-        )
-    account = Account(
-        taken=tuple(path for path, source in sources.items() if path == source),
-        renamed={path: source for path, source in sources.items() if path != source},
-        skipped=skipped,
-        unused=tuple(path for path, name in new_names.items() if not name),
-    )
-    return account, sources
-
-
-def _as_dict(state: TrainState) -> dict:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    def should_preserve(self, checkpoints, *, context):
+        kept = self.steps()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _restore_args(shapes: Any, **options) -> ocp.args.PyTreeRestore:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmodels.config import suggest
@@ -38,6 +39,25 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerDecay:
+    """Lower learning rates for lower layers (Howard and Ruder 2018; Clark et al. 2020).
+
+    Of n layers, layer i (from 0) learns at rate^(n - i) of the learning rate, what `last` names at all of it, and all
+    else, which lies before the layers, at rate^(n + 1).
+
+    Attributes:
+      rate: below 1.
+      layers: a pattern on parameter paths whose group is the number of the layer; where the group is empty, the array
+        holds all layers, stacked along its first axis.
+      last: patterns on what comes after the layers.
+    """
+
+    rate: float
+    layers: str = r"blocks/(?:(\d+)/)?"
+    last: tuple[str, ...] = (r"(^|/)head/", r"(^|/)final_norm/", r"(^|/)output/")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """The `optimizer` section. All other keys are arguments of the Optax optimizer.
 
@@ -49,6 +69,9 @@ class Optimizer:
         added to the gradient (L2). None leaves the optimizer's default.
       no_decay: patterns; parameters whose path matches one (anywhere in it) are not decayed.
       clip_norm: gradients whose global norm is above are scaled down to it.
+      rates: pairs (pattern, factor): a parameter learns at the factor of the first pattern that its path matches (anywhere
+        in it) times the learning rate; at 1 where none does.
+      layer_decay: further factors, by layer.
     """
 
     name: str
@@ -57,6 +80,8 @@ class Optimizer:
     weight_decay: float | None = None
     no_decay: tuple[str, ...] = NO_DECAY
     clip_norm: float | None = None
+    rates: tuple[tuple[Any, ...], ...] = ()
+    layer_decay: LayerDecay | None = None
 
 
 def names() -> list[str]:
@@ -148,7 +173,38 @@ def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.S
     elif options.weight_decay:
         parts.append(optax.add_decayed_weights(options.weight_decay, mask))
     parts.append(function(learning_rate=schedule, **arguments))
+    if options.rates or options.layer_decay is not None:
+        parts.append(optax.stateless(lambda updates, params: jax.tree.map(lambda u, f: u * f.astype(u.dtype), updates, rate_factors(params, options))))
     return optax.chain(*parts)
+
+
+def rate_factors(params: Any, options: Optimizer) -> Any:
+    """What each parameter's learning rate is multiplied by: a tree of arrays that broadcast against the parameters."""
+
+    def factor(path, x):
+        name = path_name(path)
+        own = next((float(value) for pattern, value in options.rates if re.search(pattern, name)), 1.0)
+        by_layer = 1.0 if options.layer_decay is None else _layer_factor(name, x, options.layer_decay, count)
+        return jnp.asarray(own * by_layer, jnp.float32)
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    count = _count_layers(leaves, options.layer_decay) if options.layer_decay is not None else 0
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def _count_layers(leaves, decay: LayerDecay) -> int:
+    """How many layers there are, by their numbers or by the first axis of stacks."""
+    found = [(re.search(decay.layers, path_name(path)), x) for path, x in leaves]
+    return max((x.shape[0] if match[1] is None else int(match[1]) + 1 for match, x in found if match), default=0)
+
+
+def _layer_factor(name: str, x, decay: LayerDecay, count: int):
+    match = re.search(decay.layers, name)
+    if match and match[1] is None:
+        return (decay.rate ** (count - np.arange(count, dtype=np.float32))).reshape(-1, *[1] * (x.ndim - 1))
+    if match:
+        return decay.rate ** (count - int(match[1]))
+    return 1.0 if any(re.search(pattern, name) for pattern in decay.last) else decay.rate ** (count + 1)
 
 
 def check(options: Optimizer, own: Mapping[str, Any], steps: int, params: Any) -> None:
@@ -165,10 +221,33 @@ def check(options: Optimizer, own: Mapping[str, Any], steps: int, params: Any) -
         check_pattern("optimizer.no_decay", pattern)
         if not any(re.search(pattern, path) for path in paths(params)) and pattern not in NO_DECAY:
             raise ConfigError(f"config.optimizer.no_decay: {pattern!r} matches no parameter; there are {', '.join(paths(params)[:8])}, …")
+    _check_rates(options, params)
     try:
         jax.eval_shape(make_optimizer(options, own, schedule).init, params)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.optimizer: optax.{options.name} refuses its arguments: {error}") from error
+
+
+def _check_rates(options: Optimizer, params: Any) -> None:
+    """Patterns of learning rates mean parameters, and factors are numbers."""
+    for pair in options.rates:
+        if len(pair) != 2 or not isinstance(pair[0], str) or isinstance(pair[1], bool) or not isinstance(pair[1], int | float) or pair[1] < 0:
+            raise ConfigError(f"config.optimizer.rates holds pairs (pattern, factor), got {pair!r}.")
+        check_pattern("optimizer.rates", pair[0])
+        if not any(re.search(pair[0], path) for path in paths(params)):
+            raise ConfigError(f"config.optimizer.rates: {pair[0]!r} matches no trained parameter; there are {', '.join(paths(params)[:8])}, …")
+    decay = options.layer_decay
+    if decay is None:
+        return
+    if not 0 < decay.rate <= 1:
+        raise ConfigError(f"config.optimizer.layer_decay.rate must lie above 0 and be at most 1, got {decay.rate}.")
+    for key, patterns in (("layers", (decay.layers,)), ("last", decay.last)):
+        for pattern in patterns:
+            check_pattern(f"optimizer.layer_decay.{key}", pattern)
+    if re.compile(decay.layers).groups != 1:
+        raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} must have one group, the number of the layer.")
+    if not _count_layers(jax.tree_util.tree_leaves_with_path(params), decay):
+        raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} matches no trained parameter; there are {', '.join(paths(params)[:8])}, …")
 
 
 def _check_schedule(schedule: Schedule) -> None:

@@ -3,6 +3,7 @@
     config.json     the resolved config
     manifest.json   versions, devices, parents, fallbacks, one entry per start
     metrics.jsonl   one object a line
+    children.jsonl  runs that started from this one
     samples.txt     text made up during language modelling
     tokenizer.json  of a text run
     tensorboard/    the metrics as event files
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 
 _NOT_FINITE = ("nan", "inf", "-inf")
-OURS = ("config.json", "manifest.json", "metrics.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
 
 
 class RunFolder:
@@ -35,6 +37,7 @@ class RunFolder:
         self.config_file = self.path / "config.json"
         self.manifest_file = self.path / "manifest.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.children_file = self.path / "children.jsonl"
         self.samples_file = self.path / "samples.txt"
         self.tokenizer_file = self.path / "tokenizer.json"
         self.tensorboard = self.path / "tensorboard"
@@ -133,21 +136,38 @@ class RunFolder:
         if not entries or entries[-1] != value:
             self.update_manifest(**{key: [*entries, value]})
 
+    def identify(self) -> str:
+        """The run's id, which its manifest gets at its first start: what children know it by."""
+        if "id" not in self.manifest():
+            self.update_manifest(id=uuid.uuid4().hex)
+        return self.manifest()["id"]
+
+    # Children
+
+    def add_child(self, child: Mapping[str, Any]) -> None:
+        """Appends to `children.jsonl`: the `run`, its `id`, the `step` it began at, and whether it `needed` the weights to stay here."""
+        if child not in self.children():
+            with open(self.children_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(child)) + "\n")
+
+    def children(self) -> list[dict]:
+        """The lines of `children.jsonl`. A last line that was cut off is left out."""
+        return _json_lines(self.children_file)
+
+    def dependents(self) -> list[Path]:
+        """Folders of runs that are still there and whose weights lie here in part."""
+        needing = [(Path(child["run"]), child["id"]) for child in self.children() if child["needed"]]
+        return [path for path, identity in needing if RunFolder(path).manifest().get("id") == identity]
+
     # Metrics
 
     def metrics(self, split: str | None = None) -> list[dict]:
         """The lines of `metrics.jsonl`, of one split if given. A last line that was cut off is left out."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = []
-        for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break
-            if split in (None, line["split"]):
-                lines.append({key: float(value) if value in _NOT_FINITE else value for key, value in line.items()})
-        return lines
+        return [
+            {key: float(value) if value in _NOT_FINITE else value for key, value in line.items()}
+            for line in _json_lines(self.metrics_file)
+            if split in (None, line["split"])
+        ]
 
     def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -174,6 +194,17 @@ def _metrics_line(line: Mapping) -> str:
     """As JSON, which has no way to write numbers that are not finite but as strings."""
     odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(dict(line) | odd) + "\n"
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """Lines up to the first that is no JSON: one that was cut off."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def read_json(path: Path) -> dict:

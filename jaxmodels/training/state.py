@@ -1,18 +1,18 @@
 """The state a run starts from: its own latest checkpoint, else another run's weights, else new ones."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
+from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment
-from jaxmodels.sections import InitFrom
-from jaxmodels.training import checkpoint as checkpoint_lib
+from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.run_folder import RunFolder
-from jaxmodels.training.step import TrainState
+from jaxmodels.training.step import TrainState, flatten, unflatten
 
 
 def start(
@@ -33,6 +33,8 @@ def start(
     found = checkpoints.restore_latest(shapes)
     if found is not None:
         state, progress, problems = found
+        if experiment.frozen_in_parent:
+            state = state.replace(frozen=_read_frozen(folder, int(state.step), shapes))
         for problem in problems:
             folder.add_to_manifest("fallbacks", problem)
         lines = [f"warning: {problem}; it was moved aside" for problem in problems]
@@ -41,58 +43,82 @@ def start(
     state = init(key)
     if experiment.init_from is None:
         return state, Progress(), [f"initialised with seed {experiment.config['seed']}"], record
-    state, line = fill(state, shapes, experiment.init_from, folder)
-    return state, Progress(), [line], record
+    state, lines = fill(state, shapes, experiment, folder)
+    return state, Progress(), lines, record
 
 
-def check_parent(init_from: InitFrom, shapes: TrainState) -> None:
-    """Raises ConfigError unless another run's weights fit this model; see `checkpoint.match_weights`."""
-    _, checkpoints, step = checkpoint_lib.open_run(init_from.run)
-    try:
-        _match(checkpoints, step, init_from, shapes)
-    finally:
-        checkpoints.close()
+def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
+    """The frozen parameters of a run that did not save them."""
+    located = weights_lib.locate(f"{folder.path}@{step}")
+    return unflatten(weights_lib.read(located.arrays, flatten(shapes.frozen)))
 
 
-def _match(checkpoints: Checkpoints, step: int, init_from: InitFrom, shapes: TrainState):
-    stored = checkpoints.shapes(step, "params", "ema", "stats")
-    here, there = _flat(shapes.params) | _flat(shapes.stats), _flat(stored["ema"] or stored["params"]) | _flat(stored["stats"])
-    return checkpoint_lib.match_weights(here, there, skip=init_from.skip, rename=init_from.rename), stored
+def check_parent(experiment: Experiment) -> None:
+    """Raises ConfigError unless another run's weights fit this model, and its tokenizer this data."""
+    shapes = experiment.state_shapes()
+    located, account, sources = _match(experiment, shapes)
+    lost = [path for path in flatten(shapes.frozen) if path not in sources]
+    if lost:
+        raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.folder.path} has no such weights: nothing would ever train it.")
+    _check_tokenizer(experiment, located.folder, account)
 
 
-def fill(state: TrainState, shapes: TrainState, init_from: InitFrom, folder: RunFolder) -> tuple[TrainState, str]:
-    """A new state with another run's weights in it, each read straight into its sharding; and a line that says so.
+def _match(experiment: Experiment, shapes: TrainState):
+    init_from = experiment.init_from
+    located = weights_lib.locate(init_from.run)
+    here = flatten(shapes.params) | flatten(shapes.frozen) | flatten(shapes.stats)
+    account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename)
+    return located, account, sources
 
-    The manifest's `parents` learn the run, the step and the account of every parameter.
+
+def _check_tokenizer(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
+    """Embeddings mean the tokens that they were trained on."""
+    tokenizer = experiment.dataset.info.get("tokenizer")
+    embeddings = [path for path in (*account.taken, *account.renamed) if "embed" in path]
+    if tokenizer is None or not embeddings or not parent.tokenizer_file.is_file():
+        return
+    if parent.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
+        raise ConfigError(
+            f"config.data.tokenizer: {parent.path} was trained with another tokenizer, so its {embeddings[0]} means other tokens. "
+            f"Use its own, --config.data.tokenizer={parent.path}, or leave out the embeddings with init_from.skip and init_from.rename."
+        )
+
+
+def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: RunFolder) -> tuple[TrainState, list[str]]:
+    """A new state with another run's weights in it, each read straight into its sharding; and lines that say so.
+
+    The manifest's `parents` learn the run, the step, the account of every parameter, and the parent's own parents. The
+    parent learns of its child, so that it keeps this checkpoint.
     """
-    parent, checkpoints, step = checkpoint_lib.open_run(init_from.run)
-    try:
-        (account, sources), stored = _match(checkpoints, step, init_from, shapes)
-        weights = "ema" if stored["ema"] else "params"
-        flat_shapes, statistics = _flat(shapes.params) | _flat(shapes.stats), _flat(stored["stats"])
-        wanted = {weights: {}, "stats": {}}
-        for path, source in sources.items():
-            wanted["stats" if source in statistics else weights][source] = flat_shapes[path]
-        request = {part: traverse_util.unflatten_dict(flat, sep="/") for part, flat in wanted.items() if flat}
-        restored = checkpoints.restore_part(step, request) if request else {}
-    finally:
-        checkpoints.close()
-    read = _flat(restored.get(weights)) | _flat(restored.get("stats"))
-
-    def filled(tree):
-        return traverse_util.unflatten_dict({path: read[sources[path]] if path in sources else x for path, x in _flat(tree).items()}, sep="/")
-
-    params = filled(state.params)
+    located, account, sources = _match(experiment, shapes)
+    parent, step = located.folder, located.step
+    lines = _tell_parent(parent, step, folder, experiment.frozen_in_parent)
+    parts = {"params": state.params, "frozen": state.frozen, "stats": state.stats}
+    wanted = {path: x for part in parts for path, x in flatten(getattr(shapes, part)).items() if path in sources}
+    found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
+    filled = {part: unflatten({path: found.get(path, x) for path, x in flatten(tree).items()}) for part, tree in parts.items()}
     # The average starts at the weights taken, in arrays of its own: the step donates both.
-    ema = jax.tree.map(jnp.copy, params) if state.ema else state.ema
-    state = state.replace(params=params, stats=filled(state.stats), ema=ema)
-    folder.update_manifest(parents=[{"run": str(parent.path), "step": step, "weights": weights} | dataclasses.asdict(account)])
-    counts = {"taken": account.taken, "renamed": account.renamed, "initialised": account.skipped, "dropped": account.unused}
-    parts = ", ".join(f"{len(paths)} {what}" for what, paths in counts.items() if paths)
-    names = f" (initialised: {', '.join(account.skipped)})" if account.skipped else ""
-    average = " (their moving average)" if weights == "ema" else ""
-    return state, f"initialised from {parent.path} at step {step}{average}: {parts}{names}"
+    state = state.replace(**filled, ema=jax.tree.map(jnp.copy, filled["params"]) if state.ema else state.ema)
+    entry = {
+        "run": str(parent.path),
+        "relative": os.path.relpath(parent.path, folder.path),
+        "id": parent.manifest().get("id"),
+        "step": step,
+        "weights": "ema" if located.averaged else "params",
+    }
+    ancestors = [{key: value for key, value in p.items() if key in entry} for p in parent.manifest().get("parents", [])]
+    folder.update_manifest(parents=[entry | dataclasses.asdict(account), *ancestors])
+    average = " (their moving average)" if located.averaged else ""
+    counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(account).items() if paths)
+    return state, [*lines, f"initialised from {parent.path} at step {step}{average}: {counts}", *account.lines()]
 
 
-def _flat(tree) -> dict:
-    return traverse_util.flatten_dict(tree or {}, sep="/")
+def _tell_parent(parent: RunFolder, step: int, folder: RunFolder, needed: bool) -> list[str]:
+    """Notes in the parent's folder that this run began there; a line if that cannot be written."""
+    try:
+        parent.add_child({"run": str(folder.path), "id": folder.manifest().get("id"), "step": step, "needed": needed})
+    except OSError as error:
+        problem = f"{parent.path} could not be told that it has a child ({error.strerror}): it may delete its checkpoint of step {step}"
+        folder.add_to_manifest("fallbacks", problem)
+        return [f"warning: {problem}"]
+    return []

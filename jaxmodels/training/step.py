@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import nnx, struct, traverse_util
 
 from jaxmodels import tasks
 from jaxmodels.training import metrics as metrics_lib
@@ -26,6 +26,7 @@ class TrainState:
     Attributes:
       step: updates made so far, int32.
       params: trained parameters, float32, nested by module.
+      frozen: the other parameters, which no step changes.
       stats: what modules change as they run (running means), nested likewise.
       opt_state: of Optax.
       ema: moving average of `params`, or an empty dict.
@@ -35,6 +36,7 @@ class TrainState:
 
     step: jax.Array
     params: Any
+    frozen: Any
     stats: Any
     opt_state: Any
     ema: Any
@@ -43,8 +45,8 @@ class TrainState:
 
     @property
     def weights(self):
-        """The parameters that a run is judged by: their moving average, where it keeps one."""
-        return self.ema or self.params
+        """All parameters that a run is judged by: of the trained ones their moving average, where it keeps one."""
+        return join(self.ema or self.params, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,30 @@ def merge(graph, params: dict, stats: dict) -> nnx.Module:
     return nnx.merge(graph, _own_keys(params), _own_keys(stats))
 
 
+def divide(params: dict, trained: Callable[[str], bool]) -> tuple[dict, dict]:
+    """Parameters as (those to train, the frozen ones), by their paths."""
+    flat = flatten(params)
+    parts = {True: {}, False: {}}
+    for path, value in flat.items():
+        parts[bool(trained(path))][path] = value
+    return unflatten(parts[True]), unflatten(parts[False])
+
+
+def join(params: dict, frozen: dict) -> dict:
+    """The two parts of `divide` as one again."""
+    return unflatten(flatten(params) | flatten(frozen)) if frozen else params
+
+
+def flatten(tree) -> dict:
+    """Nested dictionaries as one, with paths such as `blocks/0/up/kernel`."""
+    return traverse_util.flatten_dict(tree or {}, sep="/")
+
+
+def unflatten(flat: dict) -> dict:
+    """Nested dictionaries again."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def _string_keys(tree):
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
@@ -89,25 +115,34 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def make_init(build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, loss_metrics: Callable, ema: bool):
+def make_init(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    trained: Callable[[str], bool],
+    optimizer: optax.GradientTransformation,
+    loss_metrics: Callable,
+    ema: bool,
+) -> Callable[[jax.Array], TrainState]:
     """A pure function key -> TrainState.
 
     Args:
       build: makes the module.
+      trained: whether the parameter of a path is trained.
       optimizer: of Optax.
-      loss_metrics: names the training metrics: (params, stats) -> shapes.
-      ema: whether an average of parameters is kept.
+      loss_metrics: names the training metrics: (params, frozen, stats) -> shapes.
+      ema: whether an average of the trained parameters is kept.
     """
 
     def init(key: jax.Array) -> TrainState:
         _, params, stats = split(build(nnx.Rngs(params=key)))
+        params, frozen = divide(params, trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
+            frozen=frozen,
             stats=stats,
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if ema else {},
-            metrics=metrics_lib.zeros(loss_metrics(params, stats)),
+            metrics=metrics_lib.zeros(loss_metrics(params, frozen, stats)),
             diverged_at=jnp.zeros((), jnp.int32),
         )
 
@@ -115,16 +150,28 @@ def make_init(build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.Gradient
 
 
 def make_loss(task, graph, precision: str) -> Callable:
-    """(params, stats, batch, key) -> loss sum, (weight, metrics, new stats). The module runs in `precision`."""
+    """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats). The module runs in `precision`."""
     dtype = DTYPES[precision]
 
-    def loss(params, stats, batch, key):
-        model = merge(graph, cast(params, dtype), stats)
+    def loss(params, frozen, stats, batch, key):
+        model = merge(graph, cast(join(params, frozen), dtype), stats)
+        _hold_frozen_norms(model, params, frozen)
         inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
         total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
     return loss
+
+
+def _hold_frozen_norms(model: nnx.Module, params: dict, frozen: dict) -> None:
+    """Batch normalisations whose parameters are frozen go by their running statistics, and keep them."""
+    if not frozen:
+        return
+    trained, held = flatten(params), flatten(frozen)
+    for path, module in nnx.iter_modules(model):
+        name = "/".join(map(str, path)) + "/"
+        if isinstance(module, nnx.BatchNorm) and any(p.startswith(name) for p in held) and not any(p.startswith(name) for p in trained):
+            module.eval()
 
 
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: StepOptions) -> Callable:
@@ -148,7 +195,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
     def train_step(state: TrainState, batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         if options.accumulate == 1:
-            (total, (weight, metrics, stats)), grads = gradient(state.params, state.stats, batch, key)
+            (total, (weight, metrics, stats)), grads = gradient(state.params, state.frozen, state.stats, batch, key)
         else:
             total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options.accumulate)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
@@ -165,6 +212,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         state = TrainState(
             step=step,
             params=params,
+            frozen=state.frozen,
             stats=stats,
             opt_state=opt_state,
             ema=_average(state.ema, params, state.step, options.ema) if options.ema is not None else state.ema,
@@ -177,9 +225,9 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
     return train_step
 
 
-def training_metrics(loss: Callable, params, stats, batch) -> dict:
+def training_metrics(loss: Callable, params, frozen, stats, batch) -> dict:
     """Shapes of the metrics that a train step sums up."""
-    _, (_, metrics, _) = jax.eval_shape(loss, params, stats, batch, jax.random.key(0))
+    _, (_, metrics, _) = jax.eval_shape(loss, params, frozen, stats, batch, jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     return dict(metrics) | {"grad_norm": (scalar, scalar)} | jax.eval_shape(skipped_metric, batch)
 
@@ -199,12 +247,12 @@ def _accumulate(gradient, state, batch, key, count):
     def micro(carry, part):
         sums, stats = carry
         number, rows = part
-        (total, (weight, metrics, stats)), grads = gradient(state.params, stats, rows, jax.random.fold_in(key, number))
+        (total, (weight, metrics, stats)), grads = gradient(state.params, state.frozen, stats, rows, jax.random.fold_in(key, number))
         return (jax.tree.map(jnp.add, sums, (total, weight, cast(metrics, jnp.float32), grads)), stats), None
 
     rows = jax.tree.map(cut, batch)
     first = jax.tree.map(lambda x: x[0], rows)
-    (total, (weight, metrics, _)), grads = jax.eval_shape(gradient, state.params, state.stats, first, key)
+    (total, (weight, metrics, _)), grads = jax.eval_shape(gradient, state.params, state.frozen, state.stats, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, weight, _float_shapes(metrics), grads))
     (sums, stats), _ = jax.lax.scan(micro, (zeros, state.stats), (jnp.arange(count), rows))
     total, weight, metrics, grads = sums

@@ -18,6 +18,7 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
+from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
 from jaxmodels.training.compile import (
     CompileRecord,
@@ -69,8 +70,11 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
     changed = {}
     if overwrite:
         folder.check_writable()
+        _check_dependents(folder)
     else:
         changed = folder.check(experiment.config, resolve, MACHINE_KEYS)
+        if any(parent.get("merged") for parent in folder.manifest().get("parents", [])[:1]):
+            raise ConfigError(f"{folder.path} holds merged weights, not a run to go on with: start from it with config.init_from in another --workdir.")
         _check_same_data(experiment, folder)
     if experiment.init_from and (overwrite or not folder.config_file.exists()):
         _check_parent(experiment, folder)
@@ -117,6 +121,7 @@ class Trainer:
         """The whole way: start or resume, loop, test."""
         if self.main:
             self.folder.write_config(self.experiment.config)
+            self.folder.identify()
         for note in self.experiment.dataset.notes:
             self.log.say(note, style="yellow" if note.startswith("warning") else "dim")
         for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
@@ -124,7 +129,13 @@ class Trainer:
                 self.log.say("warning: " + problem, style="yellow")
                 self._fallback(problem)
         options = self.experiment.checkpoint
-        self.checkpoints = Checkpoints(self.folder.checkpoints, keep=options.keep, best=options.best)
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            keep=options.keep,
+            best=options.best,
+            parents=lambda: {child["step"] for child in self.folder.children()},
+            save_frozen=not self.experiment.frozen_in_parent,
+        )
         self.state, self.progress, lines, record = self.stop.run(
             state_lib.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key
         )
@@ -308,8 +319,8 @@ class Trainer:
         if source is not None and not any(split == "test" for _, split, _ in self.lines):
             params, stats = self.state.weights, self.state.stats
             if tested != step:
-                restore, everywhere = self.checkpoints.restore_weights, mesh_lib.replicated(self.mesh)
-                params, stats = self.stop.run(restore, tested, self.shapes.params, self.shapes.stats, everywhere)
+                located, everywhere = weights_lib.locate(f"{self.folder.path}@{tested}"), mesh_lib.replicated(self.mesh)
+                params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats, everywhere)
             self._write(tested, "test", self.evaluator.run(params, stats, source))
         final = {}
         for at, split, values in self.lines:
@@ -341,7 +352,7 @@ class Trainer:
         """What this start runs on."""
         if not self.main:
             return
-        parameters = sum(x.size for x in jax.tree.leaves(self.shapes.params))
+        trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (self.shapes.params, self.shapes.frozen))
         devices = self.mesh.devices.flatten()
         start = {
             "time": now(),
@@ -358,7 +369,8 @@ class Trainer:
             self.log.say(f"{part}: {used['used']} ({used['why']})", style="dim")
         manifest = self.folder.manifest()
         self.folder.update_manifest(
-            parameters=parameters,
+            parameters=trained + frozen,
+            trained_parameters=trained,
             steps=self.experiment.steps,
             data=_describe_data(self.experiment),
             info={key: value for key, value in self.experiment.dataset.info.items() if key != "tokenizer"},
@@ -370,7 +382,8 @@ class Trainer:
         tokenizer = self.experiment.dataset.info.get("tokenizer")
         if tokenizer is not None:
             self.folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
-        self.log.say(f"{parameters:,} parameters on {start['devices']}; run folder {self.folder.path}")
+        share = f", {trained:,} of them trained ({trained / (trained + frozen):.2%})" if frozen else ""
+        self.log.say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self.folder.path}")
 
 
 @contextlib.contextmanager
@@ -432,7 +445,14 @@ def _check_parent(experiment: Experiment, folder: RunFolder) -> None:
     """The weights to begin with fit, and are not those of a run that is about to be deleted."""
     if RunFolder(parse_run(experiment.init_from.run)[0]).path.resolve() == folder.path.resolve():
         raise ConfigError("config.init_from names the run's own folder. Choose another --workdir.")
-    state_lib.check_parent(experiment.init_from, experiment.state_shapes())
+    state_lib.check_parent(experiment)
+
+
+def _check_dependents(folder: RunFolder) -> None:
+    """A run is not deleted while another one's weights lie in it."""
+    if dependents := folder.dependents():
+        names = ", ".join(map(str, dependents))
+        raise ConfigError(f"--overwrite: {folder.path} holds weights of {names}, which saved only what it trained. Delete that run first, or merge it.")
 
 
 def _check_same_data(experiment: Experiment, folder: RunFolder) -> None:

@@ -1,0 +1,57 @@
+"""One run out of a run and the parent that it borrows weights from."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.models.lora import merge_adapters
+from jaxmodels.sections import Lora
+from jaxmodels.training import weights as weights_lib
+from jaxmodels.training.checkpoint import Checkpoints, Progress
+from jaxmodels.training.run_folder import OURS, RunFolder
+from jaxmodels.training.step import TrainState, unflatten
+
+
+def merge(run: str, output: str) -> RunFolder:
+    """Writes a run's weights as a run of their own: adapters added to their layers, frozen weights with the rest.
+
+    What comes out is evaluated, loaded and started from like any run; it cannot be trained on in place.
+
+    Args:
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
+      output: a folder that holds no run.
+
+    Raises:
+      ConfigError: no such run, or the folder is taken.
+    """
+    located = weights_lib.locate(run)
+    source, folder = located.folder, RunFolder(output)
+    folder.check_writable()
+    if taken := [name for name in OURS if (folder.path / name).exists()]:
+        raise ConfigError(f"--output={folder.path} has {', '.join(taken)} in it. Choose another folder.")
+    config, manifest = source.config(), source.manifest()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = {path: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=here) for path, stored in located.arrays.items()}
+    arrays = weights_lib.read(located.arrays, shapes)
+    stats = {path: x for path, x in arrays.items() if located.arrays[path].part == "stats"}
+    params = {path: x for path, x in arrays.items() if path not in stats}
+    if config["lora"] is not None:
+        params = merge_adapters(params, Lora(**config["lora"]).scale)
+    training = config["training"] | {"trainable": None, "freeze": ()}
+    folder.write_config(config | {"lora": None, "init_from": None, "training": training})
+    entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
+    ancestors = [{key: value for key, value in p.items() if key in ("run", "id", "step")} for p in manifest.get("parents", [])]
+    count = sum(x.size for x in params.values())
+    folder.update_manifest(parameters=count, info=manifest["info"], parents=[entry, *ancestors])
+    folder.identify()
+    source.add_child({"run": str(folder.path), "id": folder.identify(), "step": located.step, "needed": False})
+    if source.tokenizer_file.is_file():
+        folder.tokenizer_file.write_bytes(source.tokenizer_file.read_bytes())
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(jnp.int32(located.step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
+    checkpoints = Checkpoints(folder.checkpoints)
+    try:
+        checkpoints.save(state, Progress(evaluated_at=located.step, finished=True))
+    finally:
+        checkpoints.close()
+    return folder

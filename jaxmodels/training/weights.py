@@ -1,0 +1,215 @@
+"""The weights of a run: where each lies, which of them fit another model, and reading them.
+
+A run that trains only a part of its parameters beside a parent's saves only that part; the others lie in the
+parent's checkpoints, or in those of its parent.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.models.lora import ADAPTERS
+from jaxmodels.training.checkpoint import Checkpoints, open_run
+from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.step import flatten, unflatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One array on disk.
+
+    Attributes:
+      checkpoints: the folder `checkpoints` that it lies in.
+      step: of the checkpoint.
+      part: of the state: `params`, `ema`, `frozen` or `stats`.
+      path: in that part.
+      shape, dtype: of the array.
+    """
+
+    checkpoints: Path
+    step: int
+    part: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Where the weights of a run are.
+
+    Attributes:
+      folder: of the run.
+      step: of its checkpoint.
+      averaged: the trained ones are moving averages.
+      arrays: path -> Stored, of parameters and statistics.
+    """
+
+    folder: RunFolder
+    step: int
+    averaged: bool
+    arrays: Mapping[str, Stored]
+
+
+def locate(reference: str) -> Located:
+    """Where the parameters that a run is judged by (their average, where it kept one) and its statistics lie.
+
+    Args:
+      reference: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
+
+    Raises:
+      ConfigError: no such run or checkpoint, or a parent that holds some of the weights is gone.
+    """
+    folder, checkpoints, step = open_run(reference)
+    try:
+        stored = checkpoints.shapes(step, "params", "ema", "frozen", "stats")
+    finally:
+        checkpoints.close()
+    parts = ("ema" if stored["ema"] else "params", "frozen", "stats")
+    arrays = {path: Stored(folder.checkpoints, step, part, path, x.shape, x.dtype) for part in parts for path, x in flatten(stored[part]).items()}
+    parents = folder.manifest().get("parents", [])
+    sources = {path: path for path in parents[0].get("taken", ())} | parents[0].get("renamed", {}) if parents else {}
+    elsewhere = {here: there for here, there in sources.items() if here not in arrays}
+    if elsewhere:
+        parent = locate(find_parent(folder, parents[0]))
+        arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
+    return Located(folder, step, bool(stored["ema"]), arrays)
+
+
+def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
+    """`RUN@STEP` of a parent as the manifest of a run names it: where it was, or in the same place seen from the run.
+
+    Raises:
+      ConfigError: it is not there, or another run lies there now.
+    """
+    places = [Path(entry["run"])] + ([folder.path / entry["relative"]] if "relative" in entry else [])
+    found = [place for place in places if (place / "config.json").is_file()]
+    if not found:
+        raise ConfigError(
+            f"{folder.path} saved only what it trained; its other weights lie in {entry['run']} at step {entry['step']}, which is not "
+            "there. Put that run back, here or in the same place relative to this one."
+        )
+    identity = RunFolder(found[0]).manifest().get("id")
+    if entry.get("id") is not None and identity != entry["id"]:
+        raise ConfigError(f"{folder.path} began with another run than the one that lies in {found[0]} now: its id is {identity}, not {entry['id']}.")
+    return f"{os.path.normpath(found[0])}@{entry['step']}"
+
+
+def read(arrays: Mapping[str, Stored], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of the paths in `shapes`, each read straight into the sharding that its shape carries."""
+    requests: dict[tuple[Path, int], dict[str, dict]] = {}
+    for path, shape in shapes.items():
+        stored = arrays[path]
+        requests.setdefault((stored.checkpoints, stored.step), {}).setdefault(stored.part, {})[stored.path] = shape
+    found = {}
+    for (folder, step), parts in requests.items():
+        checkpoints = Checkpoints(folder, read_only=True)
+        try:
+            restored = checkpoints.restore_part(step, {part: unflatten(flat) for part, flat in parts.items()})
+        finally:
+            checkpoints.close()
+        found |= {(folder, step, part, path): x for part, tree in restored.items() for path, x in flatten(tree).items()}
+    return {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes}
+
+
+def read_model(located: Located, params: Any, stats: Any, sharding: jax.sharding.Sharding) -> tuple[dict, dict]:
+    """All parameters and statistics of a run.
+
+    Args:
+      located: where they are.
+      params, stats: shapes.
+      sharding: of every array.
+    """
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for path, x in (flatten(params) | flatten(stats)).items()}
+    found = read(located.arrays, shapes)
+    return tuple(unflatten({path: found[path] for path in flatten(tree)}) for tree in (params, stats))
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of every parameter when weights were taken from another run: paths of this model's parameters.
+
+    Attributes:
+      taken: from the other run, under the same path.
+      renamed: path here -> path there.
+      skipped: by `skip`: initialised here, whatever the other run has.
+      initialised: adapters, which the other run does not have.
+      dropped: paths of the other run that nothing here asked for, renamed to the empty string.
+    """
+
+    taken: tuple[str, ...]
+    renamed: Mapping[str, str]
+    skipped: tuple[str, ...]
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Every parameter and what became of it; parameters that differ only in numbers, such as a layer's, share a line."""
+        rows = {}
+        for word in ("taken", "renamed", "skipped", "initialised", "dropped"):
+            paths = getattr(self, word)
+            for path in paths:
+                source = f" from {paths[path]}" if word == "renamed" else ""
+                name = re.sub(r"(?<=/)\d+(?=/)", "*", path + source)
+                rows[word, name] = rows.get((word, name), 0) + 1
+        return [f"  {word:<11} {name}" + (f"  ({count} of them)" if count > 1 else "") for (word, name), count in rows.items()]
+
+
+def match(
+    here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Sequence[tuple[str, str]]
+) -> tuple[Account, dict[str, str]]:
+    """Which of another run's parameters fill which of this model's.
+
+    Args:
+      here, there: path -> what has a shape.
+      skip: patterns on paths here, from their start, that are initialised anew.
+      rename: (pattern, replacement), applied in order to paths there; an empty result drops the parameter.
+
+    Returns:
+      The account, and path here -> path there of all that is taken.
+
+    Raises:
+      ConfigError: a parameter that is missing, left over or of another shape, or a pattern that matches nothing.
+    """
+    new_names = {path: path for path in there}
+    for pattern, replacement in rename:
+        if not any(re.search(pattern, name) for name in new_names.values()):
+            raise ConfigError(f"config.init_from.rename: {pattern!r} matches no parameter of the other run.")
+        new_names = {path: re.sub(pattern, replacement, name) for path, name in new_names.items()}
+    names = [name for name in new_names.values() if name]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"config.init_from.rename: two parameters of the other run become {twice!r}.")
+    skipped = tuple(path for path in here if any(re.match(pattern, path) for pattern in skip))
+    sources = {name: path for path, name in new_names.items() if name in here and name not in skipped}
+    initialised = tuple(path for path in here if path.endswith(ADAPTERS) and path not in sources and path not in skipped)
+    problems = [
+        f"{path} {tuple(here[path].shape)}: not in the other run" for path in here if path not in {*sources, *skipped, *initialised}
+    ]
+    problems += [
+        f"{path}: shape differs: {tuple(here[path].shape)} here, {tuple(there[source].shape)} there"
+        for path, source in sources.items()
+        if tuple(here[path].shape) != tuple(there[source].shape)
+    ]
+    left = [path for path, name in new_names.items() if name and name not in here]
+    problems += [f"{path} {tuple(there[path].shape)}: in the other run, not here" for path in left]
+    if problems:
+        merge = " The other run's adapters (lora_a, lora_b) become weights with jaxmodels merge." if any(p.endswith(ADAPTERS) for p in left) else ""
+        raise ConfigError(
+            "config.init_from: the weights do not match this model:\n  " + "\n  ".join(problems) + "\n"
+            "Initialise parameters anew with init_from.skip, or map names with init_from.rename (to '' to drop one)." + merge
+        )
+    account = Account(
+        taken=tuple(path for path, source in sources.items() if path == source),
+        renamed={path: source for path, source in sources.items() if path != source},
+        skipped=skipped,
+        initialised=initialised,
+        dropped=tuple(path for path, name in new_names.items() if not name),
+    )
+    return account, sources
