@@ -17,6 +17,7 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
 from jaxmodels.training import weights as weights_lib
+from jaxmodels.training.checkpoint import parse_run
 from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.run_folder import RunFolder
 from jaxmodels.training.signals import StopSignals
@@ -126,8 +127,9 @@ def load(run: str) -> Run:
     Args:
       run: as for `evaluate`.
     """
+    folder = RunFolder(parse_run(run)[0])
+    config, info = _for_any_platform(folder.config()), _trained_info(folder)
     located = weights_lib.locate(run)
-    config, info = _for_any_platform(located.folder.config()), _trained_info(located.folder)
     task, build = build_model(config, info)
     graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
     params, stats = weights_lib.read_model(located, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))

@@ -176,7 +176,7 @@ def test_lineage_shows_the_whole_family(parent, tmp_path, jaxmodels_command):
     shutil.rmtree(tmp_path / "a")
     done = jaxmodels_command("lineage", f"--workdir={tmp_path / 'c'}")
     lines = done.stdout.splitlines()
-    assert str(tmp_path / "old") in lines[0] and "test loss" in lines[0]
+    assert str(tmp_path / "old") in lines[0] and "test accuracy" in lines[0]
     assert any("a: not there any more" in line for line in lines) and "(asked for)" in lines[-1] and "from step 1 (8 taken)" in lines[-1]
 
 
@@ -186,9 +186,9 @@ def test_layers_learn_at_their_own_rates(scan):
     params = split(model)[1]
     options = Optimizer(name="sgd", learning_rate=1.0, rates=((r"bias$", 2.0), ("up/", 3.0)), layer_decay=LayerDecay(rate=0.5))
     factors = flatten(rate_factors(params, options))
-    kernels = factors["blocks/up/kernel"].reshape(3) if scan else [factors[f"blocks/{i}/up/kernel"] for i in range(3)]
+    kernels = factors["blocks/mlp/up/kernel"].reshape(3) if scan else [factors[f"blocks/{i}/mlp/up/kernel"] for i in range(3)]
     np.testing.assert_allclose(kernels, [3 / 8, 3 / 4, 3 / 2])
-    biases = factors["blocks/up/bias"].reshape(3) if scan else [factors[f"blocks/{i}/up/bias"] for i in range(3)]
+    biases = factors["blocks/mlp/up/bias"].reshape(3) if scan else [factors[f"blocks/{i}/mlp/up/bias"] for i in range(3)]
     np.testing.assert_allclose(biases, [1 / 4, 1 / 2, 1])  # the first pattern that matches
     assert factors["embed/embedding"] == 1 / 16 and factors["final_norm/scale"] == 1
 

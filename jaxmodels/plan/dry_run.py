@@ -51,8 +51,7 @@ def active_parameters(params, model: Mapping) -> int:
     """
     moe = model.get("moe")
     share = Fraction(moe["top_k"], moe["experts"]) if moe else 1
-    sizes = zip(optimizer.paths(params), jax.tree.leaves(params), strict=True)
-    return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in sizes))
+    return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in step.flatten(params).items()))
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:
