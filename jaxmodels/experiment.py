@@ -312,8 +312,10 @@ def _agreed_info(info: Mapping, trained: Mapping) -> Mapping:
         now = info.get(key)
         if key == "tokenizer":
             agree = now is not None and now.to_json() == value.to_json()
-        elif key in ("num_classes", "vocab_size"):
+        elif key in ("num_classes", "num_tags", "vocab_size"):
             agree = now is None or now <= value
+        elif key in ("labels", "tags"):
+            agree = now is None or list(now) == list(value)[: len(now)]
         else:
             agree = now is None or np.array_equal(np.asarray(now), np.asarray(value))
         if not agree:

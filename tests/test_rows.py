@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jaxmodels import api
+from jaxmodels import api, experiment
 from jaxmodels.data import loader, open_dataset, tfds
 from jaxmodels.data.skipping import Forgiving
 from jaxmodels.data.source import Arrays, take
@@ -435,3 +435,53 @@ def test_images_of_huggingface(tmp_path, datasets):
     strict = open_dataset(f"hf:{tmp_path}/a", options | {"holdout": 0.0}, None).splits["train"]
     with pytest.raises(ConfigError, match="a train, row 4: 'picture' cannot be decoded as an image"):
         take(strict, np.arange(6))
+
+
+IMAGES = {"image": np.zeros((3, 2, 2, 1)), "label": np.array([0, 2, 1])}
+TAGS = {"tokens": np.array([[4, 1, -1]]), "tags": np.array([[1, 0, -1]])}
+
+
+def test_what_arrays_say_of_themselves():
+    assert open_dataset("arrays", {}, None, {"train": IMAGES, "test": IMAGES}).info == {"image_shape": (2, 2, 1), "num_classes": 3}
+    assert open_dataset("arrays", {}, None, {"train": TAGS}).info == {"num_tags": 2, "tags": ["0", "1"], "vocab_size": 5}
+    pairs = {"source": np.array([[7, -1]]), "target": np.array([[1, 9]])}
+    assert open_dataset("arrays", {}, None, {"train": pairs}).info == {"vocab_size": 10}
+    assert open_dataset("arrays", {}, None, {"train": {"tokens": TAGS["tokens"], "label": np.array([-0.5])}}).info == {"vocab_size": 5}
+
+
+def test_a_split_with_fewer_tags_agrees_with_the_run():
+    trained = open_dataset("arrays", {}, None, {"train": TAGS}).info
+    fewer = open_dataset("arrays", {}, None, {"test": TAGS | {"tags": np.array([[0, 0, -1]])}}).info
+    assert fewer["tags"] == ["0"] and experiment._agreed_info(fewer, trained) == trained
+    with pytest.raises(ConfigError, match="num_tags: 1 when the run was trained, 2 now"):
+        experiment._agreed_info(trained, fewer)
+    with pytest.raises(ConfigError, match="labels"):
+        experiment._agreed_info({"labels": ["b", "a"]}, {"labels": ["a", "b"]})
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (IMAGES, IMAGES | {"label": np.array([0, 1, 3])}, "'label' of test, row 2: 3 is more than any of train, 2"),
+        (IMAGES, IMAGES | {"label": np.array([0, -1, 1])}, "'label' of test must be whole numbers from 0 on"),
+        (IMAGES, IMAGES | {"label": np.array([0, 0.5, 1])}, "'label' of test must be whole numbers"),
+        (TAGS, TAGS | {"tags": np.array([[2, 0, -1]])}, "'tags' of test, row 0: 2 is more than any of train, 1"),
+        (TAGS, TAGS | {"tags": np.array([[1, 0]])}, r"one for each of its tokens; they are \(1, 2\), the tokens \(1, 3\)"),
+        ({"tags": TAGS["tags"]}, TAGS, "tags of train must be one for each"),
+    ],
+)
+def test_bad_arrays_are_named(train, test, message):
+    with pytest.raises(ConfigError, match=message):
+        open_dataset("arrays", {}, None, {"train": train, "test": test})
+
+
+def test_bad_tables_are_named(tmp_path):
+    write(tmp_path, a__csv="date,x,y\nd,1,2\nd,1,2,3\n", b__csv="date,x,y\nd,1,2\nd,1,two\n")
+    options = {"lookback": 1, "horizon": 1, "rows": (1, 1, 1)}
+    for name, more, message in (
+        ("a", {}, r"a\.csv, line 3: 4 columns, where the header has 3"),
+        ("b", {}, r"b\.csv, line 3: not a number"),
+        ("b", {"columns": ("xx",)}, "no column 'xx'; it has date, x, y. Did you mean 'x'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_dataset(f"csv:{tmp_path}/{name}.csv", options | more, None)

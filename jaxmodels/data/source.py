@@ -11,6 +11,7 @@ import numpy as np
 from jaxmodels.errors import ConfigError
 
 Example = Mapping[str, np.ndarray]
+_TOKENS = ("tokens", "source", "target")
 
 
 @runtime_checkable
@@ -153,8 +154,11 @@ class Remembered:
 def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
     """Arrays handed to `jaxmodels.train(..., data=...)`: split -> name -> array with one row per example.
 
-    `num_classes` is one more than the largest `label`, `image_shape` the shape of an `image`, `vocab_size` one
-    more than the largest of `tokens`.
+    `image_shape` is the shape of an `image`, `num_classes` one more than the largest `label` of train (where labels are whole
+    numbers), `num_tags` likewise of `tags`, and `vocab_size` one more than the largest of `tokens`, `source` and `target`.
+
+    Raises:
+      ConfigError: arrays of another kind; a label or tag that train does not reach; tags that are not one for each token.
     """
     if given is None:
         raise ConfigError(
@@ -164,15 +168,33 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
     if not isinstance(given, Mapping) or not all(isinstance(part, Mapping) for part in given.values()):
         raise ConfigError("data= must be arrays by split: {'train': {'image': ..., 'label': ...}, 'test': ...}.")
     splits = {name: Arrays(part) for name, part in given.items()}
-    columns = {key: [part.arrays[key] for part in splits.values() if key in part.arrays] for key in ("image", "label", "tokens")}
-    for key in ("label", "tokens"):
-        if any(c.dtype.kind not in "iu" or c.min() < (0 if key == "label" else -1) for c in columns[key]):
-            raise ConfigError(f"data=: {key!r} must be whole numbers from 0 on.")
+    columns = {key: {name: part.arrays[key] for name, part in splits.items() if key in part.arrays} for key in ("image", "label", "tags", *_TOKENS)}
     info = {}
     if columns["image"]:
-        info["image_shape"] = columns["image"][0].shape[1:]
-    if columns["label"]:
-        info["num_classes"] = int(max(c.max() for c in columns["label"])) + 1
-    if columns["tokens"]:
-        info["vocab_size"] = int(max(c.max() for c in columns["tokens"])) + 1
+        info["image_shape"] = next(iter(columns["image"].values())).shape[1:]
+    if columns["label"] and any(c.dtype.kind != "f" for c in columns["label"].values()):  # else values to predict
+        info["num_classes"] = _range("label", columns["label"], 0)
+    if columns["tags"]:
+        info["num_tags"] = _range("tags", columns["tags"], -1)
+        info["tags"] = [str(i) for i in range(info["num_tags"])]
+    sizes = [max(_range(key, {name: c}, -1) for name, c in columns[key].items()) for key in _TOKENS if columns[key]]
+    if sizes:
+        info["vocab_size"] = max(sizes)
+    for name, tags in columns["tags"].items():
+        tokens = columns["tokens"].get(name)
+        if tokens is None or tags.shape != tokens.shape:
+            raise ConfigError(f"data=: the tags of {name} must be one for each of its tokens; they are {tags.shape}, the tokens {np.shape(tokens)}.")
     return Dataset(splits, info)
+
+
+def _range(key: str, columns: Mapping[str, np.ndarray], least: int) -> int:
+    """One more than the largest number of the first column, train's where there is one; ConfigError where others are out of the range."""
+    order = sorted(columns, key=lambda name: name != "train")
+    for name in order:
+        column = columns[name]
+        if column.dtype.kind not in "iu" or column.min() < least:
+            raise ConfigError(f"data=: {key!r} of {name} must be whole numbers from {least} on.")
+        if column.max() > columns[order[0]].max():
+            where = np.argwhere(column == column.max())[0]
+            raise ConfigError(f"data=: {key!r} of {name}, row {where[0]}: {column.max()} is more than any of {order[0]}, {columns[order[0]].max()}.")
+    return int(columns[order[0]].max()) + 1

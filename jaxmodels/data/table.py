@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 
+from jaxmodels import config as config_lib
 from jaxmodels.data.source import Dataset, find_file, fingerprint
 from jaxmodels.errors import ConfigError
 
@@ -84,13 +85,16 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
         wanted = list(columns) if columns else [name for name in header if name != time_column]
         missing = [name for name in wanted if name not in header]
         if missing or not wanted:
-            raise ConfigError(f"config.data.columns: {path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}.")
+            hint = config_lib.suggest(missing[0], header) if missing else ""
+            raise ConfigError(f"config.data.columns: {path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}.{hint}")
         places = [header.index(name) for name in wanted]
         values = []
         for row in reader:
+            if len(row) != len(header):
+                raise ConfigError(f"{path}, line {reader.line_num}: {len(row)} columns, where the header has {len(header)}.")
             try:
                 values.append([float(row[place]) for place in places])
-            except (ValueError, IndexError):
+            except ValueError:
                 raise ConfigError(f"{path}, line {reader.line_num}: not a number in each of {', '.join(wanted)}: {row}") from None
     values = np.array(values, np.float64).reshape(-1, len(wanted))
     bad = np.flatnonzero(~np.isfinite(values).all(1))
