@@ -347,6 +347,8 @@ def _check_fit(experiment: Experiment) -> None:
         if missing:
             raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {missing[0]!r} in every example; {split} has none.")
         for name, value in example.items():
+            if name == "weight":
+                continue  # the loader makes it what it is in every batch
             if name not in shapes or value.shape[1:] != shapes[name].shape[1:] or value.dtype != shapes[name].dtype:
                 raise ConfigError(f"config.data: {name!r} of {split} is {value.dtype} {value.shape[1:]}: not as in the other splits.")
     for name, wanted in experiment.task.batch.items():

@@ -1,6 +1,7 @@
 """Rows of text, tags and images from files: what is read, what is refused and where, and what is left out and counted."""
 
 import json
+import pickle
 import shutil
 
 import jax
@@ -12,8 +13,8 @@ from PIL import Image
 
 from jaxmodels import api, experiment
 from jaxmodels.data import loader, open_dataset, tfds
-from jaxmodels.data.skipping import Forgiving
-from jaxmodels.data.source import Arrays, take
+from jaxmodels.data.skipping import BadExample, Forgiving
+from jaxmodels.data.source import Arrays, Remembered, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.models import create
 from jaxmodels.tasks.classify import Classify
@@ -282,11 +283,15 @@ def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):
     assert int(source[7]["image"].max()) == 110
     with pytest.raises(ConfigError, match=r"train/dog/2\.png: cannot be decoded as an image"):
         source[8]
+    with pytest.raises(BadExample) as caught:
+        Remembered(pickle.loads(pickle.dumps(source)))[8]
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it comes out of a process that reads ahead
     batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
     with pytest.raises(ConfigError, match=r"dog/2\.png"):
         list(loader.read_ahead(batches, threads=2, workers=0, buffer=2))
     source = open_dataset(f"images:{folder}", options | {"on_bad_example": "skip"}, None).splits["train"]
-    for batch in (take(source, np.arange(12)), loader.EvaluationBatches(source, 16)[0]):
+    assert Remembered(source).fingerprint() == source.fingerprint()
+    for batch in (take(Remembered(source), np.arange(12)), loader.EvaluationBatches(source, 16)[0]):
         assert np.flatnonzero(batch["skipped"]).tolist() == [8] and not batch["image"][8].any()
     assert np.flatnonzero(batch["weight"]).tolist() == [i for i in range(12) if i != 8]
     batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)

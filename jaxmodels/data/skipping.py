@@ -20,6 +20,10 @@ class BadExample(ConfigError):
           problem: what is wrong with it, and the next thing to try.
         """
         super().__init__(f"{where}: {problem} (data.on_bad_example=skip leaves such examples out.)")
+        self._parts = where, problem
+
+    def __reduce__(self):  # the processes that read ahead send what they raise
+        return BadExample, self._parts
 
 
 class Skipping:

@@ -119,6 +119,8 @@ class Remembered:
 
     def __init__(self, source: DataSource):
         self.source = source
+        if hasattr(source, "fingerprint"):
+            self.fingerprint = source.fingerprint
         first = source[0]
         self.arrays = {k: np.empty((len(source), *np.shape(v)), np.asarray(v).dtype) for k, v in first.items()}
         self.ready = np.zeros(len(source), bool)
