@@ -16,10 +16,12 @@ from flax import nnx
 from jaxmodels.data.dates import FORMATS, dates
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
+from jaxmodels.models.recurrent import RecurrentEncoder
 from jaxmodels.tasks.classify_text import ClassifyText
 from jaxmodels.tasks.regress_text import RegressText
 from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.tag import Tag
+from jaxmodels.training.step import make_eval_step, split
 
 
 def logits_of(*probabilities):
@@ -80,6 +82,15 @@ def test_numbers_of_texts():
     assert values["pearson"] == pytest.approx(np.cov(x, y)[0, 1] / np.sqrt(np.var(x, ddof=1) * np.var(y, ddof=1)))
     assert values["spearman"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 0) / (4 * 15))
     assert task.score({"predicted": np.ones(3), "label": np.arange(3.0)}) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_labels_stay_exact_where_the_model_computes_in_half_precision():
+    task = RegressText({"vocab_size": 9})
+    batch = {"tokens": jnp.zeros((1, 2), int), "label": jnp.array([1.001]), "weight": jnp.ones(1)}
+    model = RecurrentEncoder(9, ("value", 1), width=2, rngs=nnx.Rngs(0))
+    graph, params, stats = split(model)
+    _, outputs = make_eval_step(task, graph, "bfloat16")(params, stats, batch, task.metrics(model, batch))
+    assert float(outputs["label"][0]) == np.float32(1.001)
 
 
 class Words:

@@ -149,6 +149,11 @@ def make_init(
     return init
 
 
+def _inputs(batch, dtype):
+    """A batch as the model computes it; weights, and labels, which may be numbers to predict, stay exact."""
+    return batch | {name: cast(x, dtype) for name, x in batch.items() if name not in ("weight", "label")}
+
+
 def make_loss(task, graph, precision: str) -> Callable:
     """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats). The module runs in `precision`."""
     dtype = DTYPES[precision]
@@ -156,7 +161,7 @@ def make_loss(task, graph, precision: str) -> Callable:
     def loss(params, frozen, stats, batch, key):
         model = merge(graph, cast(join(params, frozen), dtype), stats)
         _hold_frozen_norms(model, params, frozen)
-        inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
+        inputs = _inputs(batch, dtype)
         total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
@@ -277,7 +282,7 @@ def make_eval_step(task, graph, precision: str) -> Callable:
 
     def eval_step(params, stats, batch, sums):
         model = evaluation_model(graph, params, stats, dtype)
-        inputs = batch | {name: cast(x, dtype) for name, x in batch.items() if name != "weight"}
+        inputs = _inputs(batch, dtype)
         sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)) | skipped_metric(batch), jnp.float32))
         outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
         return sums, outputs
