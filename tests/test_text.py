@@ -81,8 +81,9 @@ def test_rows_are_random_access_and_well_filled():
     assert source.fingerprint() == again.fingerprint() != packed(sizes[::-1], 127).fingerprint()
 
 
-def test_packed_rows_are_worth_what_their_documents_are():
-    """The loss of rows is that of the documents one by one: attention and positions keep to themselves."""
+@pytest.mark.parametrize(("name", "options"), [("gpt", {"heads": 2, "context": 8}), ("lstm", {})])
+def test_packed_rows_are_worth_what_their_documents_are(name, options):
+    """The loss of rows is that of the documents one by one: states, attention and positions keep to themselves."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -92,7 +93,7 @@ def test_packed_rows_are_worth_what_their_documents_are():
     sizes = np.array([4, 3, 9, 2, 5, 6])
     values = np.random.default_rng(0).integers(0, 11, sizes.sum())
     source = Packed(Tokens(values), np.cumsum(sizes), 8)
-    model, task = create("gpt", 11, layers=1, heads=2, width=8, context=8, rngs=nnx.Rngs(0)), LanguageModel({"vocab_size": 11})
+    model, task = create(name, 11, layers=1, width=8, **options, rngs=nnx.Rngs(0)), LanguageModel({"vocab_size": 11})
 
     rows, alone = everything(source), np.full((len(sizes), 9), -1)
     for row, document in zip(alone, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
@@ -208,6 +209,7 @@ def test_nothing_but_bad_documents(folder):
         ({"holdout": 1.0}, "config.data.holdout must be"),
         ({"packing": "examples", "stride": 2}, "config.data.stride"),
         ({"validation": "no.txt"}, "config.data.validation: there is no file no.txt nor .*no.txt"),
+        ({"validation": "docs"}, "config.data.validation: .*docs is a folder; give a pattern of its files: docs/../.*txt"),
         ({"sequence_length": 400}, "docs/a.txt has 7 tokens in train: less than one window of sequence_length=400"),
         ({"tokenizer": "run"}, "config.data.tokenizer: .*a.txt: character 'a' .at 0. is not one of"),
     ],

@@ -77,6 +77,9 @@ def find_files(paths: str, data_dir: str | None, key: str = "config.data.source"
         places = [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
         files = next((files for place in places if path and (files := _glob(place))), None)
         if files is None:
+            folder = next((place for place in places if path and os.path.isdir(place)), None)
+            if folder is not None:
+                raise ConfigError(f"{key}: {folder} is a folder; give a pattern of its files: {os.path.join(path, '**', '*.txt')}")
             raise ConfigError(
                 f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
                 "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."

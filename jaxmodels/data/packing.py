@@ -29,7 +29,7 @@ class Windows:
         self.tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
         self.length, self.stride = length, length if cover else stride
         size = len(self.tokens)
-        self.count = -(-(size - 1) // length) if cover else max(0, (size - 1 - length) // stride + 1)
+        self.count = max(0, -(-(size - 1) // length) if cover else (size - 1 - length) // stride + 1)
 
     def __len__(self):
         return self.count

@@ -174,7 +174,7 @@ def open_documents(
             except OSError as error:
                 cure = "set JAXMODELS_CACHE_DIR to a folder that can be written"
                 fallbacks.append(f"no cache of tokens ({error}): every start tokenises anew; {cure}")
-        done = done or tokens_lib.tokenise(texts, tokenizer, header, key)
+        done = done or tokens_lib.tokenise(texts, tokenizer, header)
     splits = {split: _lay_out(split, *part, options) for split, part in done.splits.items()}
     for split, (tokens, _) in done.splits.items():
         if not len(splits[split]):

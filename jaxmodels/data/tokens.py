@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.data.source import fingerprint
 from jaxmodels.data.tokenizers import Tokenizer, from_json
 from jaxmodels.errors import ConfigError
 
@@ -49,14 +48,14 @@ Texts = Mapping[str, Callable[[], Iterable[Piece]]]  # by split, as often as the
 class Tokens:
     """Tokens by place, int32 wherever they lie: an array in memory, or a file."""
 
-    def __init__(self, values: np.ndarray, *, path: str | os.PathLike | None = None, key: str | None = None):
+    def __init__(self, values: np.ndarray, *, path: str | os.PathLike | None = None, checksum: int | None = None):
         """
         Args:
           values: int [n], of any width.
           path: the file that `values` is mapped from, or None.
-          key: a checksum of what they were made from, where reading all of them for one would cost too much.
+          checksum: CRC-32 of the values, where it is known.
         """
-        self.values, self.path, self.key = values, path, key
+        self.values, self.path, self.checksum = values, path, checksum
 
     def __len__(self):
         return len(self.values)
@@ -70,8 +69,10 @@ class Tokens:
         return self.path is None or self.values.nbytes <= 1 << 30
 
     def fingerprint(self) -> int:
-        """A checksum."""
-        return fingerprint(self.values) if self.key is None else zlib.crc32(self.key.encode())
+        """A checksum, the same wherever they lie."""
+        if self.checksum is None:
+            self.checksum = zlib.crc32(np.ascontiguousarray(self.values))
+        return self.checksum
 
     def __getstate__(self):  # a worker process maps the file itself
         if self.path is None:
@@ -104,21 +105,25 @@ class Tokenised:
         return sum(len(tokens) for tokens, _ in self.splits.values())
 
 
-def tokenise(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any], key: str | None = None) -> Tokenised:
+def tokenise(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> Tokenised:
     """Tokenises in memory. A document is followed by the tokenizer's `end`, where it has one.
 
     Args:
       texts: by split.
       tokenizer: to use.
       header: kept beside.
-      key: as for `Tokens`.
     """
     splits = {}
     for split, pieces in texts.items():
-        parts = list(_encoded(pieces(), tokenizer))
-        values = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        splits[split] = (Tokens(values, key=key and f"{key} {split}"), np.cumsum([len(part) for part in parts], dtype=np.int64))
+        parts = [tokens.astype(_width(tokenizer)) for tokens in _encoded(pieces(), tokenizer)]
+        values = np.concatenate(parts) if parts else np.zeros(0, _width(tokenizer))
+        splits[split] = (Tokens(values), np.cumsum([len(part) for part in parts], dtype=np.int64))
     return Tokenised(splits, tokenizer, dict(header))
+
+
+def _width(tokenizer: Tokenizer) -> np.dtype:
+    """The narrowest type that holds all tokens."""
+    return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
 def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -163,7 +168,7 @@ def read_cache(key: str) -> tuple[Tokenised | None, str | None]:
     try:
         if not folder.exists():
             return None, None
-        return _open(folder, folder, key), None
+        return _open(folder, folder), None
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{folder} is damaged ({error})"
 
@@ -184,7 +189,7 @@ def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[st
     try:
         _fill(temporary, texts, tokenizer, header)
         # Opened before it is renamed: whatever becomes of the name, what is mapped stays.
-        result = _open(temporary, folder, key)
+        result = _open(temporary, folder)
         _publish(temporary, folder, key)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -198,7 +203,7 @@ def entry(key: str) -> Path:
 
 def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> None:
     """Writes all files of an entry."""
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    dtype = _width(tokenizer)
     described = {}
     for split, pieces in texts.items():
         ends, size = [], 0
@@ -215,7 +220,7 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
     (folder / "header.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def _open(folder: Path, final: Path, key: str) -> Tokenised:
+def _open(folder: Path, final: Path) -> Tokenised:
     """An entry that lies in `folder` and is going to lie in `final`.
 
     Raises:
@@ -231,7 +236,7 @@ def _open(folder: Path, final: Path, key: str) -> Tokenised:
         ends = np.fromfile(files[1], np.int64)
         if len(ends) != described["documents"]:
             raise ValueError(f"{files[1].name} has {len(ends)} documents, not {described['documents']}")
-        splits[split] = (Tokens(values, path=final / files[0].name, key=f"{key} {split}"), ends)
+        splits[split] = (Tokens(values, path=final / files[0].name, checksum=described["crc32"][0]), ends)
     tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     return Tokenised(splits, tokenizer, header["texts"])
 
