@@ -9,7 +9,18 @@ from jaxmodels.experiment import build_experiment
 from jaxmodels.sections import resolve
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-NEEDS_DATA = ("cnn_mnist", "forecast_linear", "forecast_lstm", "forecast_transformer", "gpt_shakespeare", "lstm_shakespeare", "resnet_cifar10", "vit_cifar10")
+NEEDS_DATA = (
+    "cnn_mnist",
+    "forecast_linear",
+    "forecast_lstm",
+    "forecast_transformer",
+    "gpt_shakespeare",
+    "lstm_shakespeare",
+    "lstm_sst2",
+    "resnet_cifar10",
+    "tagger_wikiann",
+    "vit_cifar10",
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
