@@ -59,6 +59,17 @@ def test_the_tpu_kernel_computes_the_same(options):
     np.testing.assert_allclose(y, numpy_attend(q, k, v, **options), atol=1e-4)
 
 
+def test_the_tpu_kernel_and_its_gradient_lower_for_a_tpu():
+    def loss(q, k, v, segments):
+        return attend(q, k, v, causal=True, window=50, segments=(segments, segments), implementation="splash").astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, 300, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    segments = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+    exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(*shapes, segments)
+    assert [x.shape for x in exported.out_avals] == [x.shape for x in shapes]
+    assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, and backward to queries, and to keys and values
+
+
 ASKED = {"causal": True, "window": None, "bias": False}
 
 

@@ -269,7 +269,7 @@ def check_pattern(where: str, pattern: str) -> None:
 
 
 def paths(params: Any) -> list[str]:
-    """Every parameter's path, `blocks/0/up/kernel`, in the order of the tree's leaves."""
+    """Every parameter's path, `blocks/0/mlp/up/kernel`, in the order of the tree's leaves."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 

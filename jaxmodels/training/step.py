@@ -92,7 +92,7 @@ def join(params: dict, frozen: dict) -> dict:
 
 
 def flatten(tree) -> dict:
-    """Nested dictionaries as one, with paths such as `blocks/0/up/kernel`."""
+    """Nested dictionaries as one, with paths such as `blocks/0/mlp/up/kernel`."""
     return traverse_util.flatten_dict(tree or {}, sep="/")
 
 
