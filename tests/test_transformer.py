@@ -1,5 +1,6 @@
 """The Transformer's shapes and options against plain computations and published sizes."""
 
+import functools
 import math
 
 import jax
@@ -201,8 +202,8 @@ def mixed(q, k, v, hidden, scale, bias=0.0):
 
 
 def test_decoder_equals_qwen3_in_numpy():
-    model = filled(lambda: Decoder(11, context=8, layers=2, width=8, heads=4, kv_heads=2, head_width=6, mlp_width=10, positions="rotary", rotary_base=100.0, norm="rms",
-                epsilon=1e-6, activation="swiglu", bias=False, qkv_bias=True, query_key_norm=True, rngs=nnx.Rngs(0)))  # fmt: skip
+    options = {"layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "head_width": 6, "mlp_width": 10, "rotary_base": 100.0, "epsilon": 1e-6}
+    model = filled(lambda: create("qwen3-0.6b", 11, **options, context=8, qkv_bias=True, rngs=nnx.Rngs(0)))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), split(model)[1])
     tokens, _ = rows_of_texts()
     tokens = tokens[:2]
@@ -382,7 +383,8 @@ class Talkative(nnx.Module):
 def test_what_stands_in_the_feed_forwards_place_is_heard():
     x, valid = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.array([[True, True, False]] * 2)
     for scan in (False, True):
-        blocks = filled(lambda: make_blocks(lambda rngs: Block(8, 2, dropout=0.0, layers=2, mlp=Talkative, rngs=rngs), 2, scan, nnx.Rngs(0)))  # noqa: B023
+        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative)
+        blocks = filled(lambda block=block, scan=scan: make_blocks(lambda rngs: block(rngs=rngs), 2, scan, nnx.Rngs(0)))
         graph, state = nnx.split(blocks)
 
         def both(x, blocks=blocks, graph=graph, state=state, scan=scan):
