@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside the lazy imports of TFDS that fails too
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-cache-")

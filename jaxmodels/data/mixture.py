@@ -74,7 +74,7 @@ def resolve_parts(sources: Mapping[str, Any], where: str) -> dict[str, dict]:
     if not sources:
         raise ConfigError(f"config.{where}: a mixture needs parts: {{'NAME': {{'source': …, 'weight': …}}}}.")
     parts = {}
-    for name, part in sources.items():
+    for name, part in sorted(sources.items()):  # an order of their own, whatever a file or JSON makes of it
         part = {"source": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping) or "source" not in part:
             raise ConfigError(f"config.{where}.{name}.source is required, e.g. --config.{where}.{name}.source=VALUE.")
