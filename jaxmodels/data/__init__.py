@@ -10,6 +10,7 @@ from jaxmodels.errors import ConfigError
 
 SOURCES = {
     "digits": "jaxmodels.data.digits:digits",
+    "digit_lines": "jaxmodels.data.digits:digit_lines",
     "dates": "jaxmodels.data.dates:dates",
     "python_docs": "jaxmodels.data.text:python_docs",
     "python_code": "jaxmodels.data.python_code:python_code",

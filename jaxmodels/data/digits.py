@@ -5,6 +5,8 @@ import numpy as np
 from jaxmodels.data.source import Arrays, Dataset
 from jaxmodels.errors import ConfigError
 
+GAP = 3  # columns between digits of a line, at most
+
 
 def digits(*, split_seed: int = 0) -> Dataset:
     """The digits, split once by `split_seed`: 70% train, 10% validation, 20% test.
@@ -28,3 +30,39 @@ def digits(*, split_seed: int = 0) -> Dataset:
     }
     splits = {name: Arrays({"image": images[part], "label": labels[part]}) for name, part in parts.items()}
     return Dataset(splits, {"image_shape": (8, 8, 1), "num_classes": 10})
+
+
+def digit_lines(*, longest: int = 6, examples: int = 8000, held_out: int = 500, split_seed: int = 0) -> Dataset:
+    """Lines of handwritten digits side by side, read column by column: what is written is known, where it stands is not.
+
+    A line's digits are drawn from those of its split, with 0 to 3 empty columns between. Made up the same every time.
+
+    Examples: `frames` float32 [T, 8], a column of the line each; `length` int32, how many are not padding; `target`
+    int32 [longest], the digits, then -1.
+
+    Args:
+      longest: digits in a line; there are 1 to so many.
+      examples: lines of the train split.
+      held_out: lines of the validation split, and of the test split.
+      split_seed: as that of `digits`.
+    """
+    if longest < 1 or examples < 1 or held_out < 1:
+        raise ConfigError(f"config.data: longest, examples and held_out must be at least 1, got {longest}, {examples}, {held_out}.")
+    splits = {}
+    for number, (name, split) in enumerate(digits(split_seed=split_seed).splits.items()):
+        image, label = split.arrays["image"], split.arrays["label"]
+        bits, rows = np.random.PCG64([split_seed, number]), examples if name == "train" else held_out
+
+        def draw(*shape, below, bits=bits):
+            return (bits.random_raw(shape) % np.uint64(below)).astype(np.int32)
+
+        frames = np.zeros((rows, longest * (8 + GAP), 8), np.float32)
+        which, gaps, count = draw(rows, longest, below=len(label)), draw(rows, longest, below=GAP + 1), 1 + draw(rows, below=longest)
+        there = np.arange(longest) < count[:, None]
+        starts = np.cumsum(gaps + 8, axis=1) - 8
+        for row, place in zip(*np.nonzero(there), strict=True):
+            start = starts[row, place]
+            frames[row, start : start + 8] = image[which[row, place], :, :, 0].T
+        length = (starts[np.arange(rows), count - 1] + 8).astype(np.int32)
+        splits[name] = Arrays({"frames": frames, "length": length, "target": np.where(there, label[which], -1).astype(np.int32)})
+    return Dataset(splits, {"frame_width": 8, "num_labels": 10})

@@ -39,6 +39,8 @@ MODELS = {
     "gru_encoder": "jaxmodels.models.recurrent:RecurrentEncoder",
     "lstm_seq2seq": "jaxmodels.models.recurrent:RecurrentSeq2Seq",
     "gru_seq2seq": "jaxmodels.models.recurrent:RecurrentSeq2Seq",
+    "lstm_frames": "jaxmodels.models.frames:RecurrentFrames",
+    "gru_frames": "jaxmodels.models.frames:RecurrentFrames",
     "forecast_linear": "jaxmodels.models.forecast:LinearForecast",
     "forecast_lstm": "jaxmodels.models.forecast:RecurrentForecast",
     "forecast_transformer": "jaxmodels.models.forecast:TransformerForecast",

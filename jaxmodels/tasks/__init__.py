@@ -18,12 +18,14 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 TASKS = {
     "classify": "jaxmodels.tasks.classify:Classify",
     "classify_text": "jaxmodels.tasks.classify_text:ClassifyText",
+    "contrast": "jaxmodels.tasks.contrast:Contrast",
     "forecast": "jaxmodels.tasks.forecast:Forecast",
     "language_model": "jaxmodels.tasks.language_model:LanguageModel",
     "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
     "regress_text": "jaxmodels.tasks.regress_text:RegressText",
     "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
     "tag": "jaxmodels.tasks.tag:Tag",
+    "transcribe": "jaxmodels.tasks.transcribe:Transcribe",
 }
 
 

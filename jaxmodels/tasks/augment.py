@@ -21,6 +21,11 @@ def random_flip(key: jax.Array, image_BHWC: jax.Array) -> jax.Array:
     return jnp.where(_as_images(jax.random.bernoulli(key, 0.5, image_BHWC.shape[:1])), image_BHWC[:, :, ::-1], image_BHWC)
 
 
+def scale(image: jax.Array) -> jax.Array:
+    """uint8 to floats in [0, 1]; others as they are."""
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
 def partners(x: jax.Array) -> jax.Array:
     """For each row of a batch, the row it is mixed with."""
     return jnp.roll(x, 1, axis=0)

@@ -75,7 +75,7 @@ class Classify:
 
     def predict(self, model, batch):
         """Class probabilities, float [B, number of classes]."""
-        return jax.nn.softmax(self._logits(model, _scale(batch["image"]), None))
+        return jax.nn.softmax(self._logits(model, augment.scale(batch["image"]), None))
 
     def loss(self, model, batch, rngs):
         """The sum of weighted losses, the sum of weights, and metrics.
@@ -90,7 +90,7 @@ class Classify:
 
     def metrics(self, model, batch):
         """`loss` (without label smoothing) and `accuracy`."""
-        return self._metrics(self._logits(model, _scale(batch["image"]), None), batch["label"], batch)
+        return self._metrics(self._logits(model, augment.scale(batch["image"]), None), batch["label"], batch)
 
     def summarize(self, values):
         return dict(values)
@@ -102,7 +102,7 @@ class Classify:
             image = augment.random_crop(rngs.dropout(), image, self.crop)
         if self.flip:
             image = augment.random_flip(rngs.dropout(), image)
-        image = _scale(image)
+        image = augment.scale(image)
         if not (self.mixup or self.cutmix):
             return image, label
         mixed, share = augment.mix(
@@ -125,7 +125,3 @@ class Classify:
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         total = jnp.sum(weight)
         return {"loss": (jnp.sum(self.losses(logits, targets) * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
-
-
-def _scale(image):
-    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image

@@ -99,7 +99,7 @@ def info_nce(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax
       [B].
     """
     pair = jnp.arange(len(one))
-    similar = _cosines(one, other) / temperature
+    similar = cosines(one, other) / temperature
     allowed = True if valid is None else valid[None, :] | (pair[None, :] == pair[:, None])
     ways = (jnp.where(allowed, scores, -jnp.inf) for scores in (similar, similar.T))
     return sum(cross_entropy(scores, pair) for scores in ways) / 2
@@ -115,12 +115,12 @@ def nt_xent(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax.
     itself = jnp.eye(2 * B, dtype=bool)
     partner = jnp.roll(itself, B, axis=1)
     allowed = (jnp.tile(real, 2)[None, :] | partner) & ~itself
-    similar = jnp.where(allowed, _cosines(both, both) / temperature, -jnp.inf)
+    similar = jnp.where(allowed, cosines(both, both) / temperature, -jnp.inf)
     return cross_entropy(similar, (jnp.arange(2 * B) + B) % (2 * B)).reshape(2, B).mean(axis=0)
 
 
-def _cosines(one, other):
-    """[B, D] and [B, D] to [B, B]."""
+def cosines(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Of the angles between embeddings [B, D] and [B, D]: [B, B]."""
 
     def normalize(x):
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
@@ -129,6 +129,7 @@ def _cosines(one, other):
 
 
 CLASSIFICATION = {"cross_entropy": cross_entropy, "focal": focal}
+CONTRASTIVE = {"nt_xent": nt_xent, "info_nce": info_nce}
 REGRESSION = {"mse": mse, "mae": mae, "huber": huber}
 
 

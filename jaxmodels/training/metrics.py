@@ -25,6 +25,7 @@ HIGHER_IS_BETTER = {
     "pearson": True,
     "spearman": True,
     "exact_match": True,
+    "label_error_rate": False,
     "bleu": True,
     "rouge1": True,
     "rouge2": True,
