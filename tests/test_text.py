@@ -162,6 +162,17 @@ def test_documents_are_packed_whole(folder):
     assert sorted(found) == ["aaaa aa<end>", "bb bb<end>", "ddd d<end>", "eee\n<end>"]
 
 
+def test_a_tokenizer_of_ones_own_for_the_help_topics(folder):
+    (folder / "t.json").write_text('{"kind": "word", "lower": false, "words": ["the", "Python"]}')
+    dataset = open_dataset("python_docs", {"sequence_length": 16, "tokenizer": "t.json", "packing": "examples"}, str(folder))
+    rows = everything(dataset.splits["train"])
+    assert dataset.info["vocab_size"] == 6 and set(np.unique(rows["tokens"])) == {-1, 0, 2, 4, 5}
+    from pydoc_data.topics import topics
+
+    ends = sum((everything(source)["tokens"] == 2).sum() for source in dataset.splits.values())
+    assert ends == len(topics), "each topic is a document"
+
+
 @pytest.mark.parametrize("spec", ["bpe:270", "word:3", "character+special"])
 def test_tokenizers_are_made_from_the_text_that_trains(folder, spec):
     (folder / "val.txt").write_text("zz zz zz zz zz zz")

@@ -101,6 +101,7 @@ def text(
 
 
 def python_docs(
+    data_dir: str | None,
     *,
     sequence_length: int,
     tokenizer: str = "character",
@@ -119,7 +120,7 @@ def python_docs(
     documents = [Document(title, topics[title]) for title in sorted(topics)]
     if packing == "contiguous":
         documents = [Document("pydoc_data.topics", "\n\n".join(document.text for document in documents))]
-    return open_documents({"train": lambda: documents}, "pydoc_data.topics", options, None, None)
+    return open_documents({"train": lambda: documents}, "pydoc_data.topics", options, data_dir, None)
 
 
 def _key(files: Mapping[str, list[str]], text_column: str, options: TextOptions, data_dir: str | None) -> str | None:
