@@ -230,15 +230,16 @@ SMALL |= {"mlp_width": 8, "moe": {"experts": 4, "top_k": 2}}
 def test_a_decoder_of_experts_scanned_and_rematerialised_is_one_function():
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11).at[1, 5:].set(-1)
     graph, _, stats = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, rngs=nnx.Rngs(0))))
-    scanned = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, scan=True, remat="full", rngs=nnx.Rngs(0))))[0]
-    params = jax.jit(lambda: split(Decoder(11, **SMALL, scan=True, rngs=nnx.Rngs(0)))[1])()
+    scanned, shapes, _ = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, scan=True, remat="full", rngs=nnx.Rngs(0))))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 0.3, jnp.float32), shapes)
     assert set(params["blocks"]["mlp"]) == {"router", "experts"}
 
     def loss(params, graph):
         logits, aux = merge(graph, params, stats).with_auxiliary(tokens, rngs=nnx.Rngs(dropout=1))
         return jnp.sum(jnp.sin(logits)) + 10 * aux["loss"], aux
 
-    unrolled = params | {"blocks": {str(i): jax.tree.map(lambda x: x[i], params["blocks"]) for i in (0, 1)}}
+    unrolled = params | {"blocks": {str(i): jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in (0, 1)}}
     one = jax.jit(lambda params: loss(params, graph))(unrolled)
     other, gradient = jax.jit(jax.value_and_grad(lambda params: loss(params, scanned), has_aux=True))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, other)
