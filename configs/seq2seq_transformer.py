@@ -1,0 +1,33 @@
+"""A small encoder–decoder Transformer that writes dates, given as people write them, in ISO 8601: offline.
+
+    jaxmodels train --config=configs/seq2seq_transformer.py
+
+`Thursday, March 5, 1998`, `5.III.1998` and twelve more forms; no day of the test is in training in any form. Exact match is of
+the whole date, decoded greedily.
+
+Reached: test exact match 0.9985.
+Time: 4 min 22 s of training on two CPU cores that had much other work beside it: an upper figure.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {
+        "name": "encoder_decoder",
+        "context": 32,
+        "layers": 2,
+        "heads": 4,
+        "width": 64,
+        "mlp_width": 256,
+        "positions": "learned",
+        "post_norm": False,
+    }
+    c.task = {"name": "seq2seq"}
+    c.data = {"source": "dates", "batch_size": 100, "eval_batch_size": 200}
+    c.optimizer = {"name": "adam", "learning_rate": 2e-3, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 100}}
+    c.training = {"steps": 1500}
+    c.evaluation = {"every": 300}
+    c.checkpoint = {"every": 300, "best": "exact_match"}
+    return c
