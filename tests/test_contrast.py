@@ -46,7 +46,9 @@ def test_views_differ_and_evaluation_repeats_its_own():
     np.testing.assert_allclose(jnp.linalg.norm(unit, axis=1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"crop": 0}, "at least one of"), ({"temperature": 0.0}, "temperature"), ({"noise": -1.0}, "noise")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"crop": 0}, "at least one of"), ({"temperature": 0.0}, "temperature"), ({"noise": -1.0}, "noise")]
+)
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ConfigError, match=message):
         Contrast(INFO, **options)

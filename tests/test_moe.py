@@ -205,7 +205,13 @@ def test_an_even_load_is_where_gradients_of_balance_lead():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"top_k": 5}, "top_k=5"), ({"dispatch": "both"}, "dispatch"), ({"capacity_factor": 0.0}, "capacity_factor"), ({"activation": "no"}, "activation"), ({"experts": 0}, "experts")],
+    [
+        ({"top_k": 5}, "top_k=5"),
+        ({"dispatch": "both"}, "dispatch"),
+        ({"capacity_factor": 0.0}, "capacity_factor"),
+        ({"activation": "no"}, "activation"),
+        ({"experts": 0}, "experts"),
+    ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
