@@ -174,7 +174,7 @@ class Log:
 
 
 # Metrics that are printed, in this order; all are written.
-SHOWN = ("loss", "accuracy", "perplexity", "f1", "mse", "mae", "pearson", "exact_match", "bleu", "rougeL")
+SHOWN = ("loss", "accuracy", "perplexity", "f1", "mse", "mae", "pearson", "label_error_rate", "exact_match", "bleu", "rougeL")
 
 
 def duration(seconds: float) -> str:
