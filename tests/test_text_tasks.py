@@ -1,6 +1,7 @@
 """Tasks on text: losses and scores against what is known by hand."""
 
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -58,6 +59,27 @@ def test_tags_of_minus_one_do_not_count():
     assert float(weight) == 2.0
     np.testing.assert_allclose(total, -(np.log(0.5) + 0.5 * np.log(0.2) + 0.5 * np.log(0.7)), rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"][0], 1 + 0.5)
+
+
+def test_constrained_tags_are_the_best_of_all_allowed_sequences():
+    names = ("B-X", "B-Y", "I-X", "I-Y", "O")
+    rng = np.random.default_rng(0)
+    scores = np.log(rng.dirichlet(np.ones(5) * 0.5, (6, 5))).astype(np.float32)
+    valid = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 1, 0, 1], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
+    task = Tag({"vocab_size": 9, "tags": names})
+    got = np.asarray(task.predict(model(jnp.asarray(scores)), {"tokens": jnp.zeros((6, 5), int), "tags": jnp.where(valid, 0, -1)}))
+    free = np.asarray(Tag({"vocab_size": 9, "tags": names}, constrained=False).predict(model(jnp.asarray(scores)), {"tokens": None}))
+    np.testing.assert_array_equal(free, scores.argmax(-1))
+
+    def allowed(sequence):
+        pairs = zip((None, *sequence), sequence, strict=False)
+        return all(names[b][0] != "I" or (a is not None and names[a][1:] == names[b][1:]) for a, b in pairs)
+
+    for row in range(6):
+        places = np.flatnonzero(valid[row])
+        best = max(filter(allowed, itertools.product(range(5), repeat=len(places))), key=lambda s: scores[row, places, s].sum())  # noqa: B023
+        assert got[row, places].tolist() == list(best)
+    assert (got != free)[valid].any()
 
 
 def test_text_classes():

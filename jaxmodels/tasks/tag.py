@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,11 +20,13 @@ class Tag:
 
     scores = ("precision", "recall", "f1")
 
-    def __init__(self, info: Mapping, *, label_smoothing: float = 0.0):
+    def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, constrained: bool = True):
         """
         Args:
           info: of the data set: `vocab_size`, and `tags`, the names of the tags in BIO form (`O`, `B-PER`, `I-PER`, …).
           label_smoothing: probability taken from the true tag and spread evenly over all. Training only.
+          constrained: predict the likeliest sequence in which every `I-X` follows a `B-X` or `I-X`; else the likeliest tag of
+            each token by itself. Entities are scored on what is predicted, `accuracy` on each tag by itself.
         """
         require(info, "tag", "texts with tags", "vocab_size", "tags")
         if not 0 <= label_smoothing < 1:
@@ -37,10 +40,18 @@ class Tag:
         self.provides = {"vocab_size": info["vocab_size"], "head": ("tags", len(self.names))}
         self.batch = {"tokens": (None,), "tags": (None,)}
         self.label_smoothing = label_smoothing
+        self._allowed = _allowed(self.names) if constrained else None
 
     def predict(self, model, batch):
-        """The likeliest tag's number for each of `tokens` [B, T]: int [B, T]."""
-        return jnp.argmax(self._logits(model, batch, None), axis=-1)
+        """The tags' numbers for `tokens` [B, T]: int [B, T].
+
+        Where words are several tokens, give `tags` as well, 0 at each word's first token and -1 elsewhere: only there do the
+        predictions mean something, and only these follow each other.
+        """
+        logits = self._logits(model, batch, None)
+        if self._allowed is None:
+            return jnp.argmax(logits, axis=-1)
+        return best_sequence(jax.nn.log_softmax(logits), batch.get("tags", batch["tokens"]) >= 0, self._allowed)
 
     def loss(self, model, batch, rngs):
         """The sum of cross-entropies over tokens that count, how many count, and metrics."""
@@ -57,7 +68,7 @@ class Tag:
         return _metrics(self._logits(model, batch, None), batch)
 
     def outputs(self, model, batch):
-        """The likeliest tags, and the true ones."""
+        """The predicted tags, and the true ones; of these only whether there is one goes into the prediction."""
         return {"predicted": self.predict(model, batch).astype(jnp.int16), "tags": batch["tags"].astype(jnp.int16)}
 
     def score(self, outputs):
@@ -77,6 +88,48 @@ class Tag:
 
     def _logits(self, model, batch, rngs):
         return model(batch["tokens"], rngs=rngs).astype(jnp.float32)
+
+
+def _allowed(names: tuple[str, ...]) -> np.ndarray:
+    """bool [K + 1, K]: which tag may follow which; the last row is for the first tag of a row."""
+    allowed = np.ones((len(names) + 1, len(names)), bool)
+    for i, name in enumerate(names):
+        before = ("B-" + name[2:], name)
+        if name.startswith("I-") and before[0] in names:
+            allowed[:, i] = [other in before for other in (*names, None)]
+    return allowed
+
+
+def best_sequence(scores_BTK: jax.Array, valid_BT: jax.Array, allowed: np.ndarray) -> jax.Array:
+    """The sequence of tags with the largest sum of scores among those allowed (Viterbi 1967).
+
+    Args:
+      scores_BTK: of each tag at each token.
+      valid_BT: bool, the tokens that have a tag: the others are passed by.
+      allowed: bool [K + 1, K], as of `_allowed`.
+
+    Returns:
+      int32 [B, T]; where not valid, the tag before it.
+    """
+    B, _, K = scores_BTK.shape
+    penalty = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
+    # The state before the first tag is one more tag, K, which nothing goes back to.
+    first = jnp.full((B, K + 1), -1e9).at[:, K].set(0.0)
+
+    def forward(best_BK, inputs):
+        scores_BK, valid_B = inputs
+        paths_BJK = best_BK[:, :, None] + penalty
+        new = jnp.pad(jnp.max(paths_BJK, axis=1) + scores_BK, ((0, 0), (0, 1)), constant_values=-2e9)
+        came = jnp.pad(jnp.argmax(paths_BJK, axis=1), ((0, 0), (0, 1)))
+        stay = jnp.broadcast_to(jnp.arange(K + 1), came.shape)
+        return jnp.where(valid_B[:, None], new, best_BK), jnp.where(valid_B[:, None], came, stay)
+
+    def backward(tag_B, came_BK):
+        return jnp.take_along_axis(came_BK, tag_B[:, None], axis=1)[:, 0], tag_B
+
+    best_BK, came_TBK = jax.lax.scan(forward, first, (scores_BTK.swapaxes(0, 1), valid_BT.T))
+    _, tags_TB = jax.lax.scan(backward, jnp.argmax(best_BK, axis=1), came_TBK, reverse=True)
+    return jnp.minimum(tags_TB.T, K - 1).astype(jnp.int32)
 
 
 def _targets(batch):
