@@ -1,0 +1,24 @@
+"""An LSTM encoder–decoder with attention that writes dates, given as people write them, in ISO 8601: offline.
+
+    jaxmodels train --config=configs/seq2seq_lstm.py
+
+`Thursday, March 5, 1998`, `5.III.1998` and twelve more forms; no day of the test is in training in any form. Exact match is of
+the whole date, decoded greedily.
+
+Reached: test exact match 1.0000 (all of 2,000 dates).
+Time: 2 min 48 s of training on two CPU cores that had much other work beside it: an upper figure.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "lstm_seq2seq", "width": 128, "embedding": 32}
+    c.task = {"name": "seq2seq"}
+    c.data = {"source": "dates", "batch_size": 64, "eval_batch_size": 200}
+    c.optimizer = {"name": "adam", "learning_rate": 3e-3, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 50}}
+    c.training = {"steps": 1000}
+    c.evaluation = {"every": 250}
+    c.checkpoint = {"every": 250, "best": "exact_match"}
+    return c
