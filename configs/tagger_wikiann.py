@@ -1,0 +1,26 @@
+"""An LSTM in both directions that finds names in WikiANN English (Pan et al. 2017; splits of Rahimi et al. 2019): from scratch.
+
+    jaxmodels train --config=configs/tagger_wikiann.py --data_dir=DIR
+
+DIR holds `wikiann_en/{train,dev,test}.conll`, `token<TAB>tag`: 20,000, 10,000 and 10,000 sentences. Words are cut into pieces of a
+BPE made from the training text, so that the parts of a name never seen are seen; a word's tag is predicted at its first piece,
+and the tags are the likeliest sequence that BIO allows (taken each by itself, they give an F1 of 0.622).
+
+Reached: test entity F1 0.679 (precision 0.668, recall 0.690). 53 test sentences are longer than 48 pieces and cut: were all names
+beyond the cut counted as missed (1.5% of all), it would be 0.673.
+Time: 8 min 22 s of training on two CPU cores that ten other processes shared: an upper figure.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "lstm_encoder", "width": 96, "embedding": 96, "dropout": 0.3, "word_dropout": 0.1}
+    c.task = {"name": "tag"}
+    c.data = {"source": "conll:wikiann_en", "sequence_length": 48, "tokenizer": "bpe:8000", "batch_size": 64, "eval_batch_size": 250}
+    c.optimizer = {"name": "adam", "learning_rate": 3e-3, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 50}}
+    c.training = {"epochs": 5, "ema": 0.99}
+    c.evaluation = {"every": 312, "patience": 2}
+    c.checkpoint = {"every": 312, "best": "f1"}
+    return c
