@@ -150,7 +150,7 @@ BAD_ARRAYS = {
     "no examples": ({"train": {"image": [], "label": []}}, "above 0"),
     "words": ({"train": ARRAYS | {"label": ["a"] * 8}}, "'label' must be an array of numbers"),
     "labels below 0": ({"train": ARRAYS | {"label": [-1, 1] * 4}}, "whole numbers from 0 on"),
-    "fractions as labels": ({"train": ARRAYS | {"label": [0.5, 1] * 4}}, "whole numbers from 0 on"),
+    "fractions as labels": ({"train": ARRAYS | {"label": [0.5, 1] * 4}}, "labels that are whole numbers"),
     "another split": ({"train": ARRAYS, "val": ARRAYS}, "has 'val'"),
     "no labels in one": ({"train": ARRAYS, "test": {"image": ARRAYS["image"]}}, "needs 'label' in every example; test has none"),
     "another shape in one": ({"train": ARRAYS, "test": ARRAYS | {"image": [[[[0.0, 1.0]]]] * 8}}, "'image' of test"),

@@ -53,7 +53,7 @@ class Classify:
         """
         for key in ("image_shape", "num_classes"):
             if key not in info:
-                raise ConfigError(f"config.task: 'classify' needs images with labels; this data source gives no {key}.")
+                raise ConfigError(f"config.task: 'classify' needs images with labels that are whole numbers; this data source gives no {key}.")
         if len(info["image_shape"]) != 3:
             raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
         losses.check(label_smoothing=label_smoothing, gamma=gamma)

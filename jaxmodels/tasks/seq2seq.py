@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.inference import translate
 from jaxmodels.tasks import require
+from jaxmodels.tasks.losses import cross_entropy
 
 SCORES = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL")
 
@@ -68,11 +67,7 @@ class Seq2Seq:
         """The sum of cross-entropies over targets that count, how many count, and metrics."""
         logits, targets, weight = self._forward(model, batch, rngs)
         metrics = _metrics(logits, targets, weight)
-        if not self.label_smoothing:
-            return *metrics["loss"], metrics
-        spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        exact = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        losses = (1 - self.label_smoothing) * exact + self.label_smoothing * spread
+        losses = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         return jnp.sum(losses * weight), jnp.sum(weight), metrics
 
     def metrics(self, model, batch):
@@ -119,7 +114,7 @@ class Seq2Seq:
 
 
 def _metrics(logits, targets, weight):
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    losses = cross_entropy(logits, targets)
     correct = jnp.argmax(logits, axis=-1) == targets
     total = jnp.sum(weight)
     return {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
