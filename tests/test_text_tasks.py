@@ -188,7 +188,8 @@ def test_a_dates_experiment_decodes_what_it_predicts():
     module = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(0)))
     graph, state = nnx.split(module)
     batch = {"source": jnp.zeros((3, 7), int)}
-    assert jax.eval_shape(lambda s: experiment.task.predict(nnx.merge(graph, s), batch), state).shape == (3, 11)  # the length of an ISO date and its end
+    predicted = jax.eval_shape(lambda s: experiment.task.predict(nnx.merge(graph, s), batch), state)
+    assert predicted.shape == (3, 11)  # an ISO date and its end
 
 
 @pytest.mark.parametrize(
