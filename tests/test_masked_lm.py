@@ -129,9 +129,8 @@ def test_evaluation_hides_the_same_whatever_the_batch_and_the_padding():
     whole, again, turned = (evaluate(batch_of(rows)) for rows in (tokens, tokens, tokens[::-1]))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
     filler = text_rows(rows=100, seed=1)
-    parts = [
-        evaluate(batch_of(np.concatenate([part, filler])) | {"weight": (jnp.arange(200) < 100).astype(jnp.float32)}) for part in (tokens[:100], tokens[100:])
-    ]
+    first = {"weight": (jnp.arange(200) < 100).astype(jnp.float32)}
+    parts = [evaluate(batch_of(np.concatenate([part, filler])) | first) for part in (tokens[:100], tokens[100:])]
     wider = evaluate(batch_of(np.pad(tokens, ((0, 0), (0, 37)), constant_values=-1)))
     for name, (total, weight) in whole.items():
         for other in (turned[name], wider[name], [sum(p[name][i] for p in parts) for i in (0, 1)]):

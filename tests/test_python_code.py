@@ -10,7 +10,8 @@ from jaxmodels.data import open_dataset, python_code
 from jaxmodels.data.source import take
 from jaxmodels.errors import ConfigError
 
-FILES = {f"{package}/{name}.py": f"{package} {name}\n" * size for package in ("json", "xml") for name, size in zip("abcde", (900, 800, 700, 600, 1), strict=True)}
+SIZES = {"a": 900, "b": 800, "c": 700, "d": 600, "e": 1}
+FILES = {f"{package}/{name}.py": f"{package} {name}\n" * size for package in ("json", "xml") for name, size in SIZES.items()}
 FILES |= {"http/a.py": "x\n" * 3000, "http/b.py": "x\n" * 3000, "shutil.py": "y\n" * 3000}
 
 

@@ -155,7 +155,7 @@ def _library() -> dict[str, str]:
                     files[os.path.relpath(path, root).replace(os.sep, "/")] = file.read()
     files = {path: text for path, text in files.items() if text.strip()}
     if not any(_package(path) in PACKAGES for path in files):
-        raise ConfigError(f"config.data.source: this Python comes without the source of its standard library: {root} has no .py files of its packages.")
+        raise ConfigError(f"config.data.source: this Python comes without the source of its library: {root} has no .py files of its packages.")
     return files
 
 

@@ -1,0 +1,57 @@
+"""What pretraining is worth: fine-tuned against trained from scratch, the same steps on the same examples, several seeds.
+
+    python benchmarks/pretraining.py bert_classify
+    python benchmarks/pretraining.py bert_sst2 --data_dir=DIR
+
+Trains the parent, `runs/PARENT`, and then for each seed `configs/NAME.py`, which starts from it, and `configs/NAME.py:scratch`,
+which does not, in `runs/NAME-START-SEED`, below the working directory; what is done already is not done again. Prints the test
+accuracy of each at the step that was best on the validation split, and their means. The seed draws the new parameters, dropout
+and the order of examples; all seeds start from one parent and have one training set.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARENTS = {"bert_classify": "bert_text", "bert_sst2": "bert_mlm_sst2"}
+STARTS = {"fine-tuned": "", "scratch": ":scratch"}
+
+
+def train(config: str, run: str, *options: str) -> float | None:
+    """Trains, or goes on, or does nothing if it is done; returns the test accuracy, where there is one."""
+    command = [sys.executable, "-m", "jaxmodels", "train", f"--config={ROOT}/configs/{config}", f"--workdir={run}", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}")
+    lines = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
+    print(f"{run}: {' '.join(f'{k} {v:.4f}' for k, v in lines[-1].items() if isinstance(v, float))}", flush=True)
+    return next((line["accuracy"] for line in reversed(lines) if line["split"] == "test"), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=PARENTS)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--data_dir", help="the folder of real data sets")
+    arguments = parser.parse_args()
+    data = [f"--data_dir={arguments.data_dir}"] if arguments.data_dir else []
+    parent = PARENTS[arguments.name]
+    train(f"{parent}.py", f"runs/{parent}", *data)
+    found = {start: [] for start in STARTS}
+    for seed in range(arguments.seeds):
+        for start, argument in STARTS.items():
+            run = f"runs/{arguments.name}-{start}-{seed}"
+            found[start].append(train(f"{arguments.name}.py{argument}", run, f"--config.seed={seed}", *data))
+    print("test accuracy " + "".join(f"{'seed ' + str(seed):>9}" for seed in range(arguments.seeds)) + "     mean")
+    for start, values in found.items():
+        print(f"{start:<14}" + "".join(f"{value:9.4f}" for value in [*values, statistics.mean(values)]))
+    differences = [a - b for a, b in zip(*found.values(), strict=True)]
+    print(f"{'difference':<14}" + "".join(f"{value:+9.4f}" for value in [*differences, statistics.mean(differences)]))
+
+
+if __name__ == "__main__":
+    main()
