@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(start="pretrained"):
+    if start not in ("pretrained", "scratch"):
+        raise ValueError(f"start is 'pretrained' or 'scratch', not {start!r}")
     c = ConfigDict()
     c.model = {
         "name": "encoder", "layers": 2, "heads": 4, "width": 128, "context": 48, "post_norm": False,
