@@ -18,7 +18,8 @@ Time: 1 min 20 s to 1 min 49 s of training each, on two CPU cores with a load of
 
 from ml_collections import ConfigDict
 
-# The best on the validation split of 2e-3, 5e-3, 1e-2 (pretrained) and 1.5e-3, 3e-3, 6e-3 (scratch), one seed that is none of those reported.
+# The best on the validation split of 2e-3, 5e-3, 1e-2 (pretrained) and 1.5e-3, 3e-3, 6e-3 (scratch), with a seed that is none of those
+# reported. With seed 0, scratch reaches 0.303, 0.299 and 0.307 there at 7.5e-4, 1.5e-3 and 3e-3.
 LEARNING_RATE = {"pretrained": 5e-3, "scratch": 1.5e-3}
 
 
