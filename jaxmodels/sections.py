@@ -108,11 +108,11 @@ class InitFrom:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The `lora` section: low-rank adapters beside linear layers, trained in their place (Hu et al. 2021).
+    """The `lora` section: low-rank adapters beside linear layers and embeddings, trained in their place (Hu et al. 2021).
 
     Attributes:
       rank: of an adapter's two matrices.
-      targets: patterns on paths of linear layers (anywhere in them).
+      targets: patterns on paths of linear layers and embeddings (anywhere in them).
       alpha: an adapter's output is multiplied by alpha / rank; `rank` unless given.
     """
 

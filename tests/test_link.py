@@ -88,11 +88,12 @@ def test_an_adapter_begins_as_nothing_and_merges_into_its_layer(scan):
 
     tokens = jnp.arange(4)[None]
     plain, adapted = make(nnx.Rngs(params=0)), make(nnx.Rngs(params=0))
-    add_lora(adapted, rank=2, alpha=6.0, targets=(r"blocks/.*up$|blocks/up$",), rngs=nnx.Rngs(params=1))
+    add_lora(adapted, rank=2, alpha=6.0, targets=(r"blocks/.*up$", "^embed$"), rngs=nnx.Rngs(params=1))
     np.testing.assert_array_equal(adapted(tokens), plain(tokens))
     graph, params, stats = split(adapted)
-    flat = {path: jnp.ones_like(x) if path.endswith("lora_b") else x for path, x in flatten(params).items()}
-    assert sum(path.endswith("lora_a") for path in flat) == (1 if scan else 2)
+    # What is zero at first: B of linear layers, A of embeddings.
+    flat = {path: 0.1 * jnp.ones_like(x) if path.endswith(("up/lora_b", "embed/lora_a")) else x for path, x in flatten(params).items()}
+    assert sum(path.endswith("lora_a") for path in flat) == (2 if scan else 3)
     with_b = merge_model(graph, join({}, flat), stats)(tokens)
     assert not np.allclose(with_b, plain(tokens))
     merged = merge_adapters(flat, 3.0)
@@ -211,7 +212,7 @@ def test_what_makes_no_sense_is_refused(parent, tmp_path):
     assert "'nothing' matches no parameter" in error(small.config(CNN, training__freeze=("nothing",)))
     assert "leave no parameter to train" in error(small.config(CNN, training__freeze=(".*",)))
     assert "is not a regular expression" in error(small.config(CNN, training__trainable=("(",)))
-    assert "'attention' matches no linear layer; there are hidden, output" in error(lora(parent, lora__targets=("attention",)))
+    assert "'attention' matches no linear layer or embedding; there are hidden, output" in error(lora(parent, lora__targets=("attention",)))
     assert "name it with config.init_from" in error(small.config(lora(parent), init_from=None))
     assert "lora.rank is required" in error(small.config(CNN, lora={"targets": ("hidden",)}))
     assert "frozen too" in error(small.config(CNN, init_from={"run": str(parent), "skip": ("hidden",)}, training__freeze=("hidden",)))

@@ -1,6 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021): a linear layer whose trained part is a product of two thin matrices.
+"""Low-rank adapters (Hu et al. 2021): a layer whose trained part is a product of two thin matrices.
 
-Shapes: D width in, F width out, R rank; a stack of layers has further axes in front.
+Shapes: D width in, F width out, R rank, V rows of an embedding; a stack of layers has further axes in front.
 """
 
 import re
@@ -8,6 +8,8 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxmodels.models.layers import Embed
 
 ADAPTERS = ("lora_a", "lora_b")  # the last part of their paths
 
@@ -19,9 +21,7 @@ class LoRALinear(nnx.Linear):
     """
 
     def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
-        for name, value in vars(linear).items():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        _take_over(self, linear)
         *stack, width_in, width_out = linear.kernel.shape
         bound = width_in**-0.5
         self.lora_a = nnx.Param(jax.random.uniform(rngs.params(), (*stack, width_in, rank), minval=-bound, maxval=bound))
@@ -33,8 +33,37 @@ class LoRALinear(nnx.Linear):
         return super().__call__(x) + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale
 
 
+class LoRAEmbed(Embed):
+    """An embedding with an adapter: row i is E_i + scale · A_i B, A [V, R] zero at first and B [R, D] random."""
+
+    def __init__(self, embed: Embed, rank: int, scale: float, *, rngs: nnx.Rngs):
+        _take_over(self, embed)
+        rows, width = embed.embedding.shape
+        self.lora_a = nnx.Param(jnp.zeros((rows, rank)))
+        self.lora_b = nnx.Param(jax.random.normal(rngs.params(), (rank, width)) * rank**-0.5)
+        self.scale = scale
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """indices: int of any shape, each in [0, V). Returns [..., D]."""
+        return super().__call__(indices) + jnp.take(self.lora_a[...], indices, axis=0, mode="clip") @ self.lora_b[...] * self.scale
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns products with every row, [..., V]."""
+        return super().attend(x) + (x @ self.lora_b[...].T) @ self.lora_a[...].T * self.scale
+
+
+LAYERS = {nnx.Linear: LoRALinear, Embed: LoRAEmbed}
+
+
+def _take_over(module: nnx.Module, other: nnx.Module) -> None:
+    """Gives a module the parameters and settings of another, under their own names."""
+    for name, value in vars(other).items():
+        if not name.startswith("_"):
+            setattr(module, name, value)
+
+
 def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, ...], rngs: nnx.Rngs) -> None:
-    """Gives an adapter to every linear layer of `model` whose path matches one of `targets` (anywhere in it).
+    """Gives an adapter to every linear layer and embedding of `model` whose path matches one of `targets` (anywhere in it).
 
     Args:
       model: changed in place; its layers may be stacked.
@@ -44,19 +73,19 @@ def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, 
       rngs: draws A from its `params` stream, after whatever made the model.
 
     Raises:
-      ValueError: a pattern matches no linear layer; names those there are.
+      ValueError: a pattern matches no such layer; names those there are.
     """
-    layers = {"/".join(map(str, path)): (path, module) for path, module in nnx.iter_modules(model) if type(module) is nnx.Linear}
+    layers = {"/".join(map(str, path)): (path, module) for path, module in nnx.iter_modules(model) if type(module) in LAYERS}
     for target in targets:
         if not any(re.search(target, name) for name in layers):
-            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(sorted(layers)[:12])}, …")
-    for name, (path, linear) in layers.items():
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer or embedding; there are {', '.join(sorted(layers)[:12])}, …")
+    for name, (path, layer) in layers.items():
         if not any(re.search(target, name) for target in targets):
             continue
         parent = model
         for key in path[:-1]:
             parent = _child(parent, key)
-        adapted = LoRALinear(linear, rank, alpha / rank, rngs=rngs)
+        adapted = LAYERS[type(layer)](layer, rank, alpha / rank, rngs=rngs)
         if isinstance(path[-1], str) and not isinstance(parent, dict | nnx.Dict):
             setattr(parent, path[-1], adapted)
         else:
@@ -75,11 +104,12 @@ def merge_adapters(params: dict, scale: float) -> dict:
       scale: alpha / rank.
 
     Returns:
-      The same without adapters, each added to its layer's kernel: W + scale · A B.
+      The same without adapters, each added to its layer's matrix: W + scale · A B.
     """
     merged = {path: value for path, value in params.items() if not path.endswith(ADAPTERS)}
     for path, a in params.items():
         if path.endswith(ADAPTERS[0]):
             layer = path.removesuffix(ADAPTERS[0])
-            merged[layer + "kernel"] = params[layer + "kernel"] + scale * (a @ params[layer + ADAPTERS[1]])
+            matrix = layer + ("kernel" if layer + "kernel" in params else "embedding")
+            merged[matrix] = params[matrix] + scale * (a @ params[layer + ADAPTERS[1]])
     return merged
