@@ -42,7 +42,7 @@ def get_config(arg=None):
         c.task.mixup = c.task.cutmix = c.task.label_smoothing = 0.0
         c.task.crop = 2
         c.data.batch_size, c.data.eval_batch_size = 64, 500
-        c.optimizer.learning_rate, c.optimizer.schedule = 2e-3, {"name": "cosine", "warmup": 100}
+        c.optimizer.learning_rate, c.optimizer.schedule = 1e-3, {"name": "cosine", "warmup": 50}
         c.training = {"steps": 500}
         c.evaluation.every = c.checkpoint.every = 250
     return c

@@ -9,7 +9,7 @@ from jaxmodels.experiment import build_experiment
 from jaxmodels.sections import resolve
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-NEEDS_RUN = ("bert_classify", "bert_sst2")  # their tokenizer is that of a run which is trained first: here they get another
+NEEDS_RUN = ("bert_classify", "bert_sst2", "lora_sst2")  # their tokenizer is that of a run which is trained first: here they get another
 NEEDS_DATA = (
     "bert_mlm_sst2",
     "bert_sst2",
@@ -18,6 +18,7 @@ NEEDS_DATA = (
     "forecast_lstm",
     "forecast_transformer",
     "gpt_shakespeare",
+    "lora_sst2",
     "lstm_shakespeare",
     "lstm_sst2",
     "resnet_cifar10",
