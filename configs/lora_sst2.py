@@ -6,7 +6,7 @@
 Adapters of rank 2 beside the embedding and every linear layer; of the head only the two outputs are new. The run saves adapters
 and outputs alone: 22,242 of 1,203,554 parameters, 1.85%.
 
-Reached: @REACHED
+Reached: test accuracy 0.777, 0.764, 0.772 (seeds 0, 1, 2; mean 0.771). All parameters trained (`bert_sst2`): mean 0.771.
 Time: 1 min 30 s of training on two CPU cores that had much other work beside it: an upper figure.
 """
 
