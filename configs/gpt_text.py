@@ -4,7 +4,7 @@
 
 The last tenth validates; guessing by how often each character occurs costs 3.24 nats there (Python 3.11's text).
 
-Reached: validation loss 1.405 nats, accuracy of the next character 0.612 (Python 3.11).
+Reached: validation loss 1.402 nats, accuracy of the next character 0.613 (Python 3.11).
 Time: 3 min 43 s of training on two CPU cores that had other work beside it: an upper figure.
 """
 

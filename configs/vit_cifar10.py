@@ -6,8 +6,8 @@
 Patches of 4×4 pixels. The full recipe is 9 blocks of width 192 for 200 epochs, with mixup, cutmix and RandAugment; the short one 6 blocks
 of width 96 for 500 steps of 64 images. From scratch on 50,000 images a Vision Transformer stays behind a ResNet.
 
-Reached: neither is measured to its end. `:cpu` (seed 0) was at training accuracy 0.23 at step 300 of 500. No GPU was at hand.
-Time: not measured.
+Reached: `:cpu`: test accuracy 0.3642 (seed 0), after 32,000 images. The full recipe is not measured: no GPU was at hand.
+Time: `:cpu`: 8 min 36 s of training on two CPU cores that had much other work beside it: an upper figure.
 """
 
 from ml_collections import ConfigDict
