@@ -202,7 +202,7 @@ def build_experiment(
         _check_trained(c, optimizer.paths(params))
         optimizer.check(options, own, steps, step.divide(params, functools.partial(is_trained, c))[0])
         _check_skip(c["init_from"], params)
-    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + 1))
+    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + max(1, options.schedule.decay or 0)))
     experiment = Experiment(
         config=c,
         dataset=dataset,

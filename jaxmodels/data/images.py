@@ -53,7 +53,10 @@ class ImageFiles:
 
 def to_array(image: Image.Image, size: tuple[int, int], channels: int, fit: str) -> np.ndarray:
     """uint8 [H, W, C], upright; `size` is (H, W)."""
-    image = ImageOps.exif_transpose(image).convert(MODES[channels])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+        raise ValueError(f"its values have more than 8 bits (mode {image.mode}); scale it to 8 bits first")
+    image = image.convert(MODES[channels])
     height, width = size
     if image.size != (width, height):
         resample = Image.Resampling.BICUBIC

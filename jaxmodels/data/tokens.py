@@ -23,7 +23,7 @@ import numpy as np
 from jaxmodels.data.tokenizers import Tokenizer, from_json
 from jaxmodels.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 1 << 24  # bytes that a checksum reads at once
 _ABANDONED = 24 * 3600  # seconds after which a half-written entry is taken for one whose process died
 
@@ -216,7 +216,8 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
         checksums = [_checksum(folder / f"{split}.{kind}") for kind in ("tokens", "ends")]
         described[split] = {"tokens": size, "documents": len(ends), "crc32": checksums}
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    values = {"dtype": dtype.str, "splits": described, "texts": dict(header)}
+    checksum = _checksum(folder / "tokenizer.json")
+    values = {"dtype": dtype.str, "tokenizer": checksum, "splits": described, "texts": dict(header)}
     (folder / "header.json").write_text(json.dumps(values), encoding="utf-8")
 
 
@@ -237,6 +238,8 @@ def _open(folder: Path, final: Path) -> Tokenised:
         if len(ends) != described["documents"]:
             raise ValueError(f"{files[1].name} has {len(ends)} documents, not {described['documents']}")
         splits[split] = (Tokens(values, path=final / files[0].name, checksum=described["crc32"][0]), ends)
+    if _checksum(folder / "tokenizer.json") != header["tokenizer"]:
+        raise ValueError("the checksum of the tokenizer is not the one written down")
     tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     return Tokenised(splits, tokenizer, header["texts"])
 

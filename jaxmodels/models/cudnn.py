@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import rnn
 
+from jaxmodels.models.lora import matrix
+
 
 def check(kernel: str, cell: str) -> None:
     """Raises ValueError where a kernel cannot run: cuDNN's is for LSTMs, and for a GPU."""
@@ -34,7 +36,7 @@ def pack(cells) -> jax.Array:
     All matrices first (input, then recurrent, of each direction), transposed to [4H, D] and [4H, H], then all biases. The
     gates are in our order. cuDNN has a second bias, on the recurrent product, which stays zero.
     """
-    matrices = [part.T.ravel() for cell in cells for part in (cell.input.kernel[...], cell.recurrent[...])]
+    matrices = [part.T.ravel() for cell in cells for part in (matrix(cell.input), cell.recurrent[...])]
     biases = [part for cell in cells for part in (cell.input.bias[...], jnp.zeros_like(cell.input.bias[...]))]
     return jnp.concatenate([*matrices, *biases])
 

@@ -33,6 +33,13 @@ class LoRALinear(nnx.Linear):
         return super().__call__(x) + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale
 
 
+def matrix(linear: nnx.Linear) -> jax.Array:
+    """What a linear layer multiplies with, its adapter's product in it if it has one: for those that do not call it, [D, F]."""
+    if not isinstance(linear, LoRALinear):
+        return linear.kernel[...]
+    return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
+
+
 class LoRAEmbed(Embed):
     """An embedding with an adapter: row i is E_i + scale · A_i B, A [V, R] zero at first and B [R, D] random."""
 
@@ -111,5 +118,5 @@ def merge_adapters(params: dict, scale: float) -> dict:
         if path.endswith(ADAPTERS[0]):
             layer = path.removesuffix(ADAPTERS[0])
             matrix = layer + ("kernel" if layer + "kernel" in params else "embedding")
-            merged[matrix] = params[matrix] + scale * (a @ params[layer + ADAPTERS[1]])
+            merged[matrix] = params[matrix] + scale * jnp.matmul(a, params[layer + ADAPTERS[1]], precision="highest")
     return merged

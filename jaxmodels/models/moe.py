@@ -148,7 +148,7 @@ class MoE(nnx.Module):
             dropped: share of assignments that found no room.
         """
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
-        logits_BTE = x_BTD.astype(jnp.float32) @ self.router.kernel[...].astype(jnp.float32)
+        logits_BTE = self.router(x_BTD.astype(jnp.float32))
         probabilities_BTE = jax.nn.softmax(logits_BTE)
         weights_BTK, chosen_BTK = jax.lax.top_k(probabilities_BTE, self.mixture.top_k)
         if self.mixture.normalize:

@@ -1,5 +1,6 @@
 """Tagging: one label for each token, as for named entities."""
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -37,6 +38,8 @@ class Tag:
             raise ConfigError("config.task: 'tag' scores entities with seqeval: pip install 'jaxmodels[text]'.") from error
         self._seqeval = seqeval
         self.names = tuple(info["tags"])
+        if not all(re.fullmatch(r"O|[BI]-.+", name) for name in self.names):
+            self.scores = ()  # tags that are no BIO make no entities
         self.provides = {"vocab_size": info["vocab_size"], "head": ("tags", len(self.names))}
         self.batch = {"tokens": (None,), "tags": (None,)}
         self.label_smoothing = label_smoothing

@@ -62,12 +62,11 @@ def _children(folder: RunFolder, seen: set) -> list[dict]:
     """The runs that began at this one and still are what they were; `seen` are left out."""
     nodes = []
     for line in folder.children():
-        child = RunFolder(line["run"])
-        manifest = child.manifest()
-        if line["id"] in seen or manifest.get("id") != line["id"] or not child.config_file.is_file():
+        child = folder.find_child(line)
+        if child is None or line["id"] in seen:
             continue
         seen.add(line["id"])
-        node = _node(child, manifest.get("parents", [{"step": line["step"]}])[0])
+        node = _node(child, (child.manifest().get("parents") or [{"step": line["step"]}])[0])
         node["children"] = _children(child, seen)
         nodes.append(node)
     return nodes

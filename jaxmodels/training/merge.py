@@ -37,21 +37,27 @@ def merge(run: str, output: str) -> RunFolder:
     params = {path: x for path, x in arrays.items() if path not in stats}
     if config["lora"] is not None:
         params = merge_adapters(params, Lora(**config["lora"]).scale)
-    training = config["training"] | {"trainable": None, "freeze": ()}
-    folder.write_config(config | {"lora": None, "init_from": None, "training": training})
-    entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
-    ancestors = [{key: value for key, value in p.items() if key in ("run", "id", "step")} for p in manifest.get("parents", [])]
-    count = sum(x.size for x in params.values())
-    folder.update_manifest(parameters=count, info=manifest["info"], parents=[entry, *ancestors])
-    folder.identify()
-    source.add_child({"run": str(folder.path), "id": folder.identify(), "step": located.step, "needed": False})
-    if source.tokenizer_file.is_file():
-        folder.tokenizer_file.write_bytes(source.tokenizer_file.read_bytes())
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(jnp.int32(located.step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
+    folder.path.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder.checkpoints)
     try:
         checkpoints.save(state, Progress(evaluated_at=located.step, finished=True))
     finally:
         checkpoints.close()
+    data = config["data"]
+    if source.tokenizer_file.is_file():
+        folder.tokenizer_file.write_bytes(source.tokenizer_file.read_bytes())
+        data = data | ({"tokenizer": str(folder.path)} if "tokenizer" in data else {})  # its own, wherever its parents go
+    entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
+    ancestors = [{key: value for key, value in p.items() if key in ("run", "id", "step")} for p in manifest.get("parents", [])]
+    count = sum(x.size for x in params.values())
+    folder.update_manifest(parameters=count, info=manifest["info"], parents=[entry, *ancestors])
+    folder.identify()
+    training = config["training"] | {"trainable": None, "freeze": ()}
+    folder.write_config(config | {"lora": None, "init_from": None, "training": training, "data": data})
+    try:
+        source.add_child({"run": str(folder.path), "id": folder.identify(), "step": located.step, "needed": False})
+    except OSError as error:
+        folder.add_to_manifest("fallbacks", f"{source.path} could not be told that it has a child ({error.strerror})")
     return folder

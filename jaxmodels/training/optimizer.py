@@ -42,7 +42,7 @@ class Schedule:
 class LayerDecay:
     """Lower learning rates for lower layers (Howard and Ruder 2018; Clark et al. 2020).
 
-    Of n layers, layer i (from 0) learns at rate^(n - i) of the learning rate, what `last` names at all of it, and all
+    Of n layers that are trained, layer i (from 0) learns at rate^(n - i) of the learning rate, what `last` names at all of it, and all
     else, which lies before the layers, at rate^(n + 1).
 
     Attributes:
@@ -54,7 +54,7 @@ class LayerDecay:
 
     rate: float
     layers: str = r"blocks/(?:(\d+)/)?"
-    last: tuple[str, ...] = (r"(^|/)head/", r"(^|/)final_norm/", r"(^|/)output/")
+    last: tuple[str, ...] = (r"(^|/)head/", r"(^|/)final_norm/", r"^norm/", r"(^|/)output/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,6 +246,8 @@ def _check_rates(options: Optimizer, params: Any) -> None:
             check_pattern(f"optimizer.layer_decay.{key}", pattern)
     if re.compile(decay.layers).groups != 1:
         raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} must have one group, the number of the layer.")
+    if twice := next((path for path in paths(params) if re.search(decay.layers + r"\d+/", path)), None):
+        raise ConfigError(f"config.optimizer.layer_decay.layers: {twice} has more numbers than {decay.layers!r} has groups: say which one counts layers.")
     if not _count_layers(jax.tree_util.tree_leaves_with_path(params), decay):
         raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} matches no trained parameter; there are {', '.join(paths(params)[:8])}, …")
 

@@ -147,17 +147,24 @@ class RunFolder:
     def add_child(self, child: Mapping[str, Any]) -> None:
         """Appends to `children.jsonl`: the `run`, its `id`, the `step` it began at, and whether it `needed` the weights to stay here."""
         if child not in self.children():
+            # On a line of its own, also after one that was cut off.
+            cut = self.children_file.is_file() and not self.children_file.read_bytes().endswith(b"\n")
             with open(self.children_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(child)) + "\n")
+                file.write("\n" * cut + json.dumps(dict(child)) + "\n")
 
     def children(self) -> list[dict]:
-        """The lines of `children.jsonl`. A last line that was cut off is left out."""
-        return _json_lines(self.children_file)
+        """The lines of `children.jsonl`. Lines that were cut off are left out."""
+        return _json_lines(self.children_file, go_on=True)
+
+    def find_child(self, line: Mapping[str, Any]) -> "RunFolder | None":
+        """The run that a line of `children.jsonl` means, where it was or in the same place seen from here; None if it is neither."""
+        places = [Path(line["run"])] + ([self.path / line["relative"]] if "relative" in line else [])
+        found = (RunFolder(os.path.normpath(place)) for place in places)
+        return next((f for f in found if f.config_file.is_file() and f.manifest().get("id") == line["id"]), None)
 
     def dependents(self) -> list[Path]:
         """Folders of runs that are still there and whose weights lie here in part."""
-        needing = [(Path(child["run"]), child["id"]) for child in self.children() if child["needed"]]
-        return [path for path, identity in needing if RunFolder(path).manifest().get("id") == identity]
+        return [child.path for line in self.children() if line["needed"] and (child := self.find_child(line))]
 
     # Metrics
 
@@ -196,14 +203,15 @@ def _metrics_line(line: Mapping) -> str:
     return json.dumps(dict(line) | odd) + "\n"
 
 
-def _json_lines(path: Path) -> list[dict]:
-    """Lines up to the first that is no JSON: one that was cut off."""
+def _json_lines(path: Path, *, go_on: bool = False) -> list[dict]:
+    """Lines up to the first that is no JSON, one that was cut off; or all the others."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            if not go_on:
+                break
     return lines
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment
+from jaxmodels.models.lora import ADAPTERS
+from jaxmodels.sections import Lora
 from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress
 from jaxmodels.training.compile import CompileRecord, compile_ahead
@@ -60,6 +62,7 @@ def check_parent(experiment: Experiment) -> None:
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
         raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.folder.path} has no such weights: nothing would ever train it.")
+    _check_scale(experiment, located.folder, account)
     _check_tokenizer(experiment, located.folder, account)
 
 
@@ -69,6 +72,17 @@ def _match(experiment: Experiment, shapes: TrainState):
     here = flatten(shapes.params) | flatten(shapes.frozen) | flatten(shapes.stats)
     account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename)
     return located, account, sources
+
+
+def _check_scale(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
+    """Adapters mean what they do at the scale that they were trained at."""
+    adapters = [path for path in (*account.taken, *account.renamed) if path.endswith(ADAPTERS)]
+    here, there = (Lora(**config["lora"]).scale if config["lora"] else None for config in (experiment.config, parent.config()))
+    if adapters and here != there:
+        raise ConfigError(
+            f"config.lora.alpha: {adapters[0]} was trained at the scale alpha / rank = {there:g}, which is {here:g} here. Give alpha so that "
+            f"they agree, or make weights of them first: jaxmodels merge --workdir={parent.path} --output=DIR."
+        )
 
 
 def _check_tokenizer(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
@@ -106,7 +120,7 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
         "step": step,
         "weights": "ema" if located.averaged else "params",
     }
-    ancestors = [{key: value for key, value in p.items() if key in entry} for p in parent.manifest().get("parents", [])]
+    ancestors = [{key: p[key] for key in ("run", "id", "step", "weights") if key in p} for p in parent.manifest().get("parents", [])]
     folder.update_manifest(parents=[entry | dataclasses.asdict(account), *ancestors])
     average = " (their moving average)" if located.averaged else ""
     counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(account).items() if paths)
@@ -116,7 +130,7 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
 def _tell_parent(parent: RunFolder, step: int, folder: RunFolder, needed: bool) -> list[str]:
     """Notes in the parent's folder that this run began there; a line if that cannot be written."""
     try:
-        parent.add_child({"run": str(folder.path), "id": folder.manifest().get("id"), "step": step, "needed": needed})
+        parent.add_child({"run": str(folder.path), "relative": os.path.relpath(folder.path, parent.path), "id": folder.manifest().get("id"), "step": step, "needed": needed})
     except OSError as error:
         problem = f"{parent.path} could not be told that it has a child ({error.strerror}): it may delete its checkpoint of step {step}"
         folder.add_to_manifest("fallbacks", problem)

@@ -95,10 +95,10 @@ def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
             f"{folder.path} saved only what it trained; its other weights lie in {entry['run']} at step {entry['step']}, which is not "
             "there. Put that run back, here or in the same place relative to this one."
         )
-    identity = RunFolder(found[0]).manifest().get("id")
-    if entry.get("id") is not None and identity != entry["id"]:
-        raise ConfigError(f"{folder.path} began with another run than the one that lies in {found[0]} now: its id is {identity}, not {entry['id']}.")
-    return f"{os.path.normpath(found[0])}@{entry['step']}"
+    same = [place for place in found if entry.get("id") in (None, RunFolder(place).manifest().get("id"))]
+    if not same:
+        raise ConfigError(f"{folder.path} began with another run than the one that lies in {found[0]} now: that one's id is not {entry['id']}.")
+    return f"{os.path.normpath(same[0])}@{entry['step']}"
 
 
 def read(arrays: Mapping[str, Stored], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
