@@ -188,6 +188,7 @@ def _place(key: str, column: Column, names: list[str] | None, count: int, path: 
 
 
 def read_jsonl(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """The rows of a JSON lines file: of each object the values of `columns`, or what is wrong with it."""
     for number, line in enumerate(lines(path), 1):
         yield _json_row(f"{path}, line {number}", line, columns)
 
