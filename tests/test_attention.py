@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from flax import nnx
 
 from jaxmodels import api
@@ -11,7 +12,6 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
 from jaxmodels.models import attention, create
 from jaxmodels.models.attention import attend, choose, settle
-from tests import small
 
 
 def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
