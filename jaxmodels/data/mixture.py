@@ -150,15 +150,12 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
 
 
 class _Joined:
-    """Several sources as one; `locate` says which example of which part a place is."""
+    """Several sources as one. Those that inherit it say in `locate(indices)` which example of which part a place is, as two int [n]."""
 
     def __init__(self, parts: Sequence[DataSource]):
         self.parts = list(parts)
         self.sizes = np.array([len(part) for part in parts])
         self.in_memory = all(getattr(part, "in_memory", False) for part in parts)
-
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        raise NotImplementedError
 
     def fingerprint(self):
         own = [part.fingerprint() if hasattr(part, "fingerprint") else 0 for part in self.parts]
