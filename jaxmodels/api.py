@@ -12,8 +12,9 @@ from rich.console import Console
 from jaxmodels.allocator import keep_freed_memory
 from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError, Interrupted
-from jaxmodels.experiment import build_experiment, build_model
+from jaxmodels.experiment import Experiment, build_experiment, build_model
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
 from jaxmodels.training import weights as weights_lib
@@ -75,13 +76,14 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
         # All devices there are, however many trained it; a padded batch may be larger than asked.
-        mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
-        ways = mesh.shape["data"]
+        mesh = _evaluation_mesh(experiment)
+        layout = sharding_lib.make_layout(mesh, experiment.sharding)
+        ways = mesh_lib.batch_ways(mesh) * layout.microbatches
         loading = dataclasses.replace(experiment.loading, eval_batch_size=-(-experiment.eval_batch_size // ways) * ways)
-        experiment = dataclasses.replace(experiment, loading=loading).on(mesh.devices.flat[0].platform, mesh.size)
-        shapes = experiment.state_shapes()
+        experiment = dataclasses.replace(experiment, loading=loading).on(mesh.devices.flat[0].platform, layout)
+        shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
         with StopSignals() as stop:
-            params, stats = stop.run(weights_lib.read_model, located, shapes.weights, shapes.stats, mesh_lib.replicated(mesh))
+            params, stats = stop.run(weights_lib.read_model, located, shapes.weights, shapes.stats)
             values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped evaluating; there is nothing to save.") from None
@@ -132,8 +134,18 @@ def load(run: str) -> Run:
     located = weights_lib.locate(run)
     task, build = build_model(config, info)
     graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
-    params, stats = weights_lib.read_model(located, params, stats, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
+    params, stats = weights_lib.read_model(located, params, stats)
     return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"))
+
+
+def _evaluation_mesh(experiment: Experiment) -> jax.sharding.Mesh:
+    """The run's own mesh, where it fits the devices that are here; else each of them has the whole model."""
+    try:
+        return mesh_lib.make_mesh(experiment.mesh)
+    except ConfigError:
+        return mesh_lib.make_mesh(mesh_lib.MeshSizes())
 
 
 def _for_any_platform(config: dict) -> dict:

@@ -23,7 +23,10 @@ from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.models import attention, rnn
 from jaxmodels.models.lora import ADAPTERS, add_lora
+from jaxmodels.parallel import layout as layout_lib
+from jaxmodels.parallel.layout import Layout
 from jaxmodels.parallel.mesh import MeshSizes
+from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.sections import (
     Checkpointing,
     Evaluation,
@@ -47,11 +50,12 @@ class Experiment:
       task: constructed with the data set's info.
       build: makes the module from `nnx.Rngs`.
       trained: whether the parameter of a path is trained; the others are frozen.
-      loading, training, evaluation, checkpoint, log, mesh, init_from: the sections.
+      loading, training, evaluation, checkpoint, log, mesh, sharding, init_from: the sections.
       steps: length of the run.
       optimizer: as Optax has it.
       schedule: the learning rate over steps.
-      platform, devices: where it runs; None while that is not known.
+      platform: where it runs; None while that is not known.
+      layout: how it is spread over devices; None for one.
     """
 
     config: dict
@@ -65,20 +69,21 @@ class Experiment:
     checkpoint: Checkpointing
     log: Logging
     mesh: MeshSizes
+    sharding: Sharding
     init_from: InitFrom | None
     steps: int
     optimizer: Any
     schedule: Any
     platform: str | None = None
-    devices: int = 1
+    layout: Layout | None = None
 
-    def on(self, platform: str, devices: int) -> "Experiment":
-        """The experiment as it runs on a platform, on so many devices.
+    def on(self, platform: str, layout: Layout | None = None) -> "Experiment":
+        """The experiment as it runs on a platform, spread over devices by a layout.
 
         Raises:
           ConfigError: the attention, or the recurrent kernel, that is asked for cannot run there.
         """
-        placed = dataclasses.replace(self, platform=platform, devices=devices)
+        placed = dataclasses.replace(self, platform=platform, layout=layout)
         _ = placed.graph
         return placed
 
@@ -104,10 +109,12 @@ class Experiment:
     @functools.cached_property
     def _graph_and_kernels(self):
         model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        # Under pmap each device runs a program of its own.
+        devices = 1 if self.layout is None or self.layout.axis is not None else self.layout.mesh.size
         kernels = {}
         for part, module, key in (("attention", attention, "attention"), ("recurrent", rnn, "kernel")):
             with _as_config_error(f"config.model.{key}"):
-                kernels[part] = module.settle(model, self.platform, step.DTYPES[self.training.precision], devices=self.devices)
+                kernels[part] = module.settle(model, self.platform, step.DTYPES[self.training.precision], devices=devices)
         return step.split(model)[0], {part: used for part, used in kernels.items() if used}
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -133,25 +140,28 @@ class Experiment:
         """key -> TrainState; see training.step."""
         return step.make_init(self.build, self.trained, self.optimizer, self._metric_shapes, self.training.ema is not None)
 
-    def step_function(self) -> Callable:
-        """(state, batch, key) -> (state, metrics); see training.step."""
+    def step_function(self, shardings: Any = None) -> Callable:
+        """(state, batch, key) -> (state, metrics); see training.step. `shardings`: of parameters, and so of their gradients."""
         options = step.StepOptions(
             accumulate=self.training.accumulate,
             ema=self.training.ema,
             precision=self.training.precision,
             log_every=self.log.every,
+            layout=self.layout,
+            shardings=shardings,
         )
         return step.make_train_step(self._loss, self.optimizer, self.schedule, options)
 
     def eval_function(self) -> Callable:
         """(params, stats, batch, sums) -> sums, outputs; see training.step."""
-        return step.make_eval_step(self.task, self.graph, self.training.precision)
+        return step.make_eval_step(self.task, self.graph, self.training.precision, self._evaluation_layout)
 
     def eval_metric_shapes(self, params, stats, batch) -> dict:
         """Shapes of the metrics that the evaluation step sums up."""
 
         def metrics(params, stats, batch):
-            return dict(self.task.metrics(step.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
+            with layout_lib.use(self._evaluation_layout):
+                return dict(self.task.metrics(step.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
 
         return jax.eval_shape(metrics, params, stats, batch)
 
@@ -160,12 +170,18 @@ class Experiment:
         return jax.eval_shape(lambda: self.init_function()(jax.random.key(0)))
 
     @property
+    def _evaluation_layout(self) -> Layout | None:
+        """Evaluation is one program over all devices, also where training is not."""
+        return None if self.layout is None else dataclasses.replace(self.layout, axis=None)
+
+    @property
     def _loss(self):
-        return step.make_loss(self.task, self.graph, self.training.precision)
+        return step.make_loss(self.task, self.graph, self.training.precision, self.layout)
 
     def _metric_shapes(self, params, frozen, stats):
         rows = self.loading.batch_size // self.training.accumulate
-        return step.training_metrics(self._loss, params, frozen, stats, self.batch_shapes(rows))
+        loss = step.make_loss(self.task, self.graph, self.training.precision)
+        return step.training_metrics(loss, params, frozen, stats, self.batch_shapes(rows))
 
 
 def build_experiment(
@@ -215,6 +231,7 @@ def build_experiment(
         checkpoint=Checkpointing(**c["checkpoint"]),
         log=Logging(**c["log"]),
         mesh=MeshSizes(**c["mesh"]),
+        sharding=Sharding(**c["sharding"]),
         init_from=InitFrom(**c["init_from"]) if c["init_from"] else None,
         steps=steps,
         optimizer=optimizer.make_optimizer(options, own, schedule),

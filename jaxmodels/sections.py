@@ -9,6 +9,7 @@ from jaxmodels import data as data_lib
 from jaxmodels import models, tasks
 from jaxmodels.data.augment import RandAugment
 from jaxmodels.errors import ConfigError
+from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.training import metrics, optimizer
 
@@ -139,13 +140,14 @@ class Logging:
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
-MACHINE_KEYS = ("mesh", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
+MACHINE_KEYS = ("mesh", "sharding", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
 
 _PLAIN = {
     "training": Training,
     "evaluation": Evaluation,
     "checkpoint": Checkpointing,
     "mesh": MeshSizes,
+    "sharding": sharding.Sharding,
     "log": Logging,
 }
 
@@ -179,7 +181,7 @@ def resolve(config: Mapping) -> dict:
         resolved[name] = resolve_section(dict(section))
     for name, section in _PLAIN.items():
         resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
-    resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit"])
+    resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit", "pmap"])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
     resolved["lora"] = config_lib.check_value("lora", config.get("lora"), Lora | None)
     _check_values(resolved)
@@ -246,6 +248,9 @@ def _check_values(c: dict) -> None:
     for key in ("trainable", "freeze"):
         for pattern in c["training"][key] or ():
             optimizer.check_pattern(f"training.{key}", pattern)
+    sharding.check(sharding.Sharding(**c["sharding"]))
+    if c["sharding"]["microbatches"] is not None and c["sharding"]["microbatches"] < 1:
+        raise ConfigError(f"config.sharding.microbatches must be above 0, got {c['sharding']['microbatches']}.")
     if c["lora"] is not None:
         _check_lora(c)
     if c["init_from"] is not None:

@@ -124,7 +124,7 @@ def test_attention_that_cannot_run_is_an_error_of_the_config():
         build_experiment(small.config(small.GPT, model__attention="cudnn"))
     experiment = build_experiment(small.config(small.GPT, model__attention="cudnn", training__precision="bfloat16"))
     with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
-        experiment.on("cpu", 1)
-    assert experiment.on("gpu", 1).kernels["attention"]["used"] == "cudnn"
+        experiment.on("cpu")
+    assert experiment.on("gpu").kernels["attention"]["used"] == "cudnn"
     # Where a trained run is only evaluated, it runs on what there is.
-    assert build_experiment(api._for_any_platform(experiment.config)).on("cpu", 1).kernels["attention"]["used"] == "xla"
+    assert build_experiment(api._for_any_platform(experiment.config)).on("cpu").kernels["attention"]["used"] == "xla"

@@ -57,13 +57,17 @@ def test_a_batch_depends_on_seed_and_step_alone():
     np.testing.assert_array_equal(unshuffled[2]["x"], [8, 9, 0, 1])
 
 
+def rows_of(batch_size, process, count):
+    return np.arange(batch_size).reshape(count, -1)[process]
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_read_parts_of_the_same_batches(count):
     whole = loader.TrainingBatches(rows(100), 8, 20, seed=0, shuffle=True)
-    parts = [loader.TrainingBatches(rows(100), 8, 20, seed=0, shuffle=True, process=(i, count)) for i in range(count)]
+    parts = [loader.TrainingBatches(rows(100), 8, 20, seed=0, shuffle=True, rows=rows_of(8, i, count)) for i in range(count)]
     for step in (0, 13, 19):
         np.testing.assert_array_equal(np.concatenate([p[step]["x"] for p in parts]), whole[step]["x"])
-    whole, parts = loader.EvaluationBatches(rows(21), 8), [loader.EvaluationBatches(rows(21), 8, process=(i, count)) for i in range(count)]
+    whole, parts = loader.EvaluationBatches(rows(21), 8), [loader.EvaluationBatches(rows(21), 8, rows=rows_of(8, i, count)) for i in range(count)]
     for number in range(3):
         for key in ("x", "weight"):
             np.testing.assert_array_equal(np.concatenate([p[number][key] for p in parts]), whole[number][key])

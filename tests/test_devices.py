@@ -31,14 +31,14 @@ def test_eight_devices_equal_one_and_resume_across(name, tmp_path, jaxmodels_com
     for a, b in zip(one[1], eight[1], strict=True):
         assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
-    assert RunFolder(tmp_path / "eight").manifest()["starts"][0]["mesh"] == {"data": 8}
+    assert RunFolder(tmp_path / "eight").manifest()["starts"][0]["mesh"]["data"] == 8
     # The first half on eight, the second on one.
     import shutil
 
     shutil.rmtree(tmp_path / "eight" / "checkpoints" / "20")
     train("eight", 1)
     starts = RunFolder(tmp_path / "eight").manifest()["starts"]
-    assert [start["from_step"] for start in starts] == [0, 10] and starts[1]["mesh"] == {"data": 1}
+    assert [start["from_step"] for start in starts] == [0, 10] and starts[1]["mesh"]["data"] == 1
     mixed = final_state(tmp_path / "eight")
     for key in one[0]:
         np.testing.assert_allclose(one[0][key], mixed[0][key], rtol=2e-3, atol=2e-4, err_msg=key)

@@ -72,15 +72,15 @@ def test_draws_depend_on_seed_and_position_and_take_every_operation():
 def test_a_batch_is_a_function_of_seed_and_step_whoever_reads_it():
     source = Arrays({"image": np.stack([PIXELS] * 30), "label": np.arange(30)})
 
-    def make(seed=5, process=(0, 1)):
+    def make(seed=5, rows=None):
         def transform(batch, positions):
             return RandAugment(magnitude=20.0).batch(batch, positions, seed=seed)
 
-        return loader.TrainingBatches(source, 8, 20, seed=0, shuffle=True, process=process, transform=transform)
+        return loader.TrainingBatches(source, 8, 20, seed=0, shuffle=True, rows=rows, transform=transform)
 
     late = make()[13]
     np.testing.assert_array_equal(late["image"], [make()[s] for s in range(14)][-1]["image"])
-    np.testing.assert_array_equal(late["image"], np.concatenate([make(process=(i, 2))[13]["image"] for i in range(2)]))
+    np.testing.assert_array_equal(late["image"], np.concatenate([make(rows=part)[13]["image"] for part in np.arange(8).reshape(2, 4)]))
     streamed = next(loader.read_ahead(make(), start=13, threads=3, workers=0, buffer=2))
     np.testing.assert_array_equal(late["image"], streamed["image"])
     assert late["image"].dtype == np.uint8 and (late["image"] != PIXELS).any((1, 2, 3)).sum() >= 5

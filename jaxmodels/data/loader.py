@@ -73,7 +73,7 @@ class TrainingBatches:
         *,
         seed: int,
         shuffle: bool,
-        process: tuple[int, int] = (0, 1),
+        rows: np.ndarray | None = None,
         transform: Callable[[Batch, np.ndarray], Batch] | None = None,
     ):
         """
@@ -83,13 +83,12 @@ class TrainingBatches:
           steps: how many batches there are.
           seed: of the order.
           shuffle: False keeps the source's order in every epoch.
-          process: this process's number and how many there are.
+          rows: numbers of the rows of the global batch that this process reads, increasing; all unless given.
           transform: changes rows, given their positions in the endless order, int [rows]; a pure function of both.
         """
         self.source, self.batch_size, self.steps, self.transform = source, batch_size, steps, transform
         self.seed, self.shuffle = seed, shuffle
-        index, count = process
-        self.first, self.rows = index * batch_size // count, batch_size // count
+        self.rows = np.arange(batch_size) if rows is None else rows
         self._block = functools.lru_cache(maxsize=8)(self._compute_block)
 
     def __getstate__(self):  # a worker process makes a cache of its own
@@ -103,11 +102,12 @@ class TrainingBatches:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        start = step * self.batch_size + self.first
-        batch = take(self.source, self.indices(start, start + self.rows))
+        start = step * self.batch_size
+        first, last = start + self.rows[0], start + self.rows[-1]
+        batch = take(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]])
         if self.transform is not None:
-            batch = self.transform(batch, np.arange(start, start + self.rows))
-        return _weighted(batch, np.ones(self.rows, np.float32))
+            batch = self.transform(batch, start + self.rows)
+        return _weighted(batch, np.ones(len(self.rows), np.float32))
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """The examples at the positions [start, stop) of the endless order."""
@@ -134,17 +134,15 @@ class TrainingBatches:
 class EvaluationBatches:
     """Random access to batches that hold each example exactly once, in order; the last is filled up with rows of weight 0."""
 
-    def __init__(self, source: DataSource, batch_size: int, *, process: tuple[int, int] = (0, 1)):
+    def __init__(self, source: DataSource, batch_size: int, *, rows: np.ndarray | None = None):
         self.source, self.batch_size = source, batch_size
-        index, count = process
-        self.first, self.rows = index * batch_size // count, batch_size // count
+        self.rows = np.arange(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
-        start = number * self.batch_size + self.first
-        rows = np.arange(start, start + self.rows)
+        rows = number * self.batch_size + self.rows
         real = rows < len(self.source)
         return _weighted(take(self.source, np.where(real, rows, 0)), real.astype(np.float32))
 

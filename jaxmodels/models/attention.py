@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.models.positions import rotate
+from jaxmodels.parallel.layout import constrain
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 
@@ -275,6 +276,9 @@ class Attention(nnx.Module):
             q_BTNK, k_BSGK = self.query_norm(q_BTNK), self.key_norm(k_BSGK)
         if rotary is not None:
             q_BTNK, k_BSGK = rotate(q_BTNK, *rotary), rotate(k_BSGK, *rotary)
+        q_BTNK = constrain(q_BTNK, "batch", "sequence", "heads", None)
+        # Parts of a sequence see all of its keys.
+        k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
         y_BTNK = attend(
             q_BTNK,
             k_BSGK,
@@ -286,4 +290,5 @@ class Attention(nnx.Module):
             scale=self.scale,
             implementation=self.implementation,
         )
+        y_BTNK = constrain(y_BTNK, "batch", "sequence", "heads", None)
         return self.out(y_BTNK.reshape(B, T, self.heads * self.head_width))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.parallel.layout import gathered
+
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 
 # The non-linearity of a feed-forward. The gated ones (Shazeer 2020) have a third matrix, and theirs is the gate's.
@@ -69,11 +71,11 @@ class Embed(nnx.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """indices: int of any shape, each in [0, rows). Returns [..., width]."""
-        return jnp.take(self.embedding[...], indices, axis=0, mode="clip")
+        return jnp.take(gathered(self.embedding[...], "vocab", "embed"), indices, axis=0, mode="clip")
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [..., width]. Returns products with every row, [..., rows]."""
-        return x @ self.embedding[...].T
+        return x @ gathered(self.embedding[...], "vocab", "embed").T
 
 
 def halve(image: jax.Array) -> jax.Array:

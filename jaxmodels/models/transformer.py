@@ -33,6 +33,7 @@ from jaxmodels.models.positions import (
     sinusoids,
 )
 from jaxmodels.models.sizes import DECODERS
+from jaxmodels.parallel.layout import constrain
 
 Norm = Literal["layer", "rms"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -68,7 +69,7 @@ class MLP(nnx.Module):
         """x: [B, T, D]. Returns the same shape. `valid` and `rngs` are for those that stand in its place."""
         activate = ACTIVATIONS[self.activation]
         hidden = activate(self.up(x_BTD)) if self.gate is None else activate(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(hidden)
+        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
 
 
 class Block(nnx.Module):
@@ -184,7 +185,7 @@ class Block(nnx.Module):
     def _add(self, x_BTD, norm, function, rngs):
         change = function(x_BTD if self.post_norm else norm(x_BTD))
         change, aux = change if isinstance(change, tuple) else (change, None)
-        x_BTD = x_BTD + dropout(change, self.dropout, rngs)
+        x_BTD = constrain(x_BTD + dropout(change, self.dropout, rngs), "batch", "sequence", None)
         return norm(x_BTD) if self.post_norm else x_BTD, aux
 
 
@@ -213,6 +214,7 @@ def apply_blocks(
     """
     if remat != "none" and remat not in REMAT:
         raise ValueError(f"remat is 'none', {', '.join(map(repr, REMAT))}, not {remat!r}")
+    x_BTD = constrain(x_BTD, "batch", "sequence", None)
     scan = not isinstance(blocks, nnx.List)
     state = nnx.split(blocks)[1] if scan else None
     layers = jax.tree.leaves(state)[0].shape[0] if scan else len(blocks)
@@ -362,4 +364,5 @@ class Decoder(nnx.Module):
         x_BTD, aux = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         logits = self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
+        logits = constrain(logits, "batch", "sequence", "vocab")
         return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in aux.items()}

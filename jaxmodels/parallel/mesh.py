@@ -1,43 +1,98 @@
-"""The mesh of devices, and where arrays lie on it."""
+"""The mesh of devices, and which rows of a batch each process reads."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import ConfigError
 
+# Axes that rows of a batch are spread over. Those of a mixture's experts are no copies of the rest of the model's work.
+BATCH_AXES = ("slices", "data", "fsdp", "expert")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    """The `mesh` section: devices along each axis; -1 takes what the others leave.
+    """The `mesh` section: devices along each axis; -1, on one of them, takes what the others leave.
+
+    The order is that of the mesh: the last axes lie on the nearest devices.
 
     Attributes:
+      slices: groups of devices on the slower network: TPU slices, or GPU nodes. Rows of the batch are spread over them.
+      pipeline: stages of consecutive blocks, for Transformers with `scan`.
       data: copies of the model, each with a share of the batch.
+      fsdp: shares of the batch, and of parameters, gradients and optimizer state: each layer's are gathered when it runs.
+      expert: shares of the batch, and of a mixture's experts: tokens go where theirs are.
+      context: parts of every sequence.
+      tensor: parts of heads, hidden units and vocabulary.
     """
 
+    slices: int = 1
+    pipeline: int = 1
     data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
 
 
-def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
-    """A mesh of all devices (or those given), with every axis of `MeshSizes` in order.
+def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
+    """The size of every axis, for so many devices.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     shape = dataclasses.asdict(sizes)
-    known = int(np.prod([size for size in shape.values() if size != -1]))
     free = [axis for axis, size in shape.items() if size == -1]
-    if len(free) > 1 or any(size == 0 or size < -1 for size in shape.values()):
-        raise ConfigError(f"config.mesh: sizes must be 1 or more, and at most one of them -1; got {shape}.")
-    if free:
-        shape[free[0]] = len(devices) // known
-    if int(np.prod(list(shape.values()))) != len(devices):
-        raise ConfigError(f"config.mesh: {shape} makes {int(np.prod(list(shape.values())))} devices, but there are {len(devices)}.")
+    if any(size == 0 or size < -1 for size in shape.values()):
+        raise ConfigError(f"config.mesh: sizes are 1 or more, or -1 for what the others leave; got {_shown(shape)}.")
+    if len(free) > 1:
+        raise ConfigError(f"config.mesh: only one axis may be -1, but {' and '.join(free)} are; give --config.mesh.{free[0]}=1, or another number.")
+    known = math.prod(size for size in shape.values() if size != -1)
+    if free and devices % known == 0:
+        shape[free[0]] = devices // known
+    if math.prod(shape.values()) != devices:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ConfigError(f"config.mesh: {_shown(shape)} makes {known} devices, but there are {devices}. Sizes divide that: {divisors}.")
+    return shape
+
+
+def _shown(shape: Mapping[str, int]) -> str:
+    return " × ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
+
+
+def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
+    """A mesh of all devices (or those given), with every axis of `MeshSizes` in order, laid out as the hardware's network is.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices, or not to the devices of a slice.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
     # Auto: under Explicit, which is JAX's own default now, gathers and recurrent loops need shardings spelled out.
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices, axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(_arrange(shape, devices), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _arrange(shape: Mapping[str, int], devices) -> np.ndarray:
+    """The devices as an array of that shape."""
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    inner = tuple(1 if axis == "slices" else size for axis, size in shape.items())
+    outer = tuple(size if axis == "slices" else 1 for axis, size in shape.items())
+    if len(slices) > 1:
+        if shape["slices"] != len(slices):
+            raise ConfigError(f"config.mesh.slices={shape['slices']}, but the devices lie in {len(slices)} slices: --config.mesh.slices={len(slices)}.")
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    if shape["slices"] == 1 or devices[0].platform == "cpu":
+        # Without a network of its own, each slice has neighbours in the devices' own order.
+        return np.asarray(mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices))
+    processes = len({device.process_index for device in devices})
+    if processes % shape["slices"] == 0:  # nodes of GPUs
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, process_is_granule=processes == shape["slices"])
+    raise ConfigError(f"config.mesh.slices={shape['slices']} does not divide the {processes} processes that there are.")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -46,26 +101,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows spread over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Rows spread over all axes that a batch is."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str) -> None:
-    """Raises ConfigError unless a batch divides over accumulation steps and devices."""
-    ways = mesh.shape["data"]
-    if batch_size % (accumulate * ways):
-        parts = f"{ways} devices" + (f" × {accumulate} accumulation steps" if accumulate > 1 else "")
-        below, above = batch_size // (accumulate * ways) * accumulate * ways, -(-batch_size // (accumulate * ways)) * accumulate * ways
+def batch_ways(mesh: Mesh) -> int:
+    """Parts that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:
+    """Raises ConfigError unless a batch divides over accumulation steps, a pipeline's microbatches and devices."""
+    ways = {f"{batch_ways(mesh)} devices": batch_ways(mesh), f"{accumulate} accumulation steps": accumulate, f"{microbatches} microbatches": microbatches}
+    product = math.prod(ways.values())
+    if batch_size % product:
+        parts = " × ".join(name for name, count in ways.items() if count > 1)
+        below, above = batch_size // product * product, -(-batch_size // product) * product
         raise ConfigError(f"config.{key}={batch_size} does not divide over {parts}; try {below or above} or {above}.")
 
 
-def place(batch, sharding: NamedSharding):
-    """This process's rows of a batch, as arrays of the global batch on the devices."""
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a global batch that this process's devices need, in order."""
+    parts = {s.indices(batch_size)[:2] for (s, *_) in sharding.addressable_devices_indices_map((batch_size,)).values()}
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(parts)])
+
+
+def place(batch, sharding: NamedSharding, batch_size: int):
+    """This process's rows of a batch, those of `local_rows`, as arrays of the global batch on the devices."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    rows = local_rows(sharding, batch_size)
+
+    def globally(local: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return jax.tree.map(globally, batch)
 
 
 def bytes_per_device(tree) -> int:
     """Bytes that one device holds of arrays, or of shapes with shardings."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

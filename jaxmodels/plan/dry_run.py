@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan.flops import count_flops
 from jaxmodels.training import step
 
@@ -23,8 +24,8 @@ def summarize(experiment: Experiment) -> dict:
     """
     mesh = mesh_lib.make_mesh(experiment.mesh)
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size")
-    everywhere = mesh_lib.replicated(mesh)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
+    layout = sharding_lib.make_layout(mesh, experiment.sharding, experiment.config["partition"])
+    shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     saved = shapes.replace(frozen={}) if experiment.frozen_in_parent else shapes
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))

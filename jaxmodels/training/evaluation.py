@@ -36,15 +36,15 @@ class Evaluator:
         """
         started = time.perf_counter()
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
-        process = (jax.process_index(), jax.process_count())
-        batches = loader.EvaluationBatches(source, self.experiment.eval_batch_size, process=process)
+        size = self.experiment.eval_batch_size
+        batches = loader.EvaluationBatches(source, size, rows=mesh_lib.local_rows(sharding, size))
         if self._step is None:
             self._step, self._sums, record = self.stop.run(self._compile, params, stats)
             self.on_compile(record)
         sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
         rows = _Rows()
         with contextlib.closing(loader.read_ahead(batches, **self.experiment.reading(source))) as stream:
-            feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
+            feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, size))
             while True:
                 with self.stop.may_raise():
                     batch = next(feed, None)

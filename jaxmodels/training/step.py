@@ -14,6 +14,7 @@ import optax
 from flax import nnx, struct, traverse_util
 
 from jaxmodels import tasks
+from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.training import metrics as metrics_lib
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -58,12 +59,16 @@ class StepOptions:
       ema: decay of the moving average of parameters, or None. It starts faster: decay at step t is at most (1 + t) / (10 + t).
       precision: of the computation: parameters, optimizer and metrics are float32 always.
       log_every: steps that a training metric is averaged over.
+      layout: how the step is spread over devices; None for one.
+      shardings: of the parameters, and so of their gradients; None leaves these to the compiler.
     """
 
     accumulate: int
     ema: float | None
     precision: str
     log_every: int
+    layout: layout_lib.Layout | None = None
+    shardings: Any = None
 
 
 def split(model: nnx.Module) -> tuple[Any, dict, dict]:
@@ -154,15 +159,20 @@ def _inputs(batch, dtype):
     return batch | {name: cast(x, dtype) for name, x in batch.items() if name not in ("weight", "label")}
 
 
-def make_loss(task, graph, precision: str) -> Callable:
-    """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats). The module runs in `precision`."""
+def make_loss(task, graph, precision: str, layout: layout_lib.Layout | None = None) -> Callable:
+    """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats).
+
+    The module runs in `precision`, spread over devices by `layout`.
+    """
     dtype = DTYPES[precision]
 
     def loss(params, frozen, stats, batch, key):
         model = merge(graph, cast(join(params, frozen), dtype), stats)
         _hold_frozen_norms(model, params, frozen)
+        _normalise_over_devices(model, layout)
         inputs = _inputs(batch, dtype)
-        total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
+        with layout_lib.use(layout):
+            total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
     return loss
@@ -177,6 +187,14 @@ def _hold_frozen_norms(model: nnx.Module, params: dict, frozen: dict) -> None:
         name = "/".join(map(str, path)) + "/"
         if isinstance(module, nnx.BatchNorm) and any(p.startswith(name) for p in held) and not any(p.startswith(name) for p in trained):
             module.eval()
+
+
+def _normalise_over_devices(model: nnx.Module, layout: layout_lib.Layout | None) -> None:
+    """Batch normalisations go by all rows of a batch, also where each device runs the model on its own."""
+    if layout is not None and layout.axis is not None:
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.BatchNorm):
+                module.axis_name = layout.axis
 
 
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: StepOptions) -> Callable:
@@ -198,11 +216,14 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(state: TrainState, batch, key: jax.Array):
-        key = jax.random.fold_in(key, state.step)
+        key = layout_lib.own_key(jax.random.fold_in(key, state.step), options.layout)
         if options.accumulate == 1:
             (total, (weight, metrics, stats)), grads = gradient(state.params, state.frozen, state.stats, batch, key)
         else:
-            total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options.accumulate)
+            total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options)
+        metrics = cast(dict(metrics), jnp.float32) | skipped_metric(batch)
+        total, weight, metrics, grads = layout_lib.sum_over_devices((total, weight, metrics, grads), options.layout)
+        grads = _placed(grads, options.shardings)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -211,7 +232,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         one = jnp.ones((), jnp.float32)
-        metrics = cast(dict(metrics), jnp.float32) | {"grad_norm": (grad_norm, one)} | skipped_metric(batch)
+        metrics = metrics | {"grad_norm": (grad_norm, one)}
         fresh = state.step % options.log_every == 0
         metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.metrics, metrics)
         state = TrainState(
@@ -242,8 +263,14 @@ def skipped_metric(batch) -> dict:
     return {"skipped_examples": (jnp.sum(batch["skipped"]), jnp.zeros((), jnp.float32))} if "skipped" in batch else {}
 
 
-def _accumulate(gradient, state, batch, key, count):
-    """Sums of losses, weights, metrics and gradients over `count` microbatches, one after the other."""
+def _placed(tree, shardings):
+    """Gradients where their parameters lie, so that each device sums up its own part alone."""
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def _accumulate(gradient, state, batch, key, options: StepOptions):
+    """Sums of losses, weights, metrics and gradients over microbatches, one after the other."""
+    count = options.accumulate
 
     def cut(x):
         # Row r goes to microbatch r % count, so that each device's rows stay on that device.
@@ -253,7 +280,8 @@ def _accumulate(gradient, state, batch, key, count):
         sums, stats = carry
         number, rows = part
         (total, (weight, metrics, stats)), grads = gradient(state.params, state.frozen, stats, rows, jax.random.fold_in(key, number))
-        return (jax.tree.map(jnp.add, sums, (total, weight, cast(metrics, jnp.float32), grads)), stats), None
+        new = (total, weight, cast(metrics, jnp.float32), _placed(grads, options.shardings))
+        return (jax.tree.map(jnp.add, sums, new), stats), None
 
     rows = jax.tree.map(cut, batch)
     first = jax.tree.map(lambda x: x[0], rows)
@@ -273,7 +301,7 @@ def _average(ema, params, step, decay):
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def make_eval_step(task, graph, precision: str) -> Callable:
+def make_eval_step(task, graph, precision: str, layout: layout_lib.Layout | None = None) -> Callable:
     """(params, stats, batch, sums) -> sums, outputs: adds a batch's metrics to `sums`.
 
     `outputs` are the task's own of each row, with the rows' `weight`, where it has a score that is made from them; else nothing.
@@ -283,8 +311,9 @@ def make_eval_step(task, graph, precision: str) -> Callable:
     def eval_step(params, stats, batch, sums):
         model = evaluation_model(graph, params, stats, dtype)
         inputs = _inputs(batch, dtype)
-        sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)) | skipped_metric(batch), jnp.float32))
-        outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
+        with layout_lib.use(layout):
+            sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)) | skipped_metric(batch), jnp.float32))
+            outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
         return sums, outputs
 
     return eval_step

@@ -15,6 +15,7 @@ from jaxmodels.data import loader
 from jaxmodels.errors import ConfigError, Diverged, Interrupted
 from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import metrics as metrics_lib
 from jaxmodels.training import state as state_lib
@@ -98,13 +99,13 @@ class Trainer:
     def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console):
         """Finds the devices and lays out the state on them; makes no array of it yet."""
         self.mesh = mesh_lib.make_mesh(experiment.mesh)
-        experiment = experiment.on(self.mesh.devices.flat[0].platform, self.mesh.size)
+        layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
+        experiment = experiment.on(self.mesh.devices.flat[0].platform, layout)
         self.experiment, self.folder, self.stop = experiment, folder, stop
         self.main = jax.process_index() == 0
-        mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size")
+        mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size", layout.microbatches)
         mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
-        everywhere = mesh_lib.replicated(self.mesh)
-        self.shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), experiment.state_shapes())
+        self.shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
         root = jax.random.key(experiment.config["seed"])
         self.init_key, self.step_key, self.sample_key = (jax.random.fold_in(root, i) for i in range(3))
         self.evaluator = Evaluator(experiment, self.mesh, stop, self._record_compile)
@@ -158,7 +159,7 @@ class Trainer:
         """Steps until the end, a stop, or patience runs out."""
         experiment, total = self.experiment, self.experiment.steps
         source = experiment.dataset.splits["train"]
-        sharding = mesh_lib.batch_sharding(self.mesh)
+        sharding, rows = mesh_lib.batch_sharding(self.mesh), mesh_lib.local_rows(mesh_lib.batch_sharding(self.mesh), experiment.loading.batch_size)
         if self._evaluation_due(step) and self.progress.evaluated_at != step:
             # Stopped after this step was saved and before it was evaluated.
             self._evaluate(step)
@@ -172,11 +173,11 @@ class Trainer:
             total,
             seed=experiment.config["seed"],
             shuffle=experiment.loading.shuffle,
-            process=(jax.process_index(), jax.process_count()),
+            rows=rows,
             transform=experiment.transform,
         )
         stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
-        feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding))
+        feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, experiment.loading.batch_size))
         self.clock = _Clock(step, self.progress.seconds)
         metrics = None
         with contextlib.closing(stream), _short_collections():
@@ -264,7 +265,7 @@ class Trainer:
         batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
         # Metrics are scalars on every device; the state stays where it is.
         out = (jax.tree.map(lambda x: x.sharding, self.shapes), mesh_lib.replicated(self.mesh))
-        function = self.experiment.step_function()
+        function = self.experiment.step_function(jax.tree.map(lambda x: x.sharding, self.shapes.params))
         step, record = self.stop.run(lambda: compile_ahead("train_step", function, self.state, batch, self.step_key, donate=(0,), out_shardings=out))
         self._record_compile(record)
         return step
@@ -319,8 +320,8 @@ class Trainer:
         if source is not None and not any(split == "test" for _, split, _ in self.lines):
             params, stats = self.state.weights, self.state.stats
             if tested != step:
-                located, everywhere = weights_lib.locate(f"{self.folder.path}@{tested}"), mesh_lib.replicated(self.mesh)
-                params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats, everywhere)
+                located = weights_lib.locate(f"{self.folder.path}@{tested}")
+                params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats)
             self._write(tested, "test", self.evaluator.run(params, stats, source))
         final = {}
         for at, split, values in self.lines:

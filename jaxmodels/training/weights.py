@@ -118,16 +118,14 @@ def read(arrays: Mapping[str, Stored], shapes: Mapping[str, jax.ShapeDtypeStruct
     return {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes}
 
 
-def read_model(located: Located, params: Any, stats: Any, sharding: jax.sharding.Sharding) -> tuple[dict, dict]:
+def read_model(located: Located, params: Any, stats: Any) -> tuple[dict, dict]:
     """All parameters and statistics of a run.
 
     Args:
       located: where they are.
-      params, stats: shapes.
-      sharding: of every array.
+      params, stats: shapes, with shardings.
     """
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for path, x in (flatten(params) | flatten(stats)).items()}
-    found = read(located.arrays, shapes)
+    found = read(located.arrays, flatten(params) | flatten(stats))
     return tuple(unflatten({path: found[path] for path in flatten(tree)}) for tree in (params, stats))
 
 
