@@ -372,6 +372,8 @@ def _check_fit(experiment: Experiment) -> None:
         got = shapes[name].shape[1:]
         if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
             raise ConfigError(f"config.task: {name!r} should have the shape {wanted}, but has {got} in the data.")
+    if experiment.config["partition"] == "pmap" and getattr(experiment.task, "across_rows", False):
+        raise ConfigError(f"config.partition=pmap: {experiment.config['task']['name']!r} compares all rows of a batch, and pmap shows a device its own; use jit.")
     with _as_config_error("config.model"):
         experiment.state_shapes()
     _check_best(experiment)

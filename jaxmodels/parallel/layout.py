@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Which mesh axes each logical axis is spread over; `sharding.rules` of a config goes before.
@@ -44,6 +45,7 @@ class Layout:
       microbatches: that a pipeline cuts a batch into.
       axis: under `pmap`, the name of the mapped axis: each device then runs the model on its own rows.
       left_whole: notes of what could not be spread, for the log and the manifest: filled while tracing.
+      used: axes that something is spread over: filled while tracing.
     """
 
     mesh: Mesh
@@ -52,6 +54,7 @@ class Layout:
     microbatches: int = 1
     axis: str | None = None
     left_whole: dict[str, None] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes, larger than 1, of a logical name."""
@@ -72,6 +75,7 @@ class Layout:
                     self.left_whole[f"{name} of {shape[i]} does not divide over {' × '.join(f'{axis}={self.mesh.shape[axis]}' for axis in axes)}"] = None
                 axes = ()
             used.update(axes)
+            self.used.update(axes)
             parts.append(axes or None)
         return PartitionSpec(*parts)
 
@@ -127,8 +131,22 @@ def sum_over_devices(tree: Any, layout: Layout | None = None) -> Any:
 
 
 def own_key(key: jax.Array, layout: Layout | None) -> jax.Array:
-    """The key; under `pmap` each device's own, since there each draws for its own rows."""
-    return key if layout is None or layout.axis is None else jax.random.fold_in(key, jax.lax.axis_index(layout.axis))
+    """The key; under `pmap` each device's own, since there each draws for its own rows. The first device's is the key itself."""
+    if layout is None or layout.axis is None:
+        return key
+    device = jax.lax.axis_index(layout.axis)
+    return jax.lax.cond(device == 0, lambda: key, lambda: jax.random.fold_in(key, device))
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each row of a batch [rows], the same ones however rows are spread over devices."""
+    layout = _layout.get()
+    if layout is None or layout.axis is None:
+        return jax.random.split(key, rows)
+    device, data = jax.lax.axis_index(layout.axis), jax.random.key_data(key)
+    first = jax.lax.psum(jnp.where(device == 0, data, jnp.zeros_like(data)), layout.axis)
+    keys = jax.random.split(jax.random.wrap_key_data(first, impl=jax.random.key_impl(key)), rows * layout.mesh.size)
+    return jax.lax.dynamic_slice_in_dim(keys, device * rows, rows)
 
 
 def on_each_device(function: Callable, inputs: Sequence[Sequence[str | None]], output: Any) -> Callable:

@@ -49,7 +49,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
     shape = dataclasses.asdict(sizes)
     free = [axis for axis, size in shape.items() if size == -1]
     if any(size == 0 or size < -1 for size in shape.values()):
-        raise ConfigError(f"config.mesh: sizes are 1 or more, or -1 for what the others leave; got {_shown(shape)}.")
+        raise ConfigError(f"config.mesh: sizes are 1 or more, or -1 for what the others leave; got {shown(shape)}.")
     if len(free) > 1:
         raise ConfigError(f"config.mesh: only one axis may be -1, but {' and '.join(free)} are; give --config.mesh.{free[0]}=1, or another number.")
     known = math.prod(size for size in shape.values() if size != -1)
@@ -57,11 +57,12 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
         shape[free[0]] = devices // known
     if math.prod(shape.values()) != devices:
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ConfigError(f"config.mesh: {_shown(shape)} makes {known} devices, but there are {devices}. Sizes divide that: {divisors}.")
+        raise ConfigError(f"config.mesh: {shown(shape)} makes {known} devices, but there are {devices}. Sizes divide that: {divisors}.")
     return shape
 
 
-def _shown(shape: Mapping[str, int]) -> str:
+def shown(shape: Mapping[str, int]) -> str:
+    """`data=2 × fsdp=4`: the axes larger than 1."""
     return " × ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
 
 

@@ -191,17 +191,12 @@ def _over_data(spec: PartitionSpec, shape: tuple[int, ...], layout: Layout) -> P
     return PartitionSpec(*(((*dimension, "data") if i == best else dimension) or None for i, dimension in enumerate(axes)))
 
 
-def idle_axes(shapes: Any, layout: Layout, used: Iterable[str] = ()) -> list[str]:
-    """Axes that nothing of a state is spread over, nor batches, nor what is `used`: their devices repeat each other's work.
-
-    Args:
-      shapes: with shardings.
-      layout: of the run.
-      used: further axes that something is spread over.
-    """
-    busy = {axis for x in jax.tree.leaves(shapes) for part in x.sharding.spec for axis in (part if isinstance(part, tuple) else (part,))}
-    busy |= {*layout.rules["batch"], *used}
-    return [axis for axis, size in layout.mesh.shape.items() if size > 1 and axis not in busy]
+def notes(layout: Layout) -> list[str]:
+    """What a traced function leaves whole, or repeats: for the log and the manifest."""
+    busy = {*layout.used, *layout.rules["batch"]}
+    idle = [axis for axis, size in layout.mesh.shape.items() if size > 1 and axis not in busy and layout.axis is None]
+    repeated = [f"nothing of this model is spread over mesh.{axis}={layout.mesh.shape[axis]}: those devices repeat each other's work" for axis in idle]
+    return [*repeated, *(f"{note}: it stays whole on each of their devices" for note in layout.left_whole)]
 
 
 def replicated_parameters(shapes: Any, section: Sharding, layout: Layout) -> list[tuple[str, int]]:

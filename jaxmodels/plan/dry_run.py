@@ -1,5 +1,6 @@
 """What a run would be, without training: parameters, bytes, floating-point operations."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from jaxmodels.training import step
 def summarize(experiment: Experiment) -> dict:
     """The figures of `print_dry_run`: parameters by path, all and active for one token, bytes of state per device and on disk, FLOPs per step.
 
+    `sharding` says of each parameter which mesh axes its dimensions are spread over, `notes` what is left whole.
+
     Raises:
       ConfigError: the mesh or the batch does not fit the devices that are here.
     """
@@ -27,6 +30,8 @@ def summarize(experiment: Experiment) -> dict:
     layout = sharding_lib.make_layout(mesh, experiment.sharding, experiment.config["partition"])
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     saved = shapes.replace(frozen={}) if experiment.frozen_in_parent else shapes
+    # One program over all devices, also for pmap, whose collectives have no meaning outside it.
+    placed = experiment.on(mesh.devices.flat[0].platform, dataclasses.replace(layout, axis=None))
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = step.flatten(shapes.params) | step.flatten(shapes.frozen)
@@ -35,12 +40,34 @@ def summarize(experiment: Experiment) -> dict:
         "parameter_count": sum(x.size for x in params.values()),
         "active_parameter_count": active_parameters(shapes.weights, experiment.config["model"]),
         "trained_count": sum(x.size for x in jax.tree.leaves(shapes.params)),
+        "sharding": {path: x.sharding.spec for path, x in params.items()},
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
+        "bytes_per_device": {part: mesh_lib.bytes_per_device(getattr(shapes, part)) for part in ("params", "frozen", "opt_state", "ema")},
         "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved)),
-        "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
+        "flops_per_step": count_flops(placed.step_function(), shapes, batch, key),
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
+        "notes": [*_replicated(shapes, experiment.sharding, layout), *sharding_lib.notes(placed.layout)],
     }
+
+
+def describe(shape: tuple[int, ...], spec: jax.sharding.PartitionSpec) -> str:
+    """`64/fsdp×256/tensor`: a shape, with the mesh axes that its dimensions are spread over."""
+    axes = [part if isinstance(part, tuple) else (part,) if part else () for part in (*spec, *[None] * (len(shape) - len(spec)))]
+    return "×".join("/".join(map(str, (size, *parts))) for size, parts in zip(shape, axes, strict=True)) or "scalar"
+
+
+def _sizes(arrays, spread: bool) -> list[str]:
+    """Bytes of arrays in all; and, of spread ones, on a device."""
+    whole = human_bytes(sum(x.size * x.dtype.itemsize for x in arrays))
+    return [whole, human_bytes(mesh_lib.bytes_per_device(arrays))] if spread else [whole]
+
+
+def _replicated(shapes, section, layout) -> list[str]:
+    return [
+        f"{path} ({human_bytes(size)}) is whole on every device: no pattern or dimension spreads it; see config.sharding.parameters"
+        for path, size in sharding_lib.replicated_parameters(shapes, section, layout)
+    ]
 
 
 def active_parameters(params, model: Mapping) -> int:
@@ -59,28 +86,38 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
     """Prints the resolved config and `summarize`."""
     console.print_json(json.dumps(experiment.config))
     figures = summarize(experiment)
-    table = Table("parameter", "shape", "type", "values", "bytes")
+    spread = math.prod(figures["mesh"].values()) > 1
+    table = Table("parameter", "shape/axis" if spread else "shape", "type", "values", "bytes", *["a device's"] * spread)
+    table.columns[0].overflow = "fold"
     for path, x in figures["parameters"].items():
-        table.add_row(path, "×".join(map(str, x.shape)) or "scalar", str(x.dtype), f"{x.size:,}", human_bytes(x.size * x.dtype.itemsize))
+        shape = describe(x.shape, figures["sharding"][path])
+        table.add_row(path, shape, str(x.dtype), f"{x.size:,}", *_sizes([x], spread))
     table.add_section()
-    count = figures["parameter_count"]
-    table.add_row("all", "", "", f"{count:,}", human_bytes(sum(x.size * x.dtype.itemsize for x in figures["parameters"].values())))
+    count, parameters = figures["parameter_count"], list(figures["parameters"].values())
+    table.add_row("all", "", "", f"{count:,}", *_sizes(parameters, spread))
     if figures["active_parameter_count"] != count:
-        table.add_row("active for one token", "", "", f"{figures['active_parameter_count']:,}", "")
+        table.add_row("active for one token", "", "", f"{figures['active_parameter_count']:,}")
     if figures["trained_count"] < count:
-        table.add_row("trained", "", "", f"{figures['trained_count']:,}", "")
+        table.add_row("trained", "", "", f"{figures['trained_count']:,}")
     console.print(table)
     data = ", ".join(f"{len(split):,} {name}" for name, split in experiment.dataset.splits.items())
     rows = {
         "data": f"{data} examples",
         "steps": f"{figures['steps']:,} of {experiment.loading.batch_size} examples",
-        "devices": f"{math.prod(figures['mesh'].values())} {jax.devices()[0].platform}, mesh {figures['mesh']}",
-        "state per device": human_bytes(figures["state_bytes_per_device"]),
+        "devices": f"{math.prod(figures['mesh'].values())} {jax.devices()[0].platform}, mesh {mesh_lib.shown(figures['mesh'])}",
+        "state per device": f"{human_bytes(figures['state_bytes_per_device'])}: {_parts(figures['bytes_per_device'])}",
         "checkpoint": f"{human_bytes(figures['checkpoint_bytes'])} before compression",
         "FLOPs per step": f"{figures['flops_per_step']:.4g} in matrix products and convolutions",
     }
     for name, value in rows.items():
         console.print(f"{name:<17} {value}", highlight=False)
+    for note in figures["notes"]:
+        console.print("warning: " + note, style="yellow", highlight=False)
+
+
+def _parts(sizes: Mapping[str, int]) -> str:
+    names = {"params": "parameters", "frozen": "frozen parameters", "opt_state": "optimizer", "ema": "moving average"}
+    return ", ".join(f"{names[part]} {human_bytes(size)}" for part, size in sizes.items() if size)
 
 
 def human_bytes(count: float) -> str:

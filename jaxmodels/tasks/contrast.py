@@ -53,6 +53,7 @@ class Contrast:
             raise ConfigError("config.task: 'contrast' learns from views that differ; give at least one of crop, flip, brightness and noise.")
         self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": width}
         self.batch = {"image": self.provides["image_shape"]}
+        self.across_rows = True  # a row's loss is that of its batch: pmap, which shows each device its own rows, is refused
         self.crop, self.flip, self.brightness, self.noise = crop, flip, brightness, noise
         self.contrast, self.temperature = losses.CONTRASTIVE[loss], temperature
 

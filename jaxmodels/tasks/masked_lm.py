@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.parallel.layout import row_keys
 from jaxmodels.tasks import require
 from jaxmodels.tasks.losses import cross_entropy
 
@@ -68,7 +69,7 @@ class MaskedLM:
 
     def loss(self, model, batch, rngs):
         """The sum of cross-entropies of hidden tokens, how many these are, and metrics."""
-        keys = jax.random.split(rngs.dropout(), len(batch["tokens"]))
+        keys = row_keys(rngs.dropout(), len(batch["tokens"]))
         metrics = self._metrics(model, batch, keys, rngs)
         return *metrics["loss"], metrics
 

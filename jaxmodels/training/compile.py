@@ -66,7 +66,35 @@ def compile_ahead(name: str, function: Callable, *args, donate: tuple[int, ...] 
 
     The result takes nothing else, so there is one compilation, and an argument of another shape is an error.
     """
-    started, before = time.perf_counter(), _hits
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
-    compiled = jax.jit(function, donate_argnums=donate, **options).lower(*args).compile()
+    return _compile(name, jax.jit(function, donate_argnums=donate, **options), args)
+
+
+def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis: str, *args) -> tuple[Callable, CompileRecord]:
+    """Compiles a train step for `pmap`: every device runs it on its own rows, and on its own copy of the rest.
+
+    Args:
+      name: for the record.
+      function: (state, batch, key) -> (state, metrics), both results the same on all devices.
+      mesh: of the devices.
+      axis: that the function's collectives name.
+      args: the state, whole on every device; the batch, its leading dimension the devices; the key.
+    """
+    devices = list(mesh.devices.flat)
+    mapped = jax.pmap(function, axis_name=axis, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,), devices=devices)
+    compiled, record = _compile(name, mapped, args)
+    if jax.process_count() == 1:
+        return compiled, record
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def step(*args):
+        # pmap tells each process of its own devices alone; all else here goes by those of all processes.
+        return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(x.shape, everywhere, [s.data for s in x.addressable_shards]), compiled(*args))
+
+    return step, record
+
+
+def _compile(name: str, function, args) -> tuple[Callable, CompileRecord]:
+    started, before = time.perf_counter(), _hits
+    compiled = function.lower(*args).compile()
     return compiled, CompileRecord(name, round(time.perf_counter() - started, 3), _hits > before)

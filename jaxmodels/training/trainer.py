@@ -24,6 +24,7 @@ from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
 from jaxmodels.training.compile import (
     CompileRecord,
     compile_ahead,
+    compile_mapped,
     use_persistent_cache,
 )
 from jaxmodels.training.evaluation import Evaluator
@@ -177,7 +178,7 @@ class Trainer:
             transform=experiment.transform,
         )
         stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
-        feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, experiment.loading.batch_size))
+        feed = loader.DeviceFeed(stream, lambda batch: self._place(batch, sharding))
         self.clock = _Clock(step, self.progress.seconds)
         metrics = None
         with contextlib.closing(stream), _short_collections():
@@ -260,14 +261,31 @@ class Trainer:
             self.progress = dataclasses.replace(self.progress, seconds=self.clock.total())
         self.checkpoints.save(self.state, self.progress)
 
+    def _place(self, batch, sharding):
+        """A batch on the devices; for pmap with a dimension of devices in front."""
+        size = self.experiment.loading.batch_size
+        if self.experiment.layout.axis:
+            rows, size = size // self.mesh.size, self.mesh.size
+            batch = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+        return mesh_lib.place(batch, sharding, size)
+
     def _compile_step(self, sharding):
-        shapes = self.experiment.batch_shapes(self.experiment.loading.batch_size)
+        shapes, mapped = self.experiment.batch_shapes(self.experiment.loading.batch_size), self.experiment.layout.axis
+        if mapped:
+            shapes = {k: jax.ShapeDtypeStruct((self.mesh.size, s.shape[0] // self.mesh.size, *s.shape[1:]), s.dtype) for k, s in shapes.items()}
         batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
-        # Metrics are scalars on every device; the state stays where it is.
-        out = (jax.tree.map(lambda x: x.sharding, self.shapes), mesh_lib.replicated(self.mesh))
-        function = self.experiment.step_function(jax.tree.map(lambda x: x.sharding, self.shapes.params))
-        step, record = self.stop.run(lambda: compile_ahead("train_step", function, self.state, batch, self.step_key, donate=(0,), out_shardings=out))
+        arguments = (self.state, batch, self.step_key)
+        if mapped:
+            step, record = self.stop.run(lambda: compile_mapped("train_step", self.experiment.step_function(), self.mesh, mapped, *arguments))
+        else:
+            # Metrics are scalars on every device; the state stays where it is.
+            out = (jax.tree.map(lambda x: x.sharding, self.shapes), mesh_lib.replicated(self.mesh))
+            function = self.experiment.step_function(jax.tree.map(lambda x: x.sharding, self.shapes.params))
+            step, record = self.stop.run(lambda: compile_ahead("train_step", function, *arguments, donate=(0,), out_shardings=out))
         self._record_compile(record)
+        for note in sharding_lib.notes(self.experiment.layout):
+            self.log.say("warning: " + note, style="yellow")
+            self._fallback(note)
         return step
 
     def _flush(self) -> None:
