@@ -6,6 +6,10 @@ Shapes: B batch, T time, D width, F width of an expert, E experts, K experts of 
 An assignment is one token going to one expert. Tokens are laid out in slots, every slot belonging to one expert, so
 that an expert's tokens lie together and go through its matrices in one product; what comes out is gathered back and
 summed with the router's weights.
+
+Over several devices (see `parallel.layout`), each has some of the rows, and some of the experts. With capacity, slots
+go to their experts and back, by one all-to-all each way. Without, where a device may get any number of assignments, all
+tokens of a group come to all its experts, and each device computes those assignments that are to its own (`_dropless`).
 """
 
 import dataclasses
@@ -16,9 +20,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, check_sizes
+from jaxmodels.parallel.layout import constrain, current, on_each_device
 
 # Rows that an expert's matrices are applied to at once without capacity; an expert's last block is filled up with zeros.
 BLOCK = 64
@@ -79,12 +85,23 @@ class Experts(nnx.Module):
         self.down = Kernels(experts, mlp_width, width, init=out_init, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        """x: slots in any layout [..., D]; product: (slots [..., in], kernels [E, in, out]) -> [..., out], by each slot's expert."""
+    def kernels(self) -> dict[str, jax.Array]:
+        """The matrices: `up` and maybe `gate` [E, D, F], `down` [E, F, D]."""
+        return {name: getattr(self, name).kernel[...] for name in ("gate", "up", "down") if getattr(self, name) is not None}
+
+    def __call__(self, x: jax.Array, kernels: dict[str, jax.Array], product: Callable[..., jax.Array]) -> jax.Array:
+        """What the experts say of slots in any layout [..., D].
+
+        Args:
+          x: the slots.
+          kernels: as `kernels` gives them, or some experts' part of them.
+          product: (slots [..., in], kernels [E, in, out], name) -> [..., out], by each slot's expert; `name` is that of the last
+            dimension in `parallel.layout`.
+        """
         activate = ACTIVATIONS[self.activation]
-        hidden = product(x, self.up.kernel[...])
-        hidden = activate(hidden) if self.gate is None else activate(product(x, self.gate.kernel[...])) * hidden
-        return product(hidden, self.down.kernel[...])
+        hidden = product(x, kernels["up"], "mlp")
+        hidden = activate(hidden) if self.gate is None else activate(product(x, kernels["gate"], "mlp")) * hidden
+        return product(hidden, kernels["down"], None)
 
 
 class MoE(nnx.Module):
@@ -137,51 +154,41 @@ class MoE(nnx.Module):
           rngs: as other layers take it; nothing here is random.
 
         Returns:
-          What the experts add, [B, T, D], and float32 statistics over all real tokens:
-            loss: the auxiliary loss, with its coefficients.
-            load_balance: E times the sum over experts of (share of assignments) * (mean probability), as in the Switch
-              Transformer (Fedus et al. 2022) for K = 1 and as Mixtral's divided by K: 1 for an even load, E for one
-              expert that takes all.
-            router_z: the mean square of the log of the sum of exponentials of a token's logits (Zoph et al. 2022).
-            load: [E], shares of assignments before any is dropped; they sum to 1.
-            expert_load_min, expert_load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
-            dropped: share of assignments that found no room.
+          What the experts add, [B, T, D], and float32 sums over all real tokens, of which `statistics` makes the auxiliary loss
+          and the rest:
+            tokens: how many.
+            assignments: [E], to each expert, before any is dropped.
+            probabilities: [E], of each expert.
+            router_z: of the squared logs of the sum of exponentials of a token's logits.
+            dropped: assignments that found no room.
         """
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
         logits_BTE = self.router(x_BTD.astype(jnp.float32))
         probabilities_BTE = jax.nn.softmax(logits_BTE)
-        weights_BTK, chosen_BTK = jax.lax.top_k(probabilities_BTE, self.mixture.top_k)
+        tokens = ("batch", "sequence", None)
+        # By each device for its own tokens, since compilers gather the operand of a top_k.
+        best = on_each_device(lambda probabilities_BTE: jax.lax.top_k(probabilities_BTE, self.mixture.top_k)[1], (tokens,), tokens)
+        chosen_BTK = best(jax.lax.stop_gradient(probabilities_BTE))
+        is_chosen_BTKE = chosen_BTK[..., None] == jnp.arange(self.mixture.experts)
+        weights_BTK = jnp.sum(jnp.where(is_chosen_BTKE, probabilities_BTE[:, :, None], 0), axis=-1)
         if self.mixture.normalize:
             weights_BTK /= weights_BTK.sum(axis=-1, keepdims=True)
         E = self.mixture.experts
         chosen_BTK = jnp.where(valid_BT[..., None], chosen_BTK, E)  # no expert
-        if self.mixture.dispatch == "dropless":
-            y_BTKD, kept = self._dropless(x_BTD, chosen_BTK), chosen_BTK < E
-        else:
-            y_BTKD, kept = self._capacity(x_BTD, chosen_BTK)
-        y_BTD = jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK.astype(x_BTD.dtype))
-        return y_BTD, self._statistics(logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept)
-
-    def _statistics(self, logits_BTE, probabilities_BTE, chosen_BTK, valid_BT, kept_BTK) -> dict[str, jax.Array]:
-        E = self.mixture.experts
+        weights_BTK = weights_BTK.astype(x_BTD.dtype)
+        dispatch = self._dropless if self.mixture.dispatch == "dropless" else self._capacity
+        y_BTD, dropped = dispatch(x_BTD, chosen_BTK, weights_BTK)
         real_BT = valid_BT.astype(jnp.float32)
-        tokens = jnp.maximum(real_BT.sum(), 1)
-        load_E = jax.nn.one_hot(chosen_BTK, E).sum(axis=(0, 1, 2)) / (tokens * self.mixture.top_k)
-        mean_E = jnp.einsum("bte,bt->e", probabilities_BTE, real_BT) / tokens
-        load_balance = E * jnp.sum(load_E * mean_E)
-        router_z = jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2 * real_BT) / tokens
-        return {
-            "loss": self.mixture.balance_coefficient * load_balance + self.mixture.router_z_coefficient * router_z,
-            "load_balance": load_balance,
-            "router_z": router_z,
-            "load": load_E,
-            "expert_load_min": E * load_E.min(),
-            "expert_load_max": E * load_E.max(),
-            "dropped": jnp.sum((chosen_BTK < E) & ~kept_BTK) / (tokens * self.mixture.top_k),
+        return y_BTD, {
+            "tokens": real_BT.sum(),
+            "assignments": jax.nn.one_hot(chosen_BTK, E).sum(axis=(0, 1, 2)),
+            "probabilities": jnp.einsum("bte,bt->e", probabilities_BTE, real_BT),
+            "router_z": jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2 * real_BT),
+            "dropped": dropped.astype(jnp.float32),
         }
 
-    def _capacity(self, x_BTD, chosen_BTK):
-        """What each assignment's expert says [B, T, K, D], zeros where it is dropped; and whether it was kept."""
+    def _capacity(self, x_BTD, chosen_BTK, weights_BTK):
+        """The weighted sums over each token's experts [B, T, D], but for assignments that are dropped; and how many are."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, self.mixture.experts
         C = min(T, math.ceil(self.mixture.capacity_factor * T * K / E))  # a token chooses an expert once at most
         chosen_BA = chosen_BTK.reshape(B, T * K)
@@ -191,27 +198,100 @@ class MoE(nnx.Module):
         take = jax.vmap(functools.partial(_lay_out, slots=E * C, each=K))
         back = jax.vmap(_gather_back)
         slots_BSD, assignment_BS = take(x_BTD, slot_BA)
+        at_rows, at_experts = ("batch", None, "sequence", None), ("group", "expert", "sequence")
 
-        def product(x, kernels):
-            return jnp.einsum("beci,eio->beco", x, kernels)
+        def product(x, kernels, name):
+            return constrain(jnp.einsum("beci,eio->beco", x, kernels), *at_experts, name)
 
-        y_BSD = self.experts(slots_BSD.reshape(B, E, C, D), product).reshape(B, E * C, D)
-        y_BAD = back(y_BSD, slot_BA, assignment_BS)
-        return y_BAD.reshape(B, T, K, D), kept_BA.reshape(B, T, K)
+        slots_BECD = constrain(constrain(slots_BSD.reshape(B, E, C, D), *at_rows), *at_experts, None)
+        y_BECD = constrain(self.experts(slots_BECD, self.experts.kernels(), product), *at_rows)
+        y_BAD = back(y_BECD.reshape(B, E * C, D), slot_BA, assignment_BS)
+        y_BTD = jnp.einsum("btkd,btk->btd", y_BAD.reshape(B, T, K, D), weights_BTK)
+        return y_BTD, jnp.sum((chosen_BA < E) & ~kept_BA)
 
-    def _dropless(self, x_BTD, chosen_BTK):
-        """What each assignment's expert says [B, T, K, D]; zeros for padding."""
-        (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, self.mixture.experts
-        A = B * T * K
-        blocks = min(A, -(-A // BLOCK) + E - 1)  # enough however the assignments fall: E - 1 blocks more than they would fill
+    def _dropless(self, x_BTD, chosen_BTK, weights_BTK):
+        """The weighted sums over each token's experts [B, T, D], zeros for padding; and that none is dropped.
+
+        A device's share of the assignments is not known in advance, so an all-to-all would need room for the worst case, in
+        which all come to one device; and as many collectives. The tokens themselves, which are fewer than their
+        assignments, are gathered over the axis of experts instead, and the results summed and scattered back: exact, of fixed
+        shapes, and a device computes what is its own and no more. For few experts a token it moves up to E / K times
+        as much as an all-to-all of just the assignments would.
+        """
+        layout, kernels = current(), self.experts.kernels()
+        B, E, F = len(x_BTD), self.mixture.experts, kernels["down"].shape[1]
+
+        def axes(name, size):
+            return () if layout is None or size % layout.size(name) else layout.axes(name)
+
+        owners = axes("expert", E)
+        gathered = tuple(axis for axis in owners if axis in axes("batch", B))
+        summed = tuple(axis for axis in owners if axis not in gathered + axes("mlp", F))
+
+        def on_device(x_BTD, chosen_BTK, weights_BTK, *kernels_E):
+            if gathered:
+                together = functools.partial(jax.lax.all_gather, axis_name=gathered, tiled=True)
+                x_BTD, chosen_BTK, weights_BTK = together(x_BTD), together(chosen_BTK), together(weights_BTK)
+            own = len(kernels_E[0])
+            if owners:
+                chosen_BTK = chosen_BTK - own * jax.lax.axis_index(owners)
+                chosen_BTK = jnp.where((chosen_BTK >= 0) & (chosen_BTK < own), chosen_BTK, own)
+            y_BTD = self._own_experts(x_BTD, chosen_BTK, weights_BTK, dict(zip(kernels, kernels_E, strict=True)))
+            if gathered:
+                y_BTD = jax.lax.psum_scatter(y_BTD, gathered, tiled=True)
+            return (jax.lax.psum(y_BTD, summed) if summed else y_BTD)[None]
+
+        tokens = ("batch", "sequence", None)
+        names = {"gate": ("expert", None, "mlp"), "up": ("expert", None, "mlp"), "down": ("expert", "mlp", None)}
+        inputs = (tokens, tokens, tokens, *(names[name] for name in kernels))
+        # Parts of the hidden layers give parts of the sum, which are added outside: there, that costs nothing backward.
+        parts = on_each_device(on_device, inputs, ("mlp", *tokens))(x_BTD, chosen_BTK, weights_BTK, *kernels.values())
+        return jax.lax.reduce(parts, np.zeros((), parts.dtype), jax.lax.add, (0,)), jnp.zeros(())
+
+    def _own_experts(self, x_BTD, chosen_BTK, weights_BTK, kernels):
+        """The weighted sums [B, T, D] of those assignments that are to experts of `kernels`; others have their number."""
+        (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, len(kernels["up"])
+        A, most = B * T * K, B * T * min(K, E)
+        blocks = min(most, -(-most // BLOCK) + E - 1)  # enough however the assignments fall: E - 1 blocks more than they would fill
         chosen_A = chosen_BTK.reshape(A)
         sizes_E = jnp.sum(jax.nn.one_hot(chosen_A, E, dtype=jnp.int32), axis=0)
         sizes_E = -(-sizes_E // BLOCK) * BLOCK
         ends_E = jnp.cumsum(sizes_E)
         slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), blocks * BLOCK)
         slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=blocks * BLOCK, each=K)
-        y_SD = self.experts(slots_SD, lambda x, kernels: grouped_product(x, kernels, sizes_E))
-        return _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
+        y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped_product(x, kernels, sizes_E))
+        y_BTKD = _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
+        return jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK)
+
+
+def statistics(sums: dict[str, jax.Array], mixture: Mixture) -> dict[str, jax.Array]:
+    """What the sums of one `MoE` say, which may be added up over devices and parts of a batch before.
+
+    Returns:
+      float32, over all real tokens:
+        loss: the auxiliary loss, with its coefficients.
+        load_balance: E times the sum over experts of (share of assignments) * (mean probability), as in the Switch
+          Transformer (Fedus et al. 2022) for K = 1 and as Mixtral's divided by K: 1 for an even load, E for one
+          expert that takes all.
+        router_z: the mean square of the log of the sum of exponentials of a token's logits (Zoph et al. 2022).
+        load: [E], shares of assignments before any is dropped; they sum to 1.
+        expert_load_min, expert_load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
+        dropped: share of assignments that found no room.
+    """
+    tokens = jnp.maximum(sums["tokens"], 1)
+    E = mixture.experts
+    load_E = sums["assignments"] / (tokens * mixture.top_k)
+    load_balance = E * jnp.sum(load_E * sums["probabilities"] / tokens)
+    router_z = sums["router_z"] / tokens
+    return {
+        "loss": mixture.balance_coefficient * load_balance + mixture.router_z_coefficient * router_z,
+        "load_balance": load_balance,
+        "router_z": router_z,
+        "load": load_E,
+        "expert_load_min": E * load_E.min(),
+        "expert_load_max": E * load_E.max(),
+        "dropped": sums["dropped"] / (tokens * mixture.top_k),
+    }
 
 
 @jax.custom_vjp

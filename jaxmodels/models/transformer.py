@@ -25,7 +25,7 @@ from jaxmodels.models.layers import (
     check_sizes,
     dropout,
 )
-from jaxmodels.models.moe import Mixture, MoE
+from jaxmodels.models.moe import Mixture, MoE, statistics
 from jaxmodels.models.positions import (
     RotaryScaling,
     positions_in,
@@ -33,7 +33,7 @@ from jaxmodels.models.positions import (
     sinusoids,
 )
 from jaxmodels.models.sizes import DECODERS
-from jaxmodels.parallel.layout import constrain
+from jaxmodels.parallel.layout import constrain, sum_over_devices
 
 Norm = Literal["layer", "rms"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -121,8 +121,8 @@ class Block(nnx.Module):
           attention: its implementation, as in `attention.attend`.
           init: of the matrices: `normal` with a deviation of 0.02 (GPT-2, BERT), or by `fan_in` (T5).
           mlp: makes another module in the feed-forward's place. It is called as `mlp(x, valid=…, rngs=…)` with [B, T, D],
-            bool [B, T] (None: all) and what dropout draws from, and returns [B, T, D], or that and a dict of arrays,
-            which the block then returns too.
+            bool [B, T] (None: all) and what dropout draws from, and returns [B, T, D], or that and a dict of arrays, sums
+            over tokens, which the block then returns too.
           rngs: draws the initial parameters from its `params` stream.
         """
         if init == "normal":
@@ -316,8 +316,9 @@ class Decoder(nnx.Module):
         options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm}
         options |= {"epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias}
         options |= {"query_key_norm": query_key_norm, "attention": attention, "dropout": dropout, "layers": layers}
+        self.mixture = Mixture(**moe) if isinstance(moe, Mapping) else moe
         if moe is not None:
-            mixture = dict(moe) if isinstance(moe, Mapping) else dataclasses.asdict(moe)
+            mixture = dataclasses.asdict(self.mixture)
             out_init = init if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
             options["mlp"] = lambda rngs: MoE(width, mlp_width or 4 * width, activation=activation, out_init=out_init, rngs=rngs, **mixture)
         self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
@@ -361,8 +362,11 @@ class Decoder(nnx.Module):
         shared = {"rotary": None if self.rotary is None else rotary_table(positions, *self.rotary), "valid": valid}
         if segments is not None:  # without, no token sees the padding after it
             shared["segments"] = jnp.where(valid, segments, -1)
-        x_BTD, aux = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
+        x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         logits = self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
         logits = constrain(logits, "batch", "sequence", "vocab")
-        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in aux.items()}
+        if self.mixture is None:
+            return logits, {}
+        told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
+        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
