@@ -86,6 +86,11 @@ check_train() {
     $has_config || usage_error "no --config after --: end the command with -- --config=configs/NAME.py"
 }
 
+# check_variable NAME=VALUE: an environment variable.
+check_variable() {
+    [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || usage_error "--env=$1 is not right: --env=NAME=VALUE"
+}
+
 # has_option NAME ARGUMENT...: whether --NAME is among the arguments.
 has_option() {
     local name=$1 argument

@@ -17,6 +17,7 @@ follows the log of worker 0. Called again with the same arguments, it finds the 
   --spot              preemptible capacity
   --queued            a queued resource: waits for capacity
   --bucket=BUCKET     mount this bucket at /shared on all workers (gcsfuse); runs/ then lies in it
+  --env=NAME=VALUE    environment variable of the run; may be repeated
   --code=head|tree    copy the last commit (default), or the working tree with what is not committed
   --max_restarts=N    starts after the first, whatever the reason (default: 10)
   --poll=SECONDS      between questions for the TPU's state (default: 30)
@@ -35,7 +36,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 . "$root/launch/common.sh"
 
-name='' project='' zone='' type='' version='' bucket='' code=head max_restarts=10 poll=30 spot=false queued=false delete=false
+name='' project='' zone='' type='' version='' bucket='' code=head max_restarts=10 poll=30 spot=false queued=false delete=false variables=()
 while (($#)); do
     case $1 in
         --help) help && exit ;;
@@ -45,6 +46,7 @@ while (($#)); do
         --type=*) type=${1#*=} ;;
         --version=*) version=${1#*=} ;;
         --bucket=*) bucket=${1#*=} ;;
+        --env=*) check_variable "${1#*=}" && variables+=("${1#*=}") ;;
         --code=*) code=${1#*=} ;;
         --max_restarts=*) max_restarts=${1#*=} ;;
         --poll=*) poll=${1#*=} ;;
@@ -81,7 +83,7 @@ if [[ -z $version ]]; then
 fi
 needs gcloud 'see https://cloud.google.com/sdk/docs/install'
 
-arguments=(--processes=tpu "$@")
+arguments=(${variables[@]+"${variables[@]}"} -- --processes=tpu "$@")
 place=(--project="$project" --zone="$zone" --quiet)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

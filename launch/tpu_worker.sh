@@ -7,7 +7,7 @@ help() {
 Usage: bash tpu_worker.sh COMMAND
 
   setup [--bucket=BUCKET] [--extra=tpu]  unpack ~/jaxmodels.tar.gz, mount the bucket, install into a virtual environment
-  start ARGS...                          jaxmodels train ARGS, going on after this connection ends; none if it runs already
+  start [NAME=VALUE...] -- ARGS...       jaxmodels train ARGS, going on after this connection ends; nothing if it runs already
   follow LINE                            print the log from that line on, until the run ends
   status                                 print 'jaxmodels-worker HOST STATE': running, none, or the exit status
 
@@ -88,11 +88,16 @@ setup() {
 }
 
 start() {
-    local arguments
+    local arguments variables=()
     printf -v arguments '%q ' "$@"
+    while [[ $1 != -- ]]; do
+        variables+=("$1")
+        shift
+    done
+    shift
     if is_running; then
         [[ $(<"$state/arguments") == "$arguments" ]] && return
-        echo "tpu_worker.sh: $(hostname) runs another command: jaxmodels train $(<"$state/arguments")" >&2
+        echo "tpu_worker.sh: $(hostname) runs another command: $(<"$state/arguments")" >&2
         exit 2
     fi
     mkdir -p "$state"
@@ -105,10 +110,10 @@ start() {
     # shellcheck disable=SC2016
     PYTHONUNBUFFERED=1 setsid nohup bash -c '
         status=0
-        "$1/bin/jaxmodels" train "${@:3}" || status=$?
-        echo "$status" >"$2/status.new"
-        mv "$2/status.new" "$2/status"
-    ' worker "$environment" "$state" "$@" >"$state/log" 2>&1 </dev/null &
+        env "${@:2}" || status=$?
+        echo "$status" >"$1/status.new"
+        mv "$1/status.new" "$1/status"
+    ' worker "$state" ${variables[@]+"${variables[@]}"} "$environment/bin/jaxmodels" train "$@" >"$state/log" 2>&1 </dev/null &
     echo "$!" >"$state/process"
     echo "$(hostname): started"
 }

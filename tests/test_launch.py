@@ -54,19 +54,29 @@ class Fake:
         return subprocess.run(command, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     def calls(self) -> list[list[str]]:
-        return [shlex.split(line) for line in self.read("calls")]
+        """Every call, without what was asked again because worker 0 had ended a moment before worker 1."""
+        calls = []
+        for line in self.read("calls"):
+            call = shlex.split(line)
+            if worker_command(call) == ["follow", "0"] and [worker_command(c)[:1] for c in calls[-2:]] == [["follow"], ["status"]]:
+                continue
+            if calls and worker_command(call) == worker_command(calls[-1]) == ["status", "all"]:
+                continue
+            calls.append(call)
+        return calls
 
     def verbs(self) -> list[str]:
         """What was asked of gcloud, without questions for states."""
-        verbs = []
-        for call in self.calls():
-            if call[0] == "gcloud" and call[4] != "describe":
-                words = call[4:5]
-                if call[4] == "ssh":
-                    worker, command = (next(w for w in call if w.startswith(key)).split("=", 1)[1] for key in ("--worker=", "--command="))
-                    words = [shlex.split(command)[2], worker]
-                verbs.append(" ".join(words))
-        return verbs
+        calls = [call for call in self.calls() if call[0] == "gcloud" and call[4] != "describe"]
+        return [" ".join(worker_command(call) or call[4:5]) for call in calls]
+
+
+def worker_command(call) -> list[str]:
+    """The command of tpu_worker.sh and the workers it goes to; nothing for other calls."""
+    if call[4:5] != ["ssh"]:
+        return []
+    worker, command = (next(word for word in call if word.startswith(key)).split("=", 1)[1] for key in ("--worker=", "--command="))
+    return [shlex.split(command)[2], worker]
 
 
 @pytest.fixture
@@ -120,6 +130,7 @@ def test_scripts_begin_alike_and_explain_themselves(script, fake):
         ("gke/run.sh", [*GKE_GPU, "--slices=2", "--", TRAIN[0]], "are for TPUs"),
         ("gke/run.sh", [*GKE_GPU, "--hosts=0", "--", TRAIN[0]], "at least 1"),
         ("gke/run.sh", [*GKE_GPU, "--grace=soon", "--", TRAIN[0]], "--grace=soon is not right"),
+        ("gke/run.sh", [*GKE_GPU, "--env=FLAGS", "--", TRAIN[0]], "--env=NAME=VALUE"),
         ("gke/run.sh", [*GKE_GPU, "--", TRAIN[0], "--workdir=/tmp/x"], "lost with the container"),
         ("slurm.sbatch", [], "no --config"),
         ("slurm.sbatch", ["--max_restarts=no", "--", TRAIN[0]], "a whole number"),
@@ -138,7 +149,7 @@ def test_wrong_arguments_are_said_before_anything_is_asked(script, arguments, sa
 
 
 def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):
-    done = fake.run("tpu_pod.sh", *TPU, "--bucket=gs://things", "--delete", "--", *TRAIN)
+    done = fake.run("tpu_pod.sh", *TPU, "--bucket=gs://things", "--delete", "--env=FLAGS=it's a \"$x\"", "--", *TRAIN)
     assert done.returncode == 0, done.stderr
     assert fake.verbs() == ["create", *ONCE, "delete"]
     create = next(call for call in fake.calls() if call[4] == "create")
@@ -148,7 +159,8 @@ def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):
     assert "worker 0: ends with 0" in done.stdout and "worker 1" not in done.stdout.replace("worker 1: installed", "")
     starts = [shlex.split(line) for line in fake.read("starts")]
     assert sorted(start[0] for start in starts) == ["0", "1"]
-    for worker, folder, *arguments in starts:
+    for worker, folder, flags, *arguments in starts:
+        assert flags == "it's a \"$x\""
         assert folder.endswith(f"worker{worker}/jaxmodels")
         assert arguments == ["train", "--processes=tpu", *TRAIN]  # quotes, blanks and $ have arrived as they were typed
 
@@ -185,7 +197,7 @@ def test_after_preemption_the_tpu_is_made_anew_and_the_same_command_runs_again(f
             assert ("--runtime-version=v2-alpha-tpuv6e" in call) == queued
         if call[4:5] == ["delete"]:
             assert call[3] == group and ("--force" in call) == queued
-    commands = {line.split(" ", 2)[2] for line in fake.read("starts")}
+    commands = {line.split(" ", 3)[3] for line in fake.read("starts")}
     assert len(fake.read("starts")) == 4 and len(commands) == 1
     assert "(1 of 10)" in done.stderr
 
@@ -210,9 +222,9 @@ def test_what_another_start_would_not_change_is_not_repeated(fake, status):
 @pytest.mark.parametrize("outcome, status", [("75", 75), ("1", 1), ("preempted", 1)])
 def test_starts_have_a_limit(fake, outcome, status):
     fake.write(outcomes=outcome)
-    done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--max_restarts=2", "--", *TRAIN)
+    done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--max_restarts=1", "--", *TRAIN)
     assert done.returncode == status and "no start is left" in done.stderr
-    assert fake.verbs().count("start all") == 3
+    assert fake.verbs().count("start all") == 2
 
 
 def test_a_worker_that_knows_better_decides(fake):
@@ -402,7 +414,7 @@ def test_the_exit_status_decides_whether_a_jobset_starts_again(fake):
 @pytest.mark.parametrize("job, host, process", [(0, 0, "0"), (0, 3, "3"), (1, 2, "6")])
 def test_the_container_starts_its_process_with_what_was_typed(fake, job, host, process):
     arguments = [*TRAIN, "--config.data.path=$(JOB_INDEX) $$ \\ ü\n@NAME@: - x"]
-    manifest = submit(fake, *MANIFESTS["tpu"], "--", *arguments)
+    manifest = submit(fake, *MANIFESTS["tpu"], "--env=FLAGS=a $(b) 'c'", "--", *arguments)
     (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     environment = {entry["name"]: entry.get("value", "") for entry in container["env"]} | {"JOB_INDEX": str(job), "HOST_INDEX": str(host)}
 
@@ -411,11 +423,11 @@ def test_the_container_starts_its_process_with_what_was_typed(fake, job, host, p
         return re.sub(r"\$(\$|\((\w+)\))", lambda m: "$" if m[1] == "$" else environment.get(m[2], m[0]), text)
 
     tool = fake.folder / "tools" / "jaxmodels"
-    tool.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$JAXMODELS_PROCESS" "$JAXMODELS_PROCESSES" "$@" >"$FAKE/seen"\n')
+    tool.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$JAXMODELS_PROCESS" "$JAXMODELS_PROCESSES" "$FLAGS" "$@" >"$FAKE/seen"\n')
     command = [expand(word).replace("/shared", f"{fake.folder}/shared") for word in container["command"]] + [expand(word) for word in container["args"]]
     done = subprocess.run(command, env=fake.environment | environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
-    assert (fake.folder / "seen").read_text().split("\0")[:-1] == [process, "8", "train", *arguments]
+    assert (fake.folder / "seen").read_text().split("\0")[:-1] == [process, "8", "a $(b) 'c'", "train", *arguments]
     assert (fake.folder / "shared" / "runs").is_dir()
 
 

@@ -20,6 +20,7 @@ Runs `jaxmodels train ARGS`, one process on each host, as the JobSet NAME. All h
   --chips=N               chips or GPUs of one host (default: 4 for TPU, 8 for GPU)
   --bucket=BUCKET         /shared is this bucket (Cloud Storage FUSE)
   --claim=CLAIM           /shared is this PersistentVolumeClaim, which many nodes may write (Filestore)
+  --env=NAME=VALUE        environment variable of the run; may be repeated
   --queue=QUEUE           local queue of Kueue
   --spot                  spot nodes
   --max_restarts=N        starts again after a failure (default: 3); preemptions do not count
@@ -42,7 +43,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$root/launch/common.sh"
 
 name='' image='' tpu='' topology='' slices=1 gpu='' hosts=1 chips='' bucket='' claim='' queue='' max_restarts=3 grace=300
-service_account=default namespace=default poll=10 build=false spot=false follow_only=false
+service_account=default namespace=default poll=10 build=false spot=false follow_only=false variables=()
 while (($#)); do
     case $1 in
         --help) help && exit ;;
@@ -56,6 +57,7 @@ while (($#)); do
         --chips=*) chips=${1#*=} ;;
         --bucket=*) bucket=${1#*=} ;;
         --claim=*) claim=${1#*=} ;;
+        --env=*) check_variable "${1#*=}" && variables+=("${1#*=}") ;;
         --queue=*) queue=${1#*=} ;;
         --max_restarts=*) max_restarts=${1#*=} ;;
         --grace=*) grace=${1#*=} ;;
@@ -129,7 +131,7 @@ manifest() {
     [[ -z $queue ]] || labels="{\"kueue.x-k8s.io/queue-name\": \"$queue\"}"
     # The host's number counts through the slices, as the numbers that the TPU gives itself do.
     # shellcheck disable=SC2016
-    script='mkdir -p /shared/runs; export JAXMODELS_PROCESS=$((JOB_INDEX * HOSTS_IN_JOB + HOST_INDEX)); exec jaxmodels train "$@"'
+    script='mkdir -p /shared/runs; export JAXMODELS_PROCESS=$((JOB_INDEX * HOSTS_IN_JOB + HOST_INDEX)); exec env "$@"'
     if [[ -n $tpu ]]; then
         # One slice is one node pool: two Jobs must not share one.
         annotations='{"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}'
@@ -161,7 +163,8 @@ manifest() {
         LABELS:="$labels" ANNOTATIONS:="$annotations" POD_ANNOTATIONS:="$pod_annotations" MAX_RESTARTS:="$max_restarts" \
         SLICES:="$slices" HOSTS:="$hosts" HOSTS_TEXT="$hosts" PROCESSES="$((slices * hosts))" COORDINATOR="$name-workers-0-0.$name:8482" \
         GRACE:="$grace" SERVICE_ACCOUNT="$service_account" NODE_SELECTOR:="{$selector}" TOLERATIONS:="[$tolerations]" \
-        SECURITY:="$security" RESOURCES:="$resources" VOLUME_KIND="$volume_kind" VOLUME:="$volume" SCRIPT="$script" -- "$@"
+        SECURITY:="$security" RESOURCES:="$resources" VOLUME_KIND="$volume_kind" VOLUME:="$volume" SCRIPT="$script" -- \
+        ${variables[@]+"${variables[@]}"} jaxmodels train "$@"
 }
 
 kube=(kubectl --namespace="$namespace")
