@@ -42,7 +42,13 @@ def parser() -> argparse.ArgumentParser:
 
     def add_machine(sub):
         sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
-        sub.add_argument("--cpu_devices", type=_positive, metavar="N", help="simulate N devices on the CPU")
+        sub.add_argument("--cpu_devices", type=_positive, metavar="N", help="simulate N devices on the CPU, in each process")
+        several = sub.add_argument_group("several processes", "found out under srun, mpirun and in a JobSet; launch/local.sh starts them on one machine")
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, on PORT and the next one")
+        several.add_argument("--processes", metavar="N|tpu", help="how many there are; tpu asks a Cloud TPU VM; 1 is this one alone, whatever started it")
+        several.add_argument("--process", metavar="I", help="which of them this is, from 0")
+        several.add_argument("--start_limit", type=_seconds, default=300.0, metavar="SECONDS", help="in which all must have come (default: 300)")
+        several.add_argument("--hang_limit", type=_seconds, default=30.0, metavar="SECONDS", help="of silence that end a run (default: 30)")
 
     train = command("train", _train, "train a config, or go on with the run in --workdir")
     add_config(train)
@@ -94,6 +100,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 1, got {text!r}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits with its status."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
@@ -107,19 +123,27 @@ def run(argv: list[str]) -> int:
     if overrides and not hasattr(options, "config"):
         root.error(f"{options.command} takes no --config.{next(iter(overrides))}")
     from jaxmodels.errors import Interrupted, RunError
+    from jaxmodels.parallel import session
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
-        return options.function(options, overrides) or 0
+        status = options.function(options, overrides) or 0
+        session.finish()
+        return status
     except Interrupted as error:
         print(f"jaxmodels: {error}", file=sys.stderr, flush=True)
+        session.leave(error)
         # A compilation may still run in a thread, which the interpreter would wait for.
         os._exit(error.exit_status)
     except RunError as error:
-        print(f"jaxmodels: {error}", file=sys.stderr)
+        print(f"jaxmodels: {error}", file=sys.stderr, flush=True)
+        session.leave(error)
         return error.exit_status
+    except BaseException as error:
+        session.leave(error)
+        raise
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict]:
@@ -153,25 +177,67 @@ def _start(options) -> None:
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
 
 
+def _processes(options):
+    """The processes of this command; None for one alone."""
+    from jaxmodels.parallel import processes
+
+    return processes.find(options.coordinator, options.processes, options.process)
+
+
+def _join(options, processes, load):
+    """The config that `load` gives, with the devices' settings made, and this process among the others where there are several."""
+    from jaxmodels.errors import RunError
+
+    try:
+        config, error = load(), None
+        resolved = _resolved(config) if processes is not None else {}
+    except RunError as problem:
+        if processes is None:
+            raise
+        config, resolved, error = None, {}, problem
+    _start(options)
+    if processes is not None:
+        from jaxmodels.parallel import session
+
+        session.join(processes, resolved | _same_arguments(options), error=error, start_limit=options.start_limit, hang_limit=options.hang_limit)
+    return config
+
+
+def _resolved(config) -> dict:
+    """A config as processes compare it, with every key's value."""
+    from jaxmodels.config import flatten
+    from jaxmodels.sections import resolve
+
+    return {f"config.{key}": value for key, value in flatten(resolve(config)).items()}
+
+
+def _same_arguments(options) -> dict:
+    """The arguments that all processes of a run must have been given alike."""
+    names = ("command", "workdir", "overwrite", "split", "cpu_devices", "hang_limit")
+    return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}
+
+
 def _train(options, overrides):
     from jaxmodels.allocator import keep_freed_memory
     from jaxmodels.errors import Interrupted
+    from jaxmodels.parallel import session
     from jaxmodels.training.signals import StopSignals
 
     keep_freed_memory()
+    processes = None if options.dry_run else _processes(options)
     try:
         # From the first moment on: importing and building take seconds.
         with StopSignals() as stop, stop.may_raise():
             from rich.console import Console
 
-            config = _load(options, overrides)
-            _start(options)
+            config = _join(options, processes, lambda: _load(options, overrides))
             from jaxmodels.config import split_spec
             from jaxmodels.experiment import build_experiment
             from jaxmodels.plan.dry_run import print_dry_run
             from jaxmodels.training import summary, trainer
 
-            experiment = build_experiment(config, data_dir=options.data_dir)
+            with session.first_goes_first("data"):  # what it caches, the others find
+                experiment = build_experiment(config, data_dir=options.data_dir)
             console = Console()
             if options.dry_run:
                 return print_dry_run(experiment, console)
@@ -179,15 +245,22 @@ def _train(options, overrides):
         raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
     result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, console=console)
-    summary.print_summary(result, experiment, console)
+    if session.is_first():
+        summary.print_summary(result, experiment, console)
     return 0
 
 
 def _evaluate(options, _):
-    _start(options)
+    from jaxmodels.parallel import session
+    from jaxmodels.training.checkpoint import parse_run
+    from jaxmodels.training.run_folder import RunFolder
+
+    _join(options, _processes(options), lambda: RunFolder(parse_run(options.workdir)[0]).config())
     from jaxmodels import api
 
     values = api.evaluate(options.workdir, split=options.split, data_dir=options.data_dir)
+    if not session.is_first():
+        return
     if options.json:
         print(json.dumps(values))
         return

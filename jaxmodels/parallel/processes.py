@@ -14,8 +14,6 @@ Two ports are used on the host of process 0: the coordinator's, where the proces
 import dataclasses
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 
 from jaxmodels.errors import ConfigError
@@ -326,6 +324,9 @@ def _from_tpu(environment: Mapping[str, str], metadata: Callable[[str], str | No
 
 def _metadata(key: str) -> str | None:
     """An attribute of this Cloud VM; None where there is no such thing."""
+    import urllib.error
+    import urllib.request
+
     server = os.environ.get("GCE_METADATA_IP") or os.environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
     request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine's own: no proxy knows it

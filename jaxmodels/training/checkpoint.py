@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.parallel import session
 from jaxmodels.training.metrics import HIGHER_IS_BETTER
 from jaxmodels.training.run_folder import RunFolder
 from jaxmodels.training.step import TrainState
@@ -93,11 +94,13 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Starts to save a state under its step. The state may be donated as soon as this returns."""
         step = int(state.step)
-        replaced = self.folder / f"replaced-{step}"
-        if step in self.steps():
+        replaced, replaces = self.folder / f"replaced-{step}", step in self.steps()
+        if replaces:
             # Kept until the new one is whole: it may be the only one.
             self._manager.wait_until_finished()
-            (self.folder / str(step)).rename(replaced)
+            with session.first_goes_first("replace"):
+                if session.is_first():
+                    (self.folder / str(step)).rename(replaced)
             self._manager.reload()
         scored = self.best is not None and progress.evaluated_at == step and progress.best_step == step
         self._manager.save(
@@ -109,15 +112,17 @@ class Checkpoints:
             metrics={self.best: progress.best} if scored else None,
             force=True,
         )
-        if replaced.exists():
+        if replaces:
             self._manager.wait_until_finished()
-            shutil.rmtree(replaced)
+            if session.is_first():
+                shutil.rmtree(replaced)
 
     def _put_back(self) -> None:
         """A checkpoint that was being replaced when the run was killed: back, unless the new one is whole."""
-        for replaced in self.folder.glob("replaced-*"):
-            place = self.folder / replaced.name.removeprefix("replaced-")
-            shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
+        with session.first_goes_first("put back"):
+            for replaced in self.folder.glob("replaced-*") if session.is_first() else ():
+                place = self.folder / replaced.name.removeprefix("replaced-")
+                shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
         """The state at a step, each array under the sharding that its shape carries, and the progress.
@@ -140,10 +145,16 @@ class Checkpoints:
           RunError: there are checkpoints and none can be read.
         """
         problems = []
-        for step in reversed(self.steps()):
+        for step in reversed(session.gather("steps", self.steps())[0]):
             try:
                 state, progress = self.restore(step, shapes)
             except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
+                if session.current() is not None:
+                    # Others may have read their parts of it, and wait in Orbax: they cannot be told to take another.
+                    raise RunError(
+                        f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}. If its files are damaged, move that "
+                        "folder out of checkpoints/: the same command then goes on from the one before."
+                    ) from error
                 problems.append((step, f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}"))
                 continue
             for bad, _ in problems:

@@ -50,6 +50,7 @@ class Evaluator:
                     batch = next(feed, None)
                 if batch is None:
                     break
+                self.stop.check()
                 sums, outputs = self._step(params, stats, batch, sums)
                 rows.add(outputs)
         values = metrics_lib.values(sums)

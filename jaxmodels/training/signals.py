@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop soon, with everything saved."""
+"""SIGTERM and SIGINT: stop soon, with everything saved; several processes all at the same step."""
 
 import contextlib
 import signal
@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmodels.errors import Interrupted
+from jaxmodels.parallel import session
 
 
 class StopSignals:
     """Catches SIGTERM and SIGINT while it is entered, in the main thread; elsewhere it changes nothing.
+
+    Among several processes, a signal at any of them stops all, at the same `check` and nowhere else.
 
     Attributes:
       received: name of the signal, or None.
@@ -20,8 +23,10 @@ class StopSignals:
         self.received: str | None = None
         self._waiting = False
         self._previous = {}
+        self._member = None
 
     def __enter__(self):
+        self._member = session.current()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -35,12 +40,35 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice, by hand: now
         self.received = signal.Signals(number).name
-        if self._waiting:
+        if self._member is not None:
+            self._member.request_stop(self.received)
+        elif self._waiting:
+            raise Interrupted(self.received)
+
+    def check(self) -> None:
+        """A place to stop: once after each step and in each batch of an evaluation, the same in every process.
+
+        Raises:
+          Interrupted: a signal came, here or, by agreement, at another process.
+        """
+        if self._member is not None:
+            try:
+                self._member.check()
+            except Interrupted as error:
+                self.received = str(error)
+                raise
+        elif self.received:
             raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def may_raise(self):
-        """Inside, a signal raises Interrupted at once: for waits that may last, with nothing half-done."""
+        """Inside, a signal raises Interrupted at once: for waits that may last, with nothing half-done.
+
+        Not where there are several processes: one that left from here would be at another step than the others.
+        """
+        if self._member is not None:
+            yield
+            return
         self._waiting = True  # first, so that no signal falls between the question and the wait
         try:
             if self.received:

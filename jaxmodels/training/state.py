@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment
 from jaxmodels.models.lora import ADAPTERS
+from jaxmodels.parallel import session
 from jaxmodels.sections import Lora
 from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress
@@ -37,7 +38,7 @@ def start(
         state, progress, problems = found
         if experiment.frozen_in_parent:
             state = state.replace(frozen=_read_frozen(folder, int(state.step), shapes))
-        for problem in problems:
+        for problem in problems if session.is_first() else ():
             folder.add_to_manifest("fallbacks", problem)
         lines = [f"warning: {problem}; it was moved aside" for problem in problems]
         return state, progress, [*lines, f"resumed from {checkpoints.folder / str(int(state.step))}"], None
@@ -106,7 +107,7 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
     """
     located, account, sources = _match(experiment, shapes)
     parent, step = located.folder, located.step
-    lines = _tell_parent(parent, step, folder, experiment.frozen_in_parent)
+    lines = _tell_parent(parent, step, folder, experiment.frozen_in_parent) if session.is_first() else []
     parts = {"params": state.params, "frozen": state.frozen, "stats": state.stats}
     wanted = {path: x for part in parts for path, x in flatten(getattr(shapes, part)).items() if path in sources}
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
@@ -121,7 +122,8 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
         "weights": "ema" if located.averaged else "params",
     }
     ancestors = [{key: p[key] for key in ("run", "id", "step", "weights") if key in p} for p in parent.manifest().get("parents", [])]
-    folder.update_manifest(parents=[entry | dataclasses.asdict(account), *ancestors])
+    if session.is_first():
+        folder.update_manifest(parents=[entry | dataclasses.asdict(account), *ancestors])
     average = " (their moving average)" if located.averaged else ""
     counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(account).items() if paths)
     return state, [*lines, f"initialised from {parent.path} at step {step}{average}: {counts}", *account.lines()]

@@ -18,6 +18,7 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import metrics as metrics_lib
+from jaxmodels.training import shared_folder
 from jaxmodels.training import state as state_lib
 from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
@@ -82,8 +83,7 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
         _check_parent(experiment, folder)
     with StopSignals() as stop:
         trainer = Trainer(experiment, folder, stop, console or Console())
-        if overwrite and trainer.main:  # after all that could have refused the new run
-            folder.clear()
+        shared_folder.begin(folder, experiment.config, clear=overwrite)  # after all that could have refused the new run
         for key, (there, here) in changed.items():
             trainer.log.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
         try:
@@ -121,9 +121,6 @@ class Trainer:
 
     def run(self) -> Result:
         """The whole way: start or resume, loop, test."""
-        if self.main:
-            self.folder.write_config(self.experiment.config)
-            self.folder.identify()
         for note in self.experiment.dataset.notes:
             self.log.say(note, style="yellow" if note.startswith("warning") else "dim")
         for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
@@ -144,9 +141,7 @@ class Trainer:
         for line in lines:
             self.log.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
-        if self.main:
-            self.folder.rewind(step, self.progress.evaluated_at)
-        for line in self.folder.metrics():
+        for line in shared_folder.rewind(self.folder, step, self.progress.evaluated_at):
             self.lines.append((line.pop("step"), line.pop("split"), line))
         self._write_manifest(step)
         if record is not None:
@@ -191,8 +186,7 @@ class Trainer:
                 if step % experiment.log.every == 0 or step == total:
                     self._pending = (step, metrics)
                 self.log.tick(step)
-                if self.stop.received:
-                    raise Interrupted(self.stop.received)
+                self.stop.check()
                 if self._evaluation_due(step) or step % experiment.checkpoint.every == 0:
                     self._flush()
                     self._boundary(step)
