@@ -91,7 +91,7 @@ def slow(name, *args, **options):
         pathlib.Path({str(tmp_path / "compiling")!r}).write_text("")
         time.sleep(300)
     return original(name, *args, **options)
-for module in (evaluation, state, trainer):
+for module in (compile, evaluation, state, trainer):
     module.compile_ahead = slow
 """
     config = small.config(small.GPT, task__sample_length=5, training__steps=20, evaluation__every=7, checkpoint__every=1000)

@@ -217,7 +217,7 @@ def test_one_compilation_per_function_and_none_on_the_second_start(tmp_path, mon
         compiled.append(name)
         return original(name, *args, **options)
 
-    for module in (trainer_lib, trainer_lib.state_lib, __import__("jaxmodels.training.evaluation", fromlist=["x"])):
+    for module in (compile_lib, trainer_lib, trainer_lib.state_lib, __import__("jaxmodels.training.evaluation", fromlist=["x"])):
         monkeypatch.setattr(module, "compile_ahead", counted)
     config = small.config(small.LSTM, training__steps=40, model__width=12, task__sample_length=5)
     run(config, tmp_path / "x")

@@ -24,6 +24,7 @@ SOURCES = {
     "images": "jaxmodels.data.images:images",
     "hf": "jaxmodels.data.huggingface:huggingface",
     "tfds": "jaxmodels.data.tfds:tfds",
+    "synthetic": "jaxmodels.data.synthetic:synthetic",
     "arrays": "jaxmodels.data.source:arrays",
     "mixture": "jaxmodels.data.mixture:mixture",
 }

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jaxmodels.parallel import mesh as mesh_lib
+
 
 @dataclasses.dataclass
 class CompileRecord:
@@ -98,3 +100,26 @@ def _compile(name: str, function, args) -> tuple[Callable, CompileRecord]:
     started, before = time.perf_counter(), _hits
     compiled = function.lower(*args).compile()
     return compiled, CompileRecord(name, round(time.perf_counter() - started, 3), _hits > before)
+
+
+def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any) -> tuple[Callable, CompileRecord]:
+    """The train step of an experiment: (state, batch, key) -> (state, metrics).
+
+    The state is donated and stays where it lies; metrics are scalars on every device.
+
+    Args:
+      experiment: as `Experiment.on` gives.
+      mesh: that it is spread over.
+      shapes: of the train state, with shardings.
+      state, key: arrays to compile for; their shapes will do, also for devices that are not here.
+    """
+    rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
+    batch = experiment.batch_shapes(experiment.loading.batch_size)
+    if mapped:
+        batch = {k: jax.ShapeDtypeStruct((mesh.size, s.shape[0] // mesh.size, *s.shape[1:]), s.dtype) for k, s in batch.items()}
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in batch.items()}
+    if mapped:
+        return compile_mapped("train_step", experiment.step_function(), mesh, mapped, state, batch, key)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    function = experiment.step_function(shardings.params)
+    return compile_ahead("train_step", function, state, batch, key, donate=(0,), out_shardings=(shardings, mesh_lib.replicated(mesh)))

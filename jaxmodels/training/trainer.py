@@ -25,7 +25,7 @@ from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
 from jaxmodels.training.compile import (
     CompileRecord,
     compile_ahead,
-    compile_mapped,
+    compile_train_step,
     use_persistent_cache,
 )
 from jaxmodels.training.evaluation import Evaluator
@@ -162,7 +162,7 @@ class Trainer:
             self._save(step)
         if step == total or self.progress.finished:
             return
-        train_step = self._compile_step(sharding)
+        train_step = self._compile_step()
         batches = loader.TrainingBatches(
             source,
             experiment.loading.batch_size,
@@ -263,19 +263,9 @@ class Trainer:
             batch = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
         return mesh_lib.place(batch, sharding, size)
 
-    def _compile_step(self, sharding):
-        shapes, mapped = self.experiment.batch_shapes(self.experiment.loading.batch_size), self.experiment.layout.axis
-        if mapped:
-            shapes = {k: jax.ShapeDtypeStruct((self.mesh.size, s.shape[0] // self.mesh.size, *s.shape[1:]), s.dtype) for k, s in shapes.items()}
-        batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
-        arguments = (self.state, batch, self.step_key)
-        if mapped:
-            step, record = self.stop.run(lambda: compile_mapped("train_step", self.experiment.step_function(), self.mesh, mapped, *arguments))
-        else:
-            # Metrics are scalars on every device; the state stays where it is.
-            out = (jax.tree.map(lambda x: x.sharding, self.shapes), mesh_lib.replicated(self.mesh))
-            function = self.experiment.step_function(jax.tree.map(lambda x: x.sharding, self.shapes.params))
-            step, record = self.stop.run(lambda: compile_ahead("train_step", function, *arguments, donate=(0,), out_shardings=out))
+    def _compile_step(self):
+        arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key)
+        step, record = self.stop.run(lambda: compile_train_step(*arguments))
         self._record_compile(record)
         for note in sharding_lib.notes(self.experiment.layout):
             self.log.say("warning: " + note, style="yellow")
