@@ -109,12 +109,11 @@ class Experiment:
     @functools.cached_property
     def _graph_and_kernels(self):
         model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
-        # Under pmap each device runs a program of its own.
-        devices = 1 if self.layout is None or self.layout.axis is not None else self.layout.mesh.size
-        kernels = {}
-        for part, module, key in (("attention", attention, "attention"), ("recurrent", rnn, "kernel")):
-            with _as_config_error(f"config.model.{key}"):
-                kernels[part] = module.settle(model, self.platform, step.DTYPES[self.training.precision], devices=devices)
+        dtype, kernels = step.DTYPES[self.training.precision], {}
+        with _as_config_error("config.model.attention"):
+            kernels["attention"] = attention.settle(model, self.platform, dtype, self.layout)
+        with _as_config_error("config.model.kernel"):
+            kernels["recurrent"] = rnn.settle(model, self.platform, dtype)
         return step.split(model)[0], {part: used for part, used in kernels.items() if used}
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxmodels import api
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
-from jaxmodels.models import attention, create
+from jaxmodels.models import create, fused
 from jaxmodels.models.attention import attend, choose, settle
 
 
@@ -60,7 +60,7 @@ def test_the_tpu_kernel_computes_the_same(options):
     # As an interpreter runs it on the CPU; sequences of 7 are filled up to its blocks of 128.
     q, k, v = arrays(B=1)
     plain = {"causal": False, "window": None, "segments": None, "bias": None, "scale": None}
-    y = attention._splash(q, k, v, **plain | options, interpret=True)
+    y = fused.splash(q, k, v, **plain | options, interpret=True)
     np.testing.assert_allclose(y, numpy_attend(q, k, v, **options), atol=1e-4)
 
 
@@ -87,7 +87,10 @@ ASKED = {"causal": True, "window": None, "bias": False}
         ("auto", "gpu", "bfloat16", {"bias": True}, "xla"),
         ("auto", "gpu", "bfloat16", {"causal": False, "window": 4}, "xla"),
         ("auto", "tpu", "float32", {}, "splash"),
-        ("auto", "tpu", "float32", {"devices": 4}, "xla"),
+        ("auto", "tpu", "float32", {"context": "gather"}, "splash"),
+        ("auto", "tpu", "float32", {"context": "ring"}, "xla"),
+        ("auto", "gpu", "bfloat16", {"context": "gather"}, "xla"),
+        ("auto", "gpu", "bfloat16", {"context": "gather", "causal": False}, "cudnn"),
         ("xla", "gpu", "bfloat16", {}, "xla"),
         ("cudnn", "gpu", "float16", {}, "cudnn"),
     ],
@@ -97,17 +100,20 @@ def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, chang
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "head_width", "said"),
+    ("asked", "platform", "dtype", "head_width", "changes", "said"),
     [
-        ("cudnn", "cpu", "bfloat16", 64, "needs an NVIDIA GPU"),
-        ("cudnn", "gpu", "float32", 64, "not float32"),
-        ("cudnn", "gpu", "bfloat16", 36, "not 36 wide"),
-        ("splash", "gpu", "float32", 64, "TPU kernel"),
+        ("cudnn", "cpu", "bfloat16", 64, {}, "needs an NVIDIA GPU"),
+        ("cudnn", "gpu", "float32", 64, {}, "not float32"),
+        ("cudnn", "gpu", "bfloat16", 36, {}, "not 36 wide"),
+        ("cudnn", "gpu", "bfloat16", 64, {"context": "gather"}, "mesh.context"),
+        ("splash", "gpu", "float32", 64, {}, "TPU kernel"),
+        ("splash", "tpu", "float32", 64, {"context": "ring"}, "sharding.context='gather'"),
+        ("auto", "cpu", "float32", 64, {"context": "ring", "bias": True}, "sharding.context='gather'"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head_width, said):
+def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head_width, changes, said):
     with pytest.raises(ValueError, match=said):
-        choose(asked, platform, dtype, head_width, **ASKED)
+        choose(asked, platform, dtype, head_width, **ASKED | changes)
 
 
 def test_settling_reaches_every_attention_and_says_what_was_chosen():

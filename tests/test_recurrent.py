@@ -164,7 +164,6 @@ def test_where_cudnn_runs_is_settled_before_anything_is_compiled():
     assert settle(model, "gpu")["used"] == "cudnn"
     for options, message in (
         ({"platform": "cpu"}, "needs a GPU"),
-        ({"platform": "gpu", "devices": 2}, "one device"),
         ({"platform": "gpu", "dtype": jnp.bfloat16}, "float32, not bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):

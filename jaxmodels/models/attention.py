@@ -4,17 +4,22 @@ Shapes: B batch, T queries, S keys, N heads, G key-value heads (N is a multiple 
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
-from jaxmodels.parallel.layout import constrain
+from jaxmodels.models.ring import ring_attend
+from jaxmodels.parallel.layout import Layout, constrain, current
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
+Context = Literal["whole", "gather", "ring"]
+
+RING_BIAS = "a ring (sharding.context='ring') adds no bias, as relative positions need; use sharding.context='gather'"
 
 
 def attend(
@@ -48,29 +53,56 @@ def attend(
     Raises:
       ValueError: that implementation cannot compute this.
     """
-    if q_BTNK.shape[2] % k_BSGK.shape[2]:
-        raise ValueError(f"{q_BTNK.shape[2]} heads do not divide over {k_BSGK.shape[2]} key-value heads")
+    (T, N, K), (S, G) = q_BTNK.shape[1:], k_BSGK.shape[1:3]
+    if N % G:
+        raise ValueError(f"{N} heads do not divide over {G} key-value heads")
+    layout = current()
+    context = context_of(layout)
     if implementation == "auto":
-        implementation, _ = choose("auto", jax.default_backend(), q_BTNK.dtype, q_BTNK.shape[-1], causal=causal, window=window, bias=bias is not None)
-    if implementation == "splash":
-        return _splash(q_BTNK, k_BSGK, v_BSGK, causal=causal, window=window, segments=segments, bias=bias, scale=scale)
+        options = {"causal": causal, "window": window, "bias": bias is not None, "context": context}
+        implementation, _ = choose("auto", jax.default_backend(), q_BTNK.dtype, K, **options)
+    ring = context == "ring" and T % layout.size("sequence") == S % layout.size("sequence") == 0
+    if ring and bias is not None:
+        raise ValueError(RING_BIAS)
+    q_BTNK = constrain(q_BTNK, "batch", "sequence", "heads", None)
+    if ring or implementation != "xla":
+        if layout is not None:
+            k_BSGK, v_BSGK = (_for_devices(x, N, layout.size("heads")) for x in (k_BSGK, v_BSGK))
+        if ring:
+            scale = 1 / math.sqrt(K) if scale is None else scale
+            return ring_attend(q_BTNK, k_BSGK, v_BSGK, layout=layout, causal=causal, window=window, segments=segments, scale=scale)
+        fuse = {"cudnn": fused.cudnn, "splash": fused.splash}[implementation]
+        return fuse(q_BTNK, k_BSGK, v_BSGK, causal=causal, window=window, segments=segments, bias=bias, scale=scale)
+    # Parts of a sequence see all of its keys.
+    k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
     return jax.nn.dot_product_attention(
-        q_BTNK,
-        k_BSGK,
-        v_BSGK,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        is_causal=causal,
-        local_window_size=local,
-        implementation=implementation,
+        q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
     )
 
 
+def _for_devices(x_BSGK: jax.Array, N: int, ways: int) -> jax.Array:
+    """Keys or values, their heads repeated until each of so many devices has those of its own share of the N heads."""
+    G = x_BSGK.shape[2]
+    return x_BSGK if N % ways else jnp.repeat(x_BSGK, math.lcm(G, ways) // G, axis=2)
+
+
+def context_of(layout: Layout | None) -> Context:
+    """How the parts of a sequence come together: `whole` where a sequence lies on one device."""
+    return "whole" if layout is None or layout.axis is not None or layout.size("sequence") == 1 else layout.context
+
+
 def choose(
-    asked: Implementation, platform: str, dtype: Any, head_width: int, *, causal: bool, window: int | None, bias: bool, devices: int = 1
+    asked: Implementation,
+    platform: str,
+    dtype: Any,
+    head_width: int,
+    *,
+    causal: bool,
+    window: int | None,
+    bias: bool,
+    context: Context = "whole",
 ) -> tuple[Implementation, str]:
     """The implementation that runs, and why: the one asked for, or for `auto` the fastest that can.
 
@@ -81,17 +113,23 @@ def choose(
       head_width: K.
       causal, window: as in `attend`.
       bias: whether something is added to the products.
-      devices: that the computation is spread over.
+      context: how the parts of a sequence come together, as `context_of` says.
 
     Raises:
       ValueError: what is asked for cannot run; says why.
     """
+    if context == "ring":
+        if bias:
+            raise ValueError(RING_BIAS)
+        if asked not in ("auto", "xla"):
+            raise ValueError(f"attention={asked!r} does not go with sharding.context='ring', which computes by 'xla'; use 'auto', or sharding.context='gather'")
+        return "xla", "keys are passed round (sharding.context=ring)"
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if asked == "xla":
         return "xla", "asked for"
     problems = {
-        "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias),
-        "splash": _splash_problem(platform, bias, devices),
+        "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias, context),
+        "splash": _splash_problem(platform, bias),
     }
     if asked != "auto":
         if problems[asked] is not None:
@@ -103,7 +141,7 @@ def choose(
     return (best, f"auto on {platform}") if problems[best] is None else ("xla", f"no {best}: {problems[best]}")
 
 
-def _cudnn_problem(platform, dtype, head_width, causal, window, bias) -> str | None:
+def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -> str | None:
     if platform != "gpu":
         return f"cuDNN needs an NVIDIA GPU, this is a {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -114,27 +152,27 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias) -> str | N
         return "cuDNN is not used with relative positions, whose bias has a gradient of its own"
     if window is not None and not causal:
         return "cuDNN has windows only for causal attention"
+    if causal and context != "whole":
+        return "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
     return None
 
 
-def _splash_problem(platform, bias, devices) -> str | None:
+def _splash_problem(platform, bias) -> str | None:
     if platform != "tpu":
         return f"splash attention is a TPU kernel, this is a {platform}"
     if bias:
         return "splash attention adds no bias (relative positions)"
-    if devices > 1:
-        return "the compiler cannot spread a Pallas kernel over several devices by itself"
     return None
 
 
-def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, devices: int = 1) -> dict[str, str]:
+def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, layout: Layout | None = None) -> dict[str, str]:
     """Gives every attention of a model the implementation that runs on a platform, in place.
 
     Args:
       model: a module, or the shapes of one.
       platform: as in `choose`; None while there is none, and only shapes are computed, which are the same for all.
       dtype: of the computation.
-      devices: that it is spread over.
+      layout: how it is spread over devices.
 
     Returns:
       What was asked, what is used and why: empty for a model without attention.
@@ -146,7 +184,7 @@ def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, de
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attention):
             wanted = module.implementation
-            options = {"causal": module.causal, "window": module.window, "bias": module.biased, "devices": devices}
+            options = {"causal": module.causal, "window": module.window, "bias": module.biased, "context": context_of(layout)}
             likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(wanted, "cpu")
             used, why = choose(wanted, likely, dtype, module.head_width, **options)
             for key, value in zip(found, (wanted, used, why), strict=True):
@@ -155,47 +193,6 @@ def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, de
             module.implementation = used if platform else "xla"
     # The kinds of attention in one model may differ: with relative positions, and without them between two sequences.
     return {key: " / ".join(values) for key, values in found.items() if values}
-
-
-def _splash(q_BTNK, k_BSGK, v_BSGK, *, causal, window, segments, bias, scale, interpret=False):
-    """JAX's Pallas kernel for TPUs. It works in blocks of 128, so sequences are filled up with a segment that nothing sees."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel_lib,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as mask_lib,
-    )
-
-    if bias is not None:
-        raise ValueError("splash attention adds no bias; use 'xla' or 'auto'")
-    T, N, K = q_BTNK.shape[1:]
-    S = k_BSGK.shape[1]
-    blocks_T, blocks_S = -(-T // 128) * 128, -(-S // 128) * 128
-    if segments is None and (S < blocks_S or T < blocks_T):
-        segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
-    shape = (blocks_T, blocks_S)
-    if window is not None:
-        mask = mask_lib.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
-    else:
-        mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
-    scale = 1 / np.sqrt(K) if scale is None else scale
-
-    def rows(x, length):
-        """Filled up along time, heads first: [B, heads, length, K]."""
-        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, interpret=interpret)
-    arguments = [rows(q_BTNK * jnp.asarray(scale, q_BTNK.dtype), blocks_T), rows(k_BSGK, blocks_S), rows(v_BSGK, blocks_S)]
-    if segments is None:
-        y_BNTK = jax.vmap(kernel)(*arguments)
-    else:
-        # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
-        fill = [
-            jnp.pad(s, ((0, 0), (0, n - s.shape[1])), constant_values=np.iinfo(np.int32).min)
-            for s, n in zip(segments, (blocks_T, blocks_S), strict=True)
-        ]
-        y_BNTK = jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, kernel_lib.SegmentIds(a, b)))(*arguments, *fill)
-    return y_BNTK.swapaxes(1, 2)[:, :T]
 
 
 class Attention(nnx.Module):
@@ -276,9 +273,6 @@ class Attention(nnx.Module):
             q_BTNK, k_BSGK = self.query_norm(q_BTNK), self.key_norm(k_BSGK)
         if rotary is not None:
             q_BTNK, k_BSGK = rotate(q_BTNK, *rotary), rotate(k_BSGK, *rotary)
-        q_BTNK = constrain(q_BTNK, "batch", "sequence", "heads", None)
-        # Parts of a sequence see all of its keys.
-        k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
         y_BTNK = attend(
             q_BTNK,
             k_BSGK,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 
 from jaxmodels.models.lora import matrix
+from jaxmodels.parallel.layout import on_each_device
 
 
 def check(kernel: str, cell: str) -> None:
@@ -17,17 +18,15 @@ def check(kernel: str, cell: str) -> None:
     if kernel == "cudnn" and cell != "lstm":
         raise ValueError(f"kernel='cudnn' runs LSTMs only, not cell={cell!r}; use kernel='xla'")
     if kernel == "cudnn":
-        check_place(jax.default_backend(), jnp.float32, 1)
+        check_place(jax.default_backend(), jnp.float32)
 
 
-def check_place(platform: str, dtype, devices: int) -> None:
-    """Raises ValueError unless cuDNN's LSTM runs on a platform, in a type, over so many devices: one GPU, float32."""
+def check_place(platform: str, dtype) -> None:
+    """Raises ValueError unless cuDNN's LSTM runs on a platform, in a type: a GPU, float32."""
     if platform != "gpu":
         raise ValueError(f"kernel='cudnn' needs a GPU, and JAX runs on the {platform} here; use kernel='xla'")
     if dtype != jnp.float32:
         raise ValueError(f"kernel='cudnn' computes in float32, not {jnp.dtype(dtype).name}: use kernel='xla' with other precisions")
-    if devices > 1:
-        raise ValueError(f"kernel='cudnn' runs on one device: its call cannot be spread over {devices}; use kernel='xla'")
 
 
 def pack(cells) -> jax.Array:
@@ -56,7 +55,7 @@ def lstm(cells, x: jax.Array, states, valid: jax.Array | None):
     Raises:
       ValueError: x is not float32, which is all that JAX's call of cuDNN takes.
     """
-    check_place("gpu", x.dtype, 1)  # the type alone: a module that stands alone has not been settled
+    check_place("gpu", x.dtype)  # the type alone: a module that stands alone has not been settled
     batch, time, width_in = x.shape
     width = cells[0].width
     if states is None:
@@ -64,9 +63,14 @@ def lstm(cells, x: jax.Array, states, valid: jax.Array | None):
     hidden, cell = (jnp.stack(parts) for parts in zip(*states, strict=True))
     lengths = jnp.full(batch, time, jnp.int32) if valid is None else valid.sum(axis=1, dtype=jnp.int32)
     # cuDNN takes no empty rows: they run one step, which is then left out.
-    outputs, last_hidden, last_cell = rnn.lstm(
-        x, hidden, cell, pack(cells), jnp.maximum(lengths, 1), width_in, width, 1, 0.0, len(cells) == 2
+    # The compiler cannot spread the call: each device runs its own rows.
+    rows, first = ("batch", None, None), (None, "batch", None)
+    run = on_each_device(
+        lambda x, hidden, cell, weights, lengths: rnn.lstm(x, hidden, cell, weights, lengths, width_in, width, 1, 0.0, len(cells) == 2),
+        [rows, first, first, (None,), ("batch",)],
+        (rows, first, first),
     )
+    outputs, last_hidden, last_cell = run(x, hidden, cell, pack(cells), jnp.maximum(lengths, 1))
     if valid is not None:
         outputs = jnp.where(valid[:, :, None], outputs, 0)
         empty = (lengths == 0)[None, :, None]

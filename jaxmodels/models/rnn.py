@@ -266,14 +266,13 @@ class RecurrentLM(nnx.Module):
         return logits, tuple(after)
 
 
-def settle(model: nnx.Module, platform: str | None, dtype=jnp.float32, devices: int = 1) -> dict[str, str]:
+def settle(model: nnx.Module, platform: str | None, dtype=jnp.float32) -> dict[str, str]:
     """Which kernel a model's recurrent layers run with.
 
     Args:
       model: a module, or the shapes of one.
       platform: `cpu`, `gpu` or `tpu`; None while there is none.
       dtype: of the computation.
-      devices: that it is spread over.
 
     Returns:
       What was asked, what is used and why: empty for a model that has no choice.
@@ -286,7 +285,7 @@ def settle(model: nnx.Module, platform: str | None, dtype=jnp.float32, devices: 
         return {}
     (kernel,) = kernels
     if kernel == "cudnn" and platform is not None:
-        cudnn.check_place(platform, dtype, devices)
+        cudnn.check_place(platform, dtype)
     return {"asked": kernel, "used": kernel, "why": "as model.kernel says"}
 
 

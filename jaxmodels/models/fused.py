@@ -1,0 +1,125 @@
+"""Fused attention kernels, on one device or several: the compiler cannot spread them, so each device is given its part.
+
+Shapes: B batch, T queries, S keys, N heads, G key-value heads, K width of a head.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.parallel.layout import Layout, current, on_each_device
+
+ROWS, NUMBERS = ("batch", "sequence", "heads", None), ("batch", "sequence")
+BLOCKS = (512, 256, 128)  # of queries and of keys that the TPU's kernel works in
+
+
+def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale) -> jax.Array:
+    """cuDNN's attention, through JAX; arguments as in `attention.attend`. Of several devices each has its rows and heads.
+
+    Parts of a sequence are given all keys.
+
+    Raises:
+      ValueError: cuDNN cannot compute this.
+    """
+    layout = current()
+    if causal and layout is not None and layout.size("sequence") > 1 and q_BTNK.shape[1] % layout.size("sequence") == 0:
+        raise ValueError("cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)")
+    if bias is not None and layout is not None:
+        raise ValueError("cuDNN adds no bias on several devices; use 'xla' or 'auto'")
+
+    def attend(q, k, v, *segments):
+        k, v, *numbers = _all_keys(layout, k_BSGK.shape[1], k, v, *segments[1:])
+        mask = (segments[0][:, :, None] == numbers[0][:, None, :])[:, None] if segments else None
+        local = None if window is None else (window - 1, 0 if causal else window - 1)
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
+        )
+
+    numbers = segments or ()
+    return on_each_device(attend, [ROWS] * 3 + [NUMBERS] * len(numbers), ROWS)(q_BTNK, k_BSGK, v_BSGK, *numbers)
+
+
+def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale, interpret: bool = False) -> jax.Array:
+    """JAX's Pallas kernel for TPUs; arguments as in `attention.attend`. Of several devices each has its rows and heads.
+
+    Parts of a sequence are given all keys; what of the mask is theirs, they are given too. The kernel works in blocks of 128
+    or more, so sequences are filled up with a segment that nothing sees.
+
+    Args:
+      interpret: run as the CPU's interpreter does, for tests.
+
+    Raises:
+      ValueError: there is a bias.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel_lib,
+    )
+
+    if bias is not None:
+        raise ValueError("splash attention adds no bias; use 'xla' or 'auto'")
+    layout = current()
+    parts = 1 if layout is None else layout.size("sequence")
+    (T, N, K), S = q_BTNK.shape[1:], k_BSGK.shape[1]
+    filled_T, filled_S = (-(-length // (128 * parts)) * 128 * parts for length in (T, S))
+    if segments is None and (S < filled_S or T < filled_T):
+        segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
+    # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
+    numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
+    kernel, masks = _splash_kernel((filled_T, filled_S), parts, N // _ways(layout, N), causal, window, interpret)
+    scale = 1 / np.sqrt(K) if scale is None else scale
+
+    def attend(q, k, v, *rest):
+        numbers, masks = rest[: len(rest) - len(mask_names)], rest[len(rest) - len(mask_names) :]
+        k, v, *key_numbers = _all_keys(layout, filled_S, k, v, *numbers[1:])
+        rows = [x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]  # heads first
+        run = kernel(masks)
+        if not numbers:
+            return jax.vmap(run)(*rows).swapaxes(1, 2)
+        return jax.vmap(lambda q, k, v, a, b: run(q, k, v, kernel_lib.SegmentIds(a, b)))(*rows, numbers[0], *key_numbers).swapaxes(1, 2)
+
+    # A mask is told as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
+    mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
+    inputs = [ROWS] * 3 + [NUMBERS] * len(numbers) + mask_names
+    filled = [_filled(x, length) for x, length in ((q_BTNK, filled_T), (k_BSGK, filled_S), (v_BSGK, filled_S))]
+    return on_each_device(attend, inputs, ROWS)(*filled, *numbers, *masks)[:, :T]
+
+
+def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, interpret: bool) -> tuple[Callable, list]:
+    """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel, and the masks of all parts."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel_lib,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as mask_lib,
+    )
+
+    if window is not None:
+        mask = mask_lib.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
+    else:
+        mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
+    q, kv = (next(block for block in BLOCKS if length % block == 0) for length in (shape[0] // parts, shape[1]))
+    sizes = {f"block_q{part}": q for part in ("", "_dkv", "_dq")} | {f"block_kv{part}": kv for part in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
+    # One shard of heads: the mask is the same for all of them.
+    kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=parts, block_sizes=kernel_lib.BlockSizes(**sizes), interpret=interpret)
+    masks, structure = jax.tree.flatten(kernel)
+    return lambda masks: jax.tree.unflatten(structure, masks), masks
+
+
+def _ways(layout: Layout | None, heads: int) -> int:
+    """Parts that the heads are in on the devices: one where they do not divide."""
+    ways = 1 if layout is None else layout.size("heads")
+    return 1 if heads % ways else ways
+
+
+def _all_keys(layout: Layout | None, length: int, *parts: jax.Array) -> list[jax.Array]:
+    """What a device has of keys, [B, S, ...], brought together along the sequence to that length."""
+    if parts[0].shape[1] == length:
+        return list(parts)
+    return [jax.lax.all_gather(x, layout.axes("sequence"), axis=1, tiled=True) for x in parts]
+
+
+def _filled(x: jax.Array, length: int, value: int = 0) -> jax.Array:
+    """[B, T, ...] with T filled up."""
+    return jnp.pad(x, [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)], constant_values=value)

@@ -1,0 +1,270 @@
+"""Ring attention: sequences lie in parts on the devices of an axis, and keys and values are passed round.
+
+Liu et al. 2023 (arXiv 2310.01889). Every device keeps its queries. In each turn it attends to the keys that it holds, while
+they are on their way to the next one. What each turn adds is joined by the running maximum and sum of its softmax (Milakov
+and Gimelshein 2018), in float32. The backward pass computes the products anew, from the logarithm of that sum (Dao et al.
+2022), and sends the gradients of keys and values round with them. So a device holds its own part of everything, one
+more part of keys and values, and the products of one block of queries with one of keys: memory grows as T / devices.
+
+Shapes: B batch, T queries, S keys, N heads, G key-value heads, R = N / G, K width of a head; in a block: b queries, s keys; i, j
+numbers of blocks.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.parallel.layout import Layout, on_each_device
+
+BLOCK = 1024  # the most queries, and keys, whose products are in memory at a time
+LOW = -1e30  # below every product, and finite: the difference of two of these is zero
+FILL = 2**30  # position of what fills up a block of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """What is the same in all turns.
+
+    Attributes:
+      axes: of the mesh, that sequences lie along.
+      parts: devices along them.
+      turns: of the ring; fewer than parts, where a window reaches no further.
+      causal, window, scale: as in `attention.attend`.
+      part_T, part_S: queries and keys of a device.
+    """
+
+    axes: tuple[str, ...]
+    parts: int
+    turns: int
+    causal: bool
+    window: int | None
+    scale: float
+    part_T: int
+    part_S: int
+
+    def shift(self, tree: Any, by: int) -> Any:
+        """Every device's arrays, sent to that so many places on."""
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, [(i, (i + by) % self.parts) for i in range(self.parts)]), tree)
+
+    def query_positions(self) -> jax.Array:
+        """[i, b]: of this device's queries in their sequence."""
+        first = jax.lax.axis_index(self.axes) * self.part_T
+        return _blocks(first + jnp.arange(self.part_T), 0, mode="edge")
+
+    def key_positions(self, turn: jax.Array | int) -> jax.Array:
+        """[j, s]: of the keys that this device holds in a turn."""
+        first = (jax.lax.axis_index(self.axes) - turn) % self.parts * self.part_S
+        return _blocks(first + jnp.arange(self.part_S), 0, constant_values=FILL)
+
+
+def ring_attend(
+    q_BTNK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    layout: Layout,
+    causal: bool,
+    window: int | None,
+    segments: tuple[jax.Array, jax.Array] | None,
+    scale: float,
+) -> jax.Array:
+    """Attention by a ring over the axes of `sequence`; arguments as in `attention.attend`.
+
+    T and S must divide over them, and G over those of `heads` if N does. A query that sees no key gives zero.
+
+    With `causal`, the device with the first queries has the least to do, and waits in every turn for that with the last. With
+    a window too, keys go only as far as it reaches.
+
+    Returns:
+      [B, T, N, K].
+    """
+    parts = layout.size("sequence")
+    part_T, part_S = q_BTNK.shape[1] // parts, k_BSGK.shape[1] // parts
+    turns = parts if not causal or window is None or part_T != part_S else min(parts, (window + part_T - 2) // part_T + 1)
+    ring = _Ring(layout.axes("sequence"), parts, turns, causal, window, scale, part_T, part_S)
+    rows, sums, numbers = ("batch", "sequence", "heads", None), ("batch", "sequence", "heads"), [("batch", "sequence")] * (2 * (segments is not None))
+    forward = on_each_device(functools.partial(_forward, ring), [rows] * 3 + numbers, (rows, sums))
+    backward = on_each_device(functools.partial(_backward, ring), [rows] * 5 + [sums] + numbers, (rows, rows, rows))
+
+    @jax.custom_vjp
+    def attend(q, k, v, segments):
+        return forward(q, k, v, *segments)[0]
+
+    def attend_forward(q, k, v, segments):
+        y, log_sum = forward(q, k, v, *segments)
+        return y, (q, k, v, segments, y, log_sum)
+
+    def attend_backward(kept, dy):
+        q, k, v, segments, y, log_sum = kept
+        return *backward(q, k, v, y, dy, log_sum, *segments), None
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(q_BTNK, k_BSGK, v_BSGK, segments or ())
+
+
+def _forward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, *segments):
+    """What a device gives for its queries, and the logarithms of the sums of their softmax, [B, T, N] in float32."""
+    G = k_BSGK.shape[2]
+    q_iBGRbK, (q_numbers, k_numbers) = _heads_first(_blocks(q_BTNK), G), _numbers(segments)
+    shape = q_iBGRbK.shape[:-1]
+    so_far = (jnp.zeros((*shape, v_BSGK.shape[-1]), jnp.float32), jnp.full(shape, LOW), jnp.zeros(shape, jnp.float32))
+    queries = (q_iBGRbK, ring.query_positions(), q_numbers)
+    keys = (_blocks(k_BSGK), _blocks(v_BSGK), k_numbers)
+
+    def attend_to(so_far, keys, turn):
+        k_jBsGK, v_jBsGK, k_numbers = keys
+        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(turn), k_numbers)
+
+        def of_queries(_, inputs):
+            (q, q_at, q_number), so_far = inputs
+
+            def to_keys(so_far, block):
+                k, v, k_at, k_number = block
+                sees = functools.partial(_sees, ring, q_at, k_at, q_number, k_number)
+                return _where_seen(ring, q_at, k_at, lambda so_far: _join(ring, so_far, q, k, v, sees()), so_far), None
+
+            return None, jax.lax.scan(to_keys, so_far, blocks)[0]
+
+        return jax.lax.scan(of_queries, None, (queries, so_far))[1]
+
+    def turn(carry, number):
+        so_far, keys = carry
+        following = ring.shift(keys, 1)
+        return (attend_to(so_far, keys, number), following), None
+
+    (so_far, keys), _ = jax.lax.scan(turn, (so_far, keys), jnp.arange(ring.turns - 1))
+    y, top, total = attend_to(so_far, keys, ring.turns - 1)
+    total = jnp.where(total == 0, 1, total)
+    y_BTNK = _rows(y / total[..., None], ring.part_T).astype(q_BTNK.dtype)
+    return y_BTNK, _rows((top + jnp.log(total))[..., None], ring.part_T)[..., 0]
+
+
+def _join(ring: _Ring, so_far, q, k, v, sees):
+    """Sums, maximum and sum of weights of a block of queries, with a block of keys added."""
+    y, top, total = so_far
+    products = _products(ring, q, k)
+    if sees is not None:
+        products = jnp.where(sees, products, LOW)
+    higher = jnp.maximum(top, products.max(-1))
+    weights = jnp.exp(products - higher[..., None])
+    if sees is not None:
+        weights = jnp.where(sees, weights, 0)
+    fade = jnp.exp(top - higher)
+    added = jnp.einsum("BGRbs,BsGK->BGRbK", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return y * fade[..., None] + added, higher, total * fade + weights.sum(-1)
+
+
+def _backward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, y_BTNK, dy_BTNK, log_sum_BTN, *segments):
+    """The gradients of a device's queries, keys and values."""
+    G = k_BSGK.shape[2]
+    q, dy = (_heads_first(_blocks(x), G) for x in (q_BTNK, dy_BTNK))
+    mean_BTN = (dy_BTNK.astype(jnp.float32) * y_BTNK.astype(jnp.float32)).sum(-1)
+    log_sum, mean = (_heads_first(_blocks(x[..., None]), G)[..., 0] for x in (log_sum_BTN, mean_BTN))
+    q_numbers, k_numbers = _numbers(segments)
+    queries = (q, dy, log_sum, mean, ring.query_positions(), q_numbers)
+    keys = (_blocks(k_BSGK), _blocks(v_BSGK), k_numbers)
+    changes = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
+
+    def attend_to(dq, changes, keys, turn):
+        k_jBsGK, v_jBsGK, k_numbers = keys
+        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(turn), k_numbers)
+
+        def to_keys(dq, inputs):
+            (k, v, k_at, k_number), change = inputs
+
+            def of_queries(change, inputs):
+                (q, dy, log_sum, mean, q_at, q_number), dq = inputs
+                sees = functools.partial(_sees, ring, q_at, k_at, q_number, k_number)
+                return _where_seen(
+                    ring, q_at, k_at, lambda sums: _join_backward(ring, *sums, q, k, v, dy, log_sum, mean, sees()), (change, dq)
+                )
+
+            change, dq = jax.lax.scan(of_queries, change, (queries, dq))
+            return dq, change
+
+        return jax.lax.scan(to_keys, dq, (blocks, changes))
+
+    def turn(carry, number):
+        dq, changes, keys = carry
+        following = ring.shift(keys, 1)
+        dq, changes = attend_to(dq, ring.shift(changes, 1), keys, number)  # nothing of this turn waits for `following`
+        return (dq, changes, following), None
+
+    carry = (jnp.zeros(q.shape, jnp.float32), changes, keys)
+    (dq, changes, keys), _ = jax.lax.scan(turn, carry, jnp.arange(ring.turns - 1))
+    dq, changes = attend_to(dq, ring.shift(changes, 1) if ring.turns > 1 else changes, keys, ring.turns - 1)
+    if ring.turns > 1:
+        changes = ring.shift(changes, 1 - ring.turns)  # home
+    dk, dv = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : ring.part_S].astype(k_BSGK.dtype) for x in changes)
+    return _rows(dq, ring.part_T).astype(q_BTNK.dtype), dk, dv
+
+
+def _join_backward(ring: _Ring, change, dq, q, k, v, dy, log_sum, mean, sees):
+    """The gradients with what one block of queries and one of keys give to each other."""
+    dk, dv = change
+    weights = jnp.exp(_products(ring, q, k) - log_sum[..., None])
+    if sees is not None:
+        weights = jnp.where(sees, weights, 0)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dv = dv + einsum("BGRbs,BGRbK->BsGK", weights.astype(dy.dtype), dy)
+    products = weights * (einsum("BGRbK,BsGK->BGRbs", dy, v) - mean[..., None]) * ring.scale
+    products = products.astype(q.dtype)
+    return (dk + einsum("BGRbs,BGRbK->BsGK", products, q), dv), dq + einsum("BGRbs,BsGK->BGRbK", products, k)
+
+
+def _products(ring: _Ring, q, k) -> jax.Array:
+    return jnp.einsum("BGRbK,BsGK->BGRbs", q, k, preferred_element_type=jnp.float32) * ring.scale
+
+
+def _where_seen(ring: _Ring, q_at, k_at, function, sums):
+    """function(sums), or the sums as they are where no query of a block sees any key of another."""
+    if not ring.causal and ring.window is None:
+        return function(sums)
+    seen = jnp.array(True)
+    if ring.causal:
+        seen &= k_at[0] <= q_at[-1]
+    if ring.window is not None:
+        seen &= q_at[0] - k_at[-1] < ring.window
+        seen &= k_at[0] - q_at[-1] < ring.window
+    return jax.lax.cond(seen, function, lambda sums: sums, sums)
+
+
+def _sees(ring: _Ring, q_at, k_at, q_number, k_number) -> jax.Array | None:
+    """Which keys each query sees, of the shape of [B, G, R, b, s] or 1 for some; None for all."""
+    back = q_at[:, None] - k_at[None, :]
+    rules = [back >= 0] if ring.causal else []
+    if ring.window is not None:
+        rules.append(jnp.abs(back) < ring.window)
+    if ring.part_S % k_at.shape[0]:
+        rules.append(k_at[None, :] < FILL)
+    if q_number is not None:
+        rules.append((q_number[:, :, None] == k_number[:, None, :])[:, None, None])
+    return functools.reduce(jnp.logical_and, rules) if rules else None
+
+
+def _blocks(x: jax.Array, axis: int = 1, **fill) -> jax.Array:
+    """[B, T, ...] -> [i, B, b, ...]: T cut into equal blocks of BLOCK at most, the last filled up."""
+    length = x.shape[axis]
+    count = -(-length // BLOCK)
+    size = -(-length // count)
+    x = jnp.pad(x, [(0, count * size - length if i == axis else 0) for i in range(x.ndim)], **fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _numbers(segments) -> tuple[jax.Array | None, jax.Array | None]:
+    return (_blocks(segments[0]), _blocks(segments[1])) if segments else (None, None)
+
+
+def _heads_first(x_iBbNK: jax.Array, G: int) -> jax.Array:
+    """[i, B, G, R, b, K]."""
+    i, B, b, N, K = x_iBbNK.shape
+    return x_iBbNK.reshape(i, B, b, G, N // G, K).transpose(0, 1, 3, 4, 2, 5)
+
+
+def _rows(x_iBGRbK: jax.Array, length: int) -> jax.Array:
+    """[B, T, N, K], the opposite of `_blocks` and `_heads_first`."""
+    i, B, G, R, b, K = x_iBGRbK.shape
+    return x_iBGRbK.transpose(1, 0, 4, 2, 3, 5).reshape(B, i * b, G * R, K)[:, :length]
