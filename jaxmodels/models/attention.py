@@ -122,7 +122,8 @@ def choose(
         if bias:
             raise ValueError(RING_BIAS)
         if asked not in ("auto", "xla"):
-            raise ValueError(f"attention={asked!r} does not go with sharding.context='ring', which computes by 'xla'; use 'auto', or sharding.context='gather'")
+            cure = "use 'auto', or sharding.context='gather'"
+            raise ValueError(f"attention={asked!r} does not go with sharding.context='ring', which computes by 'xla'; {cure}")
         return "xla", "keys are passed round (sharding.context=ring)"
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if asked == "xla":
@@ -153,7 +154,7 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -
     if window is not None and not causal:
         return "cuDNN has windows only for causal attention"
     if causal and context != "whole":
-        return "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
+        return fused.CUDNN_PARTS
     return None
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxmodels.parallel.layout import Layout, current, on_each_device
 
 ROWS, NUMBERS = ("batch", "sequence", "heads", None), ("batch", "sequence")
+CUDNN_PARTS = "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
 BLOCKS = (512, 256, 128)  # of queries and of keys that the TPU's kernel works in
 
 
@@ -25,7 +26,7 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
     """
     layout = current()
     if causal and layout is not None and layout.size("sequence") > 1 and q_BTNK.shape[1] % layout.size("sequence") == 0:
-        raise ValueError("cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)")
+        raise ValueError(f"{CUDNN_PARTS}; use 'xla' or 'auto'")
     if bias is not None and layout is not None:
         raise ValueError("cuDNN adds no bias on several devices; use 'xla' or 'auto'")
 
@@ -67,7 +68,8 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
     # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
-    kernel, masks = _splash_kernel((filled_T, filled_S), parts, N // _ways(layout, N), causal, window, interpret)
+    heads = N // _ways(layout, N)
+    kernel, masks = _splash_kernel((filled_T, filled_S), parts, heads, causal, window, interpret)
     scale = 1 / np.sqrt(K) if scale is None else scale
 
     def attend(q, k, v, *rest):
@@ -100,9 +102,11 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
     else:
         mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
     q, kv = (next(block for block in BLOCKS if length % block == 0) for length in (shape[0] // parts, shape[1]))
-    sizes = {f"block_q{part}": q for part in ("", "_dkv", "_dq")} | {f"block_kv{part}": kv for part in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
+    sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")}
+    sizes |= {f"block_kv{of}": kv for of in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
     # One shard of heads: the mask is the same for all of them.
-    kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=parts, block_sizes=kernel_lib.BlockSizes(**sizes), interpret=interpret)
+    options = {"head_shards": 1, "q_seq_shards": parts, "block_sizes": kernel_lib.BlockSizes(**sizes), "interpret": interpret}
+    kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)
     return lambda masks: jax.tree.unflatten(structure, masks), masks
 

@@ -47,7 +47,8 @@ class _Ring:
 
     def shift(self, tree: Any, by: int) -> Any:
         """Every device's arrays, sent to that so many places on."""
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, [(i, (i + by) % self.parts) for i in range(self.parts)]), tree)
+        route = [(i, (i + by) % self.parts) for i in range(self.parts)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, route), tree)
 
     def query_positions(self) -> jax.Array:
         """[i, b]: of this device's queries in their sequence."""
@@ -85,7 +86,8 @@ def ring_attend(
     part_T, part_S = q_BTNK.shape[1] // parts, k_BSGK.shape[1] // parts
     turns = parts if not causal or window is None or part_T != part_S else min(parts, (window + part_T - 2) // part_T + 1)
     ring = _Ring(layout.axes("sequence"), parts, turns, causal, window, scale, part_T, part_S)
-    rows, sums, numbers = ("batch", "sequence", "heads", None), ("batch", "sequence", "heads"), [("batch", "sequence")] * (2 * (segments is not None))
+    rows, sums = ("batch", "sequence", "heads", None), ("batch", "sequence", "heads")
+    numbers = [("batch", "sequence")] * (0 if segments is None else 2)
     forward = on_each_device(functools.partial(_forward, ring), [rows] * 3 + numbers, (rows, sums))
     backward = on_each_device(functools.partial(_backward, ring), [rows] * 5 + [sums] + numbers, (rows, rows, rows))
 
