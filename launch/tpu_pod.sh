@@ -85,6 +85,8 @@ needs gcloud 'see https://cloud.google.com/sdk/docs/install'
 
 arguments=(${variables[@]+"${variables[@]}"} -- --processes=tpu "$@")
 place=(--project="$project" --zone="$zone" --quiet)
+# A machine that is taken away may not close its connections: after a minute of silence ssh does.
+ssh_flags=(--ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 trap 'say "interrupted. What was started on the TPU goes on; the same command follows it"; exit 130' INT
@@ -169,7 +171,7 @@ ensure_tpu() {
 worker() {
     local which=$1
     shift
-    run gcloud compute tpus tpu-vm ssh "$name" --worker="$which" --command="$(quoted bash tpu_worker.sh "$@")" "${place[@]}"
+    run gcloud compute tpus tpu-vm ssh "$name" --worker="$which" --command="$(quoted bash tpu_worker.sh "$@")" "${ssh_flags[@]}" "${place[@]}"
 }
 
 pack() {
@@ -198,7 +200,7 @@ ask_outcome() {
     local states
     outcome=lost
     if ! states=$(query "jaxmodels-worker dry 0" gcloud compute tpus tpu-vm ssh "$name" --worker=all --command="bash tpu_worker.sh status" \
-        "${place[@]}" 2>"$scratch/error"); then return; fi
+        "${ssh_flags[@]}" "${place[@]}" 2>"$scratch/error"); then return; fi
     states=" $(awk '$1 == "jaxmodels-worker" { printf "%s ", $3 }' <<<"$states")"
     local candidate
     for candidate in running 2 3 none 75; do # what one worker knows better than the others, first

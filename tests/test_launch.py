@@ -40,6 +40,8 @@ class Fake:
             shutil.copy(tools / "python3", tools / name)
         (tools / "sudo").write_text('#!/usr/bin/env bash\nmkdir -p "${@: -1}"\n')  # only used to make the folder of the bucket
         self.environment = os.environ | {"FAKE": str(folder), "PATH": f"{tools}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable}
+        # The checkout may belong to another user than the one who tests it.
+        self.environment |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
         self.write(calls="", starts="", outcomes="0", created="READY", jobset="absent", pods="", exit_codes="")
 
     def write(self, **files):
@@ -52,6 +54,10 @@ class Fake:
     def run(self, script, *arguments, **variables):
         command = ["bash", str(LAUNCH / script), *arguments]
         return subprocess.run(command, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    def git(self, *arguments) -> list[str]:
+        done = subprocess.run(["git", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
     def calls(self) -> list[list[str]]:
         """Every call, without what was asked again because worker 0 had ended a moment before worker 1."""
@@ -156,6 +162,7 @@ def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):
     place = ["--project=research", "--zone=us-east5-b", "--quiet"]
     assert create == ["gcloud", "compute", "tpus", "tpu-vm", "create", "pod", "--accelerator-type=v6e-16", "--version=v2-alpha-tpuv6e", *place]
     assert all(call[-3:] == place for call in fake.calls() if call[0] == "gcloud")
+    assert all("--ssh-flag=-oServerAliveInterval=15" in call for call in fake.calls() if worker_command(call))
     assert "worker 0: ends with 0" in done.stdout and "worker 1" not in done.stdout.replace("worker 1: installed", "")
     starts = [shlex.split(line) for line in fake.read("starts")]
     assert sorted(start[0] for start in starts) == ["0", "1"]
@@ -167,10 +174,10 @@ def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):
 
 def test_the_code_of_the_last_commit_is_installed_on_every_worker_and_runs_lie_in_the_bucket(fake):
     assert fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN).returncode == 0
-    committed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    committed = fake.git("ls-tree", "-r", "--name-only", "HEAD")
     for worker in ("worker0", "worker1"):
         home = fake.folder / worker
-        assert (home / "jaxmodels" / "pyproject.toml").is_file() and "pyproject.toml" in committed
+        assert committed == [name for name in committed if (home / "jaxmodels" / name).is_file()]
         assert (home / "jaxmodels" / "runs").resolve() == fake.folder / "shared" / "runs"
         assert f"{worker[-1]} pip {home}/jaxmodels[tpu]" in fake.read("installed")
     assert sorted(call for call in fake.calls() if call[0] == "gcsfuse") == [["gcsfuse", "--implicit-dirs", "things", f"{fake.folder}/shared"]] * 2
@@ -180,8 +187,8 @@ def test_the_working_tree_is_copied_on_request(fake):
     assert fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--code=tree", "--", *TRAIN).returncode == 0
     with tarfile.open(fake.folder / "worker1" / "jaxmodels.tar.gz") as archive:
         names = set(archive.getnames())
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert names == {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    listed = fake.git("ls-files", "--cached", "--others", "--exclude-standard")
+    assert names == {name for name in listed if (ROOT / name).exists()} and "launch/tpu_pod.sh" in names
 
 
 @pytest.mark.parametrize("queued", [False, True])
