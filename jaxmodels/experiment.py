@@ -26,7 +26,7 @@ from jaxmodels.models.lora import ADAPTERS, add_lora
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.layout import Layout
 from jaxmodels.parallel.mesh import MeshSizes
-from jaxmodels.parallel.sharding import Sharding
+from jaxmodels.parallel.sharding import Sharding, check_stages
 from jaxmodels.sections import (
     Checkpointing,
     Evaluation,
@@ -153,13 +153,13 @@ class Experiment:
 
     def eval_function(self) -> Callable:
         """(params, stats, batch, sums) -> sums, outputs; see training.step."""
-        return step.make_eval_step(self.task, self.graph, self.training.precision, self._evaluation_layout)
+        return step.make_eval_step(self.task, self.graph, self.training.precision, self.evaluation_layout)
 
     def eval_metric_shapes(self, params, stats, batch) -> dict:
         """Shapes of the metrics that the evaluation step sums up."""
 
         def metrics(params, stats, batch):
-            with layout_lib.use(self._evaluation_layout):
+            with layout_lib.use(self.evaluation_layout):
                 return dict(self.task.metrics(step.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
 
         return jax.eval_shape(metrics, params, stats, batch)
@@ -169,7 +169,7 @@ class Experiment:
         return jax.eval_shape(lambda: self.init_function()(jax.random.key(0)))
 
     @property
-    def _evaluation_layout(self) -> Layout | None:
+    def evaluation_layout(self) -> Layout | None:
         """Evaluation is one program over all devices, also where training is not."""
         return None if self.layout is None else dataclasses.replace(self.layout, axis=None)
 
@@ -213,6 +213,8 @@ def build_experiment(
     options, own = _split_optimizer(c["optimizer"])
     with _as_config_error("config.model"):
         params = jax.eval_shape(lambda: step.split(build(nnx.Rngs(params=0)))[1])
+    shapes = {path: x.shape for path, x in step.flatten(params).items()}
+    check_stages(shapes, c["mesh"]["pipeline"], Sharding(**c["sharding"]))
     if trained_info is None:
         _check_trained(c, optimizer.paths(params))
         optimizer.check(options, own, steps, step.divide(params, functools.partial(is_trained, c))[0])

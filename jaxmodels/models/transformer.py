@@ -34,6 +34,7 @@ from jaxmodels.models.positions import (
 )
 from jaxmodels.models.sizes import DECODERS
 from jaxmodels.parallel.layout import constrain, sum_over_devices
+from jaxmodels.parallel.pipeline import over_layers
 
 Norm = Literal["layer", "rms"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
@@ -229,7 +230,11 @@ def apply_blocks(
         apply = jax.checkpoint(apply, static_argnums=4, prevent_cse=not scan, policy=REMAT[remat])
     if scan:
         graphdef = nnx.split(blocks)[0]
-        return jax.lax.scan(lambda x, layer: apply(x, *layer, shared, graphdef), x_BTD, (state, keys))
+
+        def loop(x_BTD, state, keys, shared):
+            return jax.lax.scan(lambda x, layer: apply(x, *layer, shared, graphdef), x_BTD, (state, keys))
+
+        return over_layers(loop, state, keys, x_BTD, shared)
     collected: dict[str, list] = {}
     for i, block in enumerate(blocks):
         graphdef, state = nnx.split(block)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -93,16 +93,37 @@ def make_layout(mesh: jax.sharding.Mesh, section: Sharding, partition: str = "ji
         if cut or section.optimizer == "data":
             what = f"mesh.{cut[0]}={mesh.shape[cut[0]]}" if cut else "sharding.optimizer=data"
             raise ConfigError(f"config.partition=pmap has the whole model on every device, so config.{what} cannot be; use partition=jit for it.")
-    return Layout(mesh, rules, section.context, section.microbatches or mesh.shape["pipeline"], axis="devices" if partition == "pmap" else None)
+    stages = mesh.shape["pipeline"]
+    microbatches = (section.microbatches or stages) if stages > 1 else 1
+    return Layout(mesh, rules, section.context, microbatches, axis="devices" if partition == "pmap" else None)
 
 
 def names_of(path: str, shape: tuple[int, ...], section: Sharding, layout: Layout) -> tuple[str | None, ...]:
     """The names of a parameter's dimensions."""
+    return _named(path, shape, section) or _largest(shape, layout)
+
+
+def _named(path: str, shape: tuple[int, ...], section: Sharding) -> tuple[str | None, ...] | None:
+    """What the first pattern that matches says; None where none does."""
     own = [(pattern, tuple(name or None for name in names)) for pattern, *names in section.parameters]
     for pattern, names in (*own, *PARAMETERS):
         if re.search(pattern, path) and len(shape) in (len(names), len(names) + 1):
             return names if len(shape) == len(names) else ("layers", *names)
-    return _largest(shape, layout)
+    return None
+
+
+def check_stages(params: Mapping[str, tuple[int, ...]], stages: int, section: Sharding) -> None:
+    """Raises ConfigError where a model, of parameters of such paths and shapes, cannot be cut into so many stages of a pipeline."""
+    named = [(_named(path, shape, section), shape) for path, shape in params.items()]
+    stacks = {shape[names.index("layers")] for names, shape in named if names and "layers" in names}
+    if stages <= 1:
+        return
+    if not stacks:
+        raise ConfigError(f"config.mesh.pipeline={stages} needs a Transformer with model.scan=True, whose blocks are stacked; or mesh.pipeline=1.")
+    for layers in stacks:
+        if layers % stages:
+            sizes = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+            raise ConfigError(f"config.mesh.pipeline={stages} does not divide the {layers} layers of the model; sizes that do: {sizes}.")
 
 
 def _largest(shape: tuple[int, ...], layout: Layout) -> tuple[str | None, ...]:
@@ -139,9 +160,10 @@ def place_state(shapes: Any, section: Sharding, layout: Layout) -> Any:
     that belong to no parameter are spread along their largest dimension; statistics, metrics and counters are whole.
 
     Raises:
-      ConfigError: a dimension does not divide over its axes.
+      ConfigError: a dimension does not divide over its axes, or the layers over stages.
     """
     params = {path: x.shape for part in (shapes.params, shapes.frozen) for path, x in _leaves(part)}
+    check_stages(params, layout.mesh.shape["pipeline"], section)
     specs = {path: parameter_spec(path, shape, section, layout) for path, shape in params.items()}
     spread = section.optimizer == "data"
 

@@ -14,7 +14,9 @@ from rich.console import Console
 from jaxmodels.data import loader
 from jaxmodels.errors import ConfigError, Diverged, Interrupted
 from jaxmodels.experiment import Experiment
+from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import metrics as metrics_lib
@@ -105,7 +107,7 @@ class Trainer:
         self.experiment, self.folder, self.stop = experiment, folder, stop
         self.main = jax.process_index() == 0
         mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size", layout.microbatches)
-        mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size")
+        mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size", layout.microbatches)
         self.shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
         root = jax.random.key(experiment.config["seed"])
         self.init_key, self.step_key, self.sample_key = (jax.random.fold_in(root, i) for i in range(3))
@@ -239,10 +241,11 @@ class Trainer:
             return
         arguments = (self.state.weights, self.state.stats, jax.random.fold_in(self.sample_key, step))
         if self._sampler is None:
-            graph = self.experiment.graph
+            graph, layout = self.experiment.graph, dataclasses.replace(self.experiment.evaluation_layout, left_whole={})
 
             def sample(params, stats, key):
-                return task.sample(evaluation_model(graph, params, stats), key)
+                with layout_lib.use(layout):
+                    return task.sample(evaluation_model(graph, params, stats), key)
 
             everywhere = mesh_lib.replicated(self.mesh)
             self._sampler, record = self.stop.run(lambda: compile_ahead("sample", sample, *arguments, out_shardings=everywhere))
@@ -370,6 +373,10 @@ class Trainer:
         for part, used in self.experiment.kernels.items():
             start[part] = used
             self.log.say(f"{part}: {used['used']} ({used['why']})", style="dim")
+        if (stages := self.mesh.shape["pipeline"]) > 1:
+            microbatches = self.experiment.layout.microbatches
+            start["pipeline"] = {"stages": stages, "microbatches": microbatches, "bubble": pipeline.bubble(stages, microbatches)}
+            self.log.say(f"pipeline: {pipeline.describe(stages, microbatches)}", style="dim")
         manifest = self.folder.manifest()
         self.folder.update_manifest(
             parameters=trained + frozen,

@@ -1,0 +1,174 @@
+"""What test_pipeline.py asserts, computed on eight simulated devices in one process; prints it as JSON."""
+
+import json
+import re
+import sys
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import small  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from jaxmodels.data.loader import TrainingBatches  # noqa: E402
+from jaxmodels.experiment import build_experiment  # noqa: E402
+from jaxmodels.models.encoder import Encoder  # noqa: E402
+from jaxmodels.models.encoder_decoder import EncoderDecoder  # noqa: E402
+from jaxmodels.models.transformer import Decoder  # noqa: E402
+from jaxmodels.parallel import layout as layout_lib  # noqa: E402
+from jaxmodels.parallel import mesh as mesh_lib  # noqa: E402
+from jaxmodels.parallel import pipeline, sharding  # noqa: E402
+from jaxmodels.training import step  # noqa: E402
+
+FOUR = {"pipeline": 4, "data": 2}
+MIXED = {"pipeline": 2, "fsdp": 2, "tensor": 2, "data": 1}
+SMALL = {"layers": 4, "heads": 2, "width": 16, "context": 12, "scan": True}
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?op_name=\"([^\"]*)\"")
+
+
+def layout_of(sizes: dict, **section) -> layout_lib.Layout:
+    return sharding.make_layout(mesh_lib.make_mesh(mesh_lib.MeshSizes(**sizes)), sharding.Sharding(**section))
+
+
+def error(one, many) -> float:
+    """The largest difference of two trees of arrays, as a share of the array's largest value; or where this is tiny (the
+    gradient of keys' biases is 0 but for rounding) of a thousandth of the tree's."""
+    one, many = (jax.tree.leaves(jax.device_get(tree)) for tree in (one, many))
+    largest = max(np.abs(a).max() for a in one)
+    return float(max(np.abs(a - b).max() / max(np.abs(a).max(), largest / 1000) for a, b in zip(one, many, strict=True)))
+
+
+def tokens(rows: int, length: int = 12, *, padded: bool, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(0, 30, (rows, length))
+    return np.where(np.arange(length) < generator.integers(length // 2, length, (rows, 1)), drawn, -1) if padded else drawn
+
+
+def gradients(model: nnx.Module, call, arguments, layout: layout_lib.Layout | None):
+    """What a model says, and the gradient of a loss of all of it, spread by a layout."""
+    graph, params, stats = step.split(model)
+
+    def loss(params, *arguments):
+        with layout_lib.use(layout):
+            result = call(step.merge(graph, params, stats), *arguments)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(result)), result
+
+    if layout is not None:
+        section = sharding.Sharding()
+        place = {path: jax.NamedSharding(layout.mesh, sharding.parameter_spec(path, x.shape, section, layout)) for path, x in step.flatten(params).items()}
+        params = jax.device_put(params, step.unflatten(place))
+        arguments = jax.device_put(arguments, mesh_lib.batch_sharding(layout.mesh))
+    (_, result), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *arguments)
+    return result, grads
+
+
+def models() -> dict:
+    """Of each model on a mesh: how far outputs and gradients are from those of one device."""
+    segments = np.repeat(np.arange(2), 6)[None].repeat(16, axis=0)
+    packed = tokens(16, padded=True)
+    rngs = nnx.Rngs(0)
+    decoder = {"positions": "rotary", "kv_heads": 1, "norm": "rms", "activation": "swiglu", "moe": {"experts": 4}, "remat": "full"}
+    cases = {
+        "packed mixture": (
+            Decoder(30, rngs=rngs, **decoder, **SMALL),
+            lambda model, tokens, segments: model.with_auxiliary(tokens, segments=segments),
+            (packed, segments),
+            layout_of({"pipeline": 2, "expert": 2, "data": 2}, microbatches=4),
+        ),
+        "padded encoder": (
+            Encoder(30, ("tags", 5), rngs=rngs, **SMALL),
+            lambda model, tokens: model(tokens) * (tokens >= 0)[..., None],
+            (packed,),
+            layout_of(MIXED, microbatches=8),
+        ),
+        "relative encoder-decoder": (
+            EncoderDecoder(30, positions="relative", post_norm=False, rngs=rngs, **SMALL),
+            lambda model, source, target: model(source, target) * (target >= 0)[..., None],
+            (packed, tokens(16, 8, padded=True, seed=1)),
+            layout_of(FOUR, microbatches=4),
+        ),
+    }
+    return {
+        name: error(gradients(model, call, arguments, None), gradients(model, call, arguments, layout))
+        for name, (model, call, arguments, layout) in cases.items()
+    }
+
+
+def schedule() -> dict:
+    """`over_layers` of a function with a closed form: layer l adds its weight w_l, and sums x over rows; and of one that draws."""
+    layout = layout_of(FOUR, microbatches=8)
+    x, weights = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32), np.arange(1.0, 9, dtype=np.float32)
+
+    def add(x, weights, keys, shared):
+        return jax.lax.scan(lambda x, w: (x + w * shared["own"] + shared["all"], {"sum": x.sum(0)}), x, weights)
+
+    def draw(x, layers, keys, shared):
+        bits = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+        return x + bits @ jax.nn.one_hot(layers, 8), {"turns": jnp.ones(len(keys))}
+
+    def piped(function, *arguments):
+        with layout_lib.use(layout):
+            return jax.jit(lambda *a: pipeline.over_layers(function, *a))(*arguments)
+
+    shared = {"own": x[:, :1], "all": np.ones((1, 3), np.float32), "none": None}
+    y, sums = piped(add, weights, None, x, shared)
+    drawn, counted = piped(draw, jnp.arange(8), jax.random.split(jax.random.key(0), 8), np.zeros((16, 8), np.float32), {})
+    few, _ = piped(add, weights, None, x[:1], {"own": x[:1, :1], "all": shared["all"]})
+    return {
+        "y": error(x + 36 * x[:, :1] + 8, y),
+        "sums": error(np.stack([(x + w * (w - 1) / 2 * x[:, :1] + (w - 1)).sum(0) for w in weights]), sums["sum"]),
+        "one row": error((x + 36 * x[:, :1] + 8)[:1], few),
+        "drawn": np.asarray(drawn).tolist(),
+        "counted": np.asarray(counted["turns"]).tolist(),
+    }
+
+
+def training(meshes: dict) -> dict:
+    """Four steps of a GPT: parameters against those of one device; what a device holds; what devices exchange.
+
+    Args:
+      meshes: of a name: (mesh sizes, microbatches, steps of accumulation).
+    """
+    found = {}
+    one = None
+    for name, (sizes, microbatches, accumulate) in ({"one": ({}, 1, 1)} | meshes).items():
+        changes = {"layers": 4, "dropout": 0.0, "scan": True, "width": 32}
+        config = small.config(small.GPT, **{f"model__{key}": value for key, value in changes.items()}, data__batch_size=32)
+        # Not Adam, which makes whole steps of gradients that are rounding alone.
+        config |= {"mesh": sizes, "sharding": {"microbatches": microbatches}, "optimizer": {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}}
+        config["training"]["accumulate"] = accumulate
+        experiment = build_experiment(config)
+        mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1] if name == "one" else None)
+        layout = sharding.make_layout(mesh, experiment.sharding)
+        experiment = experiment.on("cpu", layout)
+        shapes = sharding.place_state(experiment.state_shapes(), experiment.sharding, layout)
+        placed = jax.tree.map(lambda x: x.sharding, shapes)
+        state = jax.jit(experiment.init_function(), out_shardings=placed)(jax.random.key(0))
+        batches = TrainingBatches(experiment.dataset.splits["train"], 32, 4, seed=0, shuffle=True)
+        batches = [mesh_lib.place(batches[i], mesh_lib.batch_sharding(mesh), 32) for i in range(4)]
+        function = jax.jit(experiment.step_function(placed.params), donate_argnums=0, out_shardings=(placed, mesh_lib.replicated(mesh)))
+        compiled = function.lower(state, batches[0], jax.random.key(1)).compile()
+        for batch in batches:
+            state, _ = compiled(state, batch, jax.random.key(1))
+        if one is None:
+            one = state.params
+            continue
+        blocks = [x for path, x in step.flatten(shapes.params).items() if path.startswith("blocks/")]
+        found[name] = {
+            "error": error(one, state.params),
+            "blocks": mesh_lib.bytes_per_device(blocks) / sum(x.size * x.dtype.itemsize for x in blocks),
+            "collectives": [match.groups() for match in COLLECTIVE.finditer(compiled.as_text())],
+        }
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["all"]:
+        sizes = {"four": FOUR, "mixed": MIXED}
+        meshes = {f"{name} {m} {a}": (sizes[name], m, a) for name in sizes for m in (4, 8) for a in (1, 2)}
+        print(json.dumps({"training": training(meshes)}))
+    else:
+        print(json.dumps({"models": models(), "schedule": schedule(), "training": training({"four": (FOUR, 4, 2)})}))
