@@ -11,15 +11,23 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.training.run_folder import RunFolder
 
+# How the eight are used. What is random is each device's own under pmap, so there is no dropout there.
+SPREADS = {
+    "cnn": (["--config.partition=pmap"], {"model__dropout": 0.0}),
+    "lstm": (["--config.mesh.fsdp=8", "--config.mesh.data=1"], {}),
+    "gpt": (["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.sharding.optimizer=data"], {}),
+}
 
-@pytest.mark.parametrize("name", ["cnn", "lstm", "gpt"])
+
+@pytest.mark.parametrize("name", SPREADS)
 def test_eight_devices_equal_one_and_resume_across(name, tmp_path, jaxmodels_command):
-    config = small.config(small.ALL[name], training__steps=20, training__accumulate=2, training__ema=0.9, checkpoint__every=10)
+    spread, changes = SPREADS[name]
+    config = small.config(small.ALL[name], training__steps=20, training__accumulate=2, training__ema=0.9, checkpoint__every=10, **changes)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
 
     def train(workdir, devices):
-        done = jaxmodels_command("train", f"--config={path}", f"--workdir={tmp_path}/{workdir}", f"--cpu_devices={devices}")
+        done = jaxmodels_command("train", f"--config={path}", f"--workdir={tmp_path}/{workdir}", f"--cpu_devices={devices}", *(spread if devices == 8 else ()))
         assert done.returncode == 0, done.stderr
 
     train("one", 1)
@@ -31,7 +39,8 @@ def test_eight_devices_equal_one_and_resume_across(name, tmp_path, jaxmodels_com
     for a, b in zip(one[1], eight[1], strict=True):
         assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
-    assert RunFolder(tmp_path / "eight").manifest()["starts"][0]["mesh"]["data"] == 8
+    mesh = RunFolder(tmp_path / "eight").manifest()["starts"][0]["mesh"]
+    assert {axis: size for axis, size in mesh.items() if size > 1} == {"cnn": {"data": 8}, "lstm": {"fsdp": 8}, "gpt": dict.fromkeys(("data", "fsdp", "tensor"), 2)}[name]
     # The first half on eight, the second on one.
     import shutil
 

@@ -87,18 +87,21 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
     console.print_json(json.dumps(experiment.config))
     figures = summarize(experiment)
     spread = math.prod(figures["mesh"].values()) > 1
-    table = Table("parameter", "shape/axis" if spread else "shape", "type", "values", "bytes", *["a device's"] * spread)
-    table.columns[0].overflow = "fold"
+    table = Table("parameter", "shape/axis" if spread else "shape", "values", "bytes", *["a device's"] * spread, box=None)
+    for column in table.columns:
+        column.no_wrap = True  # a terminal that is too narrow cuts numbers, not names
+    table.columns[0].overflow = "ignore"
+    table.columns[0].min_width = max(map(len, figures["parameters"]))
     for path, x in figures["parameters"].items():
         shape = describe(x.shape, figures["sharding"][path])
-        table.add_row(path, shape, str(x.dtype), f"{x.size:,}", *_sizes([x], spread))
+        table.add_row(path, shape, f"{x.size:,}", *_sizes([x], spread))
     table.add_section()
     count, parameters = figures["parameter_count"], list(figures["parameters"].values())
-    table.add_row("all", "", "", f"{count:,}", *_sizes(parameters, spread))
+    table.add_row("all", "", f"{count:,}", *_sizes(parameters, spread))
     if figures["active_parameter_count"] != count:
-        table.add_row("active for one token", "", "", f"{figures['active_parameter_count']:,}")
+        table.add_row("active for one token", "", f"{figures['active_parameter_count']:,}")
     if figures["trained_count"] < count:
-        table.add_row("trained", "", "", f"{figures['trained_count']:,}")
+        table.add_row("trained", "", f"{figures['trained_count']:,}")
     console.print(table)
     data = ", ".join(f"{len(split):,} {name}" for name, split in experiment.dataset.splits.items())
     rows = {

@@ -1,0 +1,178 @@
+"""Sizes of meshes, the order of devices, and where parameters lie, without any device."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment import build_experiment
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.parallel.layout import Layout, constrain, on_each_device, use
+from jaxmodels.parallel.mesh import MeshSizes, mesh_shape
+from jaxmodels.parallel.sharding import Sharding
+from jaxmodels.sections import resolve
+
+
+def layout(**sizes):
+    shape = dataclasses.asdict(MeshSizes(data=1)) | sizes
+    return Layout(AbstractMesh(tuple(shape.values()), tuple(shape)))
+
+
+def test_one_axis_takes_what_the_others_leave():
+    assert mesh_shape(MeshSizes(fsdp=4, tensor=2), 64)["data"] == 8
+    assert mesh_shape(MeshSizes(data=2, fsdp=-1), 64)["fsdp"] == 32
+    assert list(mesh_shape(MeshSizes(), 3).values()) == [1, 1, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, r"data=-1 × fsdp=3 makes 3 devices, but there are 8. Sizes divide that: 1, 2, 4, 8"),
+        ({"data": 2, "tensor": 2}, r"data=2 × tensor=2 makes 4 devices, but there are 8"),
+        ({"fsdp": -1}, r"only one axis may be -1, but data and fsdp are; give --config.mesh.data=1"),
+        ({"context": 0}, r"context=0"),
+        ({"expert": -2}, r"expert=-2"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        mesh_shape(MeshSizes(**sizes), 8)
+
+
+def test_a_section_that_means_nothing():
+    for section, message in (
+        ({"mesh": {"banana": 2}}, "config.mesh.banana"),
+        ({"sharding": {"rules": (("embd", "fsdp"),)}}, "no name 'embd'; there are"),
+        ({"sharding": {"rules": (("embed", "fdsp"),)}}, "no mesh axis 'fdsp'"),
+        ({"sharding": {"parameters": (("(", "embed"),)}}, "not a regular expression"),
+        ({"sharding": {"parameters": (("x", "embd"),)}}, "no name 'embd'"),
+        ({"sharding": {"microbatches": 0}}, "microbatches must be above 0"),
+        ({"partition": "pjit"}, "config.partition"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve(small.config(small.GPT) | section)
+
+
+def chips(count, **attributes):
+    kind = {"platform": "tpu", "device_kind": "TPU v4", "process_index": 0, "core_on_chip": 0}
+    return [types.SimpleNamespace(id=i, **kind, **{k: v(i) for k, v in attributes.items()}) for i in range(count)]
+
+
+def test_slices_are_the_outermost_axis():
+    devices = chips(8, slice_index=lambda i: i % 2, coords=lambda i: (i // 2, 0, 0))
+    shape = mesh_shape(MeshSizes(slices=2, fsdp=4, data=1), 8)
+    grid = mesh_lib._arrange(shape, devices)
+    assert grid.shape == tuple(shape.values())
+    for i in range(2):
+        assert {device.slice_index for device in grid[i].flat} == {i}
+    with pytest.raises(ConfigError, match="lie in 2 slices: --config.mesh.slices=2"):
+        mesh_lib._arrange(mesh_shape(MeshSizes(), 8), devices)
+
+
+def test_nodes_of_gpus_are_slices():
+    kind = {"platform": "gpu", "device_kind": "H100", "slice_index": None}
+    devices = [types.SimpleNamespace(id=i, process_index=i // 4, **kind) for i in range(8)]
+    grid = mesh_lib._arrange(mesh_shape(MeshSizes(slices=2, data=4), 8), devices)
+    for i in range(2):
+        assert {device.process_index for device in grid[i].flat} == {i}
+    with pytest.raises(ConfigError, match="slices=8 does not divide the 2 processes"):
+        mesh_lib._arrange(mesh_shape(MeshSizes(slices=8, data=1), 8), devices)
+
+
+def test_batches_divide():
+    mesh = layout(data=2, fsdp=2, tensor=2).mesh
+    mesh_lib.check_batch(8, 2, mesh, "data.batch_size")
+    with pytest.raises(ConfigError, match="config.data.batch_size=12 does not divide over 4 devices × 2 accumulation steps; try 8 or 16"):
+        mesh_lib.check_batch(12, 2, mesh, "data.batch_size")
+    with pytest.raises(ConfigError, match="4 devices × 4 microbatches; try 16"):
+        mesh_lib.check_batch(8, 1, mesh, "data.batch_size", 4)
+
+
+def spec(path, shape, section=None, **sizes):
+    section = section or Sharding()
+    where = layout(**sizes)
+    where = dataclasses.replace(where, rules=dict(where.rules) | {name: tuple(axes) for name, *axes in section.rules})
+    return sharding_lib.parameter_spec(path, shape, section, where)
+
+
+def test_paths_become_axes():
+    both = {"fsdp": 2, "tensor": 4}
+    assert spec("blocks/3/mlp/up/kernel", (32, 64), **both) == PartitionSpec(("fsdp",), ("tensor",))
+    assert spec("blocks/attention/query/kernel", (12, 32, 32), **both, pipeline=3) == PartitionSpec(("pipeline",), ("fsdp",), ("tensor",))
+    assert spec("blocks/0/mlp/experts/down/kernel", (8, 64, 32), expert=8) == PartitionSpec(("expert",), None, None)
+    assert spec("blocks/0/attention_norm/scale", (32,), **both) == PartitionSpec(None)
+    # A table that does not divide stays whole along its rows.
+    assert spec("embed/embedding", (103, 32), **both) == PartitionSpec(None, ("fsdp",))
+    # What no pattern names: its largest dimension that divides, of large ones.
+    assert spec("first/kernel", (3, 3, 64, 128), fsdp=4) == PartitionSpec(None, None, None, ("fsdp",))
+    assert spec("first/kernel", (3, 3, 64, 130), fsdp=4) == PartitionSpec(None, None, ("fsdp",), None)
+    assert spec("first/bias", (128,), fsdp=4) == PartitionSpec(None)
+    own = Sharding(parameters=(("first/kernel$", "", "mlp"),), rules=(("mlp", "fsdp", "tensor"),))
+    assert spec("first/kernel", (30, 64), own, **both) == PartitionSpec(None, ("fsdp", "tensor"))
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+    with pytest.raises(ConfigError, match=r"dimension 1 of blocks/0/mlp/up/kernel \[32, 66\] \(mlp\) does not divide over tensor=4") as caught:
+        spec("blocks/0/mlp/up/kernel", (32, 66), fsdp=2, tensor=4)
+    advice = Sharding(rules=(("mlp",),))
+    assert str(advice.rules[0]).replace(" ", "") in str(caught.value).replace(" ", "")
+    assert spec("blocks/0/mlp/up/kernel", (32, 66), advice, fsdp=2, tensor=4) == PartitionSpec(("fsdp",), None)
+
+
+def test_the_optimizer_lies_as_the_parameters_or_over_the_copies_too():
+    experiment = build_experiment(small.config(small.GPT, training__ema=0.9, model__width=32, model__heads=4))
+    mesh = jax.make_mesh((1,) * 7, tuple(dataclasses.asdict(MeshSizes())), devices=jax.devices()[:1])
+    shapes = experiment.state_shapes()
+    where = Layout(mesh)
+    placed = sharding_lib.place_state(shapes, Sharding(), where)
+    assert jax.tree.structure(placed) == jax.tree.structure(shapes)
+    assert sharding_lib._over_data(PartitionSpec(("fsdp",), None), (64, 32), layout(fsdp=2, data=4)) == PartitionSpec(("fsdp", "data"), None)
+    assert sharding_lib._over_data(PartitionSpec(None, ("fsdp",)), (102, 64), layout(fsdp=2, data=4)) == PartitionSpec(None, ("fsdp", "data"))
+    assert sharding_lib._over_data(PartitionSpec(None), (8,), layout(data=4)) == PartitionSpec(None)
+
+
+def test_pmap_cuts_no_model():
+    with pytest.raises(ConfigError, match="config.mesh.fsdp=8 cannot be; use partition=jit"):
+        sharding_lib.make_layout(layout(fsdp=8).mesh, Sharding(), "pmap")
+    with pytest.raises(ConfigError, match="sharding.optimizer=data cannot be"):
+        sharding_lib.make_layout(layout(data=8).mesh, Sharding(optimizer="data"), "pmap")
+    contrast = {"name": "contrast", "noise": 0.1}
+    with pytest.raises(ConfigError, match="'contrast' compares all rows of a batch"):
+        build_experiment(small.config(small.CNN, task=contrast) | {"partition": "pmap"})
+
+
+def test_names_mean_nothing_without_a_mesh():
+    x = jnp.ones((2, 3))
+    assert constrain(x, "batch", "mlp") is x
+    assert on_each_device(jnp.sum, [("batch", None)], ()) is jnp.sum
+    with use(layout()):
+        assert constrain(x, "batch", "mlp") is x
+    with use(layout(data=2)), pytest.raises(ValueError, match="1 names for an array of 2 dimensions"):
+        constrain(x, "batch")
+
+
+def test_what_is_left_whole_is_told():
+    where = layout(tensor=4, context=2)
+    assert where.spec("batch", "sequence", "vocab", shape=(8, 15, 16)) == PartitionSpec(None, None, ("tensor",))
+    assert sharding_lib.notes(where) == [
+        "nothing of this model is spread over mesh.context=2: those devices repeat each other's work",
+        "sequence of 15 does not divide over context=2: it stays whole on each of their devices",
+    ]
+
+
+def test_rows_of_a_process_are_those_of_its_devices():
+    mesh = mesh_lib.make_mesh(MeshSizes(), jax.devices()[:1])
+    np.testing.assert_array_equal(mesh_lib.local_rows(mesh_lib.batch_sharding(mesh), 6), np.arange(6))
+
+    class Part:
+        def addressable_devices_indices_map(self, shape):
+            return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(4, 6),)}
+
+    np.testing.assert_array_equal(mesh_lib.local_rows(Part(), 8), [0, 1, 4, 5])
