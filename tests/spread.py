@@ -25,7 +25,7 @@ TEXT = {"source": "python_docs", "tokenizer": "byte+special", "sequence_length":
 ADAM = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "clip_norm": 1.0}
 # Adam divides by the size of gradients, so behind batch normalisation, where some are almost none, it turns rounding into updates.
 MOMENTUM = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
-BLOCKS = {"layers": 4, "heads": 4, "width": 32, "context": 16, "scan": True}
+BLOCKS = {"layers": 2, "heads": 4, "width": 32, "context": 16, "scan": True}
 MODELS = {
     "cnn": {
         "model": {"name": "resnet18", "stages": (1, 1), "width": 16, "stem": "cifar"},
@@ -85,8 +85,10 @@ def inspect(case: dict, output: Path) -> None:
         compiled = jax.jit(function, donate_argnums=0, out_shardings=out).lower(shapes, batch, jax.random.key(0)).compile()
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     batch_bytes = mesh_lib.bytes_per_device(batch)
+    text = compiled.as_text()
     figures = {
-        "collectives": collectives(compiled.as_text()),
+        "shapes": sorted(set(re.findall(r"f32\[[\d,]+\]", text))),
+        "collectives": collectives(text),
         "state_bytes": state,
         "argument_bytes": compiled.memory_analysis().argument_size_in_bytes - batch_bytes,
         "planned_bytes": mesh_lib.bytes_per_device(shapes),

