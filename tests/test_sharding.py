@@ -87,7 +87,7 @@ def test_every_model_on_every_mesh(tmp_path, model, accumulate):
 
 
 def test_bytes_and_collectives_of_the_compiled_step(tmp_path):
-    large = {"width": 128, "mlp_width": 384, "layers": 3}
+    large = {"width": 256, "mlp_width": 768, "layers": 3}
     case = {"model": "gpt", "compile": True, "options": large}
     names = {
         "fsdp": {**case, "mesh": MESHES["fsdp"]},
@@ -101,11 +101,11 @@ def test_bytes_and_collectives_of_the_compiled_step(tmp_path):
         assert not any(operation == "all-to-all" for operation, *_ in figures["collectives"])
     assert found["fsdp"]["argument_bytes"] == pytest.approx(found["fsdp"]["state_bytes"] / 8, rel=0.05)
     # Matrices of blocks and embedding, and the vectors of heads and hidden units, a quarter; all else whole.
-    cut = 4 * 4 * (3 * (4 * 128**2 + 2 * 128 * 384 + 3 * 128 + 384) + 260 * 128)
+    cut = 4 * 4 * (3 * (4 * 256**2 + 2 * 256 * 768 + 3 * 256 + 768) + 260 * 256)
     assert found["tensor"]["argument_bytes"] == pytest.approx(found["tensor"]["state_bytes"] - cut * 3 / 4, rel=0.01)
     # What each layer keeps for the backward pass are parts of sequences: of 16 rows, 4 positions of 16.
     kept = [shape for shape in found["context"]["shapes"] if shape.startswith("f32[3,16,")]
-    assert "f32[3,16,4,128]" in kept and "f32[3,16,4,384]" in kept and "f32[3,16,16,128]" not in kept and "f32[3,16,16,384]" not in kept
+    assert "f32[3,16,4,256]" in kept and "f32[3,16,4,768]" in kept and "f32[3,16,16,256]" not in kept and "f32[3,16,16,768]" not in kept
     # Adam's two moments and the moving average over eight; parameters and counters whole: a quarter of the state.
     assert found["zero"]["argument_bytes"] == pytest.approx(found["zero"]["state_bytes"] * (1 / 4 + 3 / 4 / 8), rel=0.05)
     _check_fsdp(found["fsdp"]["collectives"])
@@ -116,7 +116,7 @@ def _check_fsdp(collectives):
     """Each layer's six matrices are gathered in each direction, inside the loop; no stacked array is gathered whole."""
     gathers = [(shapes, loop) for operation, shapes, loop in collectives if operation == "all-gather"]
     inside = sorted(math.prod(map(int, shape[4:-1].split(","))) for shapes, loop in gathers if loop for shape in shapes)
-    assert inside == sorted([128 * 128] * 8 + [128 * 384] * 4)
+    assert inside == sorted([256 * 256] * 8 + [256 * 768] * 4)
     assert not any(shape.startswith("f32[3,") for shapes, _ in gathers for shape in shapes)
     # Gradients of a layer are summed in its turn of the loop.
     assert any(operation in ("all-reduce", "reduce-scatter") and loop for operation, _, loop in collectives)
@@ -124,6 +124,6 @@ def _check_fsdp(collectives):
 
 def _check_tensor(collectives):
     """Two sums of activations for each block and direction; the backward one of queries, keys and values may be taken together."""
-    activations = [shapes for operation, shapes, loop in collectives if loop and operation == "all-reduce" and set(shapes) == {"f32[16,16,128]"}]
+    activations = [shapes for operation, shapes, loop in collectives if loop and operation == "all-reduce" and set(shapes) == {"f32[16,16,256]"}]
     assert len(activations) == 4
     assert not any(operation == "all-gather" and loop for operation, _, loop in collectives)

@@ -137,8 +137,8 @@ class Encoder(nnx.Module):
         check_sizes(context=context, layers=layers, heads=heads, width=width)
         init = nnx.initializers.normal(0.02)
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
-        self.positions = Embed(context + position_offset, width, init=init, rngs=rngs) if positions == "learned" else None
-        self.types = Embed(types, width, init=init, rngs=rngs) if types else None
+        self.positions = Embed(context + position_offset, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
+        self.types = Embed(types, width, init=init, name=None, rngs=rngs) if types else None
         self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if post_norm else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "window": window, "norm": norm, "epsilon": epsilon}

@@ -52,7 +52,7 @@ class Side(nnx.Module):
     def __init__(self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat, rngs: nnx.Rngs, **block):
         init = nnx.initializers.normal(width**-0.5)
         norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
-        self.positions = Embed(context, width, init=init, rngs=rngs) if positions == "learned" else None
+        self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         relative = positions == "relative"
         # One table for all layers, as in T5. Its numbers begin small beside products of unit variance.
         self.relative = RelativePositions(heads, buckets=32, distance=128, causal=causal, init=init, rngs=rngs) if relative else None

@@ -66,16 +66,18 @@ def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> j
 class Embed(nnx.Module):
     """A table of vectors, one a row: looked up, or multiplied with to score every row. Keeps the table's type."""
 
-    def __init__(self, rows: int, width: int, *, init, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, *, init, name: str | None = "vocab", rngs: nnx.Rngs):
+        """`name` is that of the rows in `parallel.layout`."""
         self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
+        self.names = (name, "embed")
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """indices: int of any shape, each in [0, rows). Returns [..., width]."""
-        return jnp.take(gathered(self.embedding[...], "vocab", "embed"), indices, axis=0, mode="clip")
+        return jnp.take(gathered(self.embedding[...], *self.names), indices, axis=0, mode="clip")
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [..., width]. Returns products with every row, [..., rows]."""
-        return x @ gathered(self.embedding[...], "vocab", "embed").T
+        return x @ gathered(self.embedding[...], *self.names).T
 
 
 def halve(image: jax.Array) -> jax.Array:

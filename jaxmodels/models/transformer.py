@@ -315,7 +315,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"rotary_scaling means nothing to positions={positions!r}")
         init = nnx.initializers.normal(0.02)
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
-        self.positions = Embed(context, width, init=init, rngs=rngs) if positions == "learned" else None
+        self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
         options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm}
