@@ -79,7 +79,7 @@ check_train() {
     for argument in "$@"; do
         case $argument in
             --config | --config=*) has_config=true ;;
-            --workdir=*://*) usage_error "$argument: the run folder is a folder, not a URL; mount the bucket with --bucket=BUCKET and leave --workdir to runs/NAME" ;;
+            --workdir=*://*) usage_error "$argument: the run folder is no URL; mount the bucket with --bucket=BUCKET, and take --workdir=runs/NAME" ;;
             --processes* | --process=* | --coordinator*) usage_error "$argument: this script says which processes there are; leave it out" ;;
         esac
     done

@@ -262,7 +262,7 @@ finish() {
     if $delete; then
         remove || say "$name could not be deleted: it still costs money"
     else
-        say "$name is still there, and costs money: --delete, or $(quoted gcloud compute tpus "$($queued && echo queued-resources || echo tpu-vm)" delete "$name" "${place[@]}")"
+        say "$name is still there, and costs money, until it is deleted: $(dry_run=true && remove 3>&1)"
     fi
     exit "$1"
 }

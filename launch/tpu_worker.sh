@@ -33,8 +33,9 @@ is_running() {
 mount_bucket() {
     if ! command -v gcsfuse >/dev/null; then
         . /etc/os-release
-        curl --fail --silent --show-error https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
-        echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$VERSION_CODENAME main" |
+        local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+        curl --fail --silent --show-error "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+        echo "deb [signed-by=$key] $packages gcsfuse-$VERSION_CODENAME main" |
             sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
         sudo apt-get update -qq
         sudo apt-get install -y -qq gcsfuse

@@ -84,14 +84,14 @@ check_options() {
         check topology "$topology" '[0-9]+x[0-9]+(x[0-9]+)?' 'TOPOLOGY of one slice, for example 4x4'
         chips=${chips:-4}
         local count=$((${topology//x/ * }))
-        ((count == hosts * chips)) ||
-            usage_error "--topology=$topology has $count chips, but --hosts=$hosts of --chips=$chips have $((hosts * chips)); try --hosts=$(((count + chips - 1) / chips))"
+        ((count == hosts * chips)) || usage_error "--topology=$topology has $count chips, but --hosts=$hosts of --chips=$chips have \
+$((hosts * chips)); try --hosts=$(((count + chips - 1) / chips))"
     else
         check gpu "$gpu" "$label" 'ACCELERATOR, for example nvidia-h100-80gb'
         [[ -z $topology && $slices == 1 ]] || usage_error "--topology and --slices are for TPUs; --hosts=N for GPUs"
         chips=${chips:-8}
     fi
-    [[ -n $bucket || -n $claim ]] || usage_error "where are the runs to lie? Name --bucket=BUCKET or --claim=CLAIM: all hosts write there, and it outlives them"
+    [[ -n $bucket || -n $claim ]] || usage_error "where are the runs to lie? Name --bucket=BUCKET or --claim=CLAIM, which all hosts share"
     [[ -z $bucket || -z $claim ]] || usage_error "--bucket and --claim exclude each other"
     bucket=${bucket#gs://}
     [[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, the name alone'
@@ -153,7 +153,8 @@ manifest() {
     fi
     if [[ -n $bucket ]]; then
         volume_kind=csi
-        volume="{\"driver\": \"gcsfuse.csi.storage.gke.io\", \"volumeAttributes\": {\"bucketName\": \"$bucket\", \"mountOptions\": \"implicit-dirs,uid=1000,gid=1000\"}}"
+        volume="{\"bucketName\": \"$bucket\", \"mountOptions\": \"implicit-dirs,uid=1000,gid=1000\"}"
+        volume="{\"driver\": \"gcsfuse.csi.storage.gke.io\", \"volumeAttributes\": $volume}"
         pod_annotations='{"gke-gcsfuse/volumes": "true"}'
     else
         volume_kind=persistentVolumeClaim
@@ -189,6 +190,7 @@ jobset_state() {
     fail "kubectl cannot tell the state of $name: $(tail -n 1 "$scratch/error")"
 }
 
+pod_and_phase='jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}'
 first_pod="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 
 # Follows the first host through all restarts; returns when the JobSet has ended, with `state` set.
@@ -200,8 +202,8 @@ follow() {
         [[ "$state $restarts" == "$before" ]] || say "$name: $state$( ((restarts == 0)) || printf ', restarts: %s' "$restarts")"
         before="$state $restarts"
         [[ $state != Absent ]] || return 0
-        read -r pod phase < <(query "$name-workers-0-0 Succeeded" "${kube[@]}" get pods --selector="$first_pod" --sort-by=.metadata.creationTimestamp \
-            --output='jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}' 2>/dev/null | tail -n 1) || true
+        read -r pod phase < <(query "$name-workers-0-0 Succeeded" "${kube[@]}" get pods --selector="$first_pod" \
+            --sort-by=.metadata.creationTimestamp --output="$pod_and_phase" 2>/dev/null | tail -n 1) || true
         case ${phase:-Pending} in
             Running | Succeeded | Failed)
                 if [[ $pod != "$seen" ]]; then
