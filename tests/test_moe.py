@@ -10,7 +10,7 @@ import small
 from flax import nnx
 
 from jaxmodels.experiment import build_experiment
-from jaxmodels.models import create, find, moe
+from jaxmodels.models import create, find, grouped, moe
 from jaxmodels.models.moe import MoE
 from jaxmodels.models.transformer import Decoder
 from jaxmodels.plan.dry_run import active_parameters
@@ -76,7 +76,7 @@ def by_loop(model, x, valid, *, top_k=K, normalize=True, gated=True, capacity=No
 
 @pytest.mark.parametrize(("block", "normalize", "gated", "top_k"), [(4, True, True, 2), (64, False, False, 1)])
 def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, top_k):
-    monkeypatch.setattr(moe, "BLOCK", block)  # many blocks an expert, and one
+    monkeypatch.setattr(grouped, "BLOCK", block)  # many blocks an expert, and one
     model = make(top_k=top_k, normalize=normalize, activation="swiglu" if gated else "relu")
     x, valid = inputs()
     y, statistics = apply(model, x, valid)
@@ -88,17 +88,28 @@ def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, to
 
 
 def test_products_by_blocks_are_ragged_dot(monkeypatch):
-    # On a CPU grouped_product computes by blocks; accelerators get ragged_dot.
-    monkeypatch.setattr(moe, "BLOCK", 4)
+    # On a CPU products are computed by blocks; accelerators get ragged_dot, and TPUs another gradient of the matrices.
+    monkeypatch.setattr(grouped, "BLOCK", 4)
     sizes = jnp.array([8, 0, 4, 12], jnp.int32)
     x, kernels = jax.random.normal(jax.random.key(0), (28, D)), jax.random.normal(jax.random.key(1), (E, D, F))
 
     def total(function):
         return lambda x, kernels: jnp.sum(jnp.sin(function(x, kernels, sizes)[:24]))
 
-    np.testing.assert_allclose(moe.grouped_product(x, kernels, sizes)[:24], jax.lax.ragged_dot(x, kernels, sizes)[:24], atol=1e-5)
-    ours = jax.grad(total(moe.grouped_product), (0, 1))(x, kernels)
+    np.testing.assert_allclose(grouped.product(x, kernels, sizes)[:24], jax.lax.ragged_dot(x, kernels, sizes)[:24], atol=1e-5)
+    ours = jax.grad(total(grouped.product), (0, 1))(x, kernels)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, jax.grad(total(jax.lax.ragged_dot), (0, 1))(x, kernels))
+
+
+def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks():
+    # In Pallas' interpreter; several tiles of rows, ends of groups within them, an empty group, and rows of none, which hold anything.
+    sizes = jnp.array([64, 0, 192, 64], jnp.int32)
+    x, kernels, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, D), (E, D, F), (512, F)]))
+    x, g = (a.at[320:].set(0) for a in (x, g))
+    expected = jax.vjp(lambda x, kernels: grouped.product(x, kernels, sizes), x, kernels)[1](g)
+    got = jax.jit(functools.partial(grouped._transpose_on_tpu, interpret=True))(x.at[320:].set(jnp.nan), kernels, sizes, g.at[320:].set(jnp.nan))
+    np.testing.assert_allclose(got[0][:320], expected[0][:320], atol=1e-5)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-4)
 
 
 def gradients(model, x, valid):

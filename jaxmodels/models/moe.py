@@ -23,11 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmodels.models import grouped
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, check_sizes
 from jaxmodels.parallel.layout import constrain, current, on_each_device
-
-# Rows that an expert's matrices are applied to at once without capacity; an expert's last block is filled up with zeros.
-BLOCK = 64
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -219,31 +217,37 @@ class MoE(nnx.Module):
         as much as an all-to-all of just the assignments would.
         """
         layout, kernels = current(), self.experts.kernels()
-        B, E, F = len(x_BTD), self.mixture.experts, kernels["down"].shape[1]
+        B, (E, F, D) = len(x_BTD), kernels["down"].shape
 
         def axes(name, size):
             return () if layout is None or size % layout.size(name) else layout.axes(name)
 
-        owners = axes("expert", E)
-        gathered = tuple(axis for axis in owners if axis in axes("batch", B))
-        summed = tuple(axis for axis in owners if axis not in gathered + axes("mlp", F))
+        owners, hidden, stored = axes("expert", E), axes("mlp", F), axes("embed", D)
+        if {*stored} & {*owners, *hidden}:
+            stored = ()  # the compiler brings these together
+        shared = tuple(axis for axis in owners if axis in axes("batch", B))
+        summed = tuple(axis for axis in owners if axis not in shared + hidden)
+        embed = "embed" if stored else None
+        sides = {"gate": ("expert", embed, "mlp"), "up": ("expert", embed, "mlp"), "down": ("expert", "mlp", embed)}
 
         def on_device(x_BTD, chosen_BTK, weights_BTK, *kernels_E):
-            if gathered:
-                together = functools.partial(jax.lax.all_gather, axis_name=gathered, tiled=True)
-                x_BTD, chosen_BTK, weights_BTK = together(x_BTD), together(chosen_BTK), together(weights_BTK)
+            if stored:  # by hand, since its gradient then is sums scattered, where the compiler makes whole ones
+                kernels_E = [jax.lax.all_gather(x, stored, axis=sides[name].index(embed), tiled=True) for name, x in zip(kernels, kernels_E, strict=True)]
+            if shared:
+                x_BTD, chosen_BTK, weights_BTK = (jax.lax.all_gather(x, shared, tiled=True) for x in (x_BTD, chosen_BTK, weights_BTK))
             own = len(kernels_E[0])
             if owners:
                 chosen_BTK = chosen_BTK - own * jax.lax.axis_index(owners)
                 chosen_BTK = jnp.where((chosen_BTK >= 0) & (chosen_BTK < own), chosen_BTK, own)
             y_BTD = self._own_experts(x_BTD, chosen_BTK, weights_BTK, dict(zip(kernels, kernels_E, strict=True)))
-            if gathered:
-                y_BTD = jax.lax.psum_scatter(y_BTD, gathered, tiled=True)
+            if shared:
+                y_BTD = jax.lax.psum_scatter(y_BTD, shared, tiled=True)
             return (jax.lax.psum(y_BTD, summed) if summed else y_BTD)[None]
 
+        if stored or shared:  # what was gathered is gathered again for the gradient, not kept of every layer
+            on_device = jax.checkpoint(on_device, prevent_cse=False, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
         tokens = ("batch", "sequence", None)
-        names = {"gate": ("expert", None, "mlp"), "up": ("expert", None, "mlp"), "down": ("expert", "mlp", None)}
-        inputs = (tokens, tokens, tokens, *(names[name] for name in kernels))
+        inputs = (tokens, tokens, tokens, *(sides[name] for name in kernels))
         # Parts of the hidden layers give parts of the sum, which are added outside: there, that costs nothing backward.
         parts = on_each_device(on_device, inputs, ("mlp", *tokens))(x_BTD, chosen_BTK, weights_BTK, *kernels.values())
         return jax.lax.reduce(parts, np.zeros((), parts.dtype), jax.lax.add, (0,)), jnp.zeros(())
@@ -251,15 +255,19 @@ class MoE(nnx.Module):
     def _own_experts(self, x_BTD, chosen_BTK, weights_BTK, kernels):
         """The weighted sums [B, T, D] of those assignments that are to experts of `kernels`; others have their number."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, len(kernels["up"])
-        A, most = B * T * K, B * T * min(K, E)
-        blocks = min(most, -(-most // BLOCK) + E - 1)  # enough however the assignments fall: E - 1 blocks more than they would fill
+        if E < K:  # at most E of a token's: these, expert by expert
+            is_own_BTKE = chosen_BTK[..., None] == jnp.arange(E)
+            chosen_BTK = jnp.where(is_own_BTKE.any(axis=2), jnp.arange(E), E)
+            weights_BTK = jnp.sum(jnp.where(is_own_BTKE, weights_BTK[..., None], 0), axis=2)
+            K = E
+        A = B * T * K
+        slots = grouped.rows(A, E)
         chosen_A = chosen_BTK.reshape(A)
-        sizes_E = jnp.sum(jax.nn.one_hot(chosen_A, E, dtype=jnp.int32), axis=0)
-        sizes_E = -(-sizes_E // BLOCK) * BLOCK
+        sizes_E = grouped.whole_blocks(jnp.sum(jax.nn.one_hot(chosen_A, E, dtype=jnp.int32), axis=0))
         ends_E = jnp.cumsum(sizes_E)
-        slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), blocks * BLOCK)
-        slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=blocks * BLOCK, each=K)
-        y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped_product(x, kernels, sizes_E))
+        slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), slots)
+        slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=slots, each=K)
+        y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped.product(x, kernels, sizes_E))
         y_BTKD = _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
         return jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK)
 
@@ -292,46 +300,6 @@ def statistics(sums: dict[str, jax.Array], mixture: Mixture) -> dict[str, jax.Ar
         "expert_load_max": E * load_E.max(),
         "dropped": sums["dropped"] / (tokens * mixture.top_k),
     }
-
-
-@jax.custom_vjp
-def grouped_product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Products of groups of rows, one after the other, with a matrix each; rows after the last group give no particular value.
-
-    `jax.lax.ragged_dot` where there is an accelerator. On a CPU that computes every row with every matrix (measured with 8
-    matrices: 10 times the time of one dense product, its gradient 17 times), so there each block of rows is multiplied with its
-    own copy of its matrix (3 times, 1.6 times).
-
-    Args:
-      x_SD: rows, a multiple of BLOCK.
-      kernels_EDF: matrices.
-      sizes_E: rows of each group, int32, multiples of BLOCK.
-    """
-    return jax.lax.platform_dependent(x_SD, kernels_EDF, sizes_E, cpu=_product_by_blocks, default=jax.lax.ragged_dot)
-
-
-def _grouped_product_forward(x_SD, kernels_EDF, sizes_E):
-    # A gradient of its own, since what one platform keeps for it, copies of matrices, would be kept on all.
-    return grouped_product(x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
-
-
-def _grouped_product_backward(kept, g_SF):
-    def transpose(product, x_SD, kernels_EDF, sizes_E, g_SF):
-        return jax.vjp(lambda x, kernels: product(x, kernels, sizes_E), x_SD, kernels_EDF)[1](g_SF)
-
-    ways = {"cpu": functools.partial(transpose, _product_by_blocks), "default": functools.partial(transpose, jax.lax.ragged_dot)}
-    return *jax.lax.platform_dependent(*kept, g_SF, **ways), None
-
-
-grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
-
-
-def _product_by_blocks(x_SD, kernels_EDF, sizes_E):
-    S, D = x_SD.shape
-    starts = jnp.arange(0, S, BLOCK)
-    owner = jnp.searchsorted(jnp.cumsum(sizes_E), starts, side="right", method="compare_all")
-    kernels = jnp.take(kernels_EDF, owner, axis=0, mode="clip")
-    return jnp.einsum("nbd,ndf->nbf", x_SD.reshape(-1, BLOCK, D), kernels).reshape(S, -1)
 
 
 def _rank(chosen_A: jax.Array, experts: int) -> jax.Array:

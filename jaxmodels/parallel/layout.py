@@ -103,6 +103,12 @@ def current() -> Layout | None:
     return None if layout is None or layout.axis is not None or layout.mesh.size == 1 else layout
 
 
+def platform() -> str:
+    """That which the function being traced is for, `cpu`, `gpu` or `tpu`: of the layout's devices, or JAX's own choice."""
+    layout = _layout.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """x, spread as the names of its dimensions say (None: whole); x itself where there is nothing to spread over."""
     layout = current()
