@@ -200,7 +200,7 @@ ask_outcome() {
     local states
     outcome=lost
     if ! states=$(query "jaxmodels-worker dry 0" gcloud compute tpus tpu-vm ssh "$name" --worker=all --command="bash tpu_worker.sh status" \
-        "${ssh_flags[@]}" "${place[@]}" 2>"$scratch/error"); then return; fi
+        "${ssh_flags[@]}" "${place[@]}" 2>"$scratch/ssh_error"); then return; fi
     states=" $(awk '$1 == "jaxmodels-worker" { printf "%s ", $3 }' <<<"$states")"
     local candidate
     for candidate in running 2 3 none 75; do # what one worker knows better than the others, first
@@ -217,13 +217,17 @@ follow() {
     local state unanswered=0
     : >"$scratch/log"
     while :; do
-        worker 0 follow "$(($(wc -l <"$scratch/log") + 1))" 2>"$scratch/error" | tee -a "$scratch/log" || true
+        worker 0 follow "$(($(wc -l <"$scratch/log") + 1))" 2>"$scratch/ssh_error" | tee -a "$scratch/log" || true
         ask_outcome
         case $outcome in
             running) unanswered=0 ;;
             lost)
                 state=$(tpu_state READY) || exit
-                if [[ $state != READY ]] || ((++unanswered >= 10)); then return; fi
+                if [[ $state != READY ]]; then return; fi
+                if ((++unanswered >= 10)); then
+                    why="the workers do not answer ($(tail -n 1 "$scratch/ssh_error"))"
+                    return
+                fi
                 ;;
             *) return ;;
         esac
@@ -290,7 +294,10 @@ for ((restarts = 0; ; restarts++)); do
         [[ $outcome =~ ^[0-9]+$ ]] || outcome=1
         finish "$outcome"
     fi
-    if [[ $why == "the TPU could not be created" && $restarts == 0 ]]; then fail "$why; --queued waits for capacity"; fi
+    if [[ $why == "the TPU could not be created" && $restarts == 0 ]]; then
+        if $queued; then fail "$why; gcloud compute tpus queued-resources describe $name tells more"; fi
+        fail "$why; --queued waits for capacity"
+    fi
     say "$why; starting again ($((restarts + 1)) of $max_restarts)"
     pause "$poll"
 done

@@ -38,7 +38,7 @@ mount_bucket() {
         echo "deb [signed-by=$key] $packages gcsfuse-$VERSION_CODENAME main" |
             sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
         sudo apt-get update -qq
-        sudo apt-get install -y -qq gcsfuse
+        sudo apt-get install -y -qq -o DPkg::Lock::Timeout=300 gcsfuse # a new machine updates itself
     fi
     [[ -d $shared ]] || sudo install --directory --owner="$(id -un)" "$shared"
     mountpoint -q "$shared" || gcsfuse --implicit-dirs "$1" "$shared"

@@ -288,6 +288,22 @@ def test_without_capacity_it_ends_and_says_what_waits_for_it(fake):
     assert fake.verbs() == ["create"]
 
 
+def test_a_queued_resource_that_failed_is_replaced_once(fake):
+    fake.write(state="FAILED", created="FAILED")
+    done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--queued", "--", *TRAIN)
+    assert done.returncode == 1 and "tells more" in done.stderr
+    assert fake.verbs() == ["delete", "create"]
+
+
+def test_workers_that_do_not_answer_are_asked_a_while_and_then_given_up(fake):
+    """The TPU says that it is ready, but no connection to it comes about any more once the run is there."""
+    tool = fake.folder / "tools" / "gcloud"
+    broken = '[[ $4 != ssh || ! -s $FAKE/starts ]] || { echo "no route to host" >&2 && exit 255; }'
+    tool.write_text(tool.read_text().replace("set -euo pipefail\n", f"set -euo pipefail\n{broken}\n", 1))
+    done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--max_restarts=0", "--", *TRAIN)
+    assert done.returncode == 1 and "do not answer (no route to host)" in done.stderr
+
+
 @pytest.mark.parametrize("options", [["--bucket=things", "--delete"], ["--bucket=things", "--queued", "--spot"]], ids=["plain", "queued"])
 def test_a_dry_run_prints_what_a_run_calls(fake, options):
     dry = fake.run("tpu_pod.sh", *TPU, *options, "--dry_run", "--", *TRAIN)
