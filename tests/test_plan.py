@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
+from jaxmodels.models.attention import attend
+from jaxmodels.plan import topology
 from jaxmodels.plan.dry_run import human_bytes, summarize
 from jaxmodels.plan.flops import count_flops
 
@@ -26,6 +30,15 @@ def test_flops_of_products_convolutions_and_loops():
     square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     assert count_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], square) == 5 * 2 * 4**3
     assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), square) == 2 * 4**3
+
+
+def test_flops_of_kernels_and_of_devices_parts_are_those_of_the_whole():
+    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
+    products = 2 * (2 * 2 * 4 * 512 * 512 * 64)
+    assert count_flops(lambda q: attend(q, q, q, causal=True, implementation="splash"), q) == products
+    rows, mesh = jax.ShapeDtypeStruct((8, 16), jnp.float32), AbstractMesh((4,), ("data",))
+    parts = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    assert count_flops(parts, rows) == 4 * 2 * 2 * 2 * 16
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -54,3 +67,29 @@ def test_bytes_are_those_of_the_arrays():
 
 def test_bytes_for_people():
     assert [human_bytes(n) for n in (5, 2048, 5 * 2**20, 2**41)] == ["5 B", "2.0 KiB", "5.0 MiB", "2.0 TiB"]
+
+
+def test_topologies_are_named_by_generation_and_chips():
+    assert topology.generation("v5p:4x4x4") == "v5p" and topology.generation("v6e:8x8") == "v6e"
+    for wrong in ("v5p", "v5p-128", "v9:2x2", "v6e:", "8x8", "v6e:8x8x8x8"):
+        with pytest.raises(ConfigError, match="such as v5p:4x4x4"):
+            topology.devices(wrong)
+
+
+def test_without_the_tpus_compiler_its_extra_is_named(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jaxmodels\[plan\]'"):
+        topology.compile_step(build_experiment(small.config(small.CNN)), "v5e:2x2")
+
+
+def test_pmap_is_for_devices_that_are_here():
+    with pytest.raises(ConfigError, match="partition=jit"):
+        topology.compile_step(build_experiment(small.config(small.CNN, partition="pmap")), "v5e:2x2")
+
+
+def test_memory_and_cost_of_a_compiled_function():
+    compiled = jax.jit(lambda x, y: (x @ y, y), donate_argnums=1).lower(*(jax.ShapeDtypeStruct((256, 256), jnp.float32) for _ in range(2))).compile()
+    found = topology.memory(compiled)
+    assert (found["arguments"], found["outputs"], found["aliased"]) == (2 * 2**18, pytest.approx(2 * 2**18, abs=64), 2**18)
+    assert found["total"] == found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
+    assert topology.cost(compiled)["flops"] == pytest.approx(2 * 256**3, rel=0.01)

@@ -43,6 +43,12 @@ def _jaxpr_flops(jaxpr) -> int:
             total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
         elif name == "scan":
             total += equation.params["length"] * _jaxpr_flops(equation.params["jaxpr"].jaxpr)
+        elif name == "shard_map":
+            # Every device runs it, on its own part.
+            total += equation.params["mesh"].size * _jaxpr_flops(equation.params["jaxpr"])
+        elif name == "pallas_call":
+            # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
+            total += math.prod(equation.params["grid_mapping"].grid) * _jaxpr_flops(equation.params["jaxpr"])
         elif name == "cond":
             total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:

@@ -69,7 +69,7 @@ def devices(topology: str, slices: int = 1) -> list:
       slices: how many there are, on the network between them.
 
     Raises:
-      ConfigError: libtpu is not installed; or it knows no such topology.
+      ConfigError: libtpu is not installed; or it makes no such topology.
     """
     kind = generation(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -79,13 +79,15 @@ def devices(topology: str, slices: int = 1) -> list:
         # asking for, and complaining of, what else that would have said.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        # Several processes may compile at a time; only one could use a TPU.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"num_slices": slices}
     if kind in _MEGACORE:
         options["chip_config_name"] = "megacore"
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ConfigError(f"libtpu knows no topology {topology!r}: {_first_line(error)}") from error
+        raise ConfigError(f"libtpu makes no topology {topology!r}: {_first_line(error)}") from error
 
 
 def compile_step(experiment: Experiment, topology: str) -> CompiledStep:
