@@ -18,6 +18,7 @@ import pytest
 import small
 import watched
 from conftest import ROOT
+from test_processes import free_port
 from test_resume import final_state
 
 from jaxmodels.config import load_config
@@ -58,7 +59,9 @@ class Run:
         if not processes:
             command = [sys.executable, "-m", "jaxmodels", "train", f"--cpu_devices={devices}"]
         command += [f"--config={self.config}", f"--workdir={self.workdir}", *args]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         return self
 
     def end(self, status=0, seconds=550):
@@ -201,10 +204,30 @@ def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_command):
+    run = Run(tmp_path, small.config(CONFIG, data__source="watched:failing"), "failing").start(2, 1)
+    run.end(1)
+    reason = "file 7 of the data cannot be read."
+    first, second = ([line for line in said.splitlines() if line.startswith("jaxmodels:")] for said in run.said().values())
+    assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) left: {re.escape(reason)}", first[0])
+
+    run = Run(tmp_path, CONFIG).start(2, 1)
+    run.end()
+    port = free_port()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))), "WATCH": str(tmp_path)}
+    command = ["evaluate", f"--workdir={run.workdir}", "--split=validation", "--json"]
+    several = [sys.executable, "-m", "jaxmodels", *command, f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    started = [subprocess.Popen([*several, f"--process={i}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0] and outputs[1] == ""
+    alone = jaxmodels_command(*command, env=environment)
+    one, two = (json.loads(output.splitlines()[-1]) for output in (alone.stdout, outputs[0]))
+    assert one["step"] == two["step"] == 40 and one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_processes_of_different_configs(tmp_path):
     """Each says which keys differ, before any device starts, and nothing hangs."""
-    from test_processes import free_port
-
     run, port = Run(tmp_path, CONFIG), free_port()
     command = [sys.executable, "-m", "jaxmodels", "train", f"--config={run.config}", f"--workdir={run.workdir}", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))), "WATCH": str(tmp_path)}

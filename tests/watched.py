@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxmodels.data import text as text_lib
 from jaxmodels.data.source import Arrays, Dataset
+from jaxmodels.errors import RunError
 
 
 class Watched:
@@ -45,6 +46,23 @@ def numbers(*, size: int = 960) -> Dataset:
     images = draw.normal(size=(size, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
     part = Arrays({"image": images, "label": labels})
     return _watch(Dataset({"train": part, "validation": Arrays({"image": images[:50], "label": labels[:50]})}, {"image_shape": (8, 8, 1), "num_classes": 4}))
+
+
+class Failing(Watched):
+    """Fails in process 1, in its 30th batch."""
+
+    reads = 0
+
+    def take(self, indices):
+        self.reads += len(indices) > 1
+        if self.reads == 30 and os.environ.get("JAXMODELS_PROCESS") == "1":
+            raise RunError("file 7 of the data cannot be read.")
+        return super().take(indices)
+
+
+def failing() -> Dataset:
+    dataset = numbers()
+    return Dataset(dataset.splits | {"train": Failing(dataset.splits["train"].source)}, dataset.info)
 
 
 def batches(folder, rows: int) -> list[list[list[int]]]:

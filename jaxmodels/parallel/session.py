@@ -55,6 +55,7 @@ def join(
     except RunError as refusal:
         raise error or refusal from None
     _member = member
+    _keep_output_clean()
     import jax
 
     # Where the processes simulate devices, or have only CPUs.
@@ -87,6 +88,16 @@ def _versions() -> dict[str, str]:
     import jaxmodels
 
     return {"jaxmodels": jaxmodels.__version__} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _keep_output_clean() -> None:
+    """What compiled libraries print (Gloo, whom it is connected to) goes to standard error: standard output may be read by a program."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        options = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "buffering": 1}
+        ours = os.fdopen(os.dup(1), "w", **options)
+        os.dup2(2, 1)
+        sys.stdout = ours
 
 
 def _leave_proxies_alone(host: str) -> None:
