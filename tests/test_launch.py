@@ -502,6 +502,14 @@ def test_a_dry_run_prints_the_manifest_and_calls_nothing(fake, schema):
     assert schema.is_valid(manifest) and manifest == submit(fake, *GKE_TPU, "--", *TRAIN)
 
 
+@pytest.mark.parametrize("values, said", [(["NAME=x"], "needs KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
+def test_a_template_and_its_values_fit_each_other(tmp_path, values, said):
+    template = tmp_path / "template.yaml"
+    template.write_text("# @COMMENT@\nname: @NAME@\nkind: @KIND@\nargs: @ARGS@\n")
+    done = subprocess.run([sys.executable, LAUNCH / "gke" / "render.py", template, *values, "--"], capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+
+
 def test_the_image_holds_what_a_run_needs():
     lines = (LAUNCH / "gke" / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
