@@ -1,5 +1,6 @@
 """What test_pipeline.py asserts, computed on eight simulated devices in one process; prints it as JSON."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from jaxmodels.models.transformer import Decoder  # noqa: E402
 from jaxmodels.parallel import layout as layout_lib  # noqa: E402
 from jaxmodels.parallel import mesh as mesh_lib  # noqa: E402
 from jaxmodels.parallel import pipeline, sharding  # noqa: E402
+from jaxmodels.plan import dry_run  # noqa: E402
 from jaxmodels.training import step  # noqa: E402
 
 FOUR = {"pipeline": 4, "data": 2}
@@ -65,8 +67,8 @@ def gradients(model: nnx.Module, call, arguments, layout: layout_lib.Layout | No
     return result, grads
 
 
-def models() -> dict:
-    """Of each model on a mesh: how far outputs and gradients are from those of one device."""
+def models(more: bool = False) -> dict:
+    """Of each model on a mesh: how far outputs and gradients are from those of one device. `more` are the rarer ways."""
     segments = np.repeat(np.arange(2), 6)[None].repeat(16, axis=0)
     packed = tokens(16, padded=True)
     rngs = nnx.Rngs(0)
@@ -91,6 +93,22 @@ def models() -> dict:
             layout_of(FOUR, microbatches=4),
         ),
     }
+    if more:
+        unmasked = tokens(16, padded=False)
+        cases = {
+            "ring": (
+                Decoder(30, positions="rotary", kv_heads=1, remat="dots", rngs=rngs, **SMALL),
+                lambda model, tokens, segments: model(tokens, segments=segments) * (tokens >= 0)[..., None],
+                (packed, segments),
+                layout_of({"pipeline": 2, "context": 2, "tensor": 2, "data": 1}, microbatches=4, context="ring"),
+            ),
+            "capacity": (
+                Decoder(30, moe={"experts": 4, "dispatch": "capacity"}, rngs=rngs, **SMALL),
+                lambda model, tokens: model.with_auxiliary(tokens),
+                (unmasked,),
+                layout_of({"pipeline": 2, "expert": 2, "tensor": 2, "data": 1}, microbatches=4),
+            ),
+        }
     return {
         name: error(gradients(model, call, arguments, None), gradients(model, call, arguments, layout))
         for name, (model, call, arguments, layout) in cases.items()
@@ -126,49 +144,57 @@ def schedule() -> dict:
     }
 
 
-def training(meshes: dict) -> dict:
-    """Four steps of a GPT: parameters against those of one device; what a device holds; what devices exchange.
+def compiled(sizes: dict, microbatches: int, accumulate: int):
+    """A GPT on a mesh, {} for one device: the experiment, shapes of the state, the train step, and four batches."""
+    changes = {"layers": 4, "dropout": 0.0, "scan": True, "width": 32}
+    config = small.config(small.GPT, **{f"model__{key}": value for key, value in changes.items()}, data__batch_size=32)
+    # Not Adam, which makes whole steps of gradients that are rounding alone.
+    config |= {"mesh": sizes, "sharding": {"microbatches": microbatches}, "optimizer": {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}}
+    config["training"]["accumulate"] = accumulate
+    experiment = build_experiment(config)
+    mesh = mesh_lib.make_mesh(experiment.mesh, None if sizes else jax.devices()[:1])
+    layout = sharding.make_layout(mesh, experiment.sharding)
+    experiment = experiment.on("cpu", layout)
+    shapes = sharding.place_state(experiment.state_shapes(), experiment.sharding, layout)
+    placed = jax.tree.map(lambda x: x.sharding, shapes)
+    batches = TrainingBatches(experiment.dataset.splits["train"], 32, 4, seed=0, shuffle=True)
+    batches = [mesh_lib.place(batches[i], mesh_lib.batch_sharding(mesh), 32) for i in range(4)]
+    function = jax.jit(experiment.step_function(placed.params), donate_argnums=0, out_shardings=(placed, mesh_lib.replicated(mesh)))
+    return experiment, shapes, function.lower(shapes, batches[0], jax.random.key(1)).compile(), batches
 
-    Args:
-      meshes: of a name: (mesh sizes, microbatches, steps of accumulation).
-    """
-    found = {}
-    one = None
-    for name, (sizes, microbatches, accumulate) in ({"one": ({}, 1, 1)} | meshes).items():
-        changes = {"layers": 4, "dropout": 0.0, "scan": True, "width": 32}
-        config = small.config(small.GPT, **{f"model__{key}": value for key, value in changes.items()}, data__batch_size=32)
-        # Not Adam, which makes whole steps of gradients that are rounding alone.
-        config |= {"mesh": sizes, "sharding": {"microbatches": microbatches}, "optimizer": {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}}
-        config["training"]["accumulate"] = accumulate
-        experiment = build_experiment(config)
-        mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1] if name == "one" else None)
-        layout = sharding.make_layout(mesh, experiment.sharding)
-        experiment = experiment.on("cpu", layout)
-        shapes = sharding.place_state(experiment.state_shapes(), experiment.sharding, layout)
-        placed = jax.tree.map(lambda x: x.sharding, shapes)
-        state = jax.jit(experiment.init_function(), out_shardings=placed)(jax.random.key(0))
-        batches = TrainingBatches(experiment.dataset.splits["train"], 32, 4, seed=0, shuffle=True)
-        batches = [mesh_lib.place(batches[i], mesh_lib.batch_sharding(mesh), 32) for i in range(4)]
-        function = jax.jit(experiment.step_function(placed.params), donate_argnums=0, out_shardings=(placed, mesh_lib.replicated(mesh)))
-        compiled = function.lower(state, batches[0], jax.random.key(1)).compile()
+
+def exchange() -> dict:
+    """What a device holds of the blocks, what devices exchange in a train step, and what a dry run tells."""
+    experiment, shapes, step_function, _ = compiled(FOUR, 4, 2)
+    blocks = [x for path, x in step.flatten(shapes.params).items() if path.startswith("blocks/")]
+    whole = build_experiment(experiment.config | {"mesh": {}})
+    plans = [dry_run.summarize(dataclasses.replace(experiment, layout=None, platform=None)), dry_run.summarize(whole)]
+    return {
+        "blocks": mesh_lib.bytes_per_device(blocks) / sum(x.size * x.dtype.itemsize for x in blocks),
+        "collectives": [match.groups() for match in COLLECTIVE.finditer(step_function.as_text())],
+        "pipeline": plans[0]["pipeline"],
+        "notes": plans[0]["notes"],
+        "operations": [plan["flops_per_step"] for plan in plans],
+    }
+
+
+def training() -> dict:
+    """How far parameters are from those of one device, after four steps on all meshes."""
+    cases = {"one": ({}, 1, 1)}
+    cases |= {f"{sizes} {m} {a}": (sizes, m, a) for sizes in (FOUR, MIXED) for m in (4, 8) for a in (1, 2)}
+    params = {}
+    for name, case in cases.items():
+        experiment, shapes, step_function, batches = compiled(*case)
+        state = jax.jit(experiment.init_function(), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(jax.random.key(0))
         for batch in batches:
-            state, _ = compiled(state, batch, jax.random.key(1))
-        if one is None:
-            one = state.params
-            continue
-        blocks = [x for path, x in step.flatten(shapes.params).items() if path.startswith("blocks/")]
-        found[name] = {
-            "error": error(one, state.params),
-            "blocks": mesh_lib.bytes_per_device(blocks) / sum(x.size * x.dtype.itemsize for x in blocks),
-            "collectives": [match.groups() for match in COLLECTIVE.finditer(compiled.as_text())],
-        }
-    return found
+            state, _ = step_function(state, batch, jax.random.key(1))
+        params[name] = jax.device_get(state.params)
+    one = params.pop("one")
+    return {name: error(one, other) for name, other in params.items()}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["all"]:
-        sizes = {"four": FOUR, "mixed": MIXED}
-        meshes = {f"{name} {m} {a}": (sizes[name], m, a) for name in sizes for m in (4, 8) for a in (1, 2)}
-        print(json.dumps({"training": training(meshes)}))
+    if sys.argv[1:] == ["more"]:
+        print(json.dumps(models(more=True) | training()))
     else:
-        print(json.dumps({"models": models(), "schedule": schedule(), "training": training({"four": (FOUR, 4, 2)})}))
+        print(json.dumps({"models": models(), "schedule": schedule(), "exchange": exchange()}))

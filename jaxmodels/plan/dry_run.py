@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan.flops import count_flops
 from jaxmodels.training import step
@@ -26,8 +27,8 @@ def summarize(experiment: Experiment) -> dict:
       ConfigError: the mesh or the batch does not fit the devices that are here.
     """
     mesh = mesh_lib.make_mesh(experiment.mesh)
-    mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size")
     layout = sharding_lib.make_layout(mesh, experiment.sharding, experiment.config["partition"])
+    mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     saved = shapes.replace(frozen={}) if experiment.frozen_in_parent else shapes
     # One program over all devices, also for pmap, whose collectives have no meaning outside it.
@@ -35,6 +36,8 @@ def summarize(experiment: Experiment) -> dict:
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = step.flatten(shapes.params) | step.flatten(shapes.frozen)
+    jax.eval_shape(placed.step_function(), shapes, batch, key)  # tells the layout what is left whole
+    stages = mesh.shape["pipeline"]
     return {
         "parameters": params,
         "parameter_count": sum(x.size for x in params.values()),
@@ -44,9 +47,11 @@ def summarize(experiment: Experiment) -> dict:
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
         "bytes_per_device": {part: mesh_lib.bytes_per_device(getattr(shapes, part)) for part in ("params", "frozen", "opt_state", "ema")},
         "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved)),
-        "flops_per_step": count_flops(placed.step_function(), shapes, batch, key),
+        # Of the step as it is on one device: bubbles of a pipeline are no work.
+        "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
+        "pipeline": pipeline.describe(stages, layout.microbatches) if stages > 1 else None,
         "notes": [*_replicated(shapes, experiment.sharding, layout), *sharding_lib.notes(placed.layout)],
     }
 
@@ -112,6 +117,8 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
         "checkpoint": f"{human_bytes(figures['checkpoint_bytes'])} before compression",
         "FLOPs per step": f"{figures['flops_per_step']:.4g} in matrix products and convolutions",
     }
+    if figures["pipeline"]:
+        rows["pipeline"] = figures["pipeline"]
     for name, value in rows.items():
         console.print(f"{name:<17} {value}", highlight=False)
     for note in figures["notes"]:
