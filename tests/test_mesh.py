@@ -176,3 +176,26 @@ def test_rows_of_a_process_are_those_of_its_devices():
             return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(4, 6),)}
 
     np.testing.assert_array_equal(mesh_lib.local_rows(Part(), 8), [0, 1, 4, 5])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip of a pod, as far as its place decides the mesh."""
+
+    coords: tuple[int, int, int]
+    id: int = 0
+    device_kind: str = "TPU v6 lite"
+    platform: str = "tpu"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 16}, {"fsdp": 16, "tensor": 4}, {"fsdp": 4, "context": 16}, {"fsdp": 2, "expert": 8, "data": 4}])
+def test_axes_that_do_not_fit_a_pods_dimensions_split_them(sizes):
+    pod = [Chip((x, y, 0)) for y in range(8) for x in range(8)]
+    shape = mesh_shape(MeshSizes(**({"data": 1} | sizes)), len(pod))
+    arranged = mesh_lib._arrange(shape, pod)
+    assert set(arranged.flat) == set(pod) and arranged.shape == tuple(shape.values())
+    if "tensor" in sizes:  # the last axis lies on neighbours
+        for row in arranged.reshape(-1, 4):
+            assert sorted(abs(chip.coords[0] - row[0].coords[0]) + abs(chip.coords[1] - row[0].coords[1]) for chip in row) == [0, 1, 2, 3]

@@ -83,16 +83,18 @@ def _arrange(shape: Mapping[str, int], devices) -> np.ndarray:
     slices = {getattr(device, "slice_index", None) for device in devices}
     inner = tuple(1 if axis == "slices" else size for axis, size in shape.items())
     outer = tuple(size if axis == "slices" else 1 for axis, size in shape.items())
+    # An axis of 4 or 16 on a network of 8 × 8 has to take a part of one of its dimensions, or lie across two.
+    split = {"allow_split_physical_axes": True}
     if len(slices) > 1:
         if shape["slices"] != len(slices):
             raise ConfigError(f"config.mesh.slices={shape['slices']}, but the devices lie in {len(slices)} slices: --config.mesh.slices={len(slices)}.")
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, **split)
     if shape["slices"] == 1 or devices[0].platform == "cpu":
         # Without a network of its own, each slice has neighbours in the devices' own order.
-        return np.asarray(mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices))
+        return np.asarray(mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, **split))
     processes = len({device.process_index for device in devices})
     if processes % shape["slices"] == 0:  # nodes of GPUs
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, process_is_granule=processes == shape["slices"])
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, process_is_granule=processes == shape["slices"], **split)
     raise ConfigError(f"config.mesh.slices={shape['slices']} does not divide the {processes} processes that there are.")
 
 
