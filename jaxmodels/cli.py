@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     def command(name, function, summary):
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         sub.set_defaults(function=function)
+        sub.add_argument("--cpu_devices", type=_positive, metavar="N", help="simulate N devices on the CPU, in each process")
         return sub
 
     def add_config(sub):
@@ -42,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
 
     def add_machine(sub):
         sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
-        sub.add_argument("--cpu_devices", type=_positive, metavar="N", help="simulate N devices on the CPU, in each process")
         several = sub.add_argument_group("several processes", "found out under srun, mpirun and in a JobSet; launch/local.sh starts them on one machine")
         several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, on PORT and the next one")
         several.add_argument("--processes", metavar="N|tpu", help="how many there are; tpu asks a Cloud TPU VM; 1 is this one alone, whatever started it")
@@ -326,9 +326,7 @@ def _lineage(options, _):
 
 
 def _merge(options, _):
-    import logging
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    _start(options)
     from jaxmodels.training.merge import merge
 
     folder = merge(options.workdir, options.output)
