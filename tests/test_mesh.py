@@ -18,6 +18,7 @@ from jaxmodels.parallel.layout import Layout, constrain, on_each_device, use
 from jaxmodels.parallel.mesh import MeshSizes, mesh_shape
 from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.sections import resolve
+from jaxmodels.training.step import flatten
 
 
 def layout(**sizes):
@@ -165,6 +166,15 @@ def test_what_is_left_whole_is_told():
         "nothing of this model is spread over mesh.context=2: those devices repeat each other's work",
         "sequence of 15 does not divide over context=2: it stays whole on each of their devices",
     ]
+
+
+def test_large_parameters_that_stay_whole_are_told():
+    experiment = build_experiment(small.config(small.CNN, sharding={"warn_mb": 0.001}))
+    where = dataclasses.replace(layout(fsdp=7), rules=dict(layout().rules) | {"embed": ()})
+    placed = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, where)
+    whole = [note.split(" ")[0] for note in sharding_lib.replicated_notes(placed, experiment.sharding, where)]
+    assert whole == [path for path, x in flatten(placed.params).items() if x.size * 4 >= 0.001 * 2**20]
+    assert sharding_lib.replicated_notes(placed, experiment.sharding, layout(data=7)) == [], "there is no axis for them"
 
 
 def test_rows_of_a_process_are_those_of_its_devices():

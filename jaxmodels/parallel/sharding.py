@@ -221,10 +221,14 @@ def notes(layout: Layout) -> list[str]:
     return [*repeated, *(f"{note}: it stays whole on each of their devices" for note in layout.left_whole)]
 
 
-def replicated_parameters(shapes: Any, section: Sharding, layout: Layout) -> list[tuple[str, int]]:
-    """(path, bytes) of parameters of `warn_mb` or more that are whole on every device, where there is an axis for them."""
+def replicated_notes(shapes: Any, section: Sharding, layout: Layout) -> list[str]:
+    """Parameters of `warn_mb` or more that are whole on every device, where there is an axis for them."""
     if all(layout.mesh.shape[axis] == 1 for axis in ("fsdp", "tensor", "expert", "pipeline")):
         return []
     found = ((path, x) for part in (shapes.params, shapes.frozen) for path, x in _leaves(part) if x.sharding.is_fully_replicated)
-    sizes = ((path, x.size * x.dtype.itemsize) for path, x in found)
-    return [(path, size) for path, size in sizes if size >= section.warn_mb * 2**20]
+    sizes = ((path, x.size * x.dtype.itemsize / 2**20) for path, x in found)
+    return [
+        f"{path} ({size:.3g} MiB) is whole on every device: no pattern or dimension spreads it; see config.sharding.parameters"
+        for path, size in sizes
+        if size >= section.warn_mb
+    ]

@@ -52,7 +52,7 @@ def summarize(experiment: Experiment) -> dict:
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
         "pipeline": pipeline.describe(stages, layout.microbatches) if stages > 1 else None,
-        "notes": [*_replicated(shapes, experiment.sharding, layout), *sharding_lib.notes(placed.layout)],
+        "notes": [*sharding_lib.replicated_notes(shapes, experiment.sharding, layout), *sharding_lib.notes(placed.layout)],
     }
 
 
@@ -66,13 +66,6 @@ def _sizes(arrays, spread: bool) -> list[str]:
     """Bytes of arrays in all; and, of spread ones, on a device."""
     whole = human_bytes(sum(x.size * x.dtype.itemsize for x in arrays))
     return [whole, human_bytes(mesh_lib.bytes_per_device(arrays))] if spread else [whole]
-
-
-def _replicated(shapes, section, layout) -> list[str]:
-    return [
-        f"{path} ({human_bytes(size)}) is whole on every device: no pattern or dimension spreads it; see config.sharding.parameters"
-        for path, size in sharding_lib.replicated_parameters(shapes, section, layout)
-    ]
 
 
 def active_parameters(params, model: Mapping) -> int:

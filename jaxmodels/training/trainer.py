@@ -270,7 +270,8 @@ class Trainer:
         arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key)
         step, record = self.stop.run(lambda: compile_train_step(*arguments))
         self._record_compile(record)
-        for note in sharding_lib.notes(self.experiment.layout):
+        layout = self.experiment.layout
+        for note in (*sharding_lib.replicated_notes(self.shapes, self.experiment.sharding, layout), *sharding_lib.notes(layout)):
             self.log.say("warning: " + note, style="yellow")
             self._fallback(note)
         return step
