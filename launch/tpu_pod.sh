@@ -284,7 +284,7 @@ for ((restarts = 0; ; restarts++)); do
             say "the run ended with status $outcome, which another start would not change"
             finish "$outcome"
             ;;
-        75) why="the run was stopped, after saving" ;;
+        75) why="the run was stopped by a signal" ;;
         none) why="the workers were replaced" ;;
         lost) [[ -n $why ]] || why="the workers are gone" ;;
         *) why="the run ended with status $outcome" ;;

@@ -213,7 +213,7 @@ def test_after_preemption_the_tpu_is_made_anew_and_the_same_command_runs_again(f
 def test_a_run_that_was_stopped_after_saving_is_started_again_where_it_is(fake):
     fake.write(outcomes="75\n0")
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
-    assert done.returncode == 0 and "stopped, after saving" in done.stderr
+    assert done.returncode == 0 and "stopped by a signal" in done.stderr
     assert fake.verbs() == ["create", *ONCE, *ONCE]
     assert len(fake.read("installed")) == 2  # once on each worker: the code is the same
 
