@@ -12,6 +12,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
 from jaxmodels.models import create, fused
 from jaxmodels.models.attention import attend, choose, settle
+from jaxmodels.parallel.layout import Layout
 
 
 def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
@@ -123,6 +124,18 @@ def test_settling_reaches_every_attention_and_says_what_was_chosen():
     assert (model.encoder.blocks.attention.implementation, model.decoder.blocks.memory_attention.implementation) == ("xla", "cudnn")
     assert record["asked"] == "auto" and set(record["used"].split(" / ")) == {"xla", "cudnn"}
     assert settle(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
+
+
+def test_settling_follows_how_sequences_are_spread():
+    def settled(name, platform, context, **options):
+        model = nnx.eval_shape(lambda: create(name, 11, layers=2, heads=2, width=16, **options, rngs=nnx.Rngs(0)))
+        mesh = jax.sharding.AbstractMesh((4,), ("context",))
+        return settle(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
+
+    assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
+    assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
+    with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
+        settled("t5-v1.1-small", "tpu", "ring", head_width=8)
 
 
 def test_attention_that_cannot_run_is_an_error_of_the_config():

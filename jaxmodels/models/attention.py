@@ -47,6 +47,10 @@ def attend(
       implementation: `xla` computes all products; `cudnn` is the fused kernel of NVIDIA GPUs; `splash` that of TPUs;
         `auto` is what `choose` says for the platform that JAX runs on by default.
 
+    Where a layout has sequences in parts (the axis `context`), each device has its part of the queries, and is given all keys and
+    values; by `xla` it then holds all products of the two, T / devices × S for each head: long sequences want `splash`, or a
+    ring (`ring.ring_attend`), which the layout's `context` chooses instead. A sequence that does not divide stays whole.
+
     Returns:
       [B, T, N, K].
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T queries, S keys, N heads, G key-value heads, K width of a head.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -97,10 +98,8 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
         splash_attention_mask as mask_lib,
     )
 
-    if window is not None:
-        mask = mask_lib.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
-    else:
-        mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
+    left, right = None if window is None else window - 1, 0 if causal else window and window - 1
+    mask = mask_lib.FullMask(shape) if left is right is None else _band_mask()(shape, (left, right), 0)
     q, kv = (next(block for block in BLOCKS if length % block == 0) for length in (shape[0] // parts, shape[1]))
     sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")}
     sizes |= {f"block_kv{of}": kv for of in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
@@ -109,6 +108,30 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)
     return lambda masks: jax.tree.unflatten(structure, masks), masks
+
+
+@functools.cache
+def _band_mask() -> type:
+    """The kernel's mask of keys at most so far to the left and right, for long sequences.
+
+    The kernel's library asks for every block of a mask, to find those that are empty, full, or neither. Of 131072 tokens,
+    that takes minutes, if it is always told of all products.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as mask_lib,
+    )
+
+    class BandMask(mask_lib.LocalMask):
+        def __getitem__(self, index) -> np.ndarray:
+            rows, keys = index
+            left, right = (np.inf if side is None else side for side in self.window_size)
+            lowest, highest = rows.start - (keys.stop - 1), rows.stop - 1 - keys.start  # places from a key on to its query
+            full = highest <= left and lowest >= -right
+            if full or lowest > left or highest < -right:
+                return np.full((1, 1), full)
+            return super().__getitem__(index)
+
+    return BandMask
 
 
 def _ways(layout: Layout | None, heads: int) -> int:

@@ -1,6 +1,6 @@
-"""Attention spread over eight simulated devices, against the same on one: run by test_ring.py in a process of its own.
+"""Attention and cuDNN's LSTM on eight simulated devices, against one: run by test_spread_kernels.py in a process of its own.
 
-Prints a JSON object: for every case the largest difference of the result and of the gradients from those of one device.
+Prints a JSON object: for every case the largest differences of results and gradients from those of one device.
 """
 
 import json
@@ -9,9 +9,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.experimental import rnn as jax_rnn
 
-from jaxmodels.models import fused, ring
-from jaxmodels.models.attention import attend
+from jaxmodels.models import cudnn, fused, ring
+from jaxmodels.models.attention import _for_devices, attend
+from jaxmodels.models.rnn import Recurrent
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.parallel.sharding import Sharding, make_layout
@@ -29,7 +32,7 @@ RING = {
 }
 SPLASH = {
     "splash rows": ({"data": 2, "fsdp": 2, "tensor": 2}, (4, 1), {"causal": True}),
-    "splash parts": ({"context": 4, "data": 2}, (2, 1), {"causal": True, "window": 150, "segments": True}),
+    "splash parts": ({"context": 2, "data": 4}, (2, 1), {"causal": True, "window": 150, "segments": True}),
 }
 
 
@@ -84,17 +87,40 @@ def collectives(compiled) -> dict[str, int]:
 
 def interpreted(q, k, v, *, causal=False, window=None, segments=None, scale=None):
     """The TPU's kernel, as the CPU's interpreter runs it."""
-    from jaxmodels.models.attention import _for_devices
-
     ways = layout_lib.current().size("heads")
     k, v = (_for_devices(x, q.shape[2], ways) for x in (k, v))
     return fused.splash(q, k, v, causal=causal, window=window, segments=segments, bias=None, scale=scale, interpret=True)
 
 
+def lstm() -> list[float]:
+    """A layer by the call of cuDNN, JAX's reference in its place, on every device's rows: outputs, last state, gradients."""
+
+    def reference(x, hidden, cell, weights, lengths, width_in, width, layers, rate, both):
+        parts = jax_rnn.unpack_lstm_weights(weights, width_in, width, layers, both)
+        return jax_rnn.lstm_ref(x, hidden, cell, *parts, lengths, width_in, width, layers, rate, both)
+
+    def run(kernel, layout):
+        def loss(state, x):
+            with layout_lib.use(layout):
+                layer = nnx.merge(graph, state)
+                layer.kernel = kernel
+                results = layer(x, valid=jnp.arange(6) < jnp.array([6, 0, 4, 2])[:, None])
+            return sum((y**2).sum() for y in jax.tree.leaves(results)), results
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, has_aux=True))(state, x))
+
+    cudnn.rnn.lstm = reference
+    graph, state = nnx.split(Recurrent(5, 3, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (4, 6, 5))
+    pairs = zip(run("xla", None), run("cudnn", layout_of({"data": 4, "tensor": 2}, "gather")), strict=True)
+    return [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
+
+
 def main() -> dict:
-    ring.BLOCK = 6
+    ring.BLOCK, fused.BLOCKS = 6, (128,)
     found = {"ring": {name: compare(case, "ring", 128, attend) for name, case in RING.items()}}
     found["splash"] = {name: compare(case, "gather", 512, interpreted) for name, case in SPLASH.items()}
+    found["lstm"] = {"cudnn": lstm()}
     ring.BLOCK = 64
     programs = [compiled_ring(T, {"context": 8}) for T in (4096, 8192)]
     found["collectives"] = collectives(programs[0])
