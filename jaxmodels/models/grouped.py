@@ -13,8 +13,8 @@ from jaxmodels.parallel.layout import platform
 # Rows that a matrix is applied to at once on a CPU; groups are filled up to whole blocks.
 BLOCK = 64
 
-# Rows, and the two sizes of a matrix, that a TPU's kernel of the matrices' gradient takes at once.
-TILE, SIDES = 512, (1024, 1024)
+# Rows, and values of a row, that a TPU's kernel of the matrices' gradient takes at once: of 2-byte numbers 12 MB of its 16 in all.
+TILE, SIDE = 512, 1024
 
 
 def whole_blocks(sizes: jax.Array | int) -> jax.Array | int:
@@ -28,7 +28,6 @@ def rows(total: int, groups: int) -> int:
     return most if most < 8 * TILE else -(-most // TILE) * TILE
 
 
-@jax.custom_vjp
 def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Products of groups of rows, one after the other, with a matrix each; rows after the last group give no particular value.
 
@@ -43,25 +42,37 @@ def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.
       kernels_EDF: matrices.
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
+    return _product(platform() == "tpu", x_SD, kernels_EDF, sizes_E)  # asked here: gradients are traced when the layout is no longer in use
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(for_tpu, x_SD, kernels_EDF, sizes_E):
+    return _values(x_SD, kernels_EDF, sizes_E)
+
+
+# Under `vmap` (a pipeline's stages, of which a device has one) one after the other: TPUs have no ragged_dot of several.
+@jax.custom_batching.sequential_vmap
+def _values(x_SD, kernels_EDF, sizes_E):
     return jax.lax.platform_dependent(x_SD, kernels_EDF, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
 
 
-def _forward(x_SD, kernels_EDF, sizes_E):
+def _forward(for_tpu, x_SD, kernels_EDF, sizes_E):
     # A gradient of its own, since what one platform keeps for it, copies of matrices, would be kept on all.
-    return product(x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
+    return _product(for_tpu, x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
 
 
-def _backward(kept, g_SF):
+def _backward(for_tpu, kept, g_SF):
     def transpose(way, x_SD, kernels_EDF, sizes_E, g_SF):
         return jax.vjp(lambda x, kernels: way(x, kernels, sizes_E), x_SD, kernels_EDF)[1](g_SF)
 
     ways = {"cpu": functools.partial(transpose, _by_blocks), "default": functools.partial(transpose, jax.lax.ragged_dot)}
-    if platform() == "tpu":  # not traced elsewhere, which would take a second
+    if for_tpu:  # not traced elsewhere, which would take a second
         ways["tpu"] = _transpose_on_tpu
-    return *jax.lax.platform_dependent(*kept, g_SF, **ways), None
+    gradients = jax.custom_batching.sequential_vmap(functools.partial(jax.lax.platform_dependent, **ways))
+    return *gradients(*kept, g_SF), None
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def _by_blocks(x_SD, kernels_EDF, sizes_E):
@@ -73,12 +84,10 @@ def _by_blocks(x_SD, kernels_EDF, sizes_E):
 
 
 def _transpose_on_tpu(x_SD, kernels_EDF, sizes_E, g_SF, interpret=False):
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     (S, D), F = x_SD.shape, g_SF.shape[1]
     rows = next(size for size in (TILE, 256, 128, 64, S) if S % size == 0)
-    tiles = (rows, min(D, SIDES[0]), min(F, SIDES[1]))
+    tiles = (rows, min(D, SIDE * 2 // x_SD.dtype.itemsize), min(F, SIDE))
     (g_x_SD,) = jax.vjp(lambda x: jax.lax.ragged_dot(x, kernels_EDF, sizes_E), x_SD)[1](g_SF)
-    # Its own first gradient, and its value, are left to the compiler to throw away.
-    (g_EDF,) = jax.vjp(lambda kernels: gmm(x_SD, kernels, sizes_E, g_SF.dtype, tiles, None, None, False, interpret), kernels_EDF)[1](g_SF)
-    return g_x_SD, g_EDF
+    return g_x_SD, tgmm(x_SD.T, g_SF, sizes_E, kernels_EDF.dtype, tiles, interpret=interpret)
