@@ -370,7 +370,7 @@ class Decoder(nnx.Module):
         x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         logits = self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
-        logits = constrain(logits, "batch", "sequence", "vocab")
+        logits = constrain(logits, "rows", "sequence", "vocab")
         if self.mixture is None:
             return logits, {}
         told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))

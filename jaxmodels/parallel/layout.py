@@ -57,7 +57,10 @@ class Layout:
     used: set[str] = dataclasses.field(default_factory=set)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes, larger than 1, of a logical name."""
+        """The mesh axes, larger than 1, of a logical name. Rows of a batch are `batch`; and `rows` outside the layers of a pipeline,
+        where its stages would all do the same: there each takes a part of them."""
+        if name == "rows":
+            return tuple(dict.fromkeys((*self.axes("batch"), *self.axes("layers"))))
         return tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1) if name is not None else ()
 
     def size(self, name: str | None) -> int:
@@ -68,6 +71,8 @@ class Layout:
         """The partition of an array whose dimensions have these names; of that shape, dimensions that do not divide stay whole."""
         parts, used = [], set()
         for i, name in enumerate(names):
+            if name == "rows" and shape is not None and shape[i] % self.size("rows"):
+                name = "batch"
             axes = tuple(axis for axis in self.axes(name) if axis not in used)
             ways = math.prod(self.mesh.shape[axis] for axis in axes)
             if shape is not None and shape[i] % ways:

@@ -94,7 +94,7 @@ def over_layers(function: Callable, layers: Any, keys: jax.Array | None, x: jax.
     _, (y_USR, sums) = jax.lax.scan(turn, begin_SR, (entering_USR, jnp.asarray(number_US), jnp.asarray(real_US), rows))
     last = (jnp.arange(S) == S - 1).reshape(-1, *[1] * x.ndim)
     y_MR = jnp.where(last, y_USR[S - 1 :], 0).sum(1)  # what the last stage says, to all devices of the axis
-    return _joined(y_MR), jax.tree.map(lambda v: v.sum(0).reshape(-1, *v.shape[3:]), sums)
+    return _placed(layout, _joined(y_MR), "rows"), jax.tree.map(lambda v: v.sum(0).reshape(-1, *v.shape[3:]), sums)
 
 
 def microbatches_of(rows: int, layout: Layout) -> int:
