@@ -19,10 +19,10 @@ def found() -> dict:
 
 @pytest.mark.parametrize("how", ["ring", "splash", "lstm"])
 def test_in_parts_equals_one_device(found, how):
-    # Results and gradients, sums of up to 512 numbers around 1.
+    # Results and gradients, of a largest number of one: float32 sums of up to 512 numbers.
     assert found[how]
     for case, differences in found[how].items():
-        assert max(differences) < 1e-5, (case, differences)
+        assert max(differences) < 5e-6, (case, differences)
 
 
 def test_a_ring_passes_keys_on_and_gathers_nothing(found):
