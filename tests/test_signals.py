@@ -1,17 +1,21 @@
 """SIGTERM and SIGINT: saved, status 75, wherever the run is."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import small
 from conftest import ROOT
 
+from jaxmodels.errors import Interrupted
 from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.signals import StopSignals
 
 
 def start(config, workdir, tmp_path, prelude=""):
@@ -133,3 +137,24 @@ def test_previous_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     jaxmodels.train(small.config(small.CNN, training__steps=3), str(tmp_path / "x"), quiet=True)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_stop_that_python_dropped_is_made_up_for():
+    """What a handler raises inside a callback of the garbage collector, Python reports and drops."""
+    with StopSignals() as stop:
+        with pytest.raises(Interrupted, match="SIGTERM"), stop.may_raise():
+            dropped(stop)
+    with StopSignals() as stop:
+        sent, far = time.monotonic(), threading.Event()
+        threading.Timer(0.3, lambda: setattr(stop, "received", "SIGTERM")).start()  # as if the exception had been dropped
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            stop.run(far.wait, 60)
+        assert time.monotonic() - sent < 20
+        far.set()
+
+
+def dropped(stop):
+    with contextlib.suppress(Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    assert stop.received == "SIGTERM"

@@ -74,6 +74,8 @@ class StopSignals:
             if self.received:
                 raise Interrupted(self.received)
             yield
+            if self.received:  # raised where Python drops it: in a callback of its garbage collector
+                raise Interrupted(self.received)
         finally:
             self._waiting = False
 
@@ -93,7 +95,7 @@ class StopSignals:
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
         with self.may_raise():
-            while thread.is_alive():
+            while thread.is_alive() and not (self._waiting and self.received):
                 thread.join(0.1)
         if "error" in result:
             raise result["error"]
