@@ -44,5 +44,6 @@ def get_config(arg=None):
         c.model.name = "llama3.1-8b"
         c.data.sequence_length, c.data.examples, c.data.batch_size = 131072, 10_000_000, 4
         c.mesh = {"data": 1, "fsdp": 4, "context": 16}
-        c.sharding = {"context": "ring"}
+        # Parameters and their optimizer's state lie in 64 shares here too: along the parts of a row as well.
+        c.sharding = {"context": "ring", "rules": (("embed", "fsdp", "context"), ("largest", "fsdp", "context"))}
     return c

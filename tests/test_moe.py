@@ -101,15 +101,31 @@ def test_products_by_blocks_are_ragged_dot(monkeypatch):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, jax.grad(total(jax.lax.ragged_dot), (0, 1))(x, kernels))
 
 
-def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks():
+@pytest.mark.parametrize("sizes", [(64, 0, 192, 64), (320,)])
+def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks(sizes):
     # In Pallas' interpreter; several tiles of rows, ends of groups within them, an empty group, and rows of none, which hold anything.
-    sizes = jnp.array([64, 0, 192, 64], jnp.int32)
-    x, kernels, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, D), (E, D, F), (512, F)]))
+    sizes = jnp.array(sizes, jnp.int32)
+    x, kernels, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, D), (len(sizes), D, F), (512, F)]))
     x, g = (a.at[320:].set(0) for a in (x, g))
     expected = jax.vjp(lambda x, kernels: grouped.product(x, kernels, sizes), x, kernels)[1](g)
     got = jax.jit(functools.partial(grouped._transpose_on_tpu, interpret=True))(x.at[320:].set(jnp.nan), kernels, sizes, g.at[320:].set(jnp.nan))
     np.testing.assert_allclose(got[0][:320], expected[0][:320], atol=1e-5)
     np.testing.assert_allclose(got[1], expected[1], atol=1e-4)
+    if len(sizes) == 1:  # then the product too is Pallas'
+        y = grouped._way_on_tpu(kernels, interpret=True)(x.at[320:].set(jnp.nan), kernels, sizes)
+        np.testing.assert_allclose(y[:320], (x @ kernels[0])[:320], atol=1e-5)
+
+
+def test_the_backward_pass_is_for_the_platform_of_the_forward_one(monkeypatch):
+    x, kernels, sizes = jnp.zeros((128, D)), jnp.zeros((2, D, F)), jnp.array([64, 64])
+
+    def loss(x, kernels):
+        with monkeypatch.context() as patch:
+            patch.setattr(grouped, "platform", lambda: "tpu")  # as while a layout is in use
+            return grouped.product(x, kernels, sizes).sum()
+
+    assert "pallas_call" not in str(jax.make_jaxpr(loss)(x, kernels))
+    assert "pallas_call" in str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernels))
 
 
 def gradients(model, x, valid):

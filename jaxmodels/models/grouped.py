@@ -47,13 +47,11 @@ def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(for_tpu, x_SD, kernels_EDF, sizes_E):
-    return _values(x_SD, kernels_EDF, sizes_E)
-
-
-# Under `vmap` (a pipeline's stages, of which a device has one) one after the other: TPUs have no ragged_dot of several.
-@jax.custom_batching.sequential_vmap
-def _values(x_SD, kernels_EDF, sizes_E):
-    return jax.lax.platform_dependent(x_SD, kernels_EDF, sizes_E, cpu=_by_blocks, default=jax.lax.ragged_dot)
+    ways = {"cpu": _by_blocks, "default": jax.lax.ragged_dot}
+    if for_tpu:
+        ways["tpu"] = _way_on_tpu(kernels_EDF)
+    # Under `vmap` (a pipeline's stages, of which a device has one) one after the other: TPUs have no ragged_dot of several.
+    return jax.custom_batching.sequential_vmap(functools.partial(jax.lax.platform_dependent, **ways))(x_SD, kernels_EDF, sizes_E)
 
 
 def _forward(for_tpu, x_SD, kernels_EDF, sizes_E):
@@ -83,11 +81,30 @@ def _by_blocks(x_SD, kernels_EDF, sizes_E):
     return jnp.einsum("nbd,ndf->nbf", x_SD.reshape(-1, BLOCK, D), kernels).reshape(S, -1)
 
 
+def _way_on_tpu(kernels_EDF, interpret=False):
+    """`ragged_dot`; of one matrix Pallas' product, since the compiler cannot lower a `ragged_dot` whose only size it has in scalar memory."""
+    return jax.lax.ragged_dot if len(kernels_EDF) > 1 else functools.partial(_by_tiles, interpret=interpret)
+
+
+def _by_tiles(x_SD, kernels_EDF, sizes_E, transpose=False, interpret=False):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    D, F = kernels_EDF.shape[-1:0:-1] if transpose else kernels_EDF.shape[1:]
+    tiles = (_row_tile(len(x_SD)), min(D, SIDE), min(F, SIDE))
+    return gmm(x_SD, kernels_EDF, sizes_E, x_SD.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
+
+
+def _row_tile(rows: int) -> int:
+    return next(size for size in (TILE, 256, 128, 64, rows) if rows % size == 0)
+
+
 def _transpose_on_tpu(x_SD, kernels_EDF, sizes_E, g_SF, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    (S, D), F = x_SD.shape, g_SF.shape[1]
-    rows = next(size for size in (TILE, 256, 128, 64, S) if S % size == 0)
-    tiles = (rows, min(D, SIDE * 2 // x_SD.dtype.itemsize), min(F, SIDE))
-    (g_x_SD,) = jax.vjp(lambda x: jax.lax.ragged_dot(x, kernels_EDF, sizes_E), x_SD)[1](g_SF)
+    D, F = kernels_EDF.shape[1:]
+    tiles = (_row_tile(len(x_SD)), min(D, SIDE * 2 // x_SD.dtype.itemsize), min(F, SIDE))
+    if len(kernels_EDF) > 1:
+        (g_x_SD,) = jax.vjp(lambda x: jax.lax.ragged_dot(x, kernels_EDF, sizes_E), x_SD)[1](g_SF)
+    else:
+        g_x_SD = _by_tiles(g_SF, kernels_EDF, sizes_E, True, interpret)
     return g_x_SD, tgmm(x_SD.T, g_SF, sizes_E, kernels_EDF.dtype, tiles, interpret=interpret)

@@ -50,14 +50,19 @@ class _Ring:
         route = [(i, (i + by) % self.parts) for i in range(self.parts)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, route), tree)
 
-    def query_positions(self) -> jax.Array:
+    def place(self, q: jax.Array) -> jax.Array:
+        """This device's number on the axes: known only once its queries are. What depends on no layer, JAX computes once before a
+        loop over layers; of masks, that would be those of all turns, in memory all the time."""
+        return jax.lax.optimization_barrier((jax.lax.axis_index(self.axes), q))[0]
+
+    def query_positions(self, place: jax.Array) -> jax.Array:
         """[i, b]: of this device's queries in their sequence."""
-        first = jax.lax.axis_index(self.axes) * self.part_T
+        first = place * self.part_T
         return _blocks(first + jnp.arange(self.part_T), 0, mode="edge")
 
-    def key_positions(self, turn: jax.Array | int) -> jax.Array:
+    def key_positions(self, place: jax.Array, turn: jax.Array | int) -> jax.Array:
         """[j, s]: of the keys that this device holds in a turn."""
-        first = (jax.lax.axis_index(self.axes) - turn) % self.parts * self.part_S
+        first = (place - turn) % self.parts * self.part_S
         return _blocks(first + jnp.arange(self.part_S), 0, constant_values=FILL)
 
 
@@ -109,16 +114,16 @@ def ring_attend(
 
 def _forward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, *segments):
     """What a device gives for its queries, and the logarithms of the sums of their softmax, [B, T, N] in float32."""
-    G = k_BSGK.shape[2]
+    G, place = k_BSGK.shape[2], ring.place(q_BTNK)
     q_iBGRbK, (q_numbers, k_numbers) = _heads_first(_blocks(q_BTNK), G), _numbers(segments)
     shape = q_iBGRbK.shape[:-1]
     so_far = (jnp.zeros((*shape, v_BSGK.shape[-1]), jnp.float32), jnp.full(shape, LOW), jnp.zeros(shape, jnp.float32))
-    queries = (q_iBGRbK, ring.query_positions(), q_numbers)
+    queries = (q_iBGRbK, ring.query_positions(place), q_numbers)
     keys = (_blocks(k_BSGK), _blocks(v_BSGK), k_numbers)
 
     def attend_to(so_far, keys, turn):
         k_jBsGK, v_jBsGK, k_numbers = keys
-        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(turn), k_numbers)
+        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(place, turn), k_numbers)
 
         def of_queries(_, inputs):
             (q, q_at, q_number), so_far = inputs
@@ -161,18 +166,18 @@ def _join(ring: _Ring, so_far, q, k, v, sees):
 
 def _backward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, y_BTNK, dy_BTNK, log_sum_BTN, *segments):
     """The gradients of a device's queries, keys and values."""
-    G = k_BSGK.shape[2]
+    G, place = k_BSGK.shape[2], ring.place(q_BTNK)
     q, dy = (_heads_first(_blocks(x), G) for x in (q_BTNK, dy_BTNK))
     mean_BTN = (dy_BTNK.astype(jnp.float32) * y_BTNK.astype(jnp.float32)).sum(-1)
     log_sum, mean = (_heads_first(_blocks(x[..., None]), G)[..., 0] for x in (log_sum_BTN, mean_BTN))
     q_numbers, k_numbers = _numbers(segments)
-    queries = (q, dy, log_sum, mean, ring.query_positions(), q_numbers)
+    queries = (q, dy, log_sum, mean, ring.query_positions(place), q_numbers)
     keys = (_blocks(k_BSGK), _blocks(v_BSGK), k_numbers)
     changes = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
 
     def attend_to(dq, changes, keys, turn):
         k_jBsGK, v_jBsGK, k_numbers = keys
-        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(turn), k_numbers)
+        blocks = (k_jBsGK, v_jBsGK, ring.key_positions(place, turn), k_numbers)
 
         def to_keys(dq, inputs):
             (k, v, k_at, k_number), change = inputs
