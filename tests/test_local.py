@@ -1,6 +1,6 @@
 """Real processes on this machine, started by launch/local.sh.
 
-All but the first few are slow: pytest -m slow tests/test_local.py
+Most of it is slow: pytest -m slow -n 0 tests/test_local.py (20 CPU minutes)
 """
 
 import contextlib
@@ -99,12 +99,15 @@ class Run:
         return [sum(step, []) for step in zip(*parts, strict=False)]
 
 
-def compare(one, other, rtol, atol):
-    """Both runs ended at the same step with the same parameters and losses, but for the order of sums."""
+def compare(one, other, *, rtol, atol):
+    """Both runs ended at the same step with the same losses, to 1e-5, and parameters, but for the order of sums.
+
+    Adam divides small differences by small numbers, most where the gradient is nothing but rounding, as that of keys' biases.
+    """
     (arrays, lines), (arrays_2, lines_2) = final_state(one.workdir), final_state(other.workdir)
     assert [(a["step"], a["split"]) for a in lines] == [(b["step"], b["split"]) for b in lines_2]
     for a, b in zip(lines, lines_2, strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=rtol)
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
     for key in arrays:
         np.testing.assert_allclose(arrays[key], arrays_2[key], rtol=rtol, atol=atol, err_msg=key)
 
@@ -115,7 +118,7 @@ def test_two_processes_equal_one(tmp_path):
     one.start(0, 2).end()
     output = two.start(2, 1).end()
     assert two.global_batches(12)[:40] == one.global_batches(24)[:40]
-    compare(one, two, 1e-4, 1e-5)
+    compare(one, two, rtol=1e-4, atol=1e-5)
     manifest = RunFolder(two.workdir).manifest()
     assert manifest["starts"][0]["processes"] == 2 and len(manifest["starts"]) == 1
     log = two.said()
@@ -128,12 +131,13 @@ def test_gpt_shakespeare_in_four_processes_equals_one(tmp_path, data_dir):
     """4 processes × 2 devices, against 1 process × 8; batch 16, which divides over 8 devices, where the config has 12."""
     config = load_config(str(ROOT / "configs" / "gpt_shakespeare.py")).to_dict()
     config["data"] |= {"source": "watched:shakespeare", "batch_size": 16}
+    config["optimizer"]["schedule"]["warmup"] = 10
     config |= {"training": {"steps": 60}, "evaluation": {"every": 60}, "checkpoint": {"every": 30}, "log": {"every": 5}}
     one, four = Run(tmp_path, config, "one"), Run(tmp_path, config, "four")
     one.start(0, 8).end()
     four.start(4, 2, "--hang_limit=120").end()
     assert four.global_batches(4)[:60] == one.global_batches(16)[:60]
-    compare(one, four, 2e-3, 2e-4)
+    compare(one, four, rtol=1e-3, atol=5e-4)
     assert RunFolder(four.workdir).manifest()["starts"][0]["devices"].startswith("8 x cpu")
 
 

@@ -23,6 +23,7 @@ from jaxmodels.parallel.rendezvous import AGAIN, Hub, Line, listen, ping_seconds
 
 _HEARD_SECONDS = 5.0
 _OTHERS_SECONDS = 10.0
+_AGREED_SECONDS = 60.0  # where all end well, one may be slower than another
 
 
 class Member:
@@ -125,12 +126,12 @@ class Member:
             while not (self._heard or self._lost) and time.monotonic() < end:
                 self._changed.wait(0.1)
         if self.hub is not None and agreed:
-            self.hub.wait_for_byes(_OTHERS_SECONDS)
+            self.hub.wait_for_byes(_AGREED_SECONDS)
 
     def wait_for_others(self) -> None:
         """In process 0, which everyone listens to, waits until the others have ended."""
         if self.hub is not None:
-            self.hub.wait_for_others(_OTHERS_SECONDS)
+            self.hub.wait_for_others(_AGREED_SECONDS if self.agreed else _OTHERS_SECONDS)
 
     def wait_for_alarm(self, seconds: float) -> None:
         """Waits so long for the news that another process has died, which then ends this one."""
