@@ -145,8 +145,8 @@ def test_gpt_shakespeare_in_four_processes_equals_one(tmp_path, data_dir):
 @pytest.mark.parametrize("victim, number", [(2, signal.SIGKILL), (0, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGSTOP)])
 def test_one_of_four_ends_and_two_go_on(tmp_path, victim, number):
     """One of four is killed, or stopped: the others leave within 60 s; two go on with what is left, each example once."""
-    config = CONFIG | {"training": {"steps": 600}, "checkpoint": {"every": 40}}
-    config["data"] = {"source": "watched:numbers", "size": 14_400, "batch_size": 24, "eval_batch_size": 32}
+    config = CONFIG | {"training": {"steps": 300}, "checkpoint": {"every": 40}}
+    config["data"] = {"source": "watched:numbers", "size": 7200, "batch_size": 24, "eval_batch_size": 32}
     run = Run(tmp_path, config).start(4, 2)
     run.wait_for_step(100)
     pid = run.pid(victim)
@@ -172,8 +172,8 @@ def test_one_of_four_ends_and_two_go_on(tmp_path, victim, number):
     step = int(resumed[1])
     assert step >= 80 and step % 40 == 0
     after = run.global_batches(12)
-    assert sorted(sum(before[:step] + after[: 600 - step], [])) == list(range(14_400))
-    assert len(RunFolder(run.workdir).metrics("train")) == 120
+    assert sorted(sum(before[:step] + after[: 300 - step], [])) == list(range(7200))
+    assert len(RunFolder(run.workdir).metrics("train")) == 60
 
 
 def _alive(pid):
