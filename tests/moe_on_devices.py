@@ -1,4 +1,6 @@
-"""A mixture of experts on eight simulated devices and on one; prints what differs, and how devices talked: python tests/moe_on_devices.py ACTIVATION…
+"""A mixture of experts on eight simulated devices and on one; prints what differs, and how devices talked.
+
+    python tests/moe_on_devices.py ACTIVATION…
 
 A process of its own, since the number of devices is settled when JAX starts.
 """
@@ -80,7 +82,8 @@ def compiled(model, layout):
 def collectives(text):
     """How often each collective occurs in a compiled program, and the values that the largest gather makes."""
     found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text)
-    sizes = [np.prod([int(n) for n in shape.split(",")]) for made, kind in found if kind == "all-gather" for shape in re.findall(r"\[([\d,]+)\]", made)]
+    gathered = [shape for made, kind in found if kind == "all-gather" for shape in re.findall(r"\[([\d,]+)\]", made)]
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
     return dict(collections.Counter(kind for _, kind in found)) | {"largest gather": int(max(sizes, default=0))}
 
 

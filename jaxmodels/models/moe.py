@@ -232,7 +232,8 @@ class MoE(nnx.Module):
 
         def on_device(x_BTD, chosen_BTK, weights_BTK, *kernels_E):
             if stored:  # by hand, since its gradient then is sums scattered, where the compiler makes whole ones
-                kernels_E = [jax.lax.all_gather(x, stored, axis=sides[name].index(embed), tiled=True) for name, x in zip(kernels, kernels_E, strict=True)]
+                along = [sides[name].index(embed) for name in kernels]
+                kernels_E = [jax.lax.all_gather(x, stored, axis=axis, tiled=True) for axis, x in zip(along, kernels_E, strict=True)]
             if shared:
                 x_BTD, chosen_BTK, weights_BTK = (jax.lax.all_gather(x, shared, tiled=True) for x in (x_BTD, chosen_BTK, weights_BTK))
             own = len(kernels_E[0])
