@@ -170,11 +170,11 @@ def exchange() -> dict:
     blocks = [x for path, x in step.flatten(shapes.params).items() if path.startswith("blocks/")]
     whole = build_experiment(experiment.config | {"mesh": {}})
     plans = [dry_run.summarize(dataclasses.replace(experiment, layout=None, platform=None)), dry_run.summarize(whole)]
-    text = step_function.as_text()
+    text, V = step_function.as_text(), experiment.dataset.info["vocab_size"]
     return {
         "blocks": mesh_lib.bytes_per_device(blocks) / sum(x.size * x.dtype.itemsize for x in blocks),
         "collectives": [match.groups() for match in COLLECTIVE.finditer(text)],
-        "logits": max(math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"f32\[([\d,]+),103\]", text)),
+        "logits": max(math.prod(map(int, sizes.split(","))) for sizes in re.findall(rf"f32\[([\d,]+),{V}\]", text)),
         "pipeline": plans[0]["pipeline"],
         "notes": plans[0]["notes"],
         "operations": [plan["flops_per_step"] for plan in plans],
