@@ -43,10 +43,10 @@ def test_arguments_and_their_environment():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("h:1", None, None), "--coordinator=h:1 needs --processes=P and --process=P"),
-        ((None, "2", None), "--processes=2 needs --coordinator=HOST:PORT and --process=P"),
-        (("h:1", "2", None), "needs --process=P"),
-        ((None, None, "1"), "needs --coordinator=HOST:PORT and --processes=P"),
+        (("h:1", None, None), "--coordinator=h:1 needs --processes=N and --process=I"),
+        ((None, "2", None), "--processes=2 needs --coordinator=HOST:PORT and --process=I"),
+        (("h:1", "2", None), "needs --process=I"),
+        ((None, None, "1"), "needs --coordinator=HOST:PORT and --processes=N"),
         (("h:1", "2", "2"), "--process=2: the 2 processes are numbered from 0 to 1"),
         (("h", "2", "1"), "--coordinator must be HOST:PORT"),
         (("h:65535", "2", "1"), "between 1 and 65534"),

@@ -308,5 +308,6 @@ def _connect(place: tuple[str, int], processes: Processes, limit: float) -> sock
             time.sleep(min(0.2, max(0.0, end - time.monotonic())))
     raise RunError(
         f"process {processes.index} cannot reach the coordinator {processes.coordinator} (given by {processes.source}) in {limit:g} s: "
-        f"{problem.strerror or problem}. Is process 0 running on that host, and do firewalls let ports {processes.port} and {processes.port + 1} through?"
+        f"{problem.strerror or problem}. Is process 0 running on that host, and do firewalls let ports {processes.port} "
+        f"and {processes.port + 1} through?"
     )

@@ -97,7 +97,7 @@ def find(
         return _none(given, environment)
     for key, here, there in (("processes", count, found.count), ("process", index, found.index)):
         if here is not None and here != there:
-            raise ConfigError(f"--{key}={here} contradicts {found.source}, which says {there}. Leave it out, or give --coordinator, --processes and --process.")
+            raise ConfigError(f"--{key}={here} contradicts {found.source}, which says {there}. Leave it out, or give --{', --'.join(_NAMES)}.")
     if place is not None:
         found = dataclasses.replace(found, host=place[0], port=place[1])
     if found.count == 1:
@@ -126,8 +126,8 @@ def _none(given: Mapping[str, str | None], environment: Mapping[str, str]) -> No
         raise ConfigError("--processes=tpu: this machine tells nothing of a TPU's workers. Give --coordinator=HOST:PORT --processes=N --process=I.")
     there = [key for key, value in given.items() if value is not None]
     if there:
-        names = [f"--{key}" if key in there else f"--{key}={'HOST:PORT' if key == 'coordinator' else key[0].upper()}" for key in given]
-        missing = " and ".join(name for key, name in zip(given, names, strict=True) if key not in there)
+        values = {"coordinator": "HOST:PORT", "processes": "N", "process": "I"}
+        missing = " and ".join(f"--{key}={values[key]}" for key in given if key not in there)
         said = " and ".join(f"--{key}={given[key]}" + ("" if not environment.get(_NAMES[key]) else f" ({_NAMES[key]})") for key in there)
         raise ConfigError(f"{said} needs {missing}: several processes are started with all three (or with --processes=tpu, or by srun or mpirun).")
     return None
@@ -338,4 +338,6 @@ def _metadata(key: str) -> str | None:
             return None
         raise ConfigError(f"--processes=tpu: the metadata server {server} says {error.code} to {key}.") from error
     except OSError as error:
-        raise ConfigError(f"--processes=tpu: there is no metadata server at {server} ({error}): not a Cloud TPU VM? Give --coordinator, --processes and --process.") from error
+        raise ConfigError(
+            f"--processes=tpu: there is no metadata server at {server} ({error}): not a Cloud TPU VM? Give --{', --'.join(_NAMES)}."
+        ) from error

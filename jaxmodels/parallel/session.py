@@ -132,7 +132,10 @@ def gather(name: str, value: Any = None) -> list:
     if _member is not None:
         return _member.gather(name, value)
     if "jax" in sys.modules and _processes_of_jax() > 1:
-        raise RunError("JAX runs in several processes that jaxmodels did not start: call jaxmodels.parallel.session.join in place of jax.distributed.initialize.")
+        raise RunError(
+            "JAX runs in several processes that jaxmodels did not start: call jaxmodels.parallel.session.join in place of "
+            "jax.distributed.initialize."
+        )
     return [value]
 
 
