@@ -238,7 +238,8 @@ class Hub(threading.Thread):
             self._problem = 2, f"two processes say that they are process {index}: {one} and {other}. Give each another --process."
             index = -len(self._peers)  # beside the others, so that it is told too
         elif hello["count"] != self._count:
-            self._problem = 2, f"process {index} ({hello['host']}) was started as one of {hello['count']} processes, process 0 as one of {self._count}."
+            said = f"as one of {hello['count']} processes, process 0 as one of {self._count}"
+            self._problem = 2, f"process {index} ({hello['host']}) was started {said}."
         self._peers[index] = _Peer(line, dict(hello))
 
     # Every turn
