@@ -175,12 +175,11 @@ class Experiment:
 
     @property
     def _loss(self):
-        return step.make_loss(self.task, self.graph, self.training.precision, self.layout)
+        return step.make_loss(self.task, self.graph, self.training.precision)
 
     def _metric_shapes(self, params, frozen, stats):
         rows = self.loading.batch_size // self.training.accumulate
-        loss = step.make_loss(self.task, self.graph, self.training.precision)
-        return step.training_metrics(loss, params, frozen, stats, self.batch_shapes(rows))
+        return step.training_metrics(self._loss, params, frozen, stats, self.batch_shapes(rows))
 
 
 def build_experiment(

@@ -130,32 +130,34 @@ def gathered(parameter: jax.Array, *names: str | None) -> jax.Array:
     return constrain(parameter, *(None if name == "embed" else name for name in names))
 
 
-def sum_over_devices(tree: Any, layout: Layout | None = None) -> Any:
-    """Under `pmap`, the sums over all devices of what each has of its own rows; elsewhere `tree` itself, which is of all rows.
-
-    Args:
-      tree: of arrays.
-      layout: that in use unless given.
-    """
-    layout = _layout.get() if layout is None else layout
-    return tree if layout is None or layout.axis is None else jax.lax.psum(tree, layout.axis)
+def mapped_axis() -> str | None:
+    """Under `pmap`, the name of the mapped axis; None elsewhere."""
+    layout = _layout.get()
+    return None if layout is None else layout.axis
 
 
-def own_key(key: jax.Array, layout: Layout | None) -> jax.Array:
+def sum_over_devices(tree: Any) -> Any:
+    """Under `pmap`, the sums over all devices of what each has of its own rows; elsewhere `tree` itself, which is of all rows."""
+    axis = mapped_axis()
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def own_key(key: jax.Array) -> jax.Array:
     """The key; under `pmap` each device's own, since there each draws for its own rows. The first device's is the key itself."""
-    if layout is None or layout.axis is None:
+    axis = mapped_axis()
+    if axis is None:
         return key
-    device = jax.lax.axis_index(layout.axis)
+    device = jax.lax.axis_index(axis)
     return jax.lax.cond(device == 0, lambda: key, lambda: jax.random.fold_in(key, device))
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
     """A key for each row of a batch [rows], the same ones however rows are spread over devices."""
-    layout = _layout.get()
-    if layout is None or layout.axis is None:
+    layout, axis = _layout.get(), mapped_axis()
+    if axis is None:
         return jax.random.split(key, rows)
-    device, data = jax.lax.axis_index(layout.axis), jax.random.key_data(key)
-    first = jax.lax.psum(jnp.where(device == 0, data, jnp.zeros_like(data)), layout.axis)
+    device, data = jax.lax.axis_index(axis), jax.random.key_data(key)
+    first = jax.lax.psum(jnp.where(device == 0, data, jnp.zeros_like(data)), axis)
     keys = jax.random.split(jax.random.wrap_key_data(first, impl=jax.random.key_impl(key)), rows * layout.mesh.size)
     return jax.lax.dynamic_slice_in_dim(keys, device * rows, rows)
 

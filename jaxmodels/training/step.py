@@ -159,20 +159,19 @@ def _inputs(batch, dtype):
     return batch | {name: cast(x, dtype) for name, x in batch.items() if name not in ("weight", "label")}
 
 
-def make_loss(task, graph, precision: str, layout: layout_lib.Layout | None = None) -> Callable:
+def make_loss(task, graph, precision: str) -> Callable:
     """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats).
 
-    The module runs in `precision`, spread over devices by `layout`.
+    The module runs in `precision`.
     """
     dtype = DTYPES[precision]
 
     def loss(params, frozen, stats, batch, key):
         model = merge(graph, cast(join(params, frozen), dtype), stats)
         _hold_frozen_norms(model, params, frozen)
-        _normalise_over_devices(model, layout)
+        _normalise_over_devices(model)
         inputs = _inputs(batch, dtype)
-        with layout_lib.use(layout):
-            total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
+        total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
     return loss
@@ -189,12 +188,12 @@ def _hold_frozen_norms(model: nnx.Module, params: dict, frozen: dict) -> None:
             module.eval()
 
 
-def _normalise_over_devices(model: nnx.Module, layout: layout_lib.Layout | None) -> None:
+def _normalise_over_devices(model: nnx.Module) -> None:
     """Batch normalisations go by all rows of a batch, also where each device runs the model on its own."""
-    if layout is not None and layout.axis is not None:
+    if (axis := layout_lib.mapped_axis()) is not None:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
-                module.axis_name = layout.axis
+                module.axis_name = axis
 
 
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: StepOptions) -> Callable:
@@ -215,14 +214,14 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def train_step(state: TrainState, batch, key: jax.Array):
-        key = layout_lib.own_key(jax.random.fold_in(key, state.step), options.layout)
+    def update(state: TrainState, batch, key: jax.Array):
+        key = layout_lib.own_key(jax.random.fold_in(key, state.step))
         if options.accumulate == 1:
             (total, (weight, metrics, stats)), grads = gradient(state.params, state.frozen, state.stats, batch, key)
         else:
             total, weight, metrics, stats, grads = _accumulate(gradient, state, batch, key, options)
         metrics = cast(dict(metrics), jnp.float32) | skipped_metric(batch)
-        total, weight, metrics, grads = layout_lib.sum_over_devices((total, weight, metrics, grads), options.layout)
+        total, weight, metrics, grads = layout_lib.sum_over_devices((total, weight, metrics, grads))
         grads = _placed(grads, options.shardings)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -247,6 +246,10 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         )
         now = {"learning_rate": (jnp.asarray(schedule(step - 1), jnp.float32), one), "diverged_at": (state.diverged_at, one)}
         return state, metrics | now
+
+    def train_step(state: TrainState, batch, key: jax.Array):
+        with layout_lib.use(options.layout):  # around the gradient too, whose own rules are traced after the loss
+            return update(state, batch, key)
 
     return train_step
 
