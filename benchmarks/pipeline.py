@@ -32,7 +32,9 @@ def main() -> None:
 
     import jax
 
-    jax.config.update("jax_num_cpu_devices", arguments.stages)
+    from jaxmodels.parallel.mesh import simulate_devices
+
+    simulate_devices(arguments.stages)
     S, devices = arguments.stages, jax.devices()[: arguments.stages]
     if len(devices) < S:
         parser.error(f"--stages={S} needs as many devices; there are {len(devices)}")

@@ -169,12 +169,11 @@ def _start(options) -> None:
     """Settings that must stand before JAX finds its devices."""
     import logging
 
-    import jax
-
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain tell of every step they take
     if options.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+        from jaxmodels.parallel.mesh import simulate_devices
+
+        simulate_devices(options.cpu_devices)
 
 
 def _processes(options):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmodels.data.source import Arrays, Dataset
 from jaxmodels.experiment import build_experiment
-from jaxmodels.parallel.mesh import MeshSizes, make_mesh
+from jaxmodels.parallel.mesh import MeshSizes, make_mesh, simulate_devices
 from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.signals import StopSignals
 
@@ -65,5 +65,5 @@ def evaluate() -> dict:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+    simulate_devices(int(sys.argv[1]))
     print(json.dumps(evaluate() | {"devices": jax.device_count()}))

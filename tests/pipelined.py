@@ -8,7 +8,9 @@ import sys
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+from jaxmodels.parallel.mesh import simulate_devices
+
+simulate_devices(8)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402

@@ -110,7 +110,7 @@ def collectives(text: str) -> list[tuple[str, list[str], bool]]:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+    mesh_lib.simulate_devices(int(sys.argv[1]))
     output = Path(sys.argv[3])
     for number, case in enumerate(json.loads(Path(sys.argv[2]).read_text())):
         (inspect if case.get("compile") else run)(case, output / f"{number}.npz")

@@ -16,7 +16,7 @@ from jaxmodels.models import cudnn, fused, ring
 from jaxmodels.models.attention import _for_devices, attend
 from jaxmodels.models.rnn import Recurrent
 from jaxmodels.parallel import layout as layout_lib
-from jaxmodels.parallel.mesh import MeshSizes, make_mesh
+from jaxmodels.parallel.mesh import MeshSizes, make_mesh, simulate_devices
 from jaxmodels.parallel.sharding import Sharding, make_layout
 
 RING = {
@@ -132,5 +132,5 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
+    simulate_devices(8)
     print(json.dumps(main()))

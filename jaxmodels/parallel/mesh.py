@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 
 import jax
@@ -38,6 +39,15 @@ class MeshSizes:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+
+
+def simulate_devices(count: int) -> None:
+    """Has JAX make so many devices of this machine's CPU; before it makes any."""
+    # As many threads as devices, which is what there are otherwise, are too few: devices that wait for each other hold one each,
+    # and those they wait for may find none (seen with eight on two cores: the gathers of `fsdp` hung in two of three runs).
+    os.environ.setdefault("PJRT_NPROC", str(4 * count))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
