@@ -1,6 +1,7 @@
 """The commands as functions: train, evaluate, and load a run back to predict with it."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,11 +142,15 @@ def load(run: str) -> Run:
 
 
 def _evaluation_mesh(experiment: Experiment) -> jax.sharding.Mesh:
-    """The run's own mesh, where it fits the devices that are here; else each of them has the whole model."""
+    """The run's own mesh, where it fits the devices that are here; else each of them has the whole model, which is said."""
     try:
-        return mesh_lib.make_mesh(experiment.mesh)
-    except ConfigError:
-        return mesh_lib.make_mesh(mesh_lib.MeshSizes())
+        mesh = mesh_lib.make_mesh(experiment.mesh)
+        sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, sharding_lib.make_layout(mesh, experiment.sharding))
+        return mesh
+    except ConfigError as error:
+        mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
+        print(f"jaxmodels: the run's mesh does not fit here ({error}) Each of the {mesh.size} devices has the whole model.", file=sys.stderr)
+        return mesh
 
 
 def _for_any_platform(config: dict) -> dict:

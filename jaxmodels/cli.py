@@ -239,7 +239,7 @@ def _train(options, overrides):
                 experiment = build_experiment(config, data_dir=options.data_dir)
             console = Console()
             if options.dry_run:
-                return print_dry_run(experiment, console)
+                return print_dry_run(experiment, console if sys.stdout.isatty() else Console(width=200))
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]

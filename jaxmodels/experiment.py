@@ -26,7 +26,7 @@ from jaxmodels.models.lora import ADAPTERS, add_lora
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.layout import Layout
 from jaxmodels.parallel.mesh import MeshSizes
-from jaxmodels.parallel.sharding import Sharding, check_stages
+from jaxmodels.parallel.sharding import Sharding, check_patterns, check_stages
 from jaxmodels.sections import (
     Checkpointing,
     Evaluation,
@@ -214,6 +214,7 @@ def build_experiment(
         params = jax.eval_shape(lambda: step.split(build(nnx.Rngs(params=0)))[1])
     shapes = {path: x.shape for path, x in step.flatten(params).items()}
     check_stages(shapes, c["mesh"]["pipeline"], Sharding(**c["sharding"]))
+    check_patterns(shapes, Sharding(**c["sharding"]))
     if trained_info is None:
         _check_trained(c, optimizer.paths(params))
         optimizer.check(options, own, steps, step.divide(params, functools.partial(is_trained, c))[0])
@@ -373,7 +374,7 @@ def _check_fit(experiment: Experiment) -> None:
         if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
             raise ConfigError(f"config.task: {name!r} should have the shape {wanted}, but has {got} in the data.")
     if experiment.config["partition"] == "pmap" and getattr(experiment.task, "across_rows", False):
-        raise ConfigError(f"config.partition=pmap: {experiment.config['task']['name']!r} compares all rows of a batch, and pmap shows a device its own; use jit.")
+        raise ConfigError(f"config.partition=pmap: {experiment.config['task']['name']!r} goes by all rows of a batch (mixup, cutmix, contrast); pmap shows a device its own.")
     with _as_config_error("config.model"):
         experiment.state_shapes()
     _check_best(experiment)

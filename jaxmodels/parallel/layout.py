@@ -80,13 +80,17 @@ class Layout:
                     self.left_whole[f"{name} of {shape[i]} does not divide over {' × '.join(f'{axis}={self.mesh.shape[axis]}' for axis in axes)}"] = None
                 axes = ()
             used.update(axes)
-            self.used.update(axes)
             parts.append(axes or None)
         return PartitionSpec(*parts)
 
     def sharding(self, *names: str | None, shape: Sequence[int] | None = None) -> NamedSharding:
         """`spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(*names, shape=shape))
+
+
+def axes_in(spec: PartitionSpec) -> list[str]:
+    """The mesh axes of a partition."""
+    return [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
 
 
 _layout: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -121,7 +125,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     if x.ndim != len(names):
         raise ValueError(f"{len(names)} names for an array of {x.ndim} dimensions")
-    return jax.lax.with_sharding_constraint(x, layout.sharding(*names, shape=x.shape))
+    sharding = layout.sharding(*names, shape=x.shape)
+    layout.used.update(axes_in(sharding.spec))
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def gathered(parameter: jax.Array, *names: str | None) -> jax.Array:
@@ -179,6 +185,7 @@ def on_each_device(function: Callable, inputs: Sequence[Sequence[str | None]], o
     def mapped(*arguments):
         whole = {name for names, x in zip(inputs, arguments, strict=True) for name, size in zip(names, x.shape, strict=True) if size % layout.size(name)}
         specs = tuple(layout.spec(*(None if name in whole else name for name in names)) for names in inputs)
+        layout.used.update(axis for spec in specs for axis in axes_in(spec))
         results = _specs(layout, output, whole)
         return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=results, check_vma=False)(*arguments)
 

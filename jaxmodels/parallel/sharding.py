@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.parallel.layout import RULES, Layout
+from jaxmodels.parallel.layout import RULES, Layout, axes_in
 
 # Pattern on a parameter's path -> names of its dimensions, of which the first that matches counts; `layout.RULES` says what
 # names mean. Stacked blocks have one dimension more, in front: `layers`. Parameters that no pattern names are spread
@@ -65,7 +65,12 @@ class Sharding:
 
 def check(section: Sharding) -> None:
     """Raises ConfigError for a rule or pattern that can mean nothing."""
+    for key in ("rules", "parameters"):
+        if not all(getattr(section, key)):
+            raise ConfigError(f"config.sharding.{key} holds tuples of a {'name' if key == 'rules' else 'pattern'} and more, got an empty one.")
     for name, *axes in section.rules:
+        if len(set(axes)) < len(axes):
+            raise ConfigError(f"config.sharding.rules: {name!r} is spread over an axis twice: {', '.join(axes)}.")
         if name not in RULES:
             raise ConfigError(f"config.sharding.rules: there is no name {name!r}; there are {', '.join(RULES)}.")
         for axis in axes:
@@ -79,6 +84,17 @@ def check(section: Sharding) -> None:
         for name in names:
             if name and name not in RULES:
                 raise ConfigError(f"config.sharding.parameters: there is no name {name!r} for {pattern!r}; there are {', '.join(RULES)}.")
+
+
+def check_patterns(params: Mapping[str, tuple[int, ...]], section: Sharding) -> None:
+    """Raises ConfigError for a pattern that matches no parameter of such paths and shapes, or names more or fewer dimensions than it has."""
+    for pattern, *names in section.parameters:
+        matched = {path: shape for path, shape in params.items() if re.search(pattern, path)}
+        if not matched:
+            raise ConfigError(f"config.sharding.parameters: {pattern!r} matches no parameter; there are {', '.join(list(params)[:8])}, …")
+        if not any(len(shape) in (len(names), len(names) + 1) for shape in matched.values()):
+            path, shape = next(iter(matched.items()))
+            raise ConfigError(f"config.sharding.parameters: {pattern!r} names {len(names)} dimensions, but {path} is {list(shape)}.")
 
 
 def make_layout(mesh: jax.sharding.Mesh, section: Sharding, partition: str = "jit") -> Layout:
@@ -166,6 +182,7 @@ def place_state(shapes: Any, section: Sharding, layout: Layout) -> Any:
     check_stages(params, layout.mesh.shape["pipeline"], section)
     specs = {path: parameter_spec(path, shape, section, layout) for path, shape in params.items()}
     spread = section.optimizer == "data"
+    layout.used.update(_worth_telling(params, specs))
 
     def place(tree, beside: bool):
         placed = []
@@ -188,6 +205,16 @@ def place_state(shapes: Any, section: Sharding, layout: Layout) -> Any:
         opt_state=place(shapes.opt_state, True),
         ema=place(shapes.ema, True),
     )
+
+
+def _worth_telling(params: Mapping[str, tuple[int, ...]], specs: Mapping[str, PartitionSpec]) -> list[str]:
+    """Axes that a quarter of the parameters or more is spread over: the last layer of a CNN alone is not what an axis is there for."""
+    sizes: dict[str, int] = {}
+    for path, shape in params.items():
+        for axis in axes_in(specs[path]):
+            sizes[axis] = sizes.get(axis, 0) + math.prod(shape)
+    total = sum(math.prod(shape) for shape in params.values())
+    return [axis for axis, size in sizes.items() if size >= total / 4]
 
 
 def _leaves(tree: Any) -> Iterable[tuple[str, Any]]:
@@ -228,7 +255,7 @@ def replicated_notes(shapes: Any, section: Sharding, layout: Layout) -> list[str
     found = ((path, x) for part in (shapes.params, shapes.frozen) for path, x in _leaves(part) if x.sharding.is_fully_replicated)
     sizes = ((path, x.size * x.dtype.itemsize / 2**20) for path, x in found)
     return [
-        f"{path} ({size:.3g} MiB) is whole on every device: no pattern or dimension spreads it; see config.sharding.parameters"
+        f"{path} ({size:.3g} MiB) is whole on every device: see config.sharding for what could spread it"
         for path, size in sizes
         if size >= section.warn_mb
     ]

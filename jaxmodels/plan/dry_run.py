@@ -29,6 +29,7 @@ def summarize(experiment: Experiment) -> dict:
     mesh = mesh_lib.make_mesh(experiment.mesh)
     layout = sharding_lib.make_layout(mesh, experiment.sharding, experiment.config["partition"])
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
+    mesh_lib.check_batch(experiment.eval_batch_size, 1, mesh, "data.eval_batch_size", layout.microbatches)
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     saved = shapes.replace(frozen={}) if experiment.frozen_in_parent else shapes
     # One program over all devices, also for pmap, whose collectives have no meaning outside it.

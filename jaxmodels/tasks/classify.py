@@ -69,6 +69,7 @@ class Classify:
             raise ConfigError(f"config.task.std must be above 0, got {std}.")
         self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": info["num_classes"]}
         self.batch = {"image": self.provides["image_shape"], "label": ()}
+        self.across_rows = mixup > 0 or cutmix > 0  # an image is mixed with another row's: pmap, which shows each device its own, is refused
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
         self.losses = losses.classification(loss, gamma)
         self.crop, self.flip, self.mixup, self.cutmix, self.mix_probability = crop, flip, mixup, cutmix, mix_probability

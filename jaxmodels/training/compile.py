@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmodels.parallel import mesh as mesh_lib
 
@@ -84,9 +85,10 @@ def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis:
     """
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(function, axis_name=axis, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,), devices=devices)
-    compiled, record = _compile(name, mapped, args)
     if jax.process_count() == 1:
-        return compiled, record
+        return _compile(name, mapped, args)
+    # Here pmap wants arrays to compile for, not shapes.
+    compiled, record = _compile(name, mapped, jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, args))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def step(*args):
@@ -94,6 +96,10 @@ def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis:
         return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(x.shape, everywhere, [s.data for s in x.addressable_shards]), compiled(*args))
 
     return step, record
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: np.zeros(shape.sharding.shard_shape(shape.shape), shape.dtype))
 
 
 def _compile(name: str, function, args) -> tuple[Callable, CompileRecord]:

@@ -112,8 +112,10 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
     wanted = {path: x for part in parts for path, x in flatten(getattr(shapes, part)).items() if path in sources}
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
     filled = {part: unflatten({path: found.get(path, x) for path, x in flatten(tree).items()}) for part, tree in parts.items()}
-    # The average starts at the weights taken, in arrays of its own: the step donates both.
-    state = state.replace(**filled, ema=jax.tree.map(jnp.copy, filled["params"]) if state.ema else state.ema)
+    # The average starts at the weights taken, in arrays of its own, since the step donates both, and where it belongs.
+    places = jax.tree.map(lambda x: x.sharding, shapes.ema)
+    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)(filled["params"]) if state.ema else state.ema
+    state = state.replace(**filled, ema=ema)
     entry = {
         "run": str(parent.path),
         "relative": os.path.relpath(parent.path, folder.path),
