@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         several.add_argument("--process", metavar="I", help="which of them this is, from 0")
         several.add_argument("--start_limit", type=_seconds, default=300.0, metavar="SECONDS", help="in which all must have come (default: 300)")
         several.add_argument("--hang_limit", type=_seconds, default=30.0, metavar="SECONDS", help="of silence that end a run (default: 30)")
+        several.add_argument("--stall_limit", type=_seconds, default=1800.0, metavar="SECONDS", help="without a step that end a run (default: 1800)")
 
     train = command("train", _train, "train a config, or go on with the run in --workdir")
     add_config(train)
@@ -198,7 +199,8 @@ def _join(options, processes, load):
     if processes is not None:
         from jaxmodels.parallel import session
 
-        session.join(processes, resolved | _same_arguments(options), error=error, start_limit=options.start_limit, hang_limit=options.hang_limit)
+        limits = {name: getattr(options, name) for name in ("start_limit", "hang_limit", "stall_limit")}
+        session.join(processes, resolved | _same_arguments(options), error=error, **limits)
     return config
 
 
@@ -212,7 +214,7 @@ def _resolved(config) -> dict:
 
 def _same_arguments(options) -> dict:
     """The arguments that all processes of a run must have been given alike."""
-    names = ("command", "workdir", "overwrite", "split", "cpu_devices", "hang_limit")
+    names = ("command", "workdir", "overwrite", "split", "cpu_devices", "hang_limit", "stall_limit")
     return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}
 
 

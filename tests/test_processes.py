@@ -197,8 +197,9 @@ def free_port() -> int:
 class Crowd:
     """Members in threads of this process, each with what became of it."""
 
-    def __init__(self, count, hosts=(), start_limit=5.0, hang_limit=1.5):
-        self.count, self.port, self.hosts, self.limits = count, free_port(), hosts, {"start_limit": start_limit, "hang_limit": hang_limit}
+    def __init__(self, count, hosts=(), start_limit=5.0, hang_limit=1.5, stall_limit=60.0):
+        self.count, self.port, self.hosts, limits = count, free_port(), hosts, {"start_limit": start_limit, "hang_limit": hang_limit}
+        self.limits = limits | {"stall_limit": stall_limit}
         self.members: dict[int, Member] = {}
         self.errors: dict[int, Exception] = {}
         self.left: dict[int, tuple[int, str]] = {}
@@ -383,6 +384,20 @@ def test_a_process_that_is_silent_is_given_up(victim):
         assert crowd.left[index][0] == 1 and f"process {victim} ({socket.gethostname()}) has been silent for 1.5 s" in crowd.left[index][1]
     if victim:  # it learns of it too, once it goes on
         crowd.wait_for_left(victim)
+
+
+def test_a_main_thread_that_hangs_is_given_up_in_the_end():
+    crowd = everybody(3, stall_limit=3.0)
+    time.sleep(4)
+    assert not crowd.left, "before the first step there is compiling, which takes as long as it takes"
+    for member in crowd.members.values():
+        member.check()
+    for index in (0, 2):  # process 1 hangs, and the others wait for it in what comes next
+        crowd.members[index].check()
+    crowd.wait_for_left(0, 1, 2)
+    for status, reason in crowd.left.values():
+        assert status == 1
+        assert reason.startswith(f"no process has passed a step for 3 s (--stall_limit); process 1 ({socket.gethostname()}) is behind the others; leaving.")
 
 
 def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():

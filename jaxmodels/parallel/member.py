@@ -157,7 +157,7 @@ class Member:
                 now = time.monotonic()
                 if now - pinged >= every:
                     pinged = now
-                    self._line.send(kind="ping")
+                    self._line.send(kind="ping", check=self._checks)
                 for key, _ in selector.select(every / 2):
                     if key.fileobj is self._wake:
                         self._wake.recv(4096)
@@ -254,6 +254,7 @@ def meet(
     error: RunError | None = None,
     start_limit: float,
     hang_limit: float,
+    stall_limit: float = 1800.0,
     leave: Callable[[int, str], None] | None = None,
 ) -> Member:
     """Meets the other processes of a run, and stays in touch with them.
@@ -265,6 +266,7 @@ def meet(
       error: this process fails: the others are told.
       start_limit: seconds in which all must come.
       hang_limit: seconds of silence after which a process is given up.
+      stall_limit: seconds without a step of any process after which all are.
       leave: see Member.
 
     Raises:
@@ -274,7 +276,7 @@ def meet(
     hub = None
     if processes.index == 0:
         server = listen(processes.host, processes.port)
-        hub = Hub(server, processes.count, start_limit=start_limit, hang_limit=hang_limit, hosts=processes.hosts)
+        hub = Hub(server, processes.count, start_limit=start_limit, hang_limit=hang_limit, stall_limit=stall_limit, hosts=processes.hosts)
         hub.start()
         place = server.getsockname()[:2]
         place = ({"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(place[0], place[0]), place[1])

@@ -2,7 +2,7 @@
 
 JSON lines over TCP. Every process, the first included, is a member (`member`) with one connection to the hub, a thread of process 0.
 
-    member -> hub    hello {index, count, host, pid, versions, config, error}, ping, signal {name}, next {check},
+    member -> hub    hello {index, count, host, pid, versions, config, error}, ping {check}, signal {name}, next {check},
                      gather {key, value}, bye {status, reason, agreed}
     hub -> member    welcome {hosts}, refused {status, reason}, ping, freeze, stop {check, name, index},
                      gathered {key, values}, heard, alarm {status, reason, grace}
@@ -86,12 +86,14 @@ class _Peer:
     Attributes:
       bye: whether it has said that it leaves, and that all know why.
       gone: whether its connection has ended.
+      check: checks that its main thread has passed.
     """
 
     line: Line
     hello: dict
     bye: bool = False
     gone: bool = False
+    check: int = 0
 
     @property
     def name(self) -> str:
@@ -140,18 +142,20 @@ def is_loopback(host: str) -> bool:
 class Hub(threading.Thread):
     """Lets the processes meet, and tells each of the others."""
 
-    def __init__(self, server: socket.socket, count: int, *, start_limit: float, hang_limit: float, hosts: Sequence[str] = ()):
+    def __init__(self, server: socket.socket, count: int, *, start_limit: float, hang_limit: float, stall_limit: float, hosts: Sequence[str] = ()):
         """
         Args:
           server: as `listen` gives.
           count: of the processes.
           start_limit: seconds in which all must come.
           hang_limit: seconds of silence after which a process is given up.
+          stall_limit: seconds without a check of any process, once there was one, after which all are.
           hosts: of each process, where that is known beforehand.
         """
         super().__init__(daemon=True, name="hub")
         self._server, self._count, self._hosts = server, count, hosts
-        self._start_limit, self._hang_limit = start_limit, hang_limit
+        self._start_limit, self._hang_limit, self._stall_limit = start_limit, hang_limit, stall_limit
+        self._moved = time.monotonic()  # when a process last passed a check
         self._peers: dict[int, _Peer] = {}
         self._strangers: dict[Line, float] = {}
         self._selector = selectors.DefaultSelector()
@@ -272,11 +276,25 @@ class Hub(threading.Thread):
             if not (peer.gone or peer.bye or self._over) and now - peer.line.last_heard > self._hang_limit:
                 self._alarm(1, f"{peer.name} has been silent for {self._hang_limit:g} s; leaving. {AGAIN}", grace=0)
                 peer.gone = True  # nobody waits for it
+        if not self._over and now - self._moved > self._stall_limit and any(peer.check for peer in self._peers.values()):
+            self._alarm(1, self._stalled(), grace=0)
+
+    def _stalled(self) -> str:
+        """Who keeps the others waiting, as far as it can be told: those that passed the fewest checks."""
+        there = [peer for peer in self._peers.values() if not peer.gone]
+        least = min(peer.check for peer in there)
+        behind = [peer.name for peer in there if peer.check == least]
+        who = f"{_listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(there) else "all are at the same one"
+        return f"no process has passed a step for {self._stall_limit:g} s (--stall_limit); {who}; leaving. {AGAIN}"
+
     def _take(self, peer: _Peer, message: Mapping) -> None:
         kind, index = message.get("kind"), peer.hello["index"]
         if kind == "signal" and self._signal is None:
             self._signal = (message["name"], index)
             self._broadcast(kind="freeze")
+        elif kind == "ping":
+            if message["check"] > peer.check:
+                peer.check, self._moved = message["check"], time.monotonic()
         elif kind == "next":
             self._checks[index] = message["check"]
         elif kind == "gather":

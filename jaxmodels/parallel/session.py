@@ -20,6 +20,7 @@ from jaxmodels.parallel.rendezvous import is_loopback
 
 START_LIMIT = 300.0
 HANG_LIMIT = 30.0
+STALL_LIMIT = 1800.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _BLAME_SECONDS = 5.0
 
@@ -33,6 +34,7 @@ def join(
     error: RunError | None = None,
     start_limit: float = START_LIMIT,
     hang_limit: float = HANG_LIMIT,
+    stall_limit: float = STALL_LIMIT,
 ) -> None:
     """Meets the other processes of a run and starts JAX among them; before JAX has started any device.
 
@@ -44,6 +46,7 @@ def join(
       error: this process cannot start: the others are told, and it is raised.
       start_limit: seconds in which all must come.
       hang_limit: seconds of silence after which a process is given up.
+      stall_limit: seconds without a step of any process, after the first one, after which all are.
 
     Raises:
       ConfigError: the processes do not agree.
@@ -51,7 +54,7 @@ def join(
     """
     global _member
     try:
-        member = meet(processes, config, _versions(), error=error, start_limit=start_limit, hang_limit=hang_limit)
+        member = meet(processes, config, _versions(), error=error, start_limit=start_limit, hang_limit=hang_limit, stall_limit=stall_limit)
     except RunError as refusal:
         raise error or refusal from None
     _member = member
