@@ -4,6 +4,7 @@ Most of it is slow: pytest -m slow -n 0 tests/test_local.py (20 CPU minutes)
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -321,7 +322,9 @@ def test_local_sh_kills_the_rest_when_one_fails(tmp_path):
 def test_local_sh_passes_a_signal_on(tmp_path, number):
     name = number.name.removeprefix("SIG")
     program = fake(tmp_path, f"trap 'echo stopped >> {tmp_path}/stopped; exit 75' {name}; echo > {tmp_path}/$JAXMODELS_PROCESS; while true; do sleep 0.1; done")
-    process = subprocess.Popen([LOCAL, "-n", "2", f"--logs={tmp_path}/logs", "--", "x"], env=os.environ | program)
+    # A signal that is ignored where the tests are started, as SIGINT is in a shell's background, no shell script can take up again.
+    listen = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen([LOCAL, "-n", "2", f"--logs={tmp_path}/logs", "--", "x"], env=os.environ | program, preexec_fn=listen)
     end = time.monotonic() + 30
     while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
         assert time.monotonic() < end
