@@ -107,6 +107,7 @@ def test_what_cannot_be_cut_into_stages(changes, message):
         build_experiment(small.config(small.CNN, mesh__pipeline=2))
 
 
+@pytest.mark.slow
 def test_command(tmp_path, jaxmodels_command):
     """Trains, evaluates and samples; a batch that does not divide is one line."""
     config = tmp_path / "config.json"

@@ -60,13 +60,13 @@ def test_a_step_spread_by_the_compiler_is_that_of_one_device(tmp_path):
         {"model": "bert", "mesh": MESHES["tensor"], "dropout": 0.1},
         {"model": "cnn", "mesh": MESHES["slices"]},
     ]
-    notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, [case | {"steps": 8} for case in cases])]
+    notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])]
     # 260 tokens divide by 2 and by 4; ten classes do not matter, and no convolution is cut along `tensor`.
     assert notes == [[], [], []]
 
 
 def test_pmap_is_the_same_step(tmp_path):
-    cases = [{"model": name, "partition": "pmap", "mesh": {"data": 8}, "accumulate": n, "steps": 8} for name, n in (("cnn", 1), ("bert", 4))]
+    cases = [{"model": name, "partition": "pmap", "mesh": {"data": 8}, "accumulate": n, "steps": 4} for name, n in (("cnn", 1), ("bert", 4))]
     assert_equal_runs(tmp_path, cases)
 
 
