@@ -12,7 +12,7 @@ from jaxmodels.data.labelled import hold_out, padded
 from jaxmodels.data.rows import lines
 from jaxmodels.data.skipping import Policy, Skipping
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmodels.data.tokenizers import Tokenizer, frame, make_tokenizer
 from jaxmodels.errors import ConfigError
 
 _DOCUMENT = "-DOCSTART-"  # stands alone between documents
@@ -47,7 +47,8 @@ def conll(
     """Sentences with a tag for each word: columns between tabs, or else between spaces; UTF-8.
 
     Examples: `tokens` int32 [T], `tags` int32 [T]: a word's tag at its first piece (that is not white space), -1 elsewhere;
-    padded with -1. Words are tokenised as in a running text, with a space before all but the first.
+    padded with -1. Words are tokenised as in a running text, with a space before all but the first. A published tokenizer puts its own
+    special tokens around a sentence, which have no tag.
 
     Args:
       path, data_dir, train, validation, test, holdout: as of `rows.tsv`; files end in `.conll`, `.bio`, `.iob2` or `.txt`.
@@ -164,6 +165,10 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, tags: Sequence[str], length: int, truncate: bool):
         self.tokenizer, self.length, self.truncate, self.cut = tokenizer, length, truncate, 0
         self.numbers = {tag: i for i, tag in enumerate(tags)}
+        self.before, self.after = (part.tolist() for part in frame(tokenizer))
+        self.room = length - len(self.before) - len(self.after)
+        if self.room < 1:
+            raise ConfigError(f"config.data.sequence_length={length} leaves no room for a word between the tokenizer's special tokens.")
         self._pieces: dict[str, tuple[np.ndarray, int]] = {}
 
     def encode(self, sentence: _Sentence) -> tuple[np.ndarray, np.ndarray] | str:
@@ -178,10 +183,11 @@ class _Encoder:
                 return f"the tokenizer makes no token of the word {word!r}."
             tags += [-1] * first + [self.numbers[tag]] + [-1] * (len(pieces) - first - 1)
             tokens += pieces.tolist()
-        if len(tokens) > self.length:
+        if len(tokens) > self.room:
             if not self.truncate:
-                return f"{len(tokens)} tokens, where data.sequence_length={self.length} fit; raise it, or cut with data.truncate=true."
+                return f"{len(tokens)} tokens, where {self.room} fit; raise data.sequence_length, or cut with data.truncate=true."
             self.cut += 1
+        tokens, tags = self.before + tokens[: self.room] + self.after, [-1] * len(self.before) + tags[: self.room]
         return padded(np.array(tokens, np.int32), self.length), padded(np.array(tags, np.int32), self.length)
 
     def _word(self, text: str) -> tuple[np.ndarray, int]:

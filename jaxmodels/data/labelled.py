@@ -13,7 +13,7 @@ import numpy as np
 from jaxmodels import config as config_lib
 from jaxmodels.data.skipping import Policy, Skipping
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.tokenizers import make_tokenizer
+from jaxmodels.data.tokenizers import frame, make_tokenizer
 from jaxmodels.errors import ConfigError
 
 PAD = -1
@@ -92,7 +92,7 @@ def open_rows(splits: Mapping[str, Iterable[Row]], options: Options, data_dir: s
 
     Returns:
       A data set of `tokens` int32 [T] with `label` int32 or float32, or of `source` int32 [T] and `target` int32 [U + 1]
-      (`<start>`, the text, `<end>`); all padded with -1.
+      (`<start>`, the text, `<end>`); all padded with -1. A published tokenizer puts its own special tokens around texts and sources.
 
     Raises:
       ConfigError: bad rows, unless they are to be left out; options that do not fit the data or the tokenizer.
@@ -195,10 +195,17 @@ class _Encoder:
         self.classes = {name: i for i, name in enumerate(names)} if names is not None else None
         self.target_length = options.target_length or options.sequence_length
         self.start, self.end = tokenizer.special("start"), tokenizer.special("end")
+        self.before, self.after = frame(tokenizer)
+        self.room = options.sequence_length - len(self.before) - len(self.after)
+        if self.room < 1:
+            raise ConfigError(
+                f"config.data.sequence_length={options.sequence_length} leaves no room for a text between the "
+                f"{len(self.before) + len(self.after)} special tokens that {options.tokenizer!r} puts around it."
+            )
         if options.pairs and (self.start is None or self.end is None):
             raise ConfigError(
                 f"config.data.tokenizer={options.tokenizer!r} has no token for the start and the end of a target; "
-                "take byte+special, character+special, word:MAX or bpe:SIZE."
+                "take byte+special, character+special, word:MAX or bpe:SIZE, or a published model's that has them."
             )
 
     def encode(self, row: Row) -> dict[str, np.ndarray] | str:
@@ -210,16 +217,17 @@ class _Encoder:
             return f"{error}."
         if any(len(t) == 0 for t in tokens):
             return "the tokenizer makes no token of the text."
-        limits = (length, self.target_length - 1)[: len(tokens)]
+        limits = (self.room, self.target_length - 1)[: len(tokens)]
         if any(len(t) > limit for t, limit in zip(tokens, limits, strict=True)):
             if not self.options.truncate:
                 shown = " and ".join(f"{len(t)} tokens, where {limit} fit" for t, limit in zip(tokens, limits, strict=True))
                 return f"{shown}; raise data.sequence_length, or cut with data.truncate=true."
             self.cut += 1
+        framed = padded(np.concatenate([self.before, tokens[0][: self.room], self.after]), length)
         if self.options.pairs:
             target = np.concatenate([[self.start], tokens[1][: limits[1]], [self.end]])
-            return {"source": padded(tokens[0], length), "target": padded(target, self.target_length + 1)}
-        result = {"tokens": padded(tokens[0], length)}
+            return {"source": framed, "target": padded(target, self.target_length + 1)}
+        result = {"tokens": framed}
         if self.options.label == "value":
             result["label"] = np.float32(row.values[1])
         elif self.options.label == "class":

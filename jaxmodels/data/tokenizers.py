@@ -22,7 +22,7 @@ from jaxmodels.errors import ConfigError, optional_import
 
 LIBRARY_VERSION = library.__version__  # another one may train to another end
 SPECIAL = ("<unknown>", "<start>", "<end>", "<mask>")
-FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE", "FILE.json", "FILE.model", "RUN")
+FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE", "FILE.json", "FILE.model", "RUN", "hf:DIR_OR_ID")
 
 # What published tokenizers call the four, in the order they are looked for.
 _PUBLISHED = {
@@ -257,8 +257,8 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
     Args:
       spec: `character` (the alphabet of `texts`) or `byte`, both also with `+special`, which puts the special tokens first;
         `word:MAX` and `word-lower:MAX` (the most frequent words of `texts`); `bpe:SIZE` (byte-level BPE trained on `texts`);
-        or the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder. A tokenizer is
-        given back.
+        the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder; or `hf:DIR_OR_ID`, that
+        of a published model (`published_tokenizer`). A tokenizer is given back.
       texts: what it is trained on; read only if it is trained. One that is encoded without `unknown` (`character`) must
         be given all the text there is.
       data_dir: where relative paths are looked for, after the working directory.
@@ -280,7 +280,17 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
         return CharacterTokenizer("".join(alphabet), special=spec.endswith("special"))
     if is_made_from_text(spec):
         return _train(spec, texts)
+    if spec.startswith("hf:"):
+        from jaxmodels.data import published_tokenizer
+
+        return published_tokenizer.from_reference(spec, data_dir)
     return _from_path(spec, data_dir)
+
+
+def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The special tokens that a published tokenizer puts before and after a text of its own accord, int32; none of any other."""
+    none = np.zeros(0, np.int32)
+    return getattr(tokenizer, "frame", (none, none))
 
 
 def is_made_from_text(spec: str | Tokenizer) -> bool:
@@ -342,9 +352,13 @@ def from_json(text: str) -> Tokenizer:
         return WordTokenizer(values["words"], lower=values["lower"])
     if kind == "sentencepiece":
         return SentencePieceTokenizer(base64.b64decode(values["model"]))
+    if kind == "published":
+        from jaxmodels.data.published_tokenizer import PublishedTokenizer
+
+        return PublishedTokenizer.from_values(values)
     if "model" in values:
         return TokenizersTokenizer(text)
-    raise ValueError(f"unknown kind of tokenizer {kind!r}; there are character, byte, word, sentencepiece, and files of the `tokenizers` library")
+    raise ValueError(f"unknown kind of tokenizer {kind!r}; there are character, byte, word, sentencepiece, published, and files of the `tokenizers` library")
 
 
 def _checked(tokens, vocab_size: int) -> list[int]:
