@@ -16,6 +16,7 @@ SOURCES = {
     "python_code": "jaxmodels.data.python_code:python_code",
     "python_packages": "jaxmodels.data.python_code:python_packages",
     "text": "jaxmodels.data.text:text",
+    "chat": "jaxmodels.data.chat:chat",
     "tsv": "jaxmodels.data.rows:tsv",
     "csv_rows": "jaxmodels.data.rows:csv_rows",
     "jsonl": "jaxmodels.data.rows:jsonl",

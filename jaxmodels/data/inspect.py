@@ -154,13 +154,15 @@ def readable(dataset: Dataset, example: Mapping[str, np.ndarray]) -> dict[str, s
             result |= {"left out": "it cannot be decoded"} if value else {}
         elif name in TEXTS and tokenizer is not None:
             result[name] = _text(tokenizer, value, example.get("segments") if name == "tokens" else None)
+        elif name == "counts" and tokenizer is not None:
+            result[name] = _learned(tokenizer, np.asarray(example["tokens"]), value)
         elif name == "tags" and "tags" in dataset.info and tokenizer is not None:
             result[name] = _tagged(tokenizer, np.asarray(example["tokens"]), value, dataset.info["tags"])
         elif name == "label" and value.dtype.kind in "iu" and dataset.info.get("labels"):
             result[name] = str(dataset.info["labels"][int(value)])
         elif value.ndim == 0:
             result[name] = f"{value:.6g}" if value.dtype.kind == "f" else str(value)
-        elif name not in ("segments", "tags"):
+        elif name not in ("segments", "tags", "counts"):
             result[name] = f"{value.dtype} {list(value.shape)} from {value.min():.6g} to {value.max():.6g}"
     return result
 
@@ -178,6 +180,12 @@ def _tagged(tokenizer, tokens: np.ndarray, tags: np.ndarray, names) -> str:
     starts = np.flatnonzero(tags >= 0)
     ends = [*starts[1:], int((tokens >= 0).sum())]
     return _shortened(" ".join(f"{tokenizer.decode(tokens[a:b]).strip()}/{names[tags[a]]}" for a, b in zip(starts, ends, strict=True)))
+
+
+def _learned(tokenizer, tokens: np.ndarray, counts: np.ndarray) -> str:
+    """The parts of a row that are to be learned."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))).reshape(-1, 2)
+    return _shortened(" | ".join(tokenizer.decode(tokens[start:stop]) for start, stop in edges))
 
 
 def _shortened(text: str) -> str:

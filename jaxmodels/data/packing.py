@@ -61,14 +61,15 @@ class Packed:
     of a row is padding: -1, in `segments` too. Documents of one token, which have no target, are left out.
     """
 
-    def __init__(self, tokens: Tokens, ends: np.ndarray, length: int):
+    def __init__(self, tokens: Tokens, ends: np.ndarray, length: int, *, counts: np.ndarray | None = None):
         """
         Args:
           tokens: of all documents, one after the other.
           ends: int [documents], where each ends.
           length: T.
+          counts: bool, as many as tokens: whether each is one to learn; rows then have `counts` too, False where they are padded.
         """
-        self.tokens, self.length = tokens, length
+        self.tokens, self.length, self.counts = tokens, length, counts
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         self.starts, self.sizes = _pieces(starts, np.asarray(ends, np.int64) - starts, length)
         row_of_piece, self.count = _best_fit(self.sizes, length + 1)
@@ -90,13 +91,14 @@ class Packed:
         return float(self.sizes.sum() / max(1, self.count * (self.length + 1)))
 
     def fingerprint(self):
-        return fingerprint(np.array([self.tokens.fingerprint(), self.length]), self.starts, self.first)
+        own = [] if self.counts is None else [self.counts]
+        return fingerprint(np.array([self.tokens.fingerprint(), self.length]), self.starts, self.first, *own)
 
     def __getitem__(self, index):
         return {key: value[0] for key, value in self.take(np.array([index])).items()}
 
     def take(self, indices):
-        """`tokens` and `segments`, both int32 [number of indices, T + 1]."""
+        """`tokens` and `segments`, both int32 [number of indices, T + 1], and where it is known `counts`, bool of the same shape."""
         indices = np.asarray(indices, np.int64)
         counts = self.first[indices + 1] - self.first[indices]
         pieces = _ranges(self.first[indices], counts)
@@ -104,9 +106,14 @@ class Packed:
         used = np.add.reduceat(sizes, np.cumsum(counts) - counts)
         filled = np.arange(self.length + 1) < used[:, None]
         tokens, segments = (np.full(filled.shape, PAD, np.int32) for _ in range(2))
-        tokens[filled] = self.tokens[_ranges(self.starts[pieces], sizes)]
+        places = _ranges(self.starts[pieces], sizes)
+        tokens[filled] = self.tokens[places]
         segments[filled] = np.repeat(_ranges(np.zeros_like(counts), counts), sizes)
-        return {"tokens": tokens, "segments": segments}
+        if self.counts is None:
+            return {"tokens": tokens, "segments": segments}
+        learned = np.zeros(filled.shape, bool)
+        learned[filled] = self.counts[places]
+        return {"tokens": tokens, "segments": segments, "counts": learned}
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ class LanguageModel:
 
     Batches: `tokens` int [B, T + 1] (inputs are all but the last, targets all but the first; a target of -1 does
     not count), `weight` float [B], and where rows hold several examples `segments` int [B, T + 1]: a target in another
-    segment than its input does not count, and a model sees nothing of other segments.
+    segment than its input does not count, and a model sees nothing of other segments. Where there is `counts`, bool [B, T + 1], only tokens
+    that it marks count as targets.
     """
 
     def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, sample_length: int = 200, temperature: float = 0.8):
@@ -77,6 +78,8 @@ class LanguageModel:
                 raise ValueError(f"{type(model).__name__} does not tell several examples in a row apart; use data.packing='contiguous' with it")
             counts &= segments[:, 1:] == segments[:, :-1]
             options["segments"] = segments[:, :-1]
+        if "counts" in batch:
+            counts &= batch["counts"][:, 1:]
         inputs, auxiliary = tokens[:, :-1], {}
         if hasattr(model, "with_auxiliary"):
             inputs = jnp.where(batch["weight"][:, None] > 0, inputs, -1)  # rows that only fill a batch up are told of nowhere
