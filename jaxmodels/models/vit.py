@@ -36,7 +36,7 @@ class VisionBlock(Block):
     """A Transformer block that whole examples skip at random in training."""
 
     def __init__(self, width: int, heads: int, *, stochastic_depth: float, rngs: nnx.Rngs, **options):
-        super().__init__(width, heads, causal=False, epsilon=1e-6, activation="gelu_exact", rngs=rngs, **options)
+        super().__init__(width, heads, causal=False, activation="gelu_exact", rngs=rngs, **options)
         self.rate = stochastic_depth
 
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -62,6 +62,8 @@ class VisionTransformer(nnx.Module):
         mlp_width: int | None = None,
         pool: Literal["token", "mean"] = "token",
         positions: Literal["learned", "sincos"] = "learned",
+        epsilon: float = 1e-6,
+        qkv_bias: bool = True,
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
         scan: bool = False,
@@ -79,6 +81,8 @@ class VisionTransformer(nnx.Module):
           pool: the output sees the class token, or the mean over patches (there is no class token then).
           positions: `learned`, or fixed sines and cosines of row and column, half of the width each, with none for the class
             token (Chen et al. 2021).
+          epsilon: of the normalisation.
+          qkv_bias: queries, keys and values have one.
           dropout: rate on the embedding and on what is added in each block.
           stochastic_depth: rate at which whole examples skip a block, the same for all blocks (Touvron et al. 2022).
           scan: keep the blocks' parameters stacked, [layers, ...], and loop over them: compiling takes the time of one.
@@ -107,10 +111,11 @@ class VisionTransformer(nnx.Module):
         def block(rngs):
             # By the width of what comes in: at small widths, a deviation of 0.02 leaves blocks that add next to nothing.
             options = {"mlp_width": mlp_width, "dropout": dropout, "layers": layers, "attention": attention, "init": "fan_in"}
+            options |= {"epsilon": epsilon, "qkv_bias": qkv_bias}
             return VisionBlock(width, heads, stochastic_depth=stochastic_depth, rngs=rngs, **options)
 
         self.blocks = make_blocks(block, layers, scan, rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.output = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
         self.patch, self.grid, self.dropout, self.remat = patch, (rows, columns), dropout, remat
 
