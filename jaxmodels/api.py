@@ -14,6 +14,8 @@ from jaxmodels.allocator import keep_freed_memory
 from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError, Interrupted
 from jaxmodels.experiment import Experiment, build_experiment, build_model
+from jaxmodels.interop.as_run import as_run
+from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.training import step as step_lib
@@ -125,18 +127,24 @@ class Run:
 
 
 def load(run: str) -> Run:
-    """A run, ready to predict; needs no data.
+    """A run, or a published model, ready to predict; needs no data.
 
     Args:
-      run: as for `evaluate`.
+      run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
     """
-    folder = RunFolder(parse_run(run)[0])
-    config, info = _for_any_platform(folder.config()), _trained_info(folder)
-    located = weights_lib.locate(run)
+    if is_published(run):
+        config, info = as_run(run)
+    else:
+        folder = RunFolder(parse_run(run)[0])
+        config, info = _for_any_platform(folder.config()), _trained_info(folder)
     task, build = build_model(config, info)
     graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
+    if is_published(run):
+        located = weights_lib.locate_whole(run, config["model"], step_lib.flatten(params) | step_lib.flatten(stats))
+    else:
+        located = weights_lib.locate(run)
     params, stats = weights_lib.read_model(located, params, stats)
     return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"))
 

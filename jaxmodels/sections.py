@@ -9,6 +9,8 @@ from jaxmodels import data as data_lib
 from jaxmodels import models, tasks
 from jaxmodels.data.augment import RandAugment
 from jaxmodels.errors import ConfigError
+from jaxmodels.interop import published
+from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.training import metrics, optimizer
@@ -96,7 +98,8 @@ class InitFrom:
     """The `init_from` section, or its first key alone: where the first weights come from.
 
     Attributes:
-      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest.
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest. Or
+        published weights, `hf:FOLDER` or `hf:OWNER/NAME`, whose config.json makes the model too where `model` has no name.
       skip: patterns; parameters of this model whose path matches one (from its start) are initialised anew.
       rename: pairs (pattern, replacement), applied in order to the paths of the other run's parameters; an empty result
         drops the parameter.
@@ -170,6 +173,7 @@ def resolve(config: Mapping) -> dict:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
             raise ConfigError(f"config.{key}: there is no such section.{hint}")
     resolved = {"seed": config_lib.check_value("seed", config.get("seed", 0), int)}
+    config = _with_published_model(config)
     named = {"model": _resolve_model, "task": _resolve_task, "data": _resolve_data, "optimizer": _resolve_optimizer}
     for name, resolve_section in named.items():
         section = config.get(name)
@@ -188,8 +192,20 @@ def resolve(config: Mapping) -> dict:
     return resolved
 
 
+def _with_published_model(config: Mapping) -> Mapping:
+    """The config with the model of published weights, where it names none."""
+    init_from, model = config.get("init_from"), config.get("model")
+    run = init_from.get("run") if isinstance(init_from, Mapping) else init_from
+    if not is_published(run) or isinstance(model, str) or (model is not None and "name" in model):
+        return config
+    return dict(config) | {"model": {"name": run, **(model or {})}}
+
+
 def _resolve_model(section: dict) -> dict:
     name = config_lib.check_value("model.name", section.pop("name"), str)
+    if is_published(name):
+        section = published.model_section(name) | section
+        name = section.pop("name")
     constructor, size = models.find(name)
     return {"name": name} | config_lib.check_section("model", size | section, config_lib.fields(constructor), f"the model {name!r}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.tree import Tree
 
+from jaxmodels.interop.folder import is_published
 from jaxmodels.training.run_folder import RunFolder
 
 
@@ -17,7 +18,7 @@ def lineage(run: str) -> dict[str, Any]:
     Returns:
       Nested: `run`, `id`, `here` (whether its folder is still that run), what it is (`model`, `task`, `source`, `parameters`,
       `trained_parameters`), its last `metrics` by split, `taken_from` (the step of its parent, and how many parameters were
-      taken, renamed, skipped, initialised and dropped), `children`.
+      taken, renamed, skipped, initialised and dropped), `children`. Published weights at the root have `run`, `id` and `model`.
 
     Raises:
       ConfigError: no run lives there.
@@ -28,6 +29,9 @@ def lineage(run: str) -> dict[str, Any]:
     below, entries = node, folder.manifest().get("parents", [])
     node["children"] = _children(folder, {node["id"]})
     for entry in entries:
+        if is_published(entry["run"]):
+            below["taken_from"] = {"step": 0} | (_counts(RunFolder(below["run"]).manifest()["parents"][0]) if below["here"] else {})
+            return {"run": entry["run"], "id": entry["id"], "here": True, "model": entry["model_type"], "metrics": {}, "children": [below]}
         parent = RunFolder(entry["run"])
         here = parent.manifest().get("id") == entry.get("id") and parent.config_file.is_file()
         above = _node(parent, None) if here else {"run": entry["run"], "id": entry.get("id"), "here": False}
@@ -96,8 +100,8 @@ def _label(node: Mapping, asked: str) -> str:
     name = f"[bold]{node['run']}[/bold] (asked for)" if node["run"] == asked else node["run"]
     if not node["here"]:
         return f"{name}: not there any more"
-    parts.append(f"{node['model']}, {node['task']} on {node['source']}")
-    if node["parameters"]:
+    parts.append(f"{node['model']}, {node['task']} on {node['source']}" if "task" in node else f"{node['model']}, published weights")
+    if node.get("parameters"):
         share = "" if node["trained_parameters"] in (None, node["parameters"]) else f", {node['trained_parameters']:,} trained"
         parts.append(f"{node['parameters']:,} parameters{share}")
     last = node["metrics"].get("test") or node["metrics"].get("validation") or {}

@@ -1,5 +1,7 @@
 """One run out of a run and the parent that it borrows weights from."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -25,10 +27,7 @@ def merge(run: str, output: str) -> RunFolder:
       ConfigError: no such run, or the folder is taken.
     """
     located = weights_lib.locate(run)
-    source, folder = located.folder, RunFolder(output)
-    folder.check_writable()
-    if taken := [name for name in OURS if (folder.path / name).exists()]:
-        raise ConfigError(f"--output={folder.path} has {', '.join(taken)} in it. Choose another folder.")
+    source, folder = located.folder, new_folder(output)
     config, manifest = source.config(), source.manifest()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=here) for path, stored in located.arrays.items()}
@@ -37,27 +36,56 @@ def merge(run: str, output: str) -> RunFolder:
     params = {path: x for path, x in arrays.items() if path not in stats}
     if config["lora"] is not None:
         params = merge_adapters(params, Lora(**config["lora"]).scale)
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(jnp.int32(located.step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder.checkpoints)
-    try:
-        checkpoints.save(state, Progress(evaluated_at=located.step, finished=True))
-    finally:
-        checkpoints.close()
     data = config["data"]
-    if source.tokenizer_file.is_file():
-        folder.tokenizer_file.write_bytes(source.tokenizer_file.read_bytes())
-        data = data | ({"tokenizer": str(folder.path)} if "tokenizer" in data else {})  # its own, wherever its parents go
+    if source.tokenizer_file.is_file() and "tokenizer" in data:
+        data = data | {"tokenizer": str(folder.path)}  # its own, wherever its parents go
     entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
     ancestors = [{key: value for key, value in p.items() if key in ("run", "id", "step")} for p in manifest.get("parents", [])]
-    count = sum(x.size for x in params.values())
-    folder.update_manifest(parameters=count, info=manifest["info"], parents=[entry, *ancestors])
-    folder.identify()
     training = config["training"] | {"trainable": None, "freeze": ()}
-    folder.write_config(config | {"lora": None, "init_from": None, "training": training, "data": data})
+    config = config | {"lora": None, "init_from": None, "training": training, "data": data}
+    tokenizer = source.tokenizer_file.read_text(encoding="utf-8") if source.tokenizer_file.is_file() else None
+    write_run(folder, config, params, stats, located.step, info=manifest["info"], tokenizer=tokenizer, parents=[entry, *ancestors])
     try:
         source.add_child({"run": str(folder.path), "id": folder.identify(), "step": located.step, "needed": False})
     except OSError as error:
         folder.add_to_manifest("fallbacks", f"{source.path} could not be told that it has a child ({error.strerror})")
     return folder
+
+
+def new_folder(path: str) -> RunFolder:
+    """A folder for a run to be written to. Raises ConfigError if it cannot be written, or holds one."""
+    folder = RunFolder(path)
+    folder.check_writable()
+    if taken := [name for name in OURS if (folder.path / name).exists()]:
+        raise ConfigError(f"--output={folder.path} has {', '.join(taken)} in it. Choose another folder.")
+    return folder
+
+
+def write_run(
+    folder: RunFolder, config: Mapping, params: dict, stats: dict, step: int, *, info: Mapping, tokenizer: str | None, parents: list[dict]
+) -> None:
+    """Writes weights as a run that is finished: it is evaluated, loaded and started from, and not trained on.
+
+    Args:
+      folder: of `new_folder`.
+      config: resolved.
+      params, stats: flat, path -> array.
+      step: of the checkpoint.
+      info: what the data set says of itself.
+      tokenizer: its JSON, or None.
+      parents: for the manifest.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(jnp.int32(step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder.checkpoints)
+    try:
+        checkpoints.save(state, Progress(evaluated_at=step, finished=True))
+    finally:
+        checkpoints.close()
+    if tokenizer is not None:
+        folder.tokenizer_file.write_text(tokenizer, encoding="utf-8")
+    count = sum(x.size for x in params.values())
+    folder.update_manifest(parameters=count, info={key: value for key, value in info.items() if key != "tokenizer"}, parents=parents)
+    folder.identify()
+    folder.write_config(config)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment
+from jaxmodels.interop.folder import is_published
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.parallel import session
 from jaxmodels.sections import Lora
@@ -62,16 +63,22 @@ def check_parent(experiment: Experiment) -> None:
     located, account, sources = _match(experiment, shapes)
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
-        raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.folder.path} has no such weights: nothing would ever train it.")
-    _check_scale(experiment, located.folder, account)
-    _check_tokenizer(experiment, located.folder, account)
+        raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.name} has no such weights: nothing would ever train it.")
+    if located.folder is not None:
+        _check_scale(experiment, located.folder, account)
+        _check_tokenizer(experiment, located.folder, account)
 
 
 def _match(experiment: Experiment, shapes: TrainState):
     init_from = experiment.init_from
-    located = weights_lib.locate(init_from.run)
     here = flatten(shapes.params) | flatten(shapes.frozen) | flatten(shapes.stats)
-    account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename)
+    unasked = {}
+    if is_published(init_from.run):
+        located = weights_lib.locate_published(init_from.run, experiment.config["model"], list(here))
+        unasked = {"fresh": located.published.fresh, "dropped": located.published.dropped}
+    else:
+        located = weights_lib.locate(init_from.run)
+    account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename, **unasked)
     return located, account, sources
 
 
@@ -106,35 +113,46 @@ def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: 
     parent learns of its child, so that it keeps this checkpoint.
     """
     located, account, sources = _match(experiment, shapes)
-    parent, step = located.folder, located.step
-    lines = _tell_parent(parent, step, folder, experiment.frozen_in_parent) if session.is_first() else []
     parts = {"params": state.params, "frozen": state.frozen, "stats": state.stats}
     wanted = {path: x for part in parts for path, x in flatten(getattr(shapes, part)).items() if path in sources}
+    for path, x in (item for tree in parts.values() for item in flatten(tree).items()):
+        if path in wanted:
+            x.delete()  # what was drawn for it: there is room for one of the two
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
     filled = {part: unflatten({path: found.get(path, x) for path, x in flatten(tree).items()}) for part, tree in parts.items()}
     # The average starts at the weights taken, in arrays of its own, since the step donates both, and where it belongs.
     places = jax.tree.map(lambda x: x.sharding, shapes.ema)
     ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)(filled["params"]) if state.ema else state.ema
     state = state.replace(**filled, ema=ema)
-    entry = {
-        "run": str(parent.path),
-        "relative": os.path.relpath(parent.path, folder.path),
-        "id": parent.manifest().get("id"),
-        "step": step,
-        "weights": "ema" if located.averaged else "params",
-    }
-    ancestors = [{key: p[key] for key in ("run", "id", "step", "weights") if key in p} for p in parent.manifest().get("parents", [])]
+    lines = _tell_parent(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
     if session.is_first():
-        folder.update_manifest(parents=[entry | dataclasses.asdict(account), *ancestors])
+        folder.update_manifest(parents=_parents(located, account, folder))
+    step = f" at step {located.step}" if located.folder is not None else ""
     average = " (their moving average)" if located.averaged else ""
     counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(account).items() if paths)
-    return state, [*lines, f"initialised from {parent.path} at step {step}{average}: {counts}", *account.lines()]
+    notes = [f"note: {note}" for note in located.published.notes] if located.published else []
+    return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *account.lines()]
 
 
-def _tell_parent(parent: RunFolder, step: int, folder: RunFolder, needed: bool) -> list[str]:
+def _parents(located: weights_lib.Located, account: weights_lib.Account, folder: RunFolder) -> list[dict]:
+    """The manifest's entry of where the weights came from, and those of the parent's own parents."""
+    entry = {"relative": os.path.relpath(located.name, folder.path), "step": located.step} | dataclasses.asdict(account)
+    if located.published is not None:
+        published = located.published
+        own = {"run": published.folder.reference, "path": located.name, "id": published.fingerprint, "model_type": published.architecture.name}
+        return [own | {"weights": "published"} | entry]
+    parent = located.folder
+    own = {"run": str(parent.path), "id": parent.manifest().get("id"), "weights": "ema" if located.averaged else "params"}
+    ancestors = [{key: p[key] for key in ("run", "id", "step", "weights", "model_type") if key in p} for p in parent.manifest().get("parents", [])]
+    return [own | entry, *ancestors]
+
+
+def _tell_parent(located: weights_lib.Located, folder: RunFolder, needed: bool) -> list[str]:
     """Notes in the parent's folder that this run began there; a line if that cannot be written."""
+    parent, step = located.folder, located.step
+    relative = os.path.relpath(folder.path, parent.path)
     try:
-        parent.add_child({"run": str(folder.path), "relative": os.path.relpath(folder.path, parent.path), "id": folder.manifest().get("id"), "step": step, "needed": needed})
+        parent.add_child({"run": str(folder.path), "relative": relative, "id": folder.manifest().get("id"), "step": step, "needed": needed})
     except OSError as error:
         problem = f"{parent.path} could not be told that it has a child ({error.strerror}): it may delete its checkpoint of step {step}"
         folder.add_to_manifest("fallbacks", problem)

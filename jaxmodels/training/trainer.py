@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxmodels.data import loader
 from jaxmodels.errors import ConfigError, Diverged, Interrupted
 from jaxmodels.experiment import Experiment
+from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import pipeline
@@ -454,7 +455,7 @@ class _Clock:
 
 def _check_parent(experiment: Experiment, folder: RunFolder) -> None:
     """The weights to begin with fit, and are not those of a run that is about to be deleted."""
-    if RunFolder(parse_run(experiment.init_from.run)[0]).path.resolve() == folder.path.resolve():
+    if not is_published(experiment.init_from.run) and RunFolder(parse_run(experiment.init_from.run)[0]).path.resolve() == folder.path.resolve():
         raise ConfigError("config.init_from names the run's own folder. Choose another --workdir.")
     state_lib.check_parent(experiment)
 

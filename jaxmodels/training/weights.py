@@ -14,6 +14,10 @@ from typing import Any
 import jax
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.interop import published as published_lib
+from jaxmodels.interop.folder import is_published
+from jaxmodels.interop.mapping import Assembled
+from jaxmodels.interop.published import Published
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.training.checkpoint import Checkpoints, open_run
 from jaxmodels.training.run_folder import RunFolder
@@ -42,19 +46,23 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """Where the weights of a run are.
+    """Where the weights of a run, or published ones, are.
 
     Attributes:
-      folder: of the run.
+      name: the folder, to print.
+      folder: of the run; None of published weights.
       step: of its checkpoint.
       averaged: the trained ones are moving averages.
-      arrays: path -> Stored, of parameters and statistics.
+      arrays: path -> what is read, of parameters and statistics.
+      published: all else that is known of published weights.
     """
 
-    folder: RunFolder
+    name: str
+    folder: RunFolder | None
     step: int
     averaged: bool
-    arrays: Mapping[str, Stored]
+    arrays: Mapping[str, "Stored | Assembled"]
+    published: Published | None = None
 
 
 def locate(reference: str) -> Located:
@@ -76,10 +84,44 @@ def locate(reference: str) -> Located:
     parents = folder.manifest().get("parents", [])
     sources = {path: path for path in parents[0].get("taken", ())} | parents[0].get("renamed", {}) if parents else {}
     elsewhere = {here: there for here, there in sources.items() if here not in arrays}
-    if elsewhere:
+    if elsewhere and is_published(parents[0]["run"]):
+        parent = _find_published(folder, parents[0], [*arrays, *sources])
+    elif elsewhere:
         parent = locate(find_parent(folder, parents[0]))
-        arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
-    return Located(folder, step, bool(stored["ema"]), arrays)
+    arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
+    return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays)
+
+
+def locate_published(reference: str, model: Mapping[str, Any], paths: Sequence[str]) -> Located:
+    """Where published weights lie; arguments and errors as of `interop.published.locate`."""
+    found = published_lib.locate(reference, model, paths)
+    return Located(str(found.folder.path), None, 0, False, found.arrays, found)
+
+
+def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Located:
+    """Published weights for every parameter and statistic of a model.
+
+    Raises:
+      ConfigError: as `interop.published.locate`; or some are not there, or of another shape.
+    """
+    located = locate_published(reference, model, list(shapes))
+    if located.published.fresh:
+        raise ConfigError(f"{reference} has no weights for {located.published.fresh[0]}: it was published without that head.")
+    match(shapes, located.arrays, skip=(), rename=())
+    return located
+
+
+def _find_published(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str]) -> Located:
+    """The published weights that a run borrows from, as its manifest names them."""
+    places = [entry["path"], os.path.normpath(folder.path / entry["relative"])]
+    reference = next((f"hf:{place}" for place in places if os.path.isfile(os.path.join(place, "config.json"))), entry["run"])
+    try:
+        parent = locate_published(reference, folder.config()["model"], paths)
+    except ConfigError as error:
+        raise ConfigError(f"{folder.path} saved only what it trained; its other weights are those of {entry['run']}: {error}") from error
+    if parent.published.fingerprint != entry["id"]:
+        raise ConfigError(f"{folder.path} began with other weights than those that lie in {parent.name} now. Put those back.")
+    return parent
 
 
 def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
@@ -101,10 +143,13 @@ def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
     return f"{os.path.normpath(same[0])}@{entry['step']}"
 
 
-def read(arrays: Mapping[str, Stored], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read(arrays: Mapping[str, Stored | Assembled], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of the paths in `shapes`, each read straight into the sharding that its shape carries."""
     requests: dict[tuple[Path, int], dict[str, dict]] = {}
+    published = {path: shape for path, shape in shapes.items() if isinstance(arrays[path], Assembled)}
     for path, shape in shapes.items():
+        if path in published:
+            continue
         stored = arrays[path]
         requests.setdefault((stored.checkpoints, stored.step), {}).setdefault(stored.part, {})[stored.path] = shape
     found = {}
@@ -115,7 +160,9 @@ def read(arrays: Mapping[str, Stored], shapes: Mapping[str, jax.ShapeDtypeStruct
         finally:
             checkpoints.close()
         found |= {(folder, step, part, path): x for part, tree in restored.items() for path, x in flatten(tree).items()}
-    return {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes}
+    result = {path: arrays[path].read(shape.dtype, shape.sharding) for path, shape in published.items()}
+    result |= {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes if path not in result}
+    return {path: result[path] for path in shapes}
 
 
 def read_model(located: Located, params: Any, stats: Any) -> tuple[dict, dict]:
@@ -137,8 +184,8 @@ class Account:
       taken: from the other run, under the same path.
       renamed: path here -> path there.
       skipped: by `skip`: initialised here, whatever the other run has.
-      initialised: adapters, which the other run does not have.
-      dropped: paths of the other run that nothing here asked for, renamed to the empty string.
+      initialised: adapters, which the other run does not have, and a head that published weights do not have.
+      dropped: paths of the other run that nothing here asked for, renamed to the empty string; and heads of published weights.
     """
 
     taken: tuple[str, ...]
@@ -160,7 +207,13 @@ class Account:
 
 
 def match(
-    here: Mapping[str, Any], there: Mapping[str, Any], *, skip: tuple[str, ...], rename: Sequence[tuple[str, str]]
+    here: Mapping[str, Any],
+    there: Mapping[str, Any],
+    *,
+    skip: tuple[str, ...],
+    rename: Sequence[tuple[str, str]],
+    fresh: Sequence[str] = (),
+    dropped: Sequence[str] = (),
 ) -> tuple[Account, dict[str, str]]:
     """Which of another run's parameters fill which of this model's.
 
@@ -168,6 +221,7 @@ def match(
       here, there: path -> what has a shape.
       skip: patterns on paths here, from their start, that are initialised anew.
       rename: (pattern, replacement), applied in order to paths there; an empty result drops the parameter.
+      fresh, dropped: paths here that are initialised, and names there that are left out, because published weights are so.
 
     Returns:
       The account, and path here -> path there of all that is taken.
@@ -186,7 +240,7 @@ def match(
         raise ConfigError(f"config.init_from.rename: two parameters of the other run become {twice!r}.")
     skipped = tuple(path for path in here if any(re.match(pattern, path) for pattern in skip))
     sources = {name: path for path, name in new_names.items() if name in here and name not in skipped}
-    initialised = tuple(path for path in here if path.endswith(ADAPTERS) and path not in sources and path not in skipped)
+    initialised = tuple(path for path in here if (path.endswith(ADAPTERS) or path in fresh) and path not in sources and path not in skipped)
     problems = [
         f"{path} {tuple(here[path].shape)}: not in the other run" for path in here if path not in {*sources, *skipped, *initialised}
     ]
@@ -208,6 +262,6 @@ def match(
         renamed={path: source for path, source in sources.items() if path != source},
         skipped=skipped,
         initialised=initialised,
-        dropped=tuple(path for path, name in new_names.items() if not name),
+        dropped=(*(path for path, name in new_names.items() if not name), *dropped),
     )
     return account, sources
