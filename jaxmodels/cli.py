@@ -15,6 +15,8 @@ Train Flax models with Optax from one config file.
   jaxmodels data --config=configs/cnn_digits.py
   jaxmodels lineage --workdir=runs/cnn_digits
   jaxmodels merge --workdir=runs/lora --output=runs/merged
+  jaxmodels import hf:DIR_OR_ID runs/published
+  jaxmodels export runs/cnn_digits DIR
 
 Any value of a config is set with --config.SECTION.KEY=VALUE.
 Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.
@@ -92,6 +94,16 @@ def parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "write a run with adapters, or one that borrows frozen weights, as a whole run of its own")
     merge.add_argument("--workdir", required=True, metavar="RUN[@best|@latest|@STEP]", help="the run")
     merge.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+
+    imports = command("import", _import, "write a published model as a run, to evaluate, generate from, export and start from")
+    imports.add_argument("model", metavar="hf:DIR_OR_ID", help="a folder with config.json and safetensors, or the id of one on the Hugging Face hub")
+    imports.add_argument("output", metavar="DIR", help="a new folder")
+
+    export = command("export", _export, "write a run as a published model: safetensors, config.json, tokenizer, model card")
+    export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="the run; adapters are merged")
+    export.add_argument("output", metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: as imported, else float32)")
+    export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="size of a file at most, in 10^9 bytes (default: 5)")
     return root
 
 
@@ -324,6 +336,22 @@ def _lineage(options, _):
         print(json.dumps(family))
     else:
         Console(width=None if sys.stdout.isatty() else 1000).print(lineage.tree(family, options.workdir), highlight=False)
+
+
+def _import(options, _):
+    _start(options)
+    from jaxmodels.interop.as_run import import_run
+
+    folder = import_run(options.model, options.output)
+    print(f"imported {options.model} into {folder.path}: {folder.manifest()['parameters']:,} parameters")
+
+
+def _export(options, _):
+    _start(options)
+    from jaxmodels.interop.export import export_run
+
+    path = export_run(options.run, options.output, dtype=options.dtype, shard_gb=options.shard_gb)
+    print(f"exported {options.run} to {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
 
 
 def _merge(options, _):

@@ -231,6 +231,10 @@ class SentencePieceTokenizer:
         ids = (processor.piece_to_id(piece) for piece in _PUBLISHED[name])
         return next((i for i in ids if i != processor.unk_id()), None)
 
+    def model_bytes(self) -> bytes:
+        """The bytes of the `.model` file."""
+        return self._model
+
     def to_json(self) -> str:
         return json.dumps({"kind": "sentencepiece", "model": base64.b64encode(self._model).decode()})
 

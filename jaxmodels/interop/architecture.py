@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.interop.mapping import Entry
@@ -105,7 +107,7 @@ class Architecture:
       ignored: patterns on names of tensors that hold nothing of their own: copies, and constants.
       others: pattern on names of tensors of heads, which are left out where the model here has another head.
       head_paths: where our head's parameters lie.
-      constants: our model's options -> tensors with whole numbers that `transformers` wants to find: name -> value.
+      constants: our model's options -> tensors that `transformers` wants to find, and our model does not have.
     """
 
     name: str
@@ -121,7 +123,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     others: str = r"^$"
     head_paths: tuple[str, ...] = ("head/",)
-    constants: Callable[[Mapping], dict[str, int]] = lambda options: {}
+    constants: Callable[[Mapping], dict[str, np.ndarray]] = lambda options: {}
 
     def entries(self, options: Mapping, head: str) -> list[Entry]:
         """The whole table for a model with a kind of head."""

@@ -84,6 +84,9 @@ def import_run(reference: str, output: str) -> RunFolder:
     published = located.published
     entry = {"run": reference, "path": located.name, "id": published.fingerprint, "step": 0, "weights": "published", "model_type": published.architecture.name}
     text = None if tokenizer is None else tokenizer.to_json()
-    entry["dtype"] = sorted({stored.dtype.name for stored in located.arrays.values()})
+    types = {path: stored.dtype.name for path, stored in located.arrays.items()}
+    common = max(set(types.values()), key=list(types.values()).count)
+    entry["dtypes"] = {"": common} | {path: name for path, name in types.items() if name != common}  # for an export of the same bytes
+    entry["token_ids"] = {key: value for key, value in published.folder.config.items() if key.endswith("_token_id")}
     write_run(folder, config, arrays["params"], arrays["stats"], 0, info=info, tokenizer=text, parents=[entry])
     return folder

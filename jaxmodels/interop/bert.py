@@ -1,6 +1,9 @@
 """BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019), as `transformers` lays them out."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from jaxmodels.interop.architecture import (
     Architecture,
@@ -41,7 +44,7 @@ def _config(options: Mapping) -> dict:
     return {theirs: options[ours] for ours, theirs in _SIZES.items()} | {
         "intermediate_size": options["mlp_width"] or 4 * options["width"],
         "max_position_embeddings": options["context"] + options["position_offset"],
-        "type_vocab_size": options["types"],
+        "type_vocab_size": max(1, options["types"]),
         "layer_norm_eps": options["epsilon"],
         "hidden_act": their_activation(options["activation"]),
         "hidden_dropout_prob": options["dropout"],
@@ -50,13 +53,19 @@ def _config(options: Mapping) -> dict:
     }
 
 
-def _table(prefix: str) -> list[Entry]:
+def _constants(prefix: str, options: Mapping) -> dict[str, np.ndarray]:
+    """A model without kinds of tokens is one whose only kind adds nothing."""
+    name = f"{prefix}.embeddings.token_type_embeddings.weight"
+    return {} if options["types"] else {name: np.zeros((1, options["width"]), np.float32)}
+
+
+def _table(prefix: str, options: Mapping) -> list[Entry]:
     block, layer = "blocks/{layer}", f"{prefix}.encoder.layer.{{layer}}"
     embeddings = f"{prefix}.embeddings"
     entries = [
         Entry("embed/embedding", f"{embeddings}.word_embeddings.weight"),
         Entry("positions/embedding", f"{embeddings}.position_embeddings.weight"),
-        Entry("types/embedding", f"{embeddings}.token_type_embeddings.weight"),
+        *([Entry("types/embedding", f"{embeddings}.token_type_embeddings.weight")] if options["types"] else []),
         *norm("embedding_norm", f"{embeddings}.LayerNorm"),
     ]
     for name in ("query", "key", "value"):
@@ -86,7 +95,8 @@ BERT = Architecture(
     model="encoder",
     options=_bert_options,
     config=lambda options: _config(options) | {"pad_token_id": 0},
-    table=lambda options: _table("bert"),
+    table=functools.partial(_table, "bert"),
+    constants=functools.partial(_constants, "bert"),
     heads={
         "tokens": [
             *linear("head/dense", "cls.predictions.transform.dense"),
@@ -115,7 +125,8 @@ ROBERTA = Architecture(
     model="encoder",
     options=_roberta_options,
     config=lambda options: _config(options) | {"pad_token_id": options["position_offset"] - 1},
-    table=lambda options: _table("roberta"),
+    table=functools.partial(_table, "roberta"),
+    constants=functools.partial(_constants, "roberta"),
     heads={
         "tokens": [*linear("head/dense", "lm_head.dense"), *norm("head/norm", "lm_head.layer_norm"), Entry("head/bias", "lm_head.bias")],
         "class": [*linear("head/dense", "classifier.dense"), *linear("head/output", "classifier.out_proj")],

@@ -6,7 +6,6 @@ are as many pairs as layers; where only theirs has it, ours is their tensors sta
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -205,10 +204,6 @@ def tensor_of(links: Sequence[Link], arrays: Mapping[str, np.ndarray]) -> np.nda
 def tensor_shape(links: Sequence[Link], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Its shape, from those of our parameters."""
     return tensor_of(links, {link.ours: np.broadcast_to(np.False_, shapes[link.ours]) for link in links}).shape
-
-
-def size_of(shape: Sequence[int]) -> int:
-    return math.prod(shape)
 
 
 def unprefixed(names: Iterable[str], prefix: str) -> bool:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from jaxmodels.errors import ConfigError
 from jaxmodels.interop.architecture import Architecture, Keys, linear
 from jaxmodels.interop.mapping import Entry
@@ -66,5 +68,5 @@ RESNET = Architecture(
     ignored=(r"num_batches_tracked$",),
     others=r"^classifier\.",
     head_paths=("output/",),
-    constants=lambda options: {f"{theirs}.normalization.num_batches_tracked": 0 for _, theirs in _layers(options)},
+    constants=lambda options: {f"{theirs}.normalization.num_batches_tracked": np.zeros((), np.int64) for _, theirs in _layers(options)},
 )

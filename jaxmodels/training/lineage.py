@@ -8,6 +8,8 @@ from rich.tree import Tree
 from jaxmodels.interop.folder import is_published
 from jaxmodels.training.run_folder import RunFolder
 
+WORDS = ("taken", "renamed", "skipped", "initialised", "dropped")  # what became of parameters, in a manifest's `parents`
+
 
 def lineage(run: str) -> dict[str, Any]:
     """The family tree that a run is in, from its oldest known ancestor down.
@@ -77,7 +79,7 @@ def _children(folder: RunFolder, seen: set) -> list[dict]:
 
 
 def _counts(entry: Mapping) -> dict[str, int]:
-    return {word: len(entry[word]) for word in ("taken", "renamed", "skipped", "initialised", "dropped") if entry.get(word)}
+    return {word: len(entry[word]) for word in WORDS if entry.get(word)}
 
 
 def tree(node: Mapping[str, Any], run: str) -> Tree:
