@@ -1,8 +1,9 @@
-"""The commands as functions: train, evaluate, and load a run back to predict with it."""
+"""The commands as functions: train, evaluate, and load a run back to predict with it, or to make texts."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from rich.console import Console
 from jaxmodels.allocator import keep_freed_memory
 from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError, Interrupted
-from jaxmodels.experiment import Experiment, build_experiment, build_model
+from jaxmodels.experiment import build_experiment, build_model
+from jaxmodels.inference.generate import Completion, Generator, Prompt
 from jaxmodels.interop.as_run import as_run
 from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.parallel.layout import Layout
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
 from jaxmodels.training import weights as weights_lib
@@ -79,7 +82,7 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
         # All devices there are, however many trained it; a padded batch may be larger than asked.
-        mesh = _evaluation_mesh(experiment)
+        mesh = _fitting_mesh(experiment.mesh, experiment.sharding, experiment.state_shapes())
         layout = sharding_lib.make_layout(mesh, experiment.sharding)
         ways = mesh_lib.batch_ways(mesh) * layout.microbatches
         loading = dataclasses.replace(experiment.loading, eval_batch_size=-(-experiment.eval_batch_size // ways) * ways)
@@ -102,10 +105,11 @@ class Run:
       config: resolved.
       step: of the weights.
       tokenizer: of a text run, or None.
+      layout: how the model is spread over devices; None for one.
     """
 
-    def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer):
-        self.model, self.task, self.config, self.step, self.tokenizer = model, task, config, step, tokenizer
+    def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer, layout: Layout | None = None):
+        self.model, self.task, self.config, self.step, self.tokenizer, self.layout = model, task, config, step, tokenizer, layout
         graph, params, stats = step_lib.split(model)
         self._weights = (params, stats)
         self._predict = jax.jit(lambda params, stats, batch: task.predict(step_lib.evaluation_model(graph, params, stats), batch))
@@ -125,12 +129,46 @@ class Run:
         """
         return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch)))
 
+    def generate(self, prompts: Prompt | Sequence[Prompt], *, precision: str = "float32", **options: Any) -> list[Completion]:
+        """Texts that the model makes of prompts: what follows them, or of a `seq2seq` run what they become.
 
-def load(run: str) -> Run:
-    """A run, or a published model, ready to predict; needs no data.
+        Args:
+          prompts: a text or several, or lists of token numbers.
+          precision: of the computation, `float32` or `bfloat16`.
+          options: `max_tokens`, `temperature`, `top_k`, …, as `inference.generate.Options` has them.
+
+        Raises:
+          ConfigError: this run makes no texts; a prompt that is empty or does not fit; options that mean nothing.
+        """
+        return self._generator(precision).generate(prompts, **options)
+
+    def stream(self, prompt: Prompt, *, precision: str = "float32", **options: Any) -> Iterator[str]:
+        """The text of one prompt, in pieces as they come; arguments as of `generate`."""
+        return self._generator(precision).stream(prompt, **options)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  a run is kept as long as its texts are made
+    def _generator(self, precision: str) -> Generator:
+        name = self.config["task"]["name"]
+        if name not in ("language_model", "seq2seq"):
+            raise ConfigError(
+                f"a run of the task {name!r} makes no texts, those of 'language_model' and 'seq2seq' do; "
+                "evaluate this one with jaxmodels evaluate, or ask jaxmodels.load(RUN).predict(batch)."
+            )
+        if precision not in step_lib.DTYPES:
+            raise ConfigError(f"precision is {' or '.join(step_lib.DTYPES)}, got {precision!r}.")
+        own = {"start": self.task.start, "ends": (self.task.end,)} if name == "seq2seq" else {}
+        generator = Generator(self.model, self.tokenizer, dtype=step_lib.DTYPES[precision], layout=self.layout, **own)
+        if not generator.cached:
+            print(f"jaxmodels: {type(self.model).__name__} keeps no cache, so it reads the whole text anew for each token.", file=sys.stderr)
+        return generator
+
+
+def load(run: str, *, spread: bool = False) -> Run:
+    """A run, or a published model, ready to predict and to make texts; needs no data.
 
     Args:
       run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
+      spread: over all devices, as the run's own mesh says; otherwise it lies on the first.
     """
     if is_published(run):
         config, info = as_run(run)
@@ -139,21 +177,28 @@ def load(run: str) -> Run:
         config, info = _for_any_platform(folder.config()), _trained_info(folder)
     task, build = build_model(config, info)
     graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
+    if spread:
+        shapes, sharding = step_lib.weights_alone(params, stats), sharding_lib.Sharding(**config["sharding"])
+        mesh = _fitting_mesh(mesh_lib.MeshSizes(**config["mesh"]), sharding, shapes)
+        layout = sharding_lib.make_layout(mesh, sharding)
+        shapes = sharding_lib.place_state(shapes, sharding, layout)
+        params, stats = shapes.params, shapes.stats
+    else:
+        layout, here = None, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
     if is_published(run):
         located = weights_lib.locate_whole(run, config["model"], step_lib.flatten(params) | step_lib.flatten(stats))
     else:
         located = weights_lib.locate(run)
     params, stats = weights_lib.read_model(located, params, stats)
-    return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"))
+    return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"), layout)
 
 
-def _evaluation_mesh(experiment: Experiment) -> jax.sharding.Mesh:
+def _fitting_mesh(sizes: mesh_lib.MeshSizes, sharding: sharding_lib.Sharding, shapes: step_lib.TrainState) -> jax.sharding.Mesh:
     """The run's own mesh, where it fits the devices that are here; else each of them has the whole model, which is said."""
     try:
-        mesh = mesh_lib.make_mesh(experiment.mesh)
-        sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, sharding_lib.make_layout(mesh, experiment.sharding))
+        mesh = mesh_lib.make_mesh(sizes)
+        sharding_lib.place_state(shapes, sharding, sharding_lib.make_layout(mesh, sharding))
         return mesh
     except ConfigError as error:
         mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.experimental import rnn as jax_rnn
 
-from jaxmodels.inference import translate
+from jaxmodels.inference import decoding
 from jaxmodels.models import create, cudnn
 from jaxmodels.models.recurrent import RecurrentEncoder, RecurrentSeq2Seq
 from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM, settle
@@ -236,7 +236,7 @@ def test_greedy_decoding_is_a_loop_over_tokens(shortcut):
     end = int(target[0, 3])  # a token that does occur
     expected = [row[: row.index(end) + 1] + [-1] * (length - row.index(end) - 1) if end in row else row for row in target[:, 1:].tolist()]
     assert any(-1 in row for row in expected)
-    decode = jax.jit(lambda source: translate.greedy(model if shortcut else WithoutStates(model), source, length, start=start, end=end))
+    decode = jax.jit(lambda source: decoding.greedy(model if shortcut else WithoutStates(model), source, length, start=start, end=end))
     np.testing.assert_array_equal(decode(source), expected)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
 from jaxmodels.models.ring import ring_attend
@@ -269,15 +270,74 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends from x to `memory_BSD`, or to x itself; `rotary` as `positions.rotary_table` gives, the others as in `attend`."""
         memory_BSD = x_BTD if memory_BSD is None else memory_BSD
-        B, T, _ = x_BTD.shape
-        S = memory_BSD.shape[1]
-        q_BTNK = self.query(x_BTD).reshape(B, T, self.heads, self.head_width)
-        k_BSGK = self.key(memory_BSD).reshape(B, S, self.kv_heads, self.head_width)
-        v_BSGK = self.value(memory_BSD).reshape(B, S, self.kv_heads, self.head_width)
-        if self.query_norm is not None:
-            q_BTNK, k_BSGK = self.query_norm(q_BTNK), self.key_norm(k_BSGK)
-        if rotary is not None:
-            q_BTNK, k_BSGK = rotate(q_BTNK, *rotary), rotate(k_BSGK, *rotary)
+        return self._whole(self._queries(x_BTD, rotary), *self._keys_values(memory_BSD, rotary), segments, bias)
+
+    def prefill(
+        self, x_BTD: jax.Array, layer: dict[str, jax.Array], *, rotary: tuple[jax.Array, jax.Array] | None, segments: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`__call__` of x to itself, and the empty `layer` of a cache with its keys and values."""
+        k_BSGK, v_BSGK = self._keys_values(x_BTD, rotary)
+        return self._whole(self._queries(x_BTD, rotary), k_BSGK, v_BSGK, segments, None), cache_lib.fill(layer, k_BSGK, v_BSGK)
+
+    def extend(
+        self,
+        x_B1D: jax.Array,
+        layer: dict[str, jax.Array],
+        slot: jax.Array,
+        pads_B: jax.Array,
+        *,
+        index: jax.Array | None = None,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        bias: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Attends from one token, which goes to `slot`, to itself and those in the cache; see `models.cache`.
+
+        Args:
+          layer: of the cache; with `index` all of them stacked.
+          bias: [1 or B, 1 or N, 1, S], for the places of the cache.
+        """
+        layer = cache_lib.append(layer, slot, *self._keys_values(x_B1D, rotary), index)
+        k_BGSK, v_BGSK = (x if index is None else jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (layer["key"], layer["value"]))
+        valid_BS = cache_lib.valid(slot, pads_B, k_BGSK.shape[2])
+        return self.read(x_B1D, {"key": k_BGSK, "value": v_BGSK}, valid_BS, rotary=rotary, bias=bias), layer
+
+    def remember(self, memory_BSD: jax.Array) -> dict[str, jax.Array]:
+        """Keys and values of another sequence, as `read` takes them: [B, G, S, K] each."""
+        return {name: jnp.moveaxis(x, 1, 2) for name, x in zip(("key", "value"), self._keys_values(memory_BSD, None), strict=True)}
+
+    def read(
+        self,
+        x_B1D: jax.Array,
+        layer: dict[str, jax.Array],
+        valid_BS: jax.Array,
+        *,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends from one token to those keys and values [B, G, S, K] that are valid; softmax in float32."""
+        q_B1NK = constrain(self._queries(x_B1D, rotary), "batch", None, "heads", None)
+        B, _, N, K = q_B1NK.shape
+        q_BGnK = q_B1NK.reshape(B, self.kv_heads, N // self.kv_heads, K)
+        scale = 1 / math.sqrt(K) if self.scale is None else self.scale
+        products_BGnS = jnp.einsum("bgnk,bgsk->bgns", q_BGnK, layer["key"], preferred_element_type=jnp.float32) * scale
+        if bias is not None:
+            products_BGnS += bias[:, :, 0].reshape(bias.shape[0], self.kv_heads, -1, bias.shape[-1])
+        products_BGnS = jnp.where(valid_BS[:, None, None], products_BGnS, jnp.finfo(jnp.float32).min)
+        weights_BGnS = jax.nn.softmax(products_BGnS).astype(x_B1D.dtype)
+        y_BGnK = jnp.einsum("bgns,bgsk->bgnk", weights_BGnS, layer["value"])
+        return self.out(y_BGnK.reshape(B, 1, N * K))
+
+    def _queries(self, x_BTD, rotary):
+        q_BTNK = self.query(x_BTD).reshape(*x_BTD.shape[:2], self.heads, self.head_width)
+        q_BTNK = q_BTNK if self.query_norm is None else self.query_norm(q_BTNK)
+        return q_BTNK if rotary is None else rotate(q_BTNK, *rotary)
+
+    def _keys_values(self, x_BSD, rotary):
+        k_BSGK, v_BSGK = (f(x_BSD).reshape(*x_BSD.shape[:2], self.kv_heads, self.head_width) for f in (self.key, self.value))
+        k_BSGK = k_BSGK if self.key_norm is None else self.key_norm(k_BSGK)
+        return (k_BSGK if rotary is None else rotate(k_BSGK, *rotary)), v_BSGK
+
+    def _whole(self, q_BTNK, k_BSGK, v_BSGK, segments, bias):
         y_BTNK = attend(
             q_BTNK,
             k_BSGK,
@@ -290,4 +350,4 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         y_BTNK = constrain(y_BTNK, "batch", "sequence", "heads", None)
-        return self.out(y_BTNK.reshape(B, T, self.heads * self.head_width))
+        return self.out(y_BTNK.reshape(*y_BTNK.shape[:2], self.heads * self.head_width))

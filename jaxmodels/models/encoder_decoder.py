@@ -3,12 +3,13 @@
 Shapes: B batch, S source, T target, D width, N heads, K width of a head, V vocabulary.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models import cache as cache_lib
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import RelativePositions, sinusoids
@@ -18,7 +19,9 @@ from jaxmodels.models.transformer import (
     Norm,
     Remat,
     apply_blocks,
+    extend_blocks,
     make_blocks,
+    make_layers,
     make_norm,
 )
 
@@ -64,14 +67,36 @@ class Side(nnx.Module):
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None, **shared) -> jax.Array:
         """From embeddings to what the last block says, [B, T, D]; `shared` as of `transformer.apply_blocks`."""
         positions = jnp.arange(x_BTD.shape[1])[None]
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions(positions)
-        if self.sinusoidal:
-            x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        x_BTD = self._placed(x_BTD, positions)
         if self.relative is not None:
             shared["bias"] = self.relative(positions, positions)
         x_BTD, _ = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
         return x_BTD if self.final_norm is None else dropout(self.final_norm(x_BTD), self.dropout, rngs)
+
+    def remember(self, memory_BSD: jax.Array) -> list | dict:
+        """What each block's attention to a memory needs of it: a list, or for stacked blocks [L, …]."""
+        if isinstance(self.blocks, nnx.List):
+            return [block.memory_attention.remember(memory_BSD) for block in self.blocks]
+        graphdef, state = nnx.split(self.blocks)
+        return jax.lax.map(lambda state: nnx.merge(graphdef, state).memory_attention.remember(memory_BSD), state)
+
+    def extend(self, x_B1D: jax.Array, cache: dict[str, Any], **shared) -> tuple[jax.Array, list | dict]:
+        """From the embedding of one token to what the last block says, [B, 1, D], and the layers of the cache; see `models.cache`."""
+        slot, layers = cache["slot"], cache["layers"]
+        x_B1D = self._placed(x_B1D, slot[None, None])
+        if self.relative is not None:
+            size = jax.tree.leaves(layers)[0].shape[-2]
+            shared["bias"] = self.relative(slot[None, None], cache_lib.numbers(slot, size)[None])
+        x_B1D, layers = extend_blocks(self.blocks, x_B1D, layers, slot=slot, pads=cache["pads"], **shared)
+        return (x_B1D if self.final_norm is None else self.final_norm(x_B1D)), layers
+
+    def _placed(self, x_BTD, positions):
+        """With what is added for positions."""
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(positions)
+        if self.sinusoidal:
+            x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        return x_BTD
 
 
 class EncoderDecoder(nnx.Module):
@@ -166,7 +191,27 @@ class EncoderDecoder(nnx.Module):
         # Every position of the target looks at the source's tokens, none at its padding.
         segments = (jnp.zeros(target.shape, jnp.int32), jnp.where(memory["valid"], 0, -1))
         x_BTD = self.decoder(self._embed(target), rngs, memory=memory["states"], memory_segments=segments, valid=target >= 0)
-        return self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
+        return self._logits(x_BTD)
+
+    def make_cache(self, source: jax.Array, length: int) -> dict[str, Any]:
+        """A cache for targets of `length` tokens of a source, int [B, S] with -1 as padding; as `models.cache` has it."""
+        if length > self.context:
+            raise ValueError(f"{length} tokens are more than the model's context of {self.context}")
+        batch, memory = len(source), self.encode(source)
+        layers = make_layers(self.decoder.blocks, batch, length, memory["states"].dtype)
+        remembered = {"layers": self.decoder.remember(memory["states"]), "valid": memory["valid"]}
+        return {"layers": layers, "memory": remembered, "pads": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
+
+    def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits [B, V] of what follows one more token of each target, int [B], and the cache with it; a row that has ended gets -1."""
+        memory = cache["memory"]
+        x_B1D, layers = self.decoder.extend(
+            self._embed(tokens[:, None]), cache, memory=memory["layers"], memory_valid=memory["valid"], valid=tokens[:, None] >= 0
+        )
+        return self._logits(x_B1D[:, 0]), cache | {"layers": layers, "slot": cache["slot"] + 1}
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return self.embed.attend(x) if self.output is None else self.output(x)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         if tokens.shape[1] > self.context:

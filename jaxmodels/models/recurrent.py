@@ -215,6 +215,17 @@ class RecurrentSeq2Seq(nnx.Module):
         logits, _ = self.decode_from(target, memory, memory["states"], rngs=rngs)
         return logits
 
+    def make_cache(self, source: jax.Array, length: int) -> dict:
+        """What the decoder begins with, given a source, int [B, S]; as `models.cache` has it."""
+        memory = self.encode(source)
+        states = memory.pop("states")
+        return {"memory": memory, "states": states}
+
+    def extend(self, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+        """Logits [B, V] of what follows one more token of each target, int [B], and the cache after it; a row that has ended gets -1."""
+        logits, states = self.decode_from(tokens[:, None], cache["memory"], cache["states"])
+        return logits[:, 0], cache | {"states": states}
+
     def decode_from(self, target: jax.Array, memory: dict, states: tuple, rngs: nnx.Rngs | None = None):
         """`decode`, going on from the decoder's states (flat, as in the memory). Returns logits and the states after."""
         parts = len(self.bridges) // len(self.decoder.forward)

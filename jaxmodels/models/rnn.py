@@ -6,7 +6,7 @@ is that of the last real token, and the backward direction, which walks from the
 Shapes: B batch, T time, D width in, H width of a layer, V vocabulary.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +249,23 @@ class RecurrentLM(nnx.Module):
         """
         logits, _ = self.with_state(tokens, None, segments=segments, rngs=rngs)
         return logits
+
+    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """States before the first token; as `models.cache` has it. They take the same room however long a text is."""
+        return {"states": tuple(layer.initial_state(batch, dtype) for layer in self.layers)}
+
+    def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits [B, V] of what follows each of the prompts `tokens`, int [B, P] with -1 before the tokens, and the states after them."""
+        x_BTD, valid, states = self.embed(tokens), tokens >= 0, []
+        for layer, state in zip(self.layers, cache["states"], strict=True):
+            x_BTD, last = layer(x_BTD, state, valid=valid)
+            states.append(last)
+        x_BD = x_BTD[:, -1]
+        return (self.embed.attend(x_BD) if self.output is None else self.output(x_BD)), {"states": tuple(states)}
+
+    def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits [B, V] of what follows one more token of each row, int [B], and the states after it; a row that has ended gets -1."""
+        return self.prefill(tokens[:, None], cache)
 
     def with_state(self, tokens: jax.Array, state, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None):
         """Goes on from `state` (a tuple with one state per layer, or None for zeros). Returns logits and the new state."""

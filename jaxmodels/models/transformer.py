@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models import cache as cache_lib
 from jaxmodels.models.attention import Attention, Implementation
 from jaxmodels.models.layers import (
     ACTIVATIONS,
@@ -183,6 +184,38 @@ class Block(nnx.Module):
         x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs)
         return x_BTD if aux is None else (x_BTD, aux)
 
+    def prefill(self, x_BTD: jax.Array, layer: dict, *, rotary, segments: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
+        """`__call__` without a memory, and the empty `layer` of a cache with the keys and values; see `models.cache`."""
+        attend = functools.partial(self.attention.prefill, layer=layer, rotary=rotary, segments=(segments, segments))
+        x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None)
+        return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
+
+    def extend(
+        self,
+        x_B1D: jax.Array,
+        layer: dict,
+        slot: jax.Array,
+        pads: jax.Array,
+        *,
+        index: jax.Array | None = None,
+        rotary=None,
+        bias: jax.Array | None = None,
+        memory: dict | None = None,
+        memory_valid: jax.Array | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """One token more; arguments as of `attention.Attention.extend`, and of `read` for the memory. Returns [B, 1, D] and the layer's cache."""
+        attend = functools.partial(self.attention.extend, layer=layer, slot=slot, pads_B=pads, index=index, rotary=rotary, bias=bias)
+        x_B1D, layer = self._add(x_B1D, self.attention_norm, attend, None)
+        if self.memory_attention is not None:
+            x_B1D, _ = self._add(x_B1D, self.memory_norm, lambda x: self.memory_attention.read(x, memory, memory_valid), None)
+        return self._add(x_B1D, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
+
+    def make_layer(self, batch: int, length: int, dtype: Any) -> dict:
+        """An empty layer of a cache."""
+        a = self.attention
+        return cache_lib.make_layer(batch, length, a.kv_heads, a.head_width, a.window, dtype)
+
     def _add(self, x_BTD, norm, function, rngs):
         change = function(x_BTD if self.post_norm else norm(x_BTD))
         change, aux = change if isinstance(change, tuple) else (change, None)
@@ -242,6 +275,48 @@ def apply_blocks(
         for name, value in aux.items():
             collected.setdefault(name, []).append(value)
     return x_BTD, {name: jnp.stack(values) for name, values in collected.items()}
+
+
+def make_layers(blocks: nnx.Module, batch: int, length: int, dtype: Any) -> list | dict:
+    """The empty layers of a cache for blocks of `make_blocks`."""
+    if isinstance(blocks, nnx.List):
+        return [block.make_layer(batch, length, dtype) for block in blocks]
+    layers = jax.tree.leaves(nnx.split(blocks)[1])[0].shape[0]
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), blocks.make_layer(batch, length, dtype))
+
+
+def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **shared: Any) -> tuple[jax.Array, list | dict]:
+    """Runs blocks one after the other on prompts. Returns what the last one gives, and the layers with their keys and values."""
+    x_BTD = constrain(x_BTD, "batch", "sequence", None)
+    if isinstance(blocks, nnx.List):
+        filled = []
+        for block, layer in zip(blocks, layers, strict=True):
+            x_BTD, layer = block.prefill(x_BTD, layer, **shared)
+            filled.append(layer)
+        return x_BTD, filled
+    graphdef, state = nnx.split(blocks)
+    return jax.lax.scan(lambda x, of: nnx.merge(graphdef, of[0]).prefill(x, of[1], **shared), x_BTD, (state, layers))
+
+
+def extend_blocks(blocks: nnx.Module, x_B1D: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any) -> tuple[jax.Array, list | dict]:
+    """Runs blocks one after the other on one token of every row. Returns what the last one gives, and the layers of the cache.
+
+    Stacked layers are carried through the loop whole and written in place, where a loop's own inputs and outputs would be copies.
+    """
+    if isinstance(blocks, nnx.List):
+        after = []
+        for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+            x_B1D, layer = block.extend(x_B1D, layer, memory=None if memory is None else memory[i], **shared)
+            after.append(layer)
+        return x_B1D, after
+    graphdef, state = nnx.split(blocks)
+
+    def one(carry, of):
+        state, index, memory = of
+        return nnx.merge(graphdef, state).extend(*carry, index=index, memory=memory, **shared), None
+
+    count = jax.tree.leaves(state)[0].shape[0]
+    return jax.lax.scan(one, (x_B1D, layers), (state, jnp.arange(count), memory))[0]
 
 
 class Decoder(nnx.Module):
@@ -358,20 +433,48 @@ class Decoder(nnx.Module):
         if T > self.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
         valid = tokens >= 0
-        positions = jnp.arange(T)[None] if segments is None else positions_in(segments)
+        x_BTD, rotary = self._enter(tokens, jnp.arange(T)[None] if segments is None else positions_in(segments))
+        shared = {"rotary": rotary, "valid": valid}
+        if segments is not None:  # without, no token sees the padding after it
+            shared["segments"] = jnp.where(valid, segments, -1)
+        x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
+        logits = constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
+        if self.mixture is None:
+            return logits, {}
+        told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
+        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
+
+    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """An empty cache for `batch` rows of `length` tokens, as `models.cache` has it."""
+        layers = make_layers(self.blocks, batch, length, dtype)
+        return {"layers": layers, "pads": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
+
+    def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits [B, V] of what follows each of the prompts `tokens`, int [B, P] with -1 before the tokens, and the cache with them in it."""
+        valid = tokens >= 0
+        pads = jnp.argmax(valid, axis=1).astype(jnp.int32)
+        x_BTD, rotary = self._enter(tokens, jnp.maximum(jnp.arange(tokens.shape[1])[None] - pads[:, None], 0))
+        x_BTD, layers = prefill_blocks(self.blocks, x_BTD, cache["layers"], rotary=rotary, segments=jnp.where(valid, 0, -1), valid=valid)
+        logits = constrain(self._logits(x_BTD[:, -1]), "rows", "vocab")
+        return logits, {"layers": layers, "pads": pads, "slot": jnp.asarray(tokens.shape[1], jnp.int32)}
+
+    def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits [B, V] of what follows one more token of each row, int [B], and the cache with it; a row that has ended gets -1."""
+        slot, pads = cache["slot"], cache["pads"]
+        x_B1D, rotary = self._enter(tokens[:, None], (slot - pads)[:, None])
+        x_B1D, layers = extend_blocks(self.blocks, x_B1D, cache["layers"], slot=slot, pads=pads, rotary=rotary, valid=tokens[:, None] >= 0)
+        logits = constrain(self._logits(x_B1D[:, 0]), "rows", "vocab")
+        return logits, {"layers": layers, "pads": pads, "slot": slot + 1}
+
+    def _enter(self, tokens, positions):
+        """What goes into the blocks, [B, T, D]; and the rotary table."""
         x_BTD = self.embed(tokens)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions)
         if self.sinusoidal:
             x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
-        shared = {"rotary": None if self.rotary is None else rotary_table(positions, *self.rotary), "valid": valid}
-        if segments is not None:  # without, no token sees the padding after it
-            shared["segments"] = jnp.where(valid, segments, -1)
-        x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
-        x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
-        logits = self.embed.attend(x_BTD) if self.output is None else self.output(x_BTD)
-        logits = constrain(logits, "rows", "sequence", "vocab")
-        if self.mixture is None:
-            return logits, {}
-        told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
-        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
+        return x_BTD, None if self.rotary is None else rotary_table(positions, *self.rotary)
+
+    def _logits(self, x):
+        x = x if self.final_norm is None else self.final_norm(x)
+        return self.embed.attend(x) if self.output is None else self.output(x)

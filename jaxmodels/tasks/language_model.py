@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.inference import generate
+from jaxmodels.inference import decoding
 from jaxmodels.tasks.losses import cross_entropy
 
 
@@ -26,7 +26,7 @@ class LanguageModel:
         Args:
           info: of the data set: `vocab_size`, and `tokenizer` where samples are wanted.
           label_smoothing: probability taken from the true token and spread evenly over all. Training only.
-          sample_length: tokens of the text shown at each evaluation; 0 shows none.
+          sample_length: tokens of the text shown at each evaluation, where the model's context holds as many; 0 shows none.
           temperature: that the logits are divided by in those samples.
         """
         if "vocab_size" not in info:
@@ -61,12 +61,12 @@ class LanguageModel:
         return dict(values) | {"perplexity": math.exp(min(values["loss"], 700.0))}
 
     def sample(self, model, key):
-        """A text that the model makes up: int [sample_length].
+        """A text that the model makes up: int [sample_length], or as many as a model's context holds.
 
         It follows the end of a text, where the tokenizer has a token for that; else token 0, of characters mostly the newline.
         """
         first = self.tokenizer.special("end") if self.tokenizer is not None else None
-        return generate.sample(model, jnp.full((1, 1), first or 0, jnp.int32), self.sample_length, key, temperature=self.temperature)[0]
+        return decoding.sample(model, first or 0, self.sample_length, key, temperature=self.temperature)
 
     def _forward(self, model, batch, rngs):
         tokens, segments = batch["tokens"], batch.get("segments")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.inference import translate
+from jaxmodels.inference import decoding
 from jaxmodels.tasks import require
 from jaxmodels.tasks.losses import cross_entropy
 
@@ -61,7 +61,7 @@ class Seq2Seq:
         length = self.max_length or self._target_length
         if length is None:
             raise ValueError("the data did not say how long targets are: set task.max_length")
-        return translate.greedy(model, batch["source"], length, start=self.start, end=self.end)
+        return decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
 
     def loss(self, model, batch, rngs):
         """The sum of cross-entropies over targets that count, how many count, and metrics."""
@@ -77,7 +77,7 @@ class Seq2Seq:
     def outputs(self, model, batch):
         """The greedily decoded targets, and the true ones without their start, int32 [B, …], -1 after the end."""
         length = self.max_length or batch["target"].shape[1] - 1
-        predicted = translate.greedy(model, batch["source"], length, start=self.start, end=self.end)
+        predicted = decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
         return {"predicted": predicted, "target": batch["target"][:, 1:]}
 
     def score(self, outputs):

@@ -71,6 +71,12 @@ class StepOptions:
     shardings: Any = None
 
 
+def weights_alone(params: dict, stats: dict) -> TrainState:
+    """A state of weights and statistics that nothing trains: for where these lie on devices."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step=scalar, params=params, frozen={}, stats=stats, opt_state={}, ema={}, metrics={}, diverged_at=scalar)
+
+
 def split(model: nnx.Module) -> tuple[Any, dict, dict]:
     """A module as (graph, params, stats), the last two plain nested dicts with string keys."""
     graph, params, stats = nnx.split(model, nnx.Param, ...)
