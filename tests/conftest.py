@@ -42,3 +42,18 @@ def data_dir():
     if not folder:
         pytest.skip("JAXMODELS_DATA_DIR is not set: no real data sets here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Name of a config that starts from a published model -> a folder with such a model in small, of random weights."""
+    import published_models
+
+    made = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = published_models.RECIPES[name](tmp_path_factory.mktemp("published") / name)
+        return made[name]
+
+    return folder

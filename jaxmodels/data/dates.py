@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.tokenizers import make_tokenizer
+from jaxmodels.data.tokenizers import frame, make_tokenizer
 from jaxmodels.errors import ConfigError
 
 FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
@@ -82,7 +82,8 @@ def dates(data_dir: str | None, *, examples: int = 20000, held_out: int = 2000, 
         raise ConfigError(
             f"config.data.tokenizer={tokenizer!r} has no token for the start and the end of a target; take character+special or bpe:SIZE."
         )
-    sources = {split: [coder.encode(source) for source, _ in pairs] for split, pairs in texts.items()}
+    before, after = frame(coder)
+    sources = {split: [[*before, *coder.encode(source), *after] for source, _ in pairs] for split, pairs in texts.items()}
     targets = {split: [[start, *coder.encode(target), end] for _, target in pairs] for split, pairs in texts.items()}
     widths = [max(len(row) for rows in part.values() for row in rows) for part in (sources, targets)]
     splits = {split: Arrays({"source": _stack(sources[split], widths[0]), "target": _stack(targets[split], widths[1])}) for split in texts}

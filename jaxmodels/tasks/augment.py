@@ -26,6 +26,12 @@ def scale(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
 
 
+def resize(image_BHWC: jax.Array, height: int, width: int) -> jax.Array:
+    """Images stretched to another size, bilinear, and smoothed where they shrink."""
+    B, _, _, C = image_BHWC.shape
+    return jax.image.resize(image_BHWC, (B, height, width, C), "linear")
+
+
 def partners(x: jax.Array) -> jax.Array:
     """For each row of a batch, the row it is mixed with."""
     return jnp.roll(x, 1, axis=0)

@@ -26,6 +26,7 @@ class Classify:
         label_smoothing: float = 0.0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        resize: tuple[int, ...] | None = None,
         crop: int = 0,
         flip: bool = False,
         mixup: float = 0.0,
@@ -41,6 +42,8 @@ class Classify:
             Training only.
           mean: of each channel, subtracted from every image.
           std: of each channel, which every image is then divided by.
+          resize: height and width that the model reads, where the data's are others: images are stretched to that, bilinear, after they
+            are cropped and flipped and before they are mixed.
           crop: rows and columns of black around an image, out of which a window of its size is cut at random.
           flip: mirror half of the images, left to right.
           mixup: alpha of mixup (Zhang et al. 2018): an image and its label are a share of one example and the rest of
@@ -67,8 +70,12 @@ class Classify:
                 raise ConfigError(f"config.task.{name} has {len(value)} numbers; the images have {info['image_shape'][-1]} channels.")
         if std is not None and min(std) <= 0:
             raise ConfigError(f"config.task.std must be above 0, got {std}.")
-        self.provides = {"image_shape": tuple(info["image_shape"]), "num_classes": info["num_classes"]}
-        self.batch = {"image": self.provides["image_shape"], "label": ()}
+        if resize is not None and (len(resize) != 2 or min(resize) < 1):
+            raise ConfigError(f"config.task.resize is the height and width that the model reads, such as (224, 224), got {tuple(resize)}.")
+        shape = tuple(info["image_shape"])
+        self.resize = None if resize is None or tuple(resize) == shape[:2] else tuple(resize)
+        self.provides = {"image_shape": (*(self.resize or shape[:2]), shape[2]), "num_classes": info["num_classes"]}
+        self.batch = {"image": shape, "label": ()}
         self.across_rows = mixup > 0 or cutmix > 0  # an image is mixed with another row's: pmap, which shows each device its own, is refused
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
         self.losses = losses.classification(loss, gamma)
@@ -76,7 +83,7 @@ class Classify:
 
     def predict(self, model, batch):
         """Class probabilities, float [B, number of classes]."""
-        return jax.nn.softmax(self._logits(model, augment.scale(batch["image"]), None))
+        return jax.nn.softmax(self._logits(model, self._scaled(batch["image"]), None))
 
     def loss(self, model, batch, rngs):
         """The sum of weighted losses, the sum of weights, and metrics.
@@ -91,7 +98,7 @@ class Classify:
 
     def metrics(self, model, batch):
         """`loss` (without label smoothing) and `accuracy`."""
-        return self._metrics(self._logits(model, augment.scale(batch["image"]), None), batch["label"], batch)
+        return self._metrics(self._logits(model, self._scaled(batch["image"]), None), batch["label"], batch)
 
     def summarize(self, values):
         return dict(values)
@@ -103,7 +110,7 @@ class Classify:
             image = augment.random_crop(rngs.dropout(), image, self.crop)
         if self.flip:
             image = augment.random_flip(rngs.dropout(), image)
-        image = augment.scale(image)
+        image = self._scaled(image)
         if not (self.mixup or self.cutmix):
             return image, label
         mixed, share = augment.mix(
@@ -113,6 +120,11 @@ class Classify:
         image, share = jnp.where(counts[:, None, None, None], mixed, image), jnp.where(counts, share, 1.0)
         target = jax.nn.one_hot(label, self.provides["num_classes"])
         return image, share[:, None] * target + (1 - share[:, None]) * augment.partners(target)
+
+    def _scaled(self, image):
+        """Values in [0, 1], and the size that the model reads."""
+        image = augment.scale(image)
+        return image if self.resize is None else augment.resize(image, *self.resize)
 
     def _logits(self, model, image, rngs):
         if self.mean is not None:

@@ -1,0 +1,136 @@
+"""One fine-tuning step of BERT-base: `jaxmodels` against `transformers` on PyTorch, the same sizes on the same CPU.
+
+    python benchmarks/bert_step.py
+    python benchmarks/bert_step.py --parts          # where the time of our step goes, too
+
+Forward, backward and AdamW on a batch of 16 sequences of 128 tokens with labels, float32, random weights, dropout as published. The two
+take turns in one process, ROUNDS times after one step each that is not counted; a figure is the median over the rounds, the ratio that of
+the rounds' ratios. PyTorch runs eagerly, with `transformers`' own choice of attention and the fused AdamW that its trainer takes.
+
+`transformers` drops attention probabilities too (`attention_probs_dropout_prob`), which our models never do: both figures of it are given,
+with that and without.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+SIZES = {"layers": 12, "heads": 12, "width": 768, "mlp_width": 3072, "vocab": 30522}
+CONFIG = {
+    "model": {"name": "bert-base"},
+    "task": {"name": "classify_text"},
+    "data": {"source": "arrays"},
+    "optimizer": {"name": "adamw", "learning_rate": 5e-5, "weight_decay": 0.01},
+    "training": {"steps": 1000},
+}
+
+
+def batch(rows: int, length: int) -> dict[str, np.ndarray]:
+    """Tokens without padding, and labels."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, SIZES["vocab"], (rows, length), np.int32)
+    tokens[0, 0] = SIZES["vocab"] - 1  # the vocabulary is as large as its largest token
+    return {"tokens": tokens, "label": (np.arange(rows) % 2).astype(np.int32)}
+
+
+class Ours:
+    """The compiled train step of a config."""
+
+    def __init__(self, name: str, data: dict, changes: dict):
+        import jax
+
+        from jaxmodels.config import set_at
+        from jaxmodels.experiment import build_experiment
+
+        config = {section: dict(values) for section, values in CONFIG.items()}
+        config["data"]["batch_size"] = len(data["label"])
+        for key, value in changes.items():
+            set_at(config, key, value)
+        self.name = name
+        experiment = build_experiment(config, data={"train": data}).on("cpu")
+        self.key = jax.random.key(0)
+        self.state = jax.jit(experiment.init_function())(self.key)
+        self.batch = {**data, "weight": np.ones(len(data["label"]), np.float32)}
+        self.compiled = jax.jit(experiment.step_function(), donate_argnums=0).lower(self.state, self.batch, self.key).compile()
+
+    def step(self) -> float:
+        """The loss."""
+        self.state, metrics = self.compiled(self.state, self.batch, self.key)
+        total, weight = metrics["loss"]
+        return float(total) / float(weight)
+
+
+class Theirs:
+    """The usual loop."""
+
+    def __init__(self, name: str, data: dict, **options):
+        import torch
+        import transformers
+
+        self.name = name
+        config = transformers.BertConfig(num_labels=2, **options)
+        self.model = transformers.BertForSequenceClassification(config).train()
+        decayed = [p for n, p in self.model.named_parameters() if not n.endswith("bias") and "LayerNorm" not in n]
+        others = [p for n, p in self.model.named_parameters() if n.endswith("bias") or "LayerNorm" in n]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=5e-5, fused=True)
+        tokens = torch.from_numpy(data["tokens"].astype(np.int64))
+        self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.from_numpy(data["label"].astype(np.int64))}
+
+    def step(self) -> float:
+        """The loss."""
+        loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss)
+
+
+def alternate(sides: list, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side's step, round by round."""
+    for side in sides:
+        loss = side.step()
+        assert np.isfinite(loss) and loss < 3, (side.name, loss)
+    times = {side.name: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            time.sleep(0.2)  # threads of the other side that still spin are done by then
+            started = time.perf_counter()
+            side.step()
+            times[side.name].append(time.perf_counter() - started)
+    return times
+
+
+def main():
+    """Prints seconds a step and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--parts", action="store_true", help="our step without dropout, with the approximate GELU, and with plain SGD, too")
+    options = parser.parse_args()
+    import torch
+
+    from jaxmodels.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    data = batch(options.rows, options.length)
+    sides = [Ours("jaxmodels", data, {}), Theirs("transformers", data), Theirs("transformers, attention not dropped", data, attention_probs_dropout_prob=0.0)]
+    if options.parts:
+        sides += [
+            Ours("ours, no dropout", data, {"model.dropout": 0.0}),
+            Ours("ours, no dropout, GELU by tanh", data, {"model.dropout": 0.0, "model.activation": "gelu"}),
+            Ours("ours, no dropout, GELU by tanh, SGD", data, {"model.dropout": 0.0, "model.activation": "gelu", "optimizer": {"name": "sgd", "learning_rate": 1e-3}}),
+            Theirs("theirs, no dropout", data, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
+        ]
+    times = alternate(sides, options.rounds)
+    print(f"BERT-base, {options.rows} x {options.length}, seconds a step over {options.rounds} rounds, {torch.get_num_threads()} threads")
+    for name, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(values, times["jaxmodels"], strict=True))
+        print(f"  {name:<40} median {statistics.median(values):6.3f}  min {min(values):6.3f}  max {max(values):6.3f}   {ratio:5.2f} of ours")
+
+
+if __name__ == "__main__":
+    main()

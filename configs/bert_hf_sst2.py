@@ -1,0 +1,27 @@
+"""Sentiment of sentences of film reviews (SST-2): a published BERT, fine-tuned whole.
+
+    jaxmodels train --config=configs/bert_hf_sst2.py --workdir=runs/bert_hf_sst2 --data_dir=DIR
+    jaxmodels train --config=configs/bert_hf_sst2.py:MODEL --workdir=runs/bert_hf_sst2 --data_dir=DIR
+
+MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; google-bert/bert-base-uncased
+unless given. Needs DIR/sst2/{train,dev,test}.tsv. The recipe is that of Devlin et al. (2019): AdamW, peak rate 5e-5 falling to 0 after a
+warm-up, 3 epochs of batches of 32, no decay of biases and normalisations. A warm-up of 60 steps is a tenth of 3 epochs of 6,920 sentences.
+
+Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Time: not measured; `benchmarks/bert_step.py` measures a step.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(model="google-bert/bert-base-uncased"):
+    c = ConfigDict()
+    c.init_from = f"hf:{model}"
+    c.model = {"dropout": 0.1}
+    c.task = {"name": "classify_text"}
+    c.data = {"source": "tsv:sst2", "sequence_length": 64, "tokenizer": f"hf:{model}", "batch_size": 32, "eval_batch_size": 64}
+    c.optimizer = {"name": "adamw", "learning_rate": 5e-5, "weight_decay": 0.01, "clip_norm": 1.0, "schedule": {"name": "linear", "warmup": 60}}
+    c.training = {"epochs": 3}
+    c.evaluation = {"every": 216}
+    c.checkpoint = {"every": 216, "best": "accuracy"}
+    return c
