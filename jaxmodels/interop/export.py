@@ -126,8 +126,10 @@ def _misfits(architecture: Architecture, model: Mapping) -> list[str]:
         keys = Keys(architecture.config(model) | {"model_type": architecture.name}, "config.json")
         back = architecture.options(keys, lambda: [] if model.get("tie_embeddings") else ["lm_head.weight"])
         keys.finish()
-    except (ConfigError, KeyError, StopIteration, TypeError) as error:
-        return [f"its activation {model['activation']!r}" if isinstance(error, StopIteration) else str(error)]
+    except StopIteration:  # no such activation there
+        return [f"activation={model['activation']!r}", *_misfits(architecture, dict(model) | {"activation": "gelu"})]
+    except (ConfigError, KeyError, TypeError) as error:
+        return [str(error)]
     back = _canonical(resolve_options(architecture.model, back))
     own = _canonical(model)
     ignored = FREE - {"context", "moe"} | {"name"}

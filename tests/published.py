@@ -1,0 +1,97 @@
+"""Published models as tests make them: random weights in tiny sizes, written by `transformers` itself."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+import transformers
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY, CONTEXT = 99, 64
+_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
+_BERT = {**_TEXT, "max_position_embeddings": CONTEXT}
+_LLAMA = {**_BERT, "num_key_value_heads": 2}
+_LONGER = {"rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 36, "feed_forward_proj": "gated-gelu"}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 0, "eos_token_id": 0}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+# name -> (class, arguments of its config). What is odd about each is in its name.
+MODELS = {
+    "bert": ("BertForMaskedLM", _BERT),
+    "bert_classes": ("BertForSequenceClassification", {**_BERT, "num_labels": 3}),
+    "bert_tags": ("BertForTokenClassification", {**_BERT, "num_labels": 5, "hidden_act": "relu"}),
+    "roberta": ("RobertaForMaskedLM", {**_BERT, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1}),
+    "roberta_classes": ("RobertaForSequenceClassification", {**_BERT, "max_position_embeddings": CONTEXT + 2, "num_labels": 3}),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
+    "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),
+    "llama": ("LlamaForCausalLM", _LLAMA),
+    "llama_biases_tied": ("LlamaForCausalLM", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "llama_one_head_linear": ("LlamaForCausalLM", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 12, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama3_scaling": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONGER}}),
+    "llama_yarn": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": {"rope_type": "yarn", **_LONGER}}),
+    "mistral_window": ("MistralForCausalLM", {**_LLAMA, "sliding_window": 8}),
+    "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
+    "mixtral": ("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_LLAMA, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
+    "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
+    "vit": ("ViTForImageClassification", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4, "num_labels": 5}),
+    "resnet": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck", "num_labels": 5}),
+    "resnet_basic": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic", "num_labels": 5}),
+}  # fmt: skip
+
+
+def make(name: str):
+    """A model with random weights, all of them, biases and norms too; in evaluation mode."""
+    class_name, options = MODELS[name]
+    kind = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for key, buffer in model.named_buffers():
+            if key.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    if name == "t5_untied":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def inputs(name: str) -> tuple[np.ndarray, ...]:
+    """What a model reads: tokens up to its longest, -1 after the end of the first row; or images."""
+    random = np.random.default_rng(0)
+    if name.startswith(("vit", "resnet")):
+        return (random.normal(size=(2, 16, 16, 3) if name == "vit" else (2, 64, 64, 3)).astype(np.float32),)
+    tokens = random.integers(3, VOCABULARY, (2, CONTEXT)).astype(np.int32)
+    tokens[0, 40:] = -1
+    if name.startswith("t5"):
+        return tokens, random.integers(3, VOCABULARY, (2, 20)).astype(np.int32)
+    return (tokens,)
+
+
+def arguments(model, arrays: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
+    """The same for `transformers`."""
+    first = arrays[0]
+    if first.ndim == 4:
+        return {"pixel_values": torch.tensor(first.transpose(0, 3, 1, 2))}
+    padding = model.config.pad_token_id or 0
+    result = {"input_ids": torch.tensor(np.where(first < 0, padding, first)).long(), "attention_mask": torch.tensor(first >= 0).long()}
+    return result | ({"decoder_input_ids": torch.tensor(arrays[1]).long()} if len(arrays) > 1 else {})
+
+
+def logits(model, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """What `transformers` says."""
+    with torch.no_grad():
+        return model(**arguments(model, arrays)).logits.numpy()
+
+
+def real(values: np.ndarray, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Logits where there is a token."""
+    return values[arrays[0] >= 0] if values.ndim == 3 and len(arrays) == 1 else values

@@ -1,0 +1,326 @@
+"""Published weights in and out, against `transformers` on the same weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxmodels
+from jaxmodels import models
+from jaxmodels.errors import ConfigError
+from jaxmodels.interop.as_run import import_run
+from jaxmodels.interop.export import choose, export_run
+from jaxmodels.interop.published import load_model, resolve_options
+from jaxmodels.training.step import flatten
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """name -> (folder of a published model, the model), made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp(name)
+            model = published.make(name)
+            model.save_pretrained(path)
+            made[name] = (path, model)
+        return made[name]
+
+    return get
+
+
+def run(model, arrays):
+    graph, state = nnx.split(model)
+    return np.asarray(jax.jit(lambda state, *arrays: nnx.merge(graph, state)(*arrays))(state, *arrays))
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_logits_are_those_of_transformers(folder, name):
+    path, model = folder(name)
+    arrays = published.inputs(name)
+    expected = published.logits(model, arrays)
+    ours = run(load_model(f"hf:{path}"), arrays)
+    assert ours.shape == expected.shape
+    scale = max(1.0, np.abs(expected).max() / 10)  # T5's logits are in the tens
+    assert np.abs(published.real(ours - expected, arrays)).max() < 1e-4 * scale
+    assert np.abs(published.real(expected, arrays)).std() > 1e-3
+
+
+@pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "vit"))
+def test_stacked_layers_are_read_too(folder, name):
+    path, model = folder(name)
+    arrays = published.inputs(name)
+    plain, stacked = load_model(f"hf:{path}"), load_model(f"hf:{path}", scan=True)
+    assert np.abs(published.real(run(plain, arrays) - run(stacked, arrays), arrays)).max() < 1e-5
+
+
+def test_gradients_are_those_of_transformers(folder):
+    for name in ("bert", "llama"):
+        path, model = folder(name)
+        (tokens,) = published.inputs(name)
+        shift = 0 if name == "bert" else 1
+        targets = np.where(tokens < 0, -100, tokens)
+        model.zero_grad()
+        model(**published.arguments(model, (tokens,)), labels=torch.tensor(targets).long()).loss.backward()
+        graph, state = nnx.split(load_model(f"hf:{path}"))
+
+        def loss(state, tokens, graph=graph, shift=shift):
+            values = nnx.merge(graph, state)(tokens)[:, : tokens.shape[1] - shift]
+            after = tokens[:, shift:]
+            taken = jnp.take_along_axis(jax.nn.log_softmax(values), jnp.maximum(after, 0)[..., None], axis=-1)[..., 0]
+            return -jnp.sum(taken * (after >= 0)) / jnp.sum(after >= 0)
+
+        gradients = {"/".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(jax.jit(jax.grad(loss))(state, tokens))}
+        theirs = dict(model.named_parameters())
+        pairs = {
+            "bert": {
+                "embed/embedding": "bert.embeddings.word_embeddings.weight",
+                "blocks/0/attention/query/kernel": "bert.encoder.layer.0.attention.self.query.weight",
+                "blocks/1/mlp/down/bias": "bert.encoder.layer.1.output.dense.bias",
+                "head/norm/scale": "cls.predictions.transform.LayerNorm.weight",
+            },
+            "llama": {
+                "embed/embedding": "model.embed_tokens.weight",
+                "blocks/0/attention/key/kernel": "model.layers.0.self_attn.k_proj.weight",
+                "blocks/1/mlp/gate/kernel": "model.layers.1.mlp.gate_proj.weight",
+                "output/kernel": "lm_head.weight",
+            },
+        }[name]
+        for ours, other in pairs.items():
+            expected = theirs[other].grad.numpy()
+            expected = expected.T if ours.endswith("kernel") else expected
+            if name == "bert" and ours == "embed/embedding":  # `transformers` gives the row that pads no gradient
+                expected, gradients[ours] = expected[1:], gradients[ours][1:]
+            assert np.abs(expected).max() > 1e-5
+            np.testing.assert_allclose(gradients[ours], expected, rtol=1e-3, atol=2e-6, err_msg=f"{name} {ours}")
+
+
+def test_bfloat16_and_other_types(folder, tmp_path):
+    path, model = folder("llama")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    model.to(torch.float32)
+    arrays = published.inputs("llama")
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert np.abs(published.real(run(load_model(f"hf:{tmp_path / 'half'}"), arrays) - published.logits(half, arrays), arrays)).max() < 1e-4
+
+
+def test_weights_of_the_base_model_alone(folder, tmp_path):
+    """As GPT-2's are on the hub: without the prefix of the class with a head."""
+    for name in ("gpt2", "bert_classes"):
+        path, model = folder(name)
+        model.base_model.save_pretrained(tmp_path / name)
+        arrays = published.inputs(name)
+        if name == "gpt2":
+            assert np.abs(published.real(run(load_model(f"hf:{tmp_path / name}"), arrays) - published.logits(model, arrays), arrays)).max() < 1e-4
+        else:
+            with pytest.raises(ConfigError, match="architectures=.'BertModel'. has no head"):
+                load_model(f"hf:{tmp_path / name}")
+
+
+def test_names_of_older_files(folder, tmp_path):
+    """gamma and beta of BERT's first conversion, and the copies and constants that older files hold."""
+    path, model = folder("bert")
+    old = tmp_path / "old"
+    shutil.copytree(path, old)
+    tensors = load_file(path / "model.safetensors")
+    tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x for name, x in tensors.items()}
+    tensors["bert.embeddings.position_ids"] = np.arange(published.CONTEXT)[None]
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["cls.seq_relationship.weight"] = np.zeros((2, 32), np.float32)
+    save_file(tensors, old / "model.safetensors")
+    arrays = published.inputs("bert")
+    assert np.abs(published.real(run(load_model(f"hf:{old}"), arrays) - published.logits(model, arrays), arrays)).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in published.MODELS if not name.startswith(("t5", "bert", "roberta"))] + ["bert_classes"])
+def test_import_and_export_give_every_tensor_back(folder, tmp_path, name):
+    path, model = folder(name)
+    if name == "llama":
+        path = tmp_path / "half"
+        model.to(torch.bfloat16).save_pretrained(path)
+        model.to(torch.float32)
+    import_run(f"hf:{path}", str(tmp_path / "run"))
+    out = export_run(str(tmp_path / "run"), str(tmp_path / "out"), shard_gb=2e-5 if name == "mixtral" else 5.0)
+    before, after = _tensors(path), _tensors(out)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype and value.tobytes() == after[key].tobytes(), key
+    if name == "mixtral":
+        assert len(list(out.glob("*.safetensors"))) > 3
+    again, account = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(account[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if name != "llama":
+        arrays = published.inputs(name)
+        np.testing.assert_array_equal(published.logits(again.eval(), arrays), published.logits(model, arrays))
+
+
+def _tensors(path):
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def _train(tmp_path, config, data):
+    config = {"optimizer": {"name": "adamw", "learning_rate": 1e-2}, "training": {"steps": 3}, "log": {"tensorboard": False}} | config
+    jaxmodels.train(config, str(tmp_path / "run"), data=data, quiet=True)
+    return export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+
+
+def test_what_was_trained_here_is_the_same_there(tmp_path):
+    """A decoder like Llama with stacked layers, and a classifier of texts without kinds of tokens: trained from nothing, exported."""
+    check_trained_here(tmp_path, "llama", "encoder")
+
+
+@pytest.mark.slow
+def test_what_was_trained_here_is_the_same_there_of_more_kinds(tmp_path):
+    """pytest -m slow tests/test_published.py: a decoder like GPT-2, and a ViT."""
+    check_trained_here(tmp_path, "gpt", "vit")
+
+
+def check_trained_here(tmp_path, *names):
+    random = np.random.default_rng(1)
+    tokens = random.integers(0, 50, (8, 17)).astype(np.int32)
+    small = {"layers": 2, "heads": 4, "width": 32}
+    cases = {
+        "gpt": ({"name": "gpt", "context": 16, **small}, "language_model", {"tokens": tokens}),
+        "llama": ({"name": "llama3.2-1b", "context": 64, **small, "kv_heads": 2, "head_width": 8, "mlp_width": 48, "scan": True}, "language_model", {"tokens": tokens}),
+        "encoder": ({"name": "encoder", "context": 20, **small}, "classify_text", {"tokens": tokens, "label": np.arange(8, dtype=np.int32) % 3}),
+        "vit": ({"name": "vit", **small, "patch": 4}, "classify", {"image": random.normal(size=(8, 16, 16, 3)).astype(np.float32), "label": np.arange(8, dtype=np.int32) % 3}),
+    }  # fmt: skip
+    for name in names:
+        model, task, train = cases[name]
+        task = {"name": task} | ({"sample_length": 0} if task == "language_model" else {})
+        out = _train(tmp_path / name, {"model": model, "task": task, "data": {"source": "arrays", "batch_size": 4}}, {"train": train})
+        values = json.loads((out / "config.json").read_text())
+        there, account = getattr(transformers, values["architectures"][0]).from_pretrained(out, output_loading_info=True)
+        assert not any(account[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        here = jaxmodels.load(str(tmp_path / name / "run"))
+        arrays = (train["image"],) if name == "vit" else (tokens[:, :16],)
+        np.testing.assert_allclose(run(here.model, arrays), published.logits(there.eval(), arrays), atol=1e-5)
+        card = (out / "README.md").read_text()
+        assert "language_model" in card or "classify" in card
+        assert here.config["model"]["name"] in card
+
+
+def test_adapters_are_merged(folder, tmp_path):
+    path, _ = folder("llama")
+    tokens = np.random.default_rng(0).integers(3, 99, (8, 33)).astype(np.int32)
+    config = {
+        "init_from": f"hf:{path}",
+        "task": {"name": "language_model", "sample_length": 0},
+        "data": {"source": "arrays", "batch_size": 4},
+        "lora": {"rank": 2, "alpha": 8, "targets": ("attention/query", "mlp/up", "^embed$")},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-2},
+    }
+    out = _train(tmp_path, config, {"train": {"tokens": tokens}})
+    there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    here = jaxmodels.load(str(tmp_path / "run"))
+    arrays = (tokens[:, :32],)
+    ours = run(here.model, arrays)
+    np.testing.assert_allclose(ours, published.logits(there, arrays), atol=1e-4)
+    assert np.abs(ours - run(load_model(f"hf:{path}"), arrays)).max() > 1e-2
+    before, after = _tensors(path), _tensors(out)
+    same = {key for key in before if before[key].tobytes() == after[key].tobytes()}
+    assert {key for key in before} - same == {key for key in before if "q_proj" in key or "up_proj" in key or "embed_tokens" in key}
+
+
+def test_heads_that_are_not_there_are_made_anew_and_said(folder, tmp_path, capsys):
+    path, _ = folder("bert")
+    data = {"train": {"tokens": np.full((4, 8), 98, np.int32), "label": np.arange(4, dtype=np.int32) % 2}}
+    config = {"init_from": f"hf:{path}", "task": "classify_text", "data": {"source": "arrays", "batch_size": 4}, "model": {"dropout": 0.0}}
+    config |= {"optimizer": {"name": "sgd", "learning_rate": 1e-9}, "training": {"steps": 1}}
+    jaxmodels.train(config, str(tmp_path / "run"), data=data)
+    printed = capsys.readouterr().out
+    assert "attention_probs_dropout_prob=0.1 is not applied" in printed
+    assert "37 taken, 4 initialised, 5 dropped" in printed.replace("\n", " ")
+    assert "initialised head/output/kernel" in printed and "dropped     cls.predictions.transform.dense.weight" in printed
+    parent = json.loads((tmp_path / "run" / "manifest.json").read_text())["parents"][0]
+    assert parent["run"] == f"hf:{path}" and parent["model_type"] == "bert"
+    weights = flatten(nnx.to_pure_dict(nnx.state(jaxmodels.load(str(tmp_path / "run")).model)))
+    bert = _tensors(path)
+    np.testing.assert_allclose(weights["embed/embedding"], bert["bert.embeddings.word_embeddings.weight"], atol=1e-7)
+    assert weights["head/output/kernel"].shape == (32, 2)
+
+
+def test_a_run_borrows_frozen_weights_and_notices_others_in_their_place(folder, tmp_path):
+    path = tmp_path / "published"
+    shutil.copytree(folder("gpt2")[0], path)
+    tokens = np.full((4, 9), 98, np.int32)
+    config = {"init_from": f"hf:{path}", "task": {"name": "language_model", "sample_length": 0}, "data": {"source": "arrays", "batch_size": 4}}
+    config |= {"optimizer": {"name": "sgd", "learning_rate": 0.1}, "training": {"steps": 1, "trainable": ("final_norm",)}}
+    jaxmodels.train(config, str(tmp_path / "run"), data={"train": {"tokens": tokens}}, quiet=True)
+    first = jaxmodels.load(str(tmp_path / "run")).predict({"tokens": tokens})
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(tmp_path / "run", moved / "run")
+    shutil.move(path, moved / "published")  # in the same place, seen from the run
+    np.testing.assert_array_equal(jaxmodels.load(str(moved / "run")).predict({"tokens": tokens}), first)
+    shutil.rmtree(moved / "published")
+    shutil.copytree(folder("gpt2_untied_wide")[0], moved / "published")
+    with pytest.raises(ConfigError, match="began with other weights"):
+        jaxmodels.load(str(moved / "run"))
+
+
+def test_every_device_reads_its_own_part(folder):
+    """Over eight devices, in shards: each part of a parameter is that part of the file."""
+    path, _ = folder("mixtral")
+    code = f"""
+        import jax, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        from jaxmodels.interop import published
+        from jaxmodels.interop.mapping import Assembled
+        section = published.model_section("hf:{path}") | {{"scan": True}}
+        found = published.locate("hf:{path}", section, [])
+        mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+        asked = []
+        values = Assembled.values
+        Assembled.values = lambda self, ranges, dtype: asked.append(ranges) or values(self, ranges, dtype)
+        for path, spec in {{"blocks/mlp/experts/up/kernel": P(None, "b", "a", None), "embed/embedding": P(None, "b"), "blocks/attention/query/kernel": P("a", None, "b")}}.items():
+            whole = found.arrays[path].values([(0, n) for n in found.arrays[path].shape], np.float32)
+            asked.clear()
+            array = found.arrays[path].read(np.float32, NamedSharding(mesh, spec))
+            size = array.addressable_shards[0].data.size
+            assert len(asked) == whole.size // size and all(np.prod([b - a for a, b in ranges]) == size for ranges in asked), (path, asked)
+            np.testing.assert_array_equal(np.asarray(array), whole)
+        print("same")
+    """
+    code = "from jaxmodels.parallel.mesh import simulate_devices; simulate_devices(8)\n" + textwrap.dedent(code)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "same", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({"name": "gpt", "post_norm": True}, "nearest is gpt2, which has not post_norm=True"),
+        ({"name": "gpt", "norm": "rms", "positions": "rotary", "bias": False, "activation": "geglu"}, "nearest is llama.*activation='geglu'"),
+        ({"name": "encoder", "pool": "mean"}, "nearest is bert, which has not pool='mean'"),
+        ({"name": "resnet18", "stem": "cifar"}, "nearest is resnet, which has not stem='cifar'"),
+        ({"name": "lstm"}, "'lstm' is no model that `transformers` has"),
+    ],
+)
+def test_what_transformers_has_not_is_refused(model, problem):
+    model = {"name": model["name"]} | resolve_options(model["name"], {key: value for key, value in model.items() if key != "name"})
+    with pytest.raises(ConfigError, match=problem):
+        choose(model, {})
+
+
+def test_published_sizes_are_found_again():
+    """Every size of a published decoder and encoder here is what its architecture makes of it."""
+    for name, expected in {"llama2-7b": "llama", "mistral-7b": "mistral", "qwen2.5-7b": "qwen2", "qwen3-8b": "qwen3", "mixtral-8x7b": "mixtral", "gpt2-xl": "gpt2"}.items():
+        assert choose({"name": name} | resolve_options(name, models.find(name)[1]), {})[0].name == expected
+    for name, expected in {"bert-base": "bert", "roberta-base": "roberta", "t5-v1.1-small": "t5", "resnet50": "resnet", "vit_b16": "vit", "qwen3-30b-a3b": "qwen3_moe"}.items():
+        assert choose({"name": name} | resolve_options(name, models.find(name)[1]), {})[0].name == expected
