@@ -170,28 +170,56 @@ def load(run: str, *, spread: bool = False) -> Run:
       run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
       spread: over all devices, as the run's own mesh says; otherwise it lies on the first.
     """
-    if is_published(run):
-        config, info = as_run(run)
-    else:
-        folder = RunFolder(parse_run(run)[0])
-        config, info = _for_any_platform(folder.config()), _trained_info(folder)
-    task, build = build_model(config, info)
-    graph, params, stats = step_lib.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
+    opened = open_run(run)
+    graph, params, stats = step_lib.split(opened.model)
     if spread:
-        shapes, sharding = step_lib.weights_alone(params, stats), sharding_lib.Sharding(**config["sharding"])
-        mesh = _fitting_mesh(mesh_lib.MeshSizes(**config["mesh"]), sharding, shapes)
+        shapes, sharding = step_lib.weights_alone(params, stats), sharding_lib.Sharding(**opened.config["sharding"])
+        mesh = _fitting_mesh(mesh_lib.MeshSizes(**opened.config["mesh"]), sharding, shapes)
         layout = sharding_lib.make_layout(mesh, sharding)
         shapes = sharding_lib.place_state(shapes, sharding, layout)
         params, stats = shapes.params, shapes.stats
     else:
         layout, here = None, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
+    params, stats = weights_lib.read_model(opened.located, params, stats)
+    model = step_lib.evaluation_model(graph, params, stats)
+    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run, or a published model, none of whose weights are read yet.
+
+    Attributes:
+      config: resolved, without a wish for kernels that this machine may not have.
+      info: what its data said of itself.
+      task: what it learned.
+      model: the module, of shapes instead of arrays.
+      located: where its weights lie.
+    """
+
+    config: dict[str, Any]
+    info: Mapping[str, Any]
+    task: Any
+    model: nnx.Module
+    located: weights_lib.Located
+
+
+def open_run(run: str) -> Opened:
+    """What `load` makes a `Run` of, for those that read the weights in their own way; arguments and errors as there."""
+    if is_published(run):
+        config, info = as_run(run)
+    else:
+        folder = RunFolder(parse_run(run)[0])
+        config, info = _for_any_platform(folder.config()), _trained_info(folder)
+    task, build = build_model(config, info)
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+    _, params, stats = step_lib.split(model)
     if is_published(run):
         located = weights_lib.locate_whole(run, config["model"], step_lib.flatten(params) | step_lib.flatten(stats))
     else:
         located = weights_lib.locate(run)
-    params, stats = weights_lib.read_model(located, params, stats)
-    return Run(step_lib.evaluation_model(graph, params, stats), task, config, located.step, info.get("tokenizer"), layout)
+    return Opened(config, info, task, model, located)
 
 
 def _fitting_mesh(sizes: mesh_lib.MeshSizes, sharding: sharding_lib.Sharding, shapes: step_lib.TrainState) -> jax.sharding.Mesh:

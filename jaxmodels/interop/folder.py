@@ -1,11 +1,14 @@
 """A published model on disk: a folder with a `config.json`, safetensors files and a tokenizer's files."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,37 @@ def _download(name: str, weights: bool) -> Path:
             f"hf:{name}: there is no folder of that name here, and the hub did not give the model ({type(error).__name__}: {reason}). "
             "Without a network, name a folder: hf:/path/to/folder."
         ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(output: str) -> Iterator[Path]:
+    """A folder to write to, which gets its name `output` when all went well, and is gone when something did not.
+
+    Raises:
+      ConfigError: the name is taken by something that is not an empty folder, or cannot be written.
+    """
+    path = Path(output).expanduser().absolute()
+    try:
+        taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+        if taken:
+            raise ConfigError(f"{path} is there already, and is no empty folder. Choose another one.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_json(path: Path) -> dict[str, Any]:

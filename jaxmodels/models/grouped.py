@@ -24,6 +24,8 @@ def whole_blocks(sizes: jax.Array | int) -> jax.Array | int:
 
 def rows(total: int, groups: int) -> int:
     """Rows that groups in whole blocks may take up, of at most `total` rows together, however these fall to them."""
+    if not isinstance(total, int):  # not known while traced (jax.export), so not compared with anything
+        return whole_blocks(total) + (groups - 1) * BLOCK
     most = min(total * BLOCK, whole_blocks(total) + (groups - 1) * BLOCK)  # all groups but one end in a block that is not full
     return most if most < 8 * TILE else -(-most // TILE) * TILE
 

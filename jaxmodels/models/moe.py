@@ -217,7 +217,7 @@ class MoE(nnx.Module):
         as much as an all-to-all of just the assignments would.
         """
         layout, kernels = current(), self.experts.kernels()
-        B, (E, F, D) = len(x_BTD), kernels["down"].shape
+        B, (E, F, D) = x_BTD.shape[0], kernels["down"].shape
 
         def axes(name, size):
             return () if layout is None or size % layout.size(name) else layout.axes(name)
@@ -319,7 +319,7 @@ def _lay_out(x_TD: jax.Array, slot_A: jax.Array, *, slots: int, each: int) -> tu
       slots: S.
       each: assignments of a token.
     """
-    A = len(slot_A)
+    A = slot_A.shape[0]
     assignment_S = jnp.full(slots, A, jnp.int32).at[slot_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
     return _gather(x_TD, assignment_S // each, slot_A.reshape(-1, each)), assignment_S
 
