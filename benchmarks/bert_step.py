@@ -85,7 +85,7 @@ class Theirs:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def alternate(sides: list, rounds: int) -> dict[str, list[float]]:
@@ -117,12 +117,20 @@ def main():
 
     keep_freed_memory()
     data = batch(options.rows, options.length)
-    sides = [Ours("jaxmodels", data, {}), Theirs("transformers", data), Theirs("transformers, attention not dropped", data, attention_probs_dropout_prob=0.0)]
+    sides = [
+        Ours("jaxmodels", data, {}),
+        Theirs("transformers", data),
+        Theirs("transformers, attention not dropped", data, attention_probs_dropout_prob=0.0),
+    ]
     if options.parts:
         sides += [
             Ours("ours, no dropout", data, {"model.dropout": 0.0}),
             Ours("ours, no dropout, GELU by tanh", data, {"model.dropout": 0.0, "model.activation": "gelu"}),
-            Ours("ours, no dropout, GELU by tanh, SGD", data, {"model.dropout": 0.0, "model.activation": "gelu", "optimizer": {"name": "sgd", "learning_rate": 1e-3}}),
+            Ours(
+                "ours, no dropout, GELU by tanh, SGD",
+                data,
+                {"model.dropout": 0.0, "model.activation": "gelu", "optimizer": {"name": "sgd", "learning_rate": 1e-3}},
+            ),
             Theirs("theirs, no dropout", data, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         ]
     times = alternate(sides, options.rounds)

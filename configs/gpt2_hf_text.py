@@ -19,7 +19,14 @@ def get_config(model="openai-community/gpt2"):
     c.model = {"dropout": 0.1}
     c.task = {"name": "language_model"}
     c.data = {"source": "text:tinyshakespeare/input.txt", "sequence_length": 256, "tokenizer": f"hf:{model}", "batch_size": 8}
-    c.optimizer = {"name": "adamw", "learning_rate": 3e-5, "b2": 0.99, "weight_decay": 0.01, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 20}}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 3e-5,
+        "b2": 0.99,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 20},
+    }
     c.training = {"epochs": 3}
     c.evaluation = {"every": 50}
     c.checkpoint = {"every": 50, "best": "loss"}

@@ -22,7 +22,14 @@ def get_config(model="TinyLlama/TinyLlama-1.1B-Chat-v1.0"):
     c.model = {"remat": "dots"}
     c.task = {"name": "language_model", "sample_length": 0}
     c.data = {"source": "chat:chats.jsonl", "sequence_length": 1024, "tokenizer": f"hf:{model}", "holdout": 0.05, "batch_size": 8}
-    c.optimizer = {"name": "adamw", "learning_rate": 2e-4, "b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0, "schedule": {"name": "cosine", "warmup": 10}}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 2e-4,
+        "b2": 0.99,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 10},
+    }
     c.training = {"epochs": 3, "precision": "bfloat16"}
     c.lora = {"rank": 16, "alpha": 32.0, "targets": ("attention/(query|key|value|out)$", "mlp/(gate|up|down)$")}
     c.evaluation = {"every": 100}

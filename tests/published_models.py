@@ -12,8 +12,19 @@ def bert(folder, with_head=False, **options) -> Path:
     """An encoder as it is published: with the heads that it was pretrained with; or with one for two classes."""
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 200}
-    _save(transformers.BertForSequenceClassification if with_head else transformers.BertForPreTraining, transformers.BertConfig(**sizes | options), folder)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "vocab_size": 200,
+    }
+    _save(
+        transformers.BertForSequenceClassification if with_head else transformers.BertForPreTraining,
+        transformers.BertConfig(**sizes | options),
+        folder,
+    )
     return _with_tokenizer(folder, tokenizers.wordpiece(), tokenizer_class="BertTokenizer")
 
 
@@ -30,7 +41,14 @@ def llama(folder, **options) -> Path:
     """A decoder for conversations."""
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 330}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 330,
+    }
     config = transformers.LlamaConfig(**sizes | {"max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0} | options)
     _save(transformers.LlamaForCausalLM, config, folder)
     names = {"eos_token": "<|im_end|>", "bos_token": None, "pad_token": "<|endoftext|>"}
@@ -42,7 +60,16 @@ def t5(folder, **options) -> Path:
     """An encoder–decoder."""
     import transformers
 
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 192, "decoder_start_token_id": 0}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 192,
+        "decoder_start_token_id": 0,
+    }
     config = transformers.T5Config(**sizes | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} | options)
     _save(transformers.T5ForConditionalGeneration, config, folder)
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -36,7 +36,8 @@ INSTRUCTIONS = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 THOUGHTS = (
-    "{%- set last = namespace(user=-1) %}{%- for message in messages %}{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- set last = namespace(user=-1) %}{%- for message in messages %}"
+    "{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.role == 'assistant' and loop.index0 > last.user %}{{- '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{- message.content + '<|im_end|>\n' }}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{%- endfor %}"
@@ -169,7 +170,9 @@ def test_conversations_are_packed_whole_and_seen_apart(model):
         row = source[i]
         assert {key: value.dtype for key, value in row.items()} == {"tokens": np.int32, "segments": np.int32, "counts": bool}
         assert not row["counts"][row["tokens"] < 0].any()
-        found += [(row["tokens"][row["segments"] == s].tolist(), row["counts"][row["segments"] == s].tolist()) for s in range(row["segments"].max() + 1)]
+        found += [
+            (row["tokens"][row["segments"] == s].tolist(), row["counts"][row["segments"] == s].tolist()) for s in range(row["segments"].max() + 1)
+        ]
     arrays = single.splits["train"].arrays
     wanted = [(t[t >= 0].tolist(), c[t >= 0].tolist()) for t, c in zip(arrays["tokens"], arrays["counts"], strict=True)]
     assert sorted(found) == sorted(wanted) and len(source) < len(rows)
@@ -279,13 +282,31 @@ def test_templates_are_named_where_they_are_missing_or_wrong(model, tmp_path):
 
 
 def test_templates_run_in_a_sandbox_without_a_clock():
-    for text in ("{{ messages.__class__ }}", "{{ messages.append(1) }}", "{{ strftime_now('%Y') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"):
+    for text in (
+        "{{ messages.__class__ }}",
+        "{{ messages.append(1) }}",
+        "{{ strftime_now('%Y') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ):
         with pytest.raises(TemplateProblem):
             ChatTemplate(text, {}, []).render(TALK)
-    assert ChatTemplate("{{ 'x' if add_generation_prompt }}{% if tools %}y{% endif %}", {}, []).render(TALK) == "", "what is asked for may be missing"
+    assert ChatTemplate("{{ 'x' if add_generation_prompt }}{% if tools %}y{% endif %}", {}, []).render(TALK) == "", (
+        "what is asked for may be missing"
+    )
 
 
 def test_spans_take_whole_tokens_from_first_to_last():
     offsets = np.array([[0, 2], [2, 2], [2, 5], [5, 5], [5, 6], [5, 6], [6, 9]])
     np.testing.assert_array_equal(in_spans(offsets, [(3, 6)]), [0, 0, 1, 1, 1, 1, 0])
     np.testing.assert_array_equal(in_spans(offsets, [(0, 1), (8, 9), (4, 4)]), [1, 0, 0, 0, 0, 0, 1])
+
+
+def test_chats_can_be_parts_of_a_mixture(model):
+    folder = model(CHATML)
+    write(folder, {"one.jsonl": json.dumps({"messages": TALK}) + "\n", "two.jsonl": (json.dumps({"messages": TALK[:2]}) + "\n") * 3})
+    part = {"sequence_length": 64, "holdout": 0.0}
+    sources = {name: {"source": f"chat:{folder}/{name}.jsonl", **part} for name in ("one", "two")}
+    config = {"model": "gpt", "task": "language_model", "optimizer": {"name": "adam", "learning_rate": 1e-3}, "training": {"steps": 1}}
+    config["data"] = {"source": "mixture", "tokenizer": f"hf:{folder}", "sources": sources, "batch_size": 2}
+    data = build_experiment(resolve(config)).dataset
+    assert data.splits["train"][0]["counts"].any() and data.info["tokenizer"].chat_template == CHATML

@@ -1,6 +1,6 @@
 """Fine-tuning published weights: the losses are PyTorch's, and every recipe trains from a folder of random weights.
 
-    pytest tests/test_published_recipes.py -m slow     # the recipes that the default suite leaves out
+pytest tests/test_published_recipes.py -m slow     # the recipes that the default suite leaves out
 """
 
 import json
@@ -54,13 +54,22 @@ def write_data(folder, name: str) -> dict:
 
 def images():
     draw = np.random.default_rng(0)
-    return {split: {"image": draw.integers(0, 256, (8, 32, 32, 3), np.uint8), "label": np.arange(8, dtype=np.int32)} for split in ("train", "validation", "test")}
+    return {
+        split: {"image": draw.integers(0, 256, (8, 32, 32, 3), np.uint8), "label": np.arange(8, dtype=np.int32)}
+        for split in ("train", "validation", "test")
+    }
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in published_models.RECIPES])
 def test_a_recipe_trains_evaluates_and_is_loaded(name, tmp_path):
     folder = published_models.RECIPES[name](tmp_path / "model")
-    changes = write_data(tmp_path, name) | {"optimizer.schedule.warmup": 1, "training.epochs": None, "training.steps": 2, "log.every": 1, "log.tensorboard": False}
+    changes = write_data(tmp_path, name) | {
+        "optimizer.schedule.warmup": 1,
+        "training.epochs": None,
+        "training.steps": 2,
+        "log.every": 1,
+        "log.tensorboard": False,
+    }
     config = load_config(f"{ROOT / 'configs' / name}.py:{folder}", changes)
     given = {}
     if name == "vit_hf_cifar10":
@@ -80,7 +89,9 @@ def test_a_recipe_trains_evaluates_and_is_loaded(name, tmp_path):
     loaded = jaxmodels.load(run)
     if loaded.tokenizer is not None:
         assert loaded.tokenizer.files()["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
-    trained = [path for path, _ in jax.tree_util.tree_leaves_with_path(build_experiment(config, data_dir=str(tmp_path), **given).state_shapes().params)]
+    trained = [
+        path for path, _ in jax.tree_util.tree_leaves_with_path(build_experiment(config, data_dir=str(tmp_path), **given).state_shapes().params)
+    ]
     if name == "llama_hf_sft_lora":
         assert all(re.search("lora_[ab]", str(path)) for path in trained)
 
@@ -139,7 +150,9 @@ def test_images_are_those_of_the_published_preprocessor():
     seen = []
     model = lambda image, rngs=None: (seen.append(np.asarray(image)), jax.numpy.zeros((len(image), 10)))[1]  # noqa: E731
     task.predict(model, {"image": jax.numpy.asarray(image)})
-    theirs = transformers.ViTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.2, 0.1])(list(image), return_tensors="np", input_data_format="channels_last")
+    theirs = transformers.ViTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.2, 0.1])(
+        list(image), return_tensors="np", input_data_format="channels_last"
+    )
     np.testing.assert_allclose(seen[0], theirs["pixel_values"].transpose(0, 2, 3, 1), atol=1.01 / 255 / 0.1)
     with pytest.raises(jaxmodels.ConfigError, match="config.task.resize is the height and width"):
         Classify({"image_shape": (32, 32, 3), "num_classes": 10}, resize=(224,))

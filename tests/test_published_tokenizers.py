@@ -18,6 +18,7 @@ from jaxmodels.sections import resolve
 BERT = {"model_type": "bert", "vocab_size": 300}
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
 T5 = {"model_type": "t5", "vocab_size": 400, "decoder_start_token_id": 0, "is_encoder_decoder": True}
+ROBERTA = {"model_type": "roberta", "vocab_size": 320}
 LLAMA = {"model_type": "llama", "vocab_size": 512}
 NAMES = {"bert": dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), folders.BERT_SPECIAL, strict=True))}
 NAMES["roberta"] = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), folders.ROBERTA_SPECIAL, strict=True))
@@ -63,8 +64,8 @@ CASES = {
         lambda: {"config.json": BERT, "vocab.txt": lines(folders.wordpiece(False)), "tokenizer_config.json": {"do_lower_case": False}},
         (1, 2, 3, 4, 0),
     ),
-    "roberta": (lambda: {"config.json": {**BERT, "model_type": "roberta", "vocab_size": 320}, **saved(folders.byte_level(folders.ROBERTA_SPECIAL, True), "roberta")}, (3, 0, 2, 4, 1)),
-    "roberta-vocab.json": (lambda: {"config.json": {"model_type": "roberta", "vocab_size": 320}, **vocabulary(folders.byte_level(folders.ROBERTA_SPECIAL))}, (3, 0, 2, 4, 1)),
+    "roberta": (lambda: {"config.json": ROBERTA, **saved(folders.byte_level(folders.ROBERTA_SPECIAL, True), "roberta")}, (3, 0, 2, 4, 1)),
+    "roberta-vocab.json": (lambda: {"config.json": ROBERTA, **vocabulary(folders.byte_level(folders.ROBERTA_SPECIAL))}, (3, 0, 2, 4, 1)),
     "gpt2": (lambda: {"config.json": GPT2, **saved(byte_level(), "gpt2")}, (0, 0, 0, None, None)),
     "gpt2-vocab.json": (lambda: {"config.json": GPT2, **vocabulary(byte_level())}, (0, 0, 0, None, None)),
     "gpt2-start-and-end": (
@@ -76,7 +77,10 @@ CASES = {
     "llama": (lambda: {"config.json": LLAMA, **saved(folders.metaspace_bpe(), "llama")}, (0, 1, 2, None, None)),
     "t5-spiece.model": (lambda: {"config.json": T5, "spiece.model": folders.sentencepiece_model("unigram")}, (2, 0, 1, None, 0)),
     "llama-tokenizer.model": (
-        lambda: {"config.json": LLAMA, "tokenizer.model": folders.sentencepiece_model("bpe"), "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}},
+        lambda: {
+            "config.json": LLAMA, "tokenizer.model": folders.sentencepiece_model("bpe"),
+            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        },
         (0, 1, 2, None, None),
     ),
 }  # fmt: skip
@@ -119,7 +123,11 @@ def test_ids_are_those_of_transformers(case, tmp_path):
 
 
 def test_files_come_back_byte_for_byte_from_a_runs_own_json(tmp_path):
-    files = {"tokenizer.model": folders.sentencepiece_model("bpe"), "tokenizer_config.json": '{ "add_bos_token":\r\n true }', "chat_template.jinja": "x\r\ny"}
+    files = {
+        "tokenizer.model": folders.sentencepiece_model("bpe"),
+        "tokenizer_config.json": '{ "add_bos_token":\r\n true }',
+        "chat_template.jinja": "x\r\ny",
+    }
     folder = write(tmp_path, {"config.json": LLAMA, **files, "model.safetensors": b"no tokenizer"})
     again = from_json(make_tokenizer(f"hf:{folder}", (), None).to_json())
     assert again.files() == {name: content if isinstance(content, bytes) else content.encode() for name, content in files.items()}
@@ -145,13 +153,20 @@ def test_what_the_settings_add_to_the_vocabulary(tmp_path):
 
     number = byte_level().get_vocab_size()
     added = {str(number): {"content": "<pad>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}, "added_tokens_decoder": added}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+        "added_tokens_decoder": added,
+    }
     parts = {"config.json": GPT2 | {"vocab_size": 330}, "tokenizer.json": byte_level().to_str()}
     folder = write(tmp_path / "one", parts | {"tokenizer_config.json": settings})
     coder = make_tokenizer(f"hf:{folder}", (), None)
     assert coder.special("pad") == number == transformers.AutoTokenizer.from_pretrained(folder).pad_token_id
     assert coder.special("end") == 0
-    folder = write(tmp_path / "two", parts | {"added_tokens.json": {"<pad>": number}, "special_tokens_map.json": {"pad_token": "<pad>", "bos_token": None}})
+    folder = write(
+        tmp_path / "two", parts | {"added_tokens.json": {"<pad>": number}, "special_tokens_map.json": {"pad_token": "<pad>", "bos_token": None}}
+    )
     coder = make_tokenizer(f"hf:{folder}", (), None)
     assert coder.special("pad") == number and coder.special("start") is None, "a null means that there is none"
     write(folder, {"added_tokens.json": {"<pad>": number + 5}})
@@ -184,7 +199,9 @@ def test_data_sources_put_the_tokenizers_own_special_tokens_around_a_text(tmp_pa
     for row, text in zip(rows.splits["train"].arrays["tokens"], ("The cat", "the cat sat on the mat with a hat"), strict=True):
         assert row[row >= 0].tolist() == coder.wrap(text, length=8)[0].tolist()
     assert row[-1] == coder.special("end"), "a text that is cut keeps its last special token"
-    tagged = open_dataset(f"conll:{tmp_path}/words.conll", options | {"tokenizer": f"hf:{folder}", "sequence_length": 10}, None).splits["train"].arrays
+    tagged = (
+        open_dataset(f"conll:{tmp_path}/words.conll", options | {"tokenizer": f"hf:{folder}", "sequence_length": 10}, None).splits["train"].arrays
+    )
     first = [coder.encode(word).tolist() for word in ("the", "lazzy", "cat")]
     assert len(first[1]) > 1
     assert tagged["tokens"][0].tolist() == ([2] + sum(first, []) + [3] + [-1] * 10)[:10]

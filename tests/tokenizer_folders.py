@@ -23,8 +23,10 @@ LINES = [
 ] * 4
 # Case, accents (composed and not), CJK, emoji, white space in front and within, digits, contractions, what looks like special tokens.
 TRICKY = [
-    "Hello World", " leading space", "  two leading", "trailing ", "a  b   c", "\ttab\nnewline\r\nreturn\n\n", "naïve café Ünïcödé", "e\u0301le\u0301gant",
-    "東京都に住む 你好", "🙂🙃👩‍👩‍👧", "don't we'll I'M", "12345 3.14 1,000", "x\u00a0y\u200bz\u3000w", "[SEP] <s> </s> <|endoftext|> [MASK]", "ﬁne ½ Å", "", "ＦＵＬＬ width", "unk: \u0e01\u0e02",
+    "Hello World", " leading space", "  two leading", "trailing ", "a  b   c",
+    "\ttab\nnewline\r\nreturn\n\n", "naïve café Ünïcödé", "e\u0301le\u0301gant",
+    "東京都に住む 你好", "🙂🙃👩‍👩‍👧", "don't we'll I'M", "12345 3.14 1,000",
+    "x\u00a0y\u200bz\u3000w", "[SEP] <s> </s> <|endoftext|> [MASK]", "ﬁne ½ Å", "", "ＦＵＬＬ width", "unk: \u0e01\u0e02",
 ]  # fmt: skip
 
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -122,7 +122,9 @@ def template_of(tokenizer: PublishedTokenizer) -> ChatTemplate:
 
 def _with_template(coder, name: Any, template: str | None, data_dir: str | None) -> PublishedTokenizer:
     if not isinstance(coder, PublishedTokenizer):
-        raise ConfigError(f"config.data.tokenizer={name!r}: conversations need the tokenizer of a published model, hf:DIR_OR_ID, which has a chat template.")
+        raise ConfigError(
+            f"config.data.tokenizer={name!r}: conversations need the tokenizer of a published model, hf:DIR_OR_ID, which has a chat template."
+        )
     if template is None:
         return coder
     path = find_file(template, data_dir)
@@ -240,7 +242,7 @@ class _Encoder:
             if not self.truncate:
                 return f"{len(tokens)} tokens, where {self.length + 1} fit; raise data.sequence_length, or cut with data.truncate=true."
             if not counts[1 : self.length + 1].any():
-                return f"no answer begins in the first {self.length + 1} of its {len(tokens)} tokens, so that nothing is left to learn; raise data.sequence_length."
+                return f"no answer begins in the first {self.length + 1} of its {len(tokens)} tokens: nothing is left to learn; raise data.sequence_length."
             self.cut += 1
         return tokens[: self.length + 1], counts[: self.length + 1]
 

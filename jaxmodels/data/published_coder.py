@@ -221,7 +221,9 @@ def _frame_of(processor: Mapping | None) -> Frame:
         single = ((before, 0), ("A", 0), (after, 0))
         return Frame(single, (*single, ("B", 1), (after, 1)) if kind == "BertProcessing" else (*single, (after, 0), ("B", 0), (after, 0)))
     if kind != "TemplateProcessing":
-        raise ConfigError(f"config.data.tokenizer: its post-processor is {kind!r}; understood are TemplateProcessing, BertProcessing, RobertaProcessing.")
+        raise ConfigError(
+            f"config.data.tokenizer: its post-processor is {kind!r}; understood are TemplateProcessing, BertProcessing, RobertaProcessing."
+        )
 
     def flat(parts):
         for part in parts:

@@ -26,12 +26,26 @@ CHAT_TEMPLATE = "chat_template.jinja"
 _KEPT = ("model_type", "vocab_size", "is_encoder_decoder", "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 # Our names for special tokens, and theirs, in the order they are looked for.
-NAMES = {"unknown": ("unk_token",), "start": ("bos_token", "cls_token"), "end": ("eos_token", "sep_token"), "mask": ("mask_token",), "pad": ("pad_token",)}
+NAMES = {
+    "unknown": ("unk_token",),
+    "start": ("bos_token", "cls_token"),
+    "end": ("eos_token", "sep_token"),
+    "mask": ("mask_token",),
+    "pad": ("pad_token",),
+}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # What a model type's tokenizer calls its special tokens where no file says: the format's own defaults, which files may leave out.
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
-_ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+_ROBERTA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 DEFAULTS = {
@@ -46,6 +60,8 @@ DEFAULTS = {
     "qwen3": _QWEN,
     "qwen3_moe": _QWEN,
 }
+
+
 class PublishedTokenizer:
     """A tokenizer as it was published, with its files whole, so that it can be handed on byte for byte.
 

@@ -22,7 +22,8 @@ from jaxmodels.errors import ConfigError, optional_import
 
 LIBRARY_VERSION = library.__version__  # another one may train to another end
 SPECIAL = ("<unknown>", "<start>", "<end>", "<mask>")
-FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE", "FILE.json", "FILE.model", "RUN", "hf:DIR_OR_ID")
+FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE")
+FORMS += ("FILE.json", "FILE.model", "RUN", "hf:DIR_OR_ID")
 
 # What published tokenizers call the four, in the order they are looked for.
 _PUBLISHED = {
@@ -362,7 +363,8 @@ def from_json(text: str) -> Tokenizer:
         return PublishedTokenizer.from_values(values)
     if "model" in values:
         return TokenizersTokenizer(text)
-    raise ValueError(f"unknown kind of tokenizer {kind!r}; there are character, byte, word, sentencepiece, published, and files of the `tokenizers` library")
+    known = "character, byte, word, sentencepiece, published, and files of the `tokenizers` library"
+    raise ValueError(f"unknown kind of tokenizer {kind!r}; there are {known}")
 
 
 def _checked(tokens, vocab_size: int) -> list[int]:
