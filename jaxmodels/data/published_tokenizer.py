@@ -193,6 +193,10 @@ class PublishedTokenizer:
         """The files it was made from, byte for byte."""
         return dict(self._files)
 
+    def has_tokens_of(self, files: Mapping[str, bytes]) -> bool:
+        """Whether text becomes the same tokens with these files of a tokenizer: settings and templates may differ."""
+        return _vocabulary(self._files) == _vocabulary(files)
+
     def to_json(self) -> str:
         files = {name: _as_json(content) for name, content in self._files.items()}
         return json.dumps({"kind": "published", "config": self.config, "files": files}, ensure_ascii=False)
@@ -266,8 +270,16 @@ def from_reference(reference: str, data_dir: str | None) -> PublishedTokenizer:
 
 def from_folder(folder: Folder) -> PublishedTokenizer:
     """The tokenizer in the folder of a published model; ConfigError where there is none that can be read."""
-    files = {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
-    return PublishedTokenizer(files, folder.config, folder.reference)
+    return PublishedTokenizer(files_in(folder), folder.config, folder.reference)
+
+
+def files_in(folder: Folder) -> dict[str, bytes]:
+    """The files of a tokenizer that lie in the folder of a published model."""
+    return {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
+
+
+def _vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name not in ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)}
 
 
 def _missing(files: Mapping[str, bytes], kind: str) -> str:

@@ -41,8 +41,7 @@ def model_card(folder: RunFolder, step: int, architecture: Architecture, config_
     sections = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
         f"# {folder.path.name}",
-        f"A {architecture.name} ({config_json['architectures'][0]}) of {manifest['parameters']:,} parameters, trained with jaxmodels: "
-        f"`{task}` on `{config['data']['source']}`, weights of step {step:,}.",
+        f"A {architecture.name} ({config_json['architectures'][0]}) of {manifest['parameters']:,} parameters{_made(config, manifest, step)}.",
         _use(config_json["architectures"][0], task),
         "## Results\n\n" + _results(folder, step),
         "## Training\n\n" + _training(config, manifest),
@@ -52,6 +51,13 @@ def model_card(folder: RunFolder, step: int, architecture: Architecture, config_
     if notes:
         sections.insert(3, "\n".join(f"- {note}" for note in notes))
     return "\n\n".join(sections) + "\n"
+
+
+def _made(config: Mapping, manifest: Mapping, step: int) -> str:
+    parents = manifest.get("parents", [])
+    if parents and "model_type" in parents[0] and "taken" not in parents[0]:
+        return f", imported from {parents[0]['run']}, and not trained since"
+    return f", trained with jaxmodels: `{config['task']['name']}` on `{config['data']['source']}`, weights of step {step:,}"
 
 
 def _use(name: str, task: str) -> str:

@@ -57,7 +57,7 @@ def write(folder: RunFolder, target: Path) -> list[str]:
     named = {role: converted.id_to_token(i) for name, role in _ROLES.items() if (i := tokenizer.special(name)) is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return []
+    return ["A word of a text that is spelled like a special token, such as <end>, is read as one there."] if isinstance(tokenizer, WordTokenizer) else []
 
 
 def _convert(tokenizer: CharacterTokenizer | ByteTokenizer | WordTokenizer) -> library.Tokenizer:

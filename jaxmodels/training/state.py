@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.data import published_tokenizer
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment
-from jaxmodels.interop.folder import is_published
+from jaxmodels.interop.folder import find, is_published
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.parallel import session
 from jaxmodels.sections import Lora
@@ -60,6 +62,8 @@ def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
 def check_parent(experiment: Experiment) -> None:
     """Raises ConfigError unless another run's weights fit this model, and its tokenizer this data."""
     shapes = experiment.state_shapes()
+    if is_published(experiment.init_from.run):
+        _check_published_tokenizer(experiment)
     located, account, sources = _match(experiment, shapes)
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
@@ -103,6 +107,19 @@ def _check_tokenizer(experiment: Experiment, parent: RunFolder, account: weights
         raise ConfigError(
             f"config.data.tokenizer: {parent.path} was trained with another tokenizer, so its {embeddings[0]} means other tokens. "
             f"Use its own, --config.data.tokenizer={parent.path}, or leave out the embeddings with init_from.skip and init_from.rename."
+        )
+
+
+def _check_published_tokenizer(experiment: Experiment) -> None:
+    """The same of a published model, whose tokenizer lies beside its weights."""
+    tokenizer, reference, skip = experiment.dataset.info.get("tokenizer"), experiment.init_from.run, experiment.init_from.skip
+    files = published_tokenizer.files_in(find(reference))
+    if tokenizer is None or not files or any(re.match(pattern, "embed/embedding") for pattern in skip):
+        return
+    if not isinstance(tokenizer, published_tokenizer.PublishedTokenizer) or not tokenizer.has_tokens_of(files):
+        raise ConfigError(
+            f"config.data.tokenizer: {reference} was trained with another tokenizer, so its embedding means other tokens. Use its own, "
+            f"--config.data.tokenizer={reference}, or leave out the embedding with init_from.skip."
         )
 
 
