@@ -105,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write a run as a published model: safetensors, config.json, tokenizer, model card")
     export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="the run; adapters are merged")
     export.add_argument("output", metavar="DIR", help="a new folder")
+    formats = "transformers: weights, config, tokenizer, card; stablehlo: the forward pass as a program (default: transformers)"
+    export.add_argument("--format", choices=("transformers", "stablehlo"), default="transformers", help=formats)
     export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: as imported, else float32)")
     export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="size of a file at most, in 10^9 bytes (default: 5)")
     return root
@@ -414,9 +416,14 @@ def _import(options, _):
 
 def _export(options, _):
     _start(options)
-    from jaxmodels.interop.export import export_run
+    if options.format == "stablehlo":
+        from jaxmodels.interop.stablehlo import export_stablehlo
 
-    path = export_run(options.run, options.output, dtype=options.dtype, shard_gb=options.shard_gb)
+        path = export_stablehlo(options.run, options.output)
+    else:
+        from jaxmodels.interop.export import export_run
+
+        path = export_run(options.run, options.output, dtype=options.dtype, shard_gb=options.shard_gb)
     print(f"exported {options.run} to {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
 
 
