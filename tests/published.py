@@ -20,31 +20,39 @@ _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 2, "num_heads": 4,
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 0, "eos_token_id": 0}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
+_SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONGER}
+_LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+_ROBERTA = {**_BERT, "max_position_embeddings": CONTEXT + 2}
+_BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}
+_EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
+_RESNET = {"embedding_size": 8, "num_labels": 5}
+
 # name -> (class, arguments of its config). What is odd about each is in its name.
 MODELS = {
     "bert": ("BertForMaskedLM", _BERT),
     "bert_classes": ("BertForSequenceClassification", {**_BERT, "num_labels": 3}),
     "bert_tags": ("BertForTokenClassification", {**_BERT, "num_labels": 5, "hidden_act": "relu"}),
-    "roberta": ("RobertaForMaskedLM", {**_BERT, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1}),
-    "roberta_classes": ("RobertaForSequenceClassification", {**_BERT, "max_position_embeddings": CONTEXT + 2, "num_labels": 3}),
+    "roberta": ("RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}),
+    "roberta_classes": ("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),
     "llama": ("LlamaForCausalLM", _LLAMA),
-    "llama_biases_tied": ("LlamaForCausalLM", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-    "llama_one_head_linear": ("LlamaForCausalLM", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 12, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
-    "llama3_scaling": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONGER}}),
+    "llama_biases_tied": ("LlamaForCausalLM", {**_LLAMA, **_BIASES}),
+    "llama_one_head_linear": ("LlamaForCausalLM", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 12, "rope_parameters": _LINEAR}),
+    "llama3_scaling": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": _SCALED}),
     "llama_yarn": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": {"rope_type": "yarn", **_LONGER}}),
     "mistral_window": ("MistralForCausalLM", {**_LLAMA, "sliding_window": 8}),
     "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_LLAMA, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_LLAMA, **_EXPERTS}),
     "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
-    "vit": ("ViTForImageClassification", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4, "num_labels": 5}),
-    "resnet": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck", "num_labels": 5}),
-    "resnet_basic": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic", "num_labels": 5}),
-}  # fmt: skip
+    "vit": ("ViTForImageClassification", {**_VIT, "num_labels": 5}),
+    "resnet": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck"}),
+    "resnet_basic": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic"}),
+}
 
 
 def make(name: str):

@@ -149,7 +149,8 @@ def find(config: Mapping, where: str) -> Architecture:
     """
     name = config.get("model_type")
     if name not in ARCHITECTURES:
-        raise ConfigError(f"{where}: model_type={name!r} is not supported; there are {', '.join(ARCHITECTURES)}.{config_lib.suggest(str(name), ARCHITECTURES)}")
+        hint = config_lib.suggest(str(name), ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type={name!r} is not supported; there are {', '.join(ARCHITECTURES)}.{hint}")
     return load(name)
 
 

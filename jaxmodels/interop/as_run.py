@@ -82,7 +82,8 @@ def import_run(reference: str, output: str) -> RunFolder:
     arrays = {part: weights_lib.read(located.arrays, tree) for part, tree in placed.items()}
     tokenizer = info.get("tokenizer")
     published = located.published
-    entry = {"run": reference, "path": located.name, "id": published.fingerprint, "step": 0, "weights": "published", "model_type": published.architecture.name}
+    entry = {"run": reference, "path": located.name, "id": published.fingerprint, "step": 0, "weights": "published"}
+    entry["model_type"] = published.architecture.name
     text = None if tokenizer is None else tokenizer.to_json()
     types = {path: stored.dtype.name for path, stored in located.arrays.items()}
     common = max(set(types.values()), key=list(types.values()).count)

@@ -40,7 +40,8 @@ def _rotary(keys: Keys, base: float) -> dict:
 
 
 def _check_rotary(keys: Keys, values: Mapping, kind: str, names: Mapping) -> None:
-    harmless = {"partial_rotary_factor": 1.0, "truncate": True, "original_max_position_embeddings": values.get("original_max_position_embeddings")}
+    unused = "original_max_position_embeddings"
+    harmless = {"partial_rotary_factor": 1.0, "truncate": True, unused: values.get(unused)}
     for key, value in values.items():
         if key not in names.values() and value is not None and harmless.get(key) != value:
             raise ConfigError(f"{keys.where}: {key}={value!r} in the rotary positions ({kind}) changes what the model computes, and is not supported.")

@@ -82,7 +82,9 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pu
     _, architecture, options, notes = describe(reference)
     folder = folder_lib.find(reference, weights=True)
     if models.find(model["name"])[0] is not models.find(architecture.model)[0]:
-        raise ConfigError(f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out, and it is made from its config.json.")
+        raise ConfigError(
+            f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out, and it is made from its config.json."
+        )
     paths = list(paths)
     notes = [*notes, *_differences(reference, model, options)]
     head = architecture.head_in(paths)

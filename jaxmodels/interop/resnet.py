@@ -20,7 +20,8 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     block = keys.must("layer_type", "bottleneck", *_WIDER)
     width, widths = keys.get("embedding_size"), keys.get("hidden_sizes")
     if widths != [width * _WIDER[block] * 2**stage for stage in range(len(widths))]:
-        raise ConfigError(f"{keys.where}: hidden_sizes={widths} are not embedding_size={width} times {_WIDER[block]}, doubled at each stage; no others are supported.")
+        wanted = f"embedding_size={width} times {_WIDER[block]}, doubled at each stage"
+        raise ConfigError(f"{keys.where}: hidden_sizes={widths} are not {wanted}; no others are supported.")
     return {"stages": tuple(keys.get("depths")), "block": block, "width": width, "stem": "imagenet"}
 
 
