@@ -374,9 +374,10 @@ def _data(options, overrides):
 
 def _config(options, overrides):
     from jaxmodels import config as config_lib
-    from jaxmodels.sections import resolve
+    from jaxmodels.sections import published_keys, resolve
 
-    resolved = resolve(_load(options, overrides))
+    config = _load(options, overrides)
+    resolved = resolve(config)
     if options.diff:
         other = resolve(config_lib.load_config(options.diff))
         changed = config_lib.differences(resolved, other)
@@ -387,7 +388,7 @@ def _config(options, overrides):
     elif options.json:
         print(json.dumps(resolved, indent=2))
     else:
-        origins = config_lib.origins(options.config, overrides, resolved)
+        origins = config_lib.origins(options.config, overrides, resolved) | published_keys(config.to_dict())
         flat = config_lib.flatten(resolved)
         width = max(map(len, flat))
         for key, value in flat.items():

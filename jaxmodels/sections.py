@@ -201,6 +201,16 @@ def _with_published_model(config: Mapping) -> Mapping:
     return dict(config) | {"model": {"name": run, **(model or {})}}
 
 
+def published_keys(config: Mapping) -> dict[str, str]:
+    """Dotted keys of the model that a published model's config.json decides, and which model that is."""
+    model = _with_published_model(config).get("model")
+    reference = model.get("name") if isinstance(model, Mapping) else model
+    if not is_published(reference):
+        return {}
+    own = config.get("model") if isinstance(config.get("model"), Mapping) else {}
+    return {f"model.{key}": reference for key in published.model_section(reference) if key == "name" or key not in own}
+
+
 def _resolve_model(section: dict) -> dict:
     name = config_lib.check_value("model.name", section.pop("name"), str)
     if is_published(name):

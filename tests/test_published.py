@@ -359,3 +359,14 @@ def test_published_sizes_are_found_again():
     for architecture, names in published_as.items():
         for name in names:
             assert choose({"name": name} | resolve_options(name, models.find(name)[1]), {})[0].name == architecture
+
+
+def test_config_says_what_a_config_json_decided(folder, tmp_path, jaxmodels_command):
+    path, _ = folder("gpt2")
+    config = {"init_from": f"hf:{path}", "model": {"dropout": 0.0}, "task": "language_model", "seed": 0}
+    config["data"] = {"source": "python_docs", "sequence_length": 8, "batch_size": 2}
+    config |= {"optimizer": {"name": "sgd", "learning_rate": 0.1}, "training": {"steps": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    lines = {line.split()[0]: line for line in jaxmodels_command("config", f"--config={tmp_path / 'c.json'}").stdout.splitlines()}
+    assert lines["model.width"].endswith(f"hf:{path}") and " 32 " in lines["model.width"]
+    assert lines["model.dropout"].endswith("file") and lines["model.scan"].endswith("default")
