@@ -1,9 +1,12 @@
 """Figures of a dry run against closed forms and the arrays themselves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 import small
+from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxmodels.errors import ConfigError
@@ -39,6 +42,15 @@ def test_flops_of_kernels_and_of_devices_parts_are_those_of_the_whole():
     rows, mesh = jax.ShapeDtypeStruct((8, 16), jnp.float32), AbstractMesh((4,), ("data",))
     parts = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
     assert count_flops(parts, rows) == 4 * 2 * 2 * 2 * 16
+
+
+def test_flops_of_a_kernel_whose_grid_depends_on_values():
+    """A TPU's products of groups of rows: one product of all rows, and as much for each of two gradients."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 128), (4, 128, 384))] + [jax.ShapeDtypeStruct((4,), jnp.int32)]
+    product = functools.partial(gmm, preferred_element_type=jnp.float32)
+    assert count_flops(product, *shapes) == 2 * 256 * 128 * 384
+    gradient = jax.grad(lambda rows, kernels, sizes: product(rows, kernels, sizes).sum(), argnums=(0, 1))
+    assert count_flops(gradient, *shapes) == 3 * 2 * 256 * 128 * 384
 
 
 @pytest.mark.parametrize("scan", [False, True])

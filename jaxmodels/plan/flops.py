@@ -48,7 +48,13 @@ def _jaxpr_flops(jaxpr) -> int:
             total += equation.params["mesh"].size * _jaxpr_flops(equation.params["jaxpr"])
         elif name == "pallas_call":
             # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
-            total += math.prod(equation.params["grid_mapping"].grid) * _jaxpr_flops(equation.params["jaxpr"])
+            grid, estimate = equation.params["grid_mapping"].grid, equation.params["cost_estimate"]
+            if all(isinstance(size, int) for size in grid):
+                total += math.prod(grid) * _jaxpr_flops(equation.params["jaxpr"])
+            elif estimate is not None:
+                total += estimate.flops  # how often it runs is known when it runs alone; its author says for how much
+            else:
+                raise ValueError(f"{equation.params['name_and_src_info']}: a kernel whose grid depends on values, and that says no cost")
         elif name == "cond":
             total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:
