@@ -89,16 +89,16 @@ def models(more: bool = False) -> dict:
             (packed,),
             layout_of(MIXED, microbatches=8),
         ),
-        "relative encoder-decoder": (
-            EncoderDecoder(30, positions="relative", post_norm=False, rngs=rngs, **SMALL),
-            lambda model, source, target: model(source, target) * (target >= 0)[..., None],
-            (packed, tokens(16, 8, padded=True, seed=1)),
-            layout_of(FOUR, microbatches=4),
-        ),
     }
     if more:
         unmasked = tokens(16, padded=False)
         cases = {
+            "relative encoder-decoder": (
+                EncoderDecoder(30, positions="relative", post_norm=False, rngs=rngs, **SMALL),
+                lambda model, source, target: model(source, target) * (target >= 0)[..., None],
+                (packed, tokens(16, 8, padded=True, seed=1)),
+                layout_of(FOUR, microbatches=4),
+            ),
             "ring": (
                 Decoder(30, positions="rotary", kv_heads=1, remat="dots", rngs=rngs, **SMALL),
                 lambda model, tokens, segments: model(tokens, segments=segments) * (tokens >= 0)[..., None],

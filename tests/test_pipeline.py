@@ -34,7 +34,7 @@ def found():
     return pipelined()
 
 
-@pytest.mark.parametrize("model", ["packed mixture", "padded encoder", "relative encoder-decoder"])
+@pytest.mark.parametrize("model", ["packed mixture", "padded encoder"])
 def test_outputs_and_gradients_equal_one_device(found, model):
     """A mixture's statistics are among the outputs, so bubbles count in none of them."""
     assert found["models"][model] < 2e-5
@@ -43,9 +43,9 @@ def test_outputs_and_gradients_equal_one_device(found, model):
 @pytest.mark.slow
 def test_equals_one_device_in_more_ways():
     """Training on pipeline=4,data=2 and pipeline=2,fsdp=2,tensor=2, with 4 and 8 microbatches, with and without accumulation; ring
-    attention and experts with capacity in stages. `pytest -m slow tests/test_pipeline.py`"""
+    attention, experts with capacity, and an encoder-decoder with relative positions in stages. `pytest -m slow tests/test_pipeline.py`"""
     found = pipelined("more")
-    assert len(found) == 10 and max(found.values()) < 2e-5, found
+    assert len(found) == 11 and max(found.values()) < 2e-5, found
 
 
 def test_dry_run_tells_the_schedule_and_counts_no_bubble(found):

@@ -57,17 +57,15 @@ def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
 def test_a_step_spread_by_the_compiler_is_that_of_one_device(tmp_path):
     cases = [
         {"model": "gpt", "mesh": {"context": 2, "fsdp": 2, "tensor": 2, "data": 1}, "dropout": 0.1, "accumulate": 4},
-        {"model": "bert", "mesh": MESHES["tensor"], "dropout": 0.1},
         {"model": "cnn", "mesh": MESHES["slices"]},
     ]
     notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])]
     # 260 tokens divide by 2 and by 4; ten classes do not matter, and no convolution is cut along `tensor`.
-    assert notes == [[], [], []]
+    assert notes == [[], []]
 
 
 def test_pmap_is_the_same_step(tmp_path):
-    cases = [{"model": name, "partition": "pmap", "mesh": {"data": 8}, "accumulate": n, "steps": 4} for name, n in (("cnn", 1), ("bert", 4))]
-    assert_equal_runs(tmp_path, cases)
+    assert_equal_runs(tmp_path, [{"model": "cnn", "partition": "pmap", "mesh": {"data": 8}, "accumulate": 2, "steps": 4}])
 
 
 @pytest.mark.slow
