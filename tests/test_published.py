@@ -370,3 +370,25 @@ def test_config_says_what_a_config_json_decided(folder, tmp_path, jaxmodels_comm
     lines = {line.split()[0]: line for line in jaxmodels_command("config", f"--config={tmp_path / 'c.json'}").stdout.splitlines()}
     assert lines["model.width"].endswith(f"hf:{path}") and " 32 " in lines["model.width"]
     assert lines["model.dropout"].endswith("file") and lines["model.scan"].endswith("default")
+
+
+def test_a_model_of_the_hub_is_found_by_its_id(folder, tmp_path, monkeypatch):
+    """In the hub's own cache, where a download puts it: files are links to blobs outside of the snapshot's folder."""
+    from huggingface_hub import constants
+
+    path, model = folder("gpt2")
+    home = tmp_path / "models--someone--tiny"
+    snapshot = home / "snapshots" / ("0" * 40)
+    for part in (snapshot, home / "refs", home / "blobs"):
+        part.mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    for file in path.iterdir():
+        shutil.copy(file, home / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(home / "blobs" / file.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arrays = published.inputs("gpt2")
+    ours = run(load_model("hf:someone/tiny"), arrays)
+    assert np.abs(published.real(ours - published.logits(model, arrays), arrays)).max() < 1e-4
+    with pytest.raises(ConfigError, match="hf:someone/other: there is no folder of that name here, and the hub did not give the model"):
+        load_model("hf:someone/other")
