@@ -88,8 +88,8 @@ class Theirs:
         return float(loss.detach())
 
 
-def alternate(sides: list, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side's step, round by round."""
+def alternate(sides: list, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Of each side's step, round by round, the seconds it took and the processors' seconds, which other work beside it changes less."""
     for side in sides:
         loss = side.step()
         assert np.isfinite(loss) and loss < 3, (side.name, loss)
@@ -97,9 +97,9 @@ def alternate(sides: list, rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds):
         for side in sides:
             time.sleep(0.2)  # threads of the other side that still spin are done by then
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             side.step()
-            times[side.name].append(time.perf_counter() - started)
+            times[side.name].append((time.perf_counter() - started, time.process_time() - busy))
     return times
 
 
@@ -134,10 +134,12 @@ def main():
             Theirs("theirs, no dropout", data, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         ]
     times = alternate(sides, options.rounds)
-    print(f"BERT-base, {options.rows} x {options.length}, seconds a step over {options.rounds} rounds, {torch.get_num_threads()} threads")
+    print(f"a step of BERT-base, {options.rows} x {options.length}, {options.rounds} rounds, {torch.get_num_threads()} threads")
     for name, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(values, times["jaxmodels"], strict=True))
-        print(f"  {name:<40} median {statistics.median(values):6.3f}  min {min(values):6.3f}  max {max(values):6.3f}   {ratio:5.2f} of ours")
+        for unit, column in (("seconds", 0), ("processor seconds", 1)):
+            own = [value[column] for value in values]
+            ratio = statistics.median(a / b[column] for a, b in zip(own, times["jaxmodels"], strict=True))
+            print(f"  {name:<36} {unit:<18} median {statistics.median(own):6.2f}  min {min(own):6.2f}  max {max(own):6.2f}   {ratio:5.2f} of ours")
 
 
 if __name__ == "__main__":

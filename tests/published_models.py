@@ -43,7 +43,7 @@ def llama(folder, **options) -> Path:
 
     sizes = {
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 48,
