@@ -234,8 +234,10 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
 
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+        # Behind a barrier the squares are not those that Adam averages, which XLA would keep in memory for both. And the new parameters,
+        # which are kept anyway, are asked in place of the updates, which would be kept for this alone: more work than AdamW itself.
+        grad_norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
         one = jnp.ones((), jnp.float32)
         metrics = metrics | {"grad_norm": (grad_norm, one)}
         fresh = state.step % options.log_every == 0
