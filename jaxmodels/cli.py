@@ -103,10 +103,10 @@ def parser() -> argparse.ArgumentParser:
     imports.add_argument("output", metavar="DIR", help="a new folder")
 
     export = command("export", _export, "write a run as a published model: safetensors, config.json, tokenizer, model card")
-    export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="the run; adapters are merged")
+    export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="the run; adapters are merged, but for --format=peft")
     export.add_argument("output", metavar="DIR", help="a new folder")
-    formats = "transformers: weights, config, tokenizer, card; stablehlo: the forward pass as a program (default: transformers)"
-    export.add_argument("--format", choices=("transformers", "stablehlo"), default="transformers", help=formats)
+    formats = "transformers: weights, config, tokenizer, card; peft: the adapters alone; stablehlo: the forward pass as a program (default: transformers)"
+    export.add_argument("--format", choices=("transformers", "peft", "stablehlo"), default="transformers", help=formats)
     export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: as imported, else float32)")
     export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="size of a file at most, in 10^9 bytes (default: 5)")
     return root
@@ -421,6 +421,10 @@ def _export(options, _):
         from jaxmodels.interop.stablehlo import export_stablehlo
 
         path = export_stablehlo(options.run, options.output)
+    elif options.format == "peft":
+        from jaxmodels.interop.peft_export import export_adapters
+
+        path = export_adapters(options.run, options.output)
     else:
         from jaxmodels.interop.export import export_run
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmodels import config as config_lib
 from jaxmodels import data as data_lib
@@ -103,11 +103,14 @@ class InitFrom:
       skip: patterns; parameters of this model whose path matches one (from its start) are initialised anew.
       rename: pairs (pattern, replacement), applied in order to the paths of the other run's parameters; an empty result
         drops the parameter.
+      adapters: a folder, or `hf:OWNER/NAME`, of LoRA adapters in PEFT's format for those published weights: the first values of this
+        run's own, whose section `lora` is made of theirs where there is none.
     """
 
     run: str
     skip: tuple[str, ...] = ()
     rename: tuple[tuple[str, ...], ...] = ()
+    adapters: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ def resolve(config: Mapping) -> dict:
         resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
     resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit", "pmap"])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
-    resolved["lora"] = config_lib.check_value("lora", config.get("lora"), Lora | None)
+    resolved["lora"] = config_lib.check_value("lora", _lora(config.get("lora"), resolved), Lora | None)
     _check_values(resolved)
     return resolved
 
@@ -209,6 +212,15 @@ def published_keys(config: Mapping) -> dict[str, str]:
         return {}
     own = config.get("model") if isinstance(config.get("model"), Mapping) else {}
     return {f"model.{key}": reference for key in published.model_section(reference) if key == "name" or key not in own}
+
+
+def _lora(section: Any, resolved: Mapping) -> Any:
+    """The section `lora`, made of that of published adapters where there is none."""
+    init_from = resolved["init_from"]
+    adapters = init_from and init_from["adapters"]
+    if adapters and not is_published(init_from["run"]):
+        raise ConfigError(f"config.init_from.adapters={adapters!r} are for published weights, init_from.run=hf:FOLDER, not {init_from['run']!r}.")
+    return published.lora_section(init_from["run"], resolved["model"], adapters) if adapters and section is None else section
 
 
 def _resolve_model(section: dict) -> dict:

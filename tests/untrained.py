@@ -1,12 +1,17 @@
 """Runs with random weights, made without data or training: what is tested of them is what comes after."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.experiment import build_model
+from jaxmodels.experiment import build_experiment, build_model
+from jaxmodels.parallel import mesh, sharding
 from jaxmodels.sections import resolve
+from jaxmodels.training.checkpoint import Checkpoints, Progress
 from jaxmodels.training.merge import new_folder, write_run
+from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.state import check_parent, start
 from jaxmodels.training.step import flatten, split
 
 
@@ -20,4 +25,21 @@ def untrained_run(config: dict, info: dict, path) -> str:
     stats = {name: jnp.asarray(random.uniform(0.5, 1.5, x.shape).astype(np.float32)) for name, x in stats.items()}
     tokenizer = info.get("tokenizer")
     write_run(new_folder(str(path)), resolved, params, stats, 0, info=info, tokenizer=tokenizer and tokenizer.to_json(), parents=[])
+    return str(path)
+
+
+def begun_run(config: dict, data: dict, path) -> str:
+    """The folder of a run that began where its config says, saved before its first step."""
+    experiment = build_experiment(config, data=data)
+    check_parent(experiment)
+    layout = sharding.make_layout(mesh.make_mesh(experiment.mesh), experiment.sharding)
+    shapes = sharding.place_state(experiment.state_shapes(), experiment.sharding, layout)
+    folder = RunFolder(path)
+    folder.write_config(experiment.config)
+    folder.update_manifest(info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"})
+    folder.identify()
+    checkpoints = Checkpoints(folder.checkpoints, save_frozen=not experiment.frozen_in_parent)
+    begun, *_ = start(experiment, folder, checkpoints, shapes, jax.random.key(0))
+    checkpoints.save(begun, Progress(finished=True))
+    checkpoints.close()
     return str(path)

@@ -29,11 +29,13 @@ class Folder:
       reference: as it was asked for: `hf:PATH_OR_ID`.
       path: the folder.
       config: what its `config.json` holds.
+      adapters: the folder of adapters to merge into its weights, where that is what was asked for.
     """
 
     reference: str
     path: Path
     config: Mapping[str, Any]
+    adapters: Path | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its weights, by name; only headers are read.
@@ -57,7 +59,7 @@ class Folder:
             if not (self.path / file).is_file():
                 raise ConfigError(f"{self.path} lacks {file}, one of its {len(set(names.values()))} files of weights. Copy or download it.")
             found |= safetensors.read_header(self.path / file)
-        if missing := [name for name in names if name not in found]:
+        if missing := [name for name, file in names.items() if name not in found or found[name].file.name != file]:
             raise ConfigError(f"{index} promises {missing[0]} in {names[missing[0]]}, which does not hold it. Copy or download both anew.")
         return found
 
@@ -72,12 +74,30 @@ def find(reference: str, *, weights: bool = False) -> Folder:
 
     Args:
       reference: `hf:` and a folder, or else the id of a model on the Hugging Face hub, maybe with `@REVISION`; what was downloaded
-        before is found without a network.
+        before is found without a network. Where there are LoRA adapters alone, it is the model that their config names, with these.
       weights: download those too; small files only unless asked.
 
     Raises:
       ConfigError: no such folder or model, or no `config.json` in it.
     """
+    path = place(reference, weights=weights)
+    whole = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    if (path / "adapter_config.json").is_file() and not whole:
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
+            raise ConfigError(f"{path / 'adapter_config.json'} names no model that its adapters are for (base_model_name_or_path). Set it there.")
+        below = place(PREFIX + base, weights=weights)
+        if not (below / "config.json").is_file():
+            raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a published model's folder.")
+        return Folder(reference, below, read_json(below / "config.json"), path)
+    config = path / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{reference}: {path} has no config.json, so it is not a published model's folder.")
+    return Folder(reference, path, read_json(config))
+
+
+def place(reference: str, *, weights: bool = False) -> Path:
+    """The folder that lies, or was downloaded, where `hf:PATH_OR_ID` says, whatever is in it; arguments as of `find`."""
     if not is_published(reference) or reference == PREFIX:
         raise ConfigError(f"{reference!r}: a published model is named hf:FOLDER or hf:OWNER/NAME.")
     name = reference.removeprefix(PREFIX)
@@ -86,10 +106,7 @@ def find(reference: str, *, weights: bool = False) -> Folder:
         if path.exists() or not re.fullmatch(_HUB_ID, name):
             raise ConfigError(f"{reference}: there is no folder {path}, and {name!r} is no id of a model on the hub (OWNER/NAME).")
         path = _download(name, weights)
-    config = path / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"{reference}: {path} has no config.json, so it is not a published model's folder.")
-    return Folder(reference, path, read_json(config))
+    return path
 
 
 @functools.lru_cache

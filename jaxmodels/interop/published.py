@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ from jaxmodels import models
 from jaxmodels.errors import ConfigError
 from jaxmodels.interop import architecture as architecture_lib
 from jaxmodels.interop import folder as folder_lib
-from jaxmodels.interop import mapping
+from jaxmodels.interop import mapping, peft
 from jaxmodels.interop.architecture import Architecture, Keys
 from jaxmodels.interop.folder import Folder
-from jaxmodels.interop.mapping import Assembled
+from jaxmodels.interop.mapping import Assembled, Link
+from jaxmodels.models.lora import ADAPTERS
 
 # Options that change nothing of what a model computes when it is evaluated, or only where its parameters lie.
 FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe"}
@@ -36,6 +38,7 @@ class Published:
       dropped: tensors of heads that the model here does not have.
       notes: what is otherwise here than there.
       fingerprint: of the files' headers; other weights of the same shapes have the same.
+      links: which tensor belongs to which parameter.
     """
 
     folder: Folder
@@ -45,6 +48,12 @@ class Published:
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    links: Sequence[Link]
+
+    @property
+    def path(self) -> Path:
+        """The folder that was asked for."""
+        return self.folder.adapters or self.folder.path
 
 
 def describe(reference: str) -> tuple[Folder, Architecture, dict[str, Any], list[str]]:
@@ -93,7 +102,9 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pu
     # An output layer means the classes, or tags, that it was trained for.
     entries += [entry for entry in architecture.heads[head] if published_head == head or not entry.ours.startswith("head/output/")]
     tensors = mapping.renamed(folder.tensors(), architecture.renames)
-    fingerprint = hashlib.sha256("".join(f"{name}{t.dtype}{t.shape}{t.offset}" for name, t in sorted(tensors.items())).encode()).hexdigest()[:32]
+    adapters = peft.read(str(folder.adapters)) if folder.adapters else None
+    read = tensors | (adapters.tensors if adapters else {})
+    fingerprint = hashlib.sha256("".join(f"{name}{t.dtype}{t.shape}{t.offset}" for name, t in sorted(read.items())).encode()).hexdigest()[:32]
     if mapping.unprefixed(tensors, architecture.prefix):
         tensors = {architecture.prefix + name: tensor for name, tensor in tensors.items()}
     links = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
@@ -108,8 +119,27 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pu
     rest = [name for name in tensors if name not in used and not any(re.search(pattern, name) for pattern in architecture.ignored)]
     dropped = [name for name in rest if re.search(architecture.others, name)]
     _check_complete(folder, missing, [name for name in rest if name not in dropped])
-    fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays)
-    return Published(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint)
+    if adapters:
+        arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links))
+    fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays and not path.endswith(ADAPTERS))
+    return Published(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
+
+
+def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """The `lora` section that adapters for a published model mean.
+
+    Args:
+      reference: `hf:PATH_OR_ID`, the model.
+      model: the `model` section, resolved.
+      directory: of the adapters.
+
+    Raises:
+      ConfigError: as `describe`, `peft.read` and `peft.under_our_names`.
+    """
+    _, architecture, options, _ = describe(reference)
+    entries = [*architecture.table(options), *(entry for table in architecture.heads.values() for entry in table)]
+    links = mapping.expand(dict.fromkeys(entries), architecture.sizes(options), stacked=bool(model.get("scan")))
+    return peft.section(peft.read(directory), architecture, links)
 
 
 def _differences(reference: str, model: Mapping, options: Mapping) -> list[str]:

@@ -50,6 +50,7 @@ class Checkpoints:
         parents: Callable[[], set[int]] = set,
         save_frozen: bool = True,
         read_only: bool = False,
+        at_once: int | None = None,
     ):
         """
         Args:
@@ -59,6 +60,7 @@ class Checkpoints:
           parents: steps that other runs started from; these are never deleted.
           save_frozen: whether frozen parameters are saved; they are not where they lie in a parent run.
           read_only: looks, never deletes or writes.
+          at_once: bytes that are copied to be written at a time, for which saving then waits; all unless given.
         """
         policies = [ocp.checkpoint_managers.LatestN(keep), _Parents(parents)]
         if best is not None:
@@ -74,6 +76,7 @@ class Checkpoints:
         self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
             self._put_back()
+        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -81,7 +84,7 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
             ),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=gigabytes), "progress": ocp.JsonCheckpointHandler()},
         )
 
     def _as_dict(self, state: TrainState) -> dict:

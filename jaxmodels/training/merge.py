@@ -78,7 +78,7 @@ def write_run(
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(jnp.int32(step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
     folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints = Checkpoints(folder.checkpoints, at_once=max(x.nbytes for x in (*params.values(), *stats.values())))
     try:
         checkpoints.save(state, Progress(evaluated_at=step, finished=True))
     finally:

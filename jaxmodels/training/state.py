@@ -1,8 +1,12 @@
 """The state a run starts from: its own latest checkpoint, else another run's weights, else new ones."""
 
 import dataclasses
+import functools
+import math
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +49,23 @@ def start(
             folder.add_to_manifest("fallbacks", problem)
         lines = [f"warning: {problem}; it was moved aside" for problem in problems]
         return state, progress, [*lines, f"resumed from {checkpoints.folder / str(int(state.step))}"], None
-    init, record = compile_ahead("init", experiment.init_function(), key, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
-    state = init(key)
     if experiment.init_from is None:
-        return state, Progress(), [f"initialised with seed {experiment.config['seed']}"], record
-    state, lines = fill(state, shapes, experiment, folder)
+        init, record = compile_ahead("init", experiment.init_function(), key, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
+        return init(key), Progress(), [f"initialised with seed {experiment.config['seed']}"], record
+    matched = _match(experiment, shapes)
+    # What is read is not drawn: the compiler leaves out what nobody asks for, and all of its temporaries.
+    drawn = functools.partial(_without, paths=set(matched[2]))
+    init, record = compile_ahead(
+        "init", lambda key: drawn(experiment.init_function()(key)), key, out_shardings=jax.tree.map(lambda x: x.sharding, drawn(shapes))
+    )
+    state, lines = _fill(init(key), shapes, experiment, folder, matched)
     return state, Progress(), lines, record
+
+
+def _without(state: TrainState, paths: set[str]) -> TrainState:
+    """A state that lacks some of its parameters and statistics, and their average."""
+    parts = {part: flatten(getattr(state, part)) for part in ("params", "frozen", "stats")}
+    return state.replace(**{part: unflatten({path: x for path, x in tree.items() if path not in paths}) for part, tree in parts.items()}, ema={})
 
 
 def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
@@ -78,12 +93,32 @@ def _match(experiment: Experiment, shapes: TrainState):
     here = flatten(shapes.params) | flatten(shapes.frozen) | flatten(shapes.stats)
     unasked = {}
     if is_published(init_from.run):
-        located = weights_lib.locate_published(init_from.run, experiment.config["model"], list(here))
+        located = weights_lib.locate_published(init_from.run, experiment.config["model"], list(here), init_from.adapters)
+        if located.adapters is not None:
+            _check_adapters(experiment, here, located)
         unasked = {"fresh": located.published.fresh, "dropped": located.published.dropped}
     else:
         located = weights_lib.locate(init_from.run)
     account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename, **unasked)
     return located, account, sources
+
+
+def _check_adapters(experiment: Experiment, here: Mapping[str, Any], located: weights_lib.Located) -> None:
+    """Published adapters and the section `lora` mean the same layers, at the same rank and scale."""
+    adapters, lora = located.adapters, Lora(**experiment.config["lora"])
+    where = adapters.path / "adapter_config.json"
+    if lora.rank != adapters.rank:
+        raise ConfigError(f"config.lora.rank={lora.rank}, but {where} has r={adapters.rank}. Leave the section out, and it is made from there.")
+    if not math.isclose(lora.scale, adapters.scale, rel_tol=1e-6):
+        raise ConfigError(
+            f"config.lora.alpha: adapters are scaled by alpha / rank = {lora.scale:g} here, by {adapters.scale:g} in {where}. "
+            f"Give alpha={adapters.scale * adapters.rank:g}, or leave the section out."
+        )
+    own, theirs = ({path.rpartition("/")[0] for path in paths if path.endswith(ADAPTERS)} for paths in (here, located.arrays))
+    if own != theirs:
+        more = [f"{layer} has an adapter here, none in {adapters.path}" for layer in sorted(own - theirs)]
+        more += [f"{layer} has an adapter in {adapters.path}, none here" for layer in sorted(theirs - own)]
+        raise ConfigError("config.lora.targets:\n  " + "\n  ".join(more[:20]) + "\nLeave the section out, and it is made from there.")
 
 
 def _check_scale(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
@@ -123,23 +158,27 @@ def _check_published_tokenizer(experiment: Experiment) -> None:
         )
 
 
-def fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: RunFolder) -> tuple[TrainState, list[str]]:
+def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: RunFolder, matched: tuple) -> tuple[TrainState, list[str]]:
     """A new state with another run's weights in it, each read straight into its sharding; and lines that say so.
 
     The manifest's `parents` learn the run, the step, the account of every parameter, and the parent's own parents. The
     parent learns of its child, so that it keeps this checkpoint.
+
+    Args:
+      state: with all that is not read.
+      shapes: of the whole state, with shardings.
+      experiment, folder: as of `start`.
+      matched: of `_match`.
     """
-    located, account, sources = _match(experiment, shapes)
-    parts = {"params": state.params, "frozen": state.frozen, "stats": state.stats}
-    wanted = {path: x for part in parts for path, x in flatten(getattr(shapes, part)).items() if path in sources}
-    for path, x in (item for tree in parts.values() for item in flatten(tree).items()):
-        if path in wanted:
-            x.delete()  # what was drawn for it: there is room for one of the two
+    located, account, sources = matched
+    parts = {part: flatten(getattr(shapes, part)) for part in ("params", "frozen", "stats")}
+    wanted = {path: x for tree in parts.values() for path, x in tree.items() if path in sources}
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
-    filled = {part: unflatten({path: found.get(path, x) for path, x in flatten(tree).items()}) for part, tree in parts.items()}
+    found |= {path: x for part in parts for path, x in flatten(getattr(state, part)).items()}
+    filled = {part: unflatten({path: found[path] for path in tree}) for part, tree in parts.items()}
     # The average starts at the weights taken, in arrays of its own, since the step donates both, and where it belongs.
     places = jax.tree.map(lambda x: x.sharding, shapes.ema)
-    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)(filled["params"]) if state.ema else state.ema
+    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)(filled["params"]) if shapes.ema else {}
     state = state.replace(**filled, ema=ema)
     lines = _tell_parent(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
     if session.is_first():
@@ -157,6 +196,7 @@ def _parents(located: weights_lib.Located, account: weights_lib.Account, folder:
     if located.published is not None:
         published = located.published
         own = {"run": published.folder.reference, "path": located.name, "id": published.fingerprint, "model_type": published.architecture.name}
+        own |= {"adapters": str(located.adapters.path)} if located.adapters is not None else {}
         return [own | {"weights": "published"} | entry]
     parent = located.folder
     own = {"run": str(parent.path), "id": parent.manifest().get("id"), "weights": "ema" if located.averaged else "params"}

@@ -5,6 +5,7 @@ parent's checkpoints, or in those of its parent.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.interop import peft
 from jaxmodels.interop import published as published_lib
 from jaxmodels.interop.folder import is_published
 from jaxmodels.interop.mapping import Assembled
@@ -55,6 +57,7 @@ class Located:
       averaged: the trained ones are moving averages.
       arrays: path -> what is read, of parameters and statistics.
       published: all else that is known of published weights.
+      adapters: of published weights, where they came with some that are not merged.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Located:
     averaged: bool
     arrays: Mapping[str, "Stored | Assembled"]
     published: Published | None = None
+    adapters: peft.Adapters | None = None
 
 
 def locate(reference: str) -> Located:
@@ -92,10 +96,14 @@ def locate(reference: str) -> Located:
     return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays)
 
 
-def locate_published(reference: str, model: Mapping[str, Any], paths: Sequence[str]) -> Located:
-    """Where published weights lie; arguments and errors as of `interop.published.locate`."""
+def locate_published(reference: str, model: Mapping[str, Any], paths: Sequence[str], adapters: str | None = None) -> Located:
+    """Where published weights lie, and adapters beside them; arguments and errors as of `interop.published.locate` and `interop.peft.read`."""
     found = published_lib.locate(reference, model, paths)
-    return Located(str(found.folder.path), None, 0, False, found.arrays, found)
+    if adapters is None:
+        return Located(str(found.path), None, 0, False, found.arrays, found)
+    beside = peft.read(adapters)
+    arrays = {**found.arrays, **peft.under_our_names(beside, found.architecture, found.links).arrays}
+    return Located(str(found.path), None, 0, False, arrays, found, beside)
 
 
 def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Located:
@@ -114,9 +122,10 @@ def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, 
 def _find_published(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str]) -> Located:
     """The published weights that a run borrows from, as its manifest names them."""
     places = [entry["path"], os.path.normpath(folder.path / entry["relative"])]
-    reference = next((f"hf:{place}" for place in places if os.path.isfile(os.path.join(place, "config.json"))), entry["run"])
+    found = [place for place in places if any(os.path.isfile(os.path.join(place, name)) for name in ("config.json", "adapter_config.json"))]
+    reference = f"hf:{found[0]}" if found else entry["run"]
     try:
-        parent = locate_published(reference, folder.config()["model"], paths)
+        parent = locate_published(reference, folder.config()["model"], paths, entry.get("adapters"))
     except ConfigError as error:
         raise ConfigError(f"{folder.path} saved only what it trained; its other weights are those of {entry['run']}: {error}") from error
     if parent.published.fingerprint != entry["id"]:
@@ -160,7 +169,9 @@ def read(arrays: Mapping[str, Stored | Assembled], shapes: Mapping[str, jax.Shap
         finally:
             checkpoints.close()
         found |= {(folder, step, part, path): x for part, tree in restored.items() for path, x in flatten(tree).items()}
-    result = {path: arrays[path].read(shape.dtype, shape.sharding) for path, shape in published.items()}
+    # The largest first: what reading it took of memory is then enough for all others.
+    in_order = sorted(published, key=lambda path: -math.prod(published[path].shape))
+    result = {path: arrays[path].read(published[path].dtype, published[path].sharding) for path in in_order}
     result |= {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes if path not in result}
     return {path: result[path] for path in shapes}
 
