@@ -75,7 +75,7 @@ def peak() -> int:
 
 
 def import_model(way: str, folder: str, output: str) -> dict[str, float]:
-    """Imports a folder in this process. Returns the seconds, and bytes before and at the peak."""
+    """Imports a folder in this process. Returns the seconds, those of a processor, and bytes before and at the peak."""
     import jax
     import jax.numpy as jnp
 
@@ -91,7 +91,7 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     if way == "init_from":
         keep_freed_memory()  # as `jaxmodels train` does
     jax.block_until_ready(jnp.zeros(8) + 1)
-    reference, before, start = f"hf:{folder}", peak(), time.perf_counter()
+    reference, before, start, processor = f"hf:{folder}", peak(), time.perf_counter(), time.process_time()
     if way == "load_model":
         kept = load_model(reference)
         jax.block_until_ready(jax.tree.leaves(step.split(kept)[1]))
@@ -108,7 +108,7 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
         kept, *_ = state.start(experiment.on("cpu", layout), RunFolder(output), checkpoints, shapes, jax.random.key(0))
         jax.block_until_ready(kept.params)
         checkpoints.close()
-    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak()}
+    return {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor, "before": before, "peak": peak()}
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:
@@ -147,7 +147,7 @@ def main() -> None:
             print(
                 f"{way:<11} {used / 1e9:6.2f} GB above the {found['before'] / 1e9:.2f} GB of the started process, "
                 f"{'under' if used <= limit else 'OVER'} the limit ({(used - target) / shard:+.2f} shards beside the target); "
-                f"{found['seconds']:.0f} s, {size / 1e9 / found['seconds']:.2f} GB/s of the files"
+                f"{found['seconds']:.0f} s, of a processor {found['processor']:.0f} s, {size / 1e9 / found['seconds']:.2f} GB/s of the files"
             )
     finally:
         shutil.rmtree(folder)

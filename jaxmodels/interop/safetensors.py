@@ -76,9 +76,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ConfigError(f"{path} is no whole safetensors file: it has {size:,} bytes, and says that its header has {length:,}. {_AGAIN}")
         try:
             header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("it holds no names")
             header.pop("__metadata__", None)
             tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: the header is not that of a safetensors file ({str(error).splitlines()[0]}). {_AGAIN}") from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -96,10 +98,11 @@ _AGAIN = "Copy or download it anew."
 def _tensor(path: Path, name: str, entry: Mapping, start: int) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown type {entry['dtype']!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, *offsets)) or len(offsets) != 2:
+    lists = isinstance(shape, list) and isinstance(offsets, list)
+    if not lists or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, *offsets)) or len(offsets) != 2:
         raise ValueError(f"{name} has no proper shape and offsets: {shape}, {offsets}")
     tensor = Tensor(path, start + offsets[0], DTYPES[entry["dtype"]], tuple(shape))
     if offsets[1] - offsets[0] != tensor.nbytes:
