@@ -55,7 +55,7 @@ def written(path, name: str, **changes):
 
 @pytest.mark.parametrize("name", architecture_lib.ARCHITECTURES)
 def test_options_that_change_the_result_are_refused_by_name(tmp_path, name):
-    architecture, (size, other) = architecture_lib.load(name), OTHER[name]
+    architecture, (_, other) = architecture_lib.load(name), OTHER[name]
     assert model_section(written(tmp_path / "good", name))["name"] == architecture.model
     for key, value in other.items():
         shown = {"rope_scaling": "rope_type", "rope_parameters": "partial_rotary_factor", "mlp_bias": "mlp_bias"}.get(key, key)
