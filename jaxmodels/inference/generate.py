@@ -187,7 +187,7 @@ class Generator:
     def _run(self, rows: list[Row], tokens: list[np.ndarray], limit: int, options: Options, every: int, check=lambda: None) -> Iterator[list[str]]:
         """Fills rows; gives what each can show, every so many tokens."""
         shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), np.array(self.ends, np.int32)
-        room, key = self._room(limit), jax.random.key(options.seed)
+        room, key = self._size(limit), jax.random.key(options.seed)
         inputs = self._inputs(tokens)
         how = {"shape": shape, "numbers": numbers, "ends_E": ends}
         state = self._programs.start(*self.weights, *inputs, room=room, key=key, **how)
@@ -214,7 +214,7 @@ class Generator:
     def _search(self, prompts, tokens, limit, options) -> list[Completion]:
         shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), np.array(self.ends, np.int32)
         how = {"limit": np.int32(limit), "beams": options.searching, "shape": shape, "numbers": numbers, "ends_E": ends}
-        carry = self._programs.start_beams(*self.weights, *self._inputs(tokens), room=self._room(limit), **how)
+        carry = self._programs.start_beams(*self.weights, *self._inputs(tokens), room=self._size(limit), **how)
         texts, scores = jax.device_get(self._programs.search(*self.weights, carry, **how))
         done = []
         for prompt, given, text, score in zip(prompts, tokens, texts, scores, strict=False):
@@ -278,16 +278,16 @@ class Generator:
             raise ConfigError(f"max_tokens={options.max_tokens} is more than {why}: max_tokens={left} fits.")
         return min(wanted, left)
 
-    def _room(self, limit: int) -> int:
-        """N: a size that few are of."""
-        return min(bucket(limit), self.context or bucket(limit))
+    def _size(self, tokens: int) -> int:
+        """Room for so many tokens: of a size that few are of; but exact for a model that is to read all of it anew each time."""
+        return min(bucket(tokens), self.context or bucket(tokens)) if self.cached else tokens
 
     def _inputs(self, tokens: list[np.ndarray]) -> tuple[Any, ...]:
         """What the programs begin with: prompts [B, P]; or sources [B, S], and the targets' first tokens [B]."""
         ways = 1 if self.layout is None else mesh_lib.batch_ways(self.layout.mesh)
         rows = -(-len(tokens) // ways) * ways
         longest = max(map(len, tokens))
-        array = np.full((rows, min(bucket(longest), self.context or bucket(longest))), -1, np.int32)
+        array = np.full((rows, self._size(longest)), -1, np.int32)
         for i, row in enumerate(tokens):
             array[i, slice(0, len(row)) if self.reads_sources else slice(array.shape[1] - len(row), None)] = row
         if not self.reads_sources:

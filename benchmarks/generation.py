@@ -1,0 +1,91 @@
+"""Greedy generation beside `transformers` on the same CPU, in one run: GPT-2 124M with random weights, the same in both.
+
+    python benchmarks/generation.py                      # batch 1 and 8, prompts of 32 tokens, 128 new ones, float32
+    python benchmarks/generation.py --precision=bfloat16 --new=64
+
+Each side runs once to compile and warm up, then the two take turns, so that what else the machine does falls on both; the least time counts.
+`decode` is a second figure: new tokens a second without the reading of the prompts, from the difference to a call for one token.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import jaxmodels
+
+SIZES = {"gpt2": {}, "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="gpt2", help="gpt2, or tiny to try the script")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES[options.size])).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = jaxmodels.load(f"hf:{folder}")
+    theirs = theirs.to(getattr(torch, options.precision))
+    for batch in options.batch:
+        print(json.dumps(compare(ours, theirs, batch, options)), flush=True)
+
+
+def compare(ours, theirs, batch: int, options) -> dict:
+    """Tokens a second of both, and ours over theirs."""
+    prompts = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (batch, options.prompt))
+
+    def run_ours(new):
+        made = ours.generate(prompts.tolist(), max_tokens=new, precision=options.precision)
+        return np.array([completion.tokens for completion in made])
+
+    def run_theirs(new):
+        with torch.inference_mode():
+            given = torch.tensor(prompts)
+            mask = torch.ones_like(given)
+            # Neither side ends before `new` tokens.
+            made = theirs.generate(given, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return made[:, options.prompt :].numpy()
+
+    texts = {name: run(options.new) for name, run in (("ours", run_ours), ("theirs", run_theirs))}
+    seconds: dict[str, dict[int, float]] = {name: {options.new: np.inf, 1: np.inf} for name in texts}
+    for _ in range(options.rounds):
+        for name, run in (("ours", run_ours), ("theirs", run_theirs)):
+            for new in (options.new, 1):
+                if new not in seconds[name] or seconds[name][new] == np.inf:
+                    run(new)  # a size of its own compiles
+                started = time.perf_counter()
+                run(new)
+                seconds[name][new] = min(seconds[name][new], time.perf_counter() - started)
+    rates = {name: batch * options.new / times[options.new] for name, times in seconds.items()}
+    decode = {name: batch * (options.new - 1) / (times[options.new] - times[1]) for name, times in seconds.items()}
+    return {
+        "model": options.size,
+        "precision": options.precision,
+        "batch": batch,
+        "prompt": options.prompt,
+        "new": options.new,
+        "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "decode_tokens_per_second": {name: round(rate, 1) for name, rate in decode.items()},
+        "ratio": round(rates["ours"] / rates["theirs"], 3),
+        "decode_ratio": round(decode["ours"] / decode["theirs"], 3),
+        "first_token_ms": {name: round(1e3 * times[1], 1) for name, times in seconds.items()},
+        "same_tokens": round(float(np.mean(texts["ours"] == texts["theirs"])), 4),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "torch_threads": options.threads},
+    }
+
+
+if __name__ == "__main__":
+    main()
