@@ -3,6 +3,9 @@
 `pytest -m slow tests/test_generate.py -n 0` runs more kinds of models.
 """
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,18 +158,19 @@ def test_a_call_compiles_twice_and_the_next_ones_not_at_all(small):
 
 
 def test_the_cache_is_written_in_place(small):
-    """Neither a step nor a call copies keys and values: the compiled loop has no copy of their shape, and its result lies where they lay."""
+    """Neither a step nor a call copies keys and values: the compiled loop has no copy of their shape, and its result lies where they lay.
+
+    One row is where compilers are led to copy (see `models.cache.Packed`).
+    """
     generator = Generator(small)
     how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(0, np.int32)}
-    tokens = np.zeros((2, 16), np.int32)
-    state = generator._programs.start(*generator.weights, tokens, room=32, key=jax.random.key(0), **how)
-    compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(2, bool), **how).compile()
-    shape = "f32[2,4,48,4]"
-    lines = [line.strip() for line in compiled.as_text().splitlines()]
-    assert any(shape in line and "dynamic-update-slice" in line for line in lines)
-    copies = [line for line in lines if f"= {shape}" in line and (" copy(" in line or "copy-start" in line)]
-    assert not copies
-    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * 2 * 4 * 48 * 4 * 4
+    state = jax.eval_shape(functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how), *generator.weights, np.zeros((1, 16), np.int32))
+    compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(1, bool), **how).compile()
+    whole = r"= f32\[(\d+,)*4,48,4\]\S* "
+    lines = compiled.as_text().splitlines()
+    assert any(re.search(whole + "(fusion|dynamic-update-slice)", line) for line in lines)
+    assert not [line for line in lines if re.search(whole + "copy", line)]
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * 2 * 4 * 48 * 4
 
 
 def test_seeds_temperature_and_ends(small):

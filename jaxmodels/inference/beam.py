@@ -18,7 +18,7 @@ from jaxmodels.inference import sampling
 from jaxmodels.inference.decoding import see
 from jaxmodels.inference.full_forward import with_cache
 from jaxmodels.inference.sampling import Shape
-from jaxmodels.models.cache import repeat_rows, take_rows
+from jaxmodels.models.cache import pack, repeat_rows, take_rows, unpack
 
 _NEVER = -1e9  # the score of what is not there
 
@@ -61,7 +61,7 @@ def start(state: dict, logits_BV: jax.Array | None, limit: jax.Array, beams: Bea
     """
     K, (B, N) = beams.beams, state["chosen"].shape
     carry = {
-        "cache": repeat_rows(state["cache"], K),
+        "cache": pack(repeat_rows(unpack(state["cache"]), K)),
         "rows": jnp.arange(B * K),
         "tokens": jnp.repeat(state["tokens"], K),
         "texts": jnp.full((B, K, N), -1, jnp.int32),
@@ -84,8 +84,8 @@ def search(model: Any, carry: dict, limit: jax.Array, beams: Beams, shape: Shape
     model = with_cache(model)
 
     def body(carry):
-        logits_BV, cache = model.extend(carry["tokens"], take_rows(carry["cache"], carry["rows"]))
-        return _step(carry | {"cache": cache}, logits_BV, limit, beams, shape, numbers, ends_E)
+        logits_BV, cache = model.extend(carry["tokens"], take_rows(unpack(carry["cache"]), carry["rows"]))
+        return _step(carry | {"cache": pack(cache)}, logits_BV, limit, beams, shape, numbers, ends_E)
 
     carry = jax.lax.while_loop(lambda carry: carry["more"], body, carry)
     return carry["complete"][:, 0], carry["complete_scores"][:, 0]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxmodels.inference import sampling
 from jaxmodels.inference.full_forward import with_cache
 from jaxmodels.inference.sampling import Shape
+from jaxmodels.models.cache import pack, unpack
 from jaxmodels.parallel.layout import constrain
 
 GREEDY = sampling.Sampling().shape()
@@ -37,7 +38,7 @@ def make_state(cache: dict, tokens_B: jax.Array, room: int, key: jax.Array, seen
       `done` bool [B].
     """
     B = len(tokens_B)
-    state = {"cache": cache, "tokens": tokens_B, "chosen": jnp.full((B, room), -1, jnp.int32), "count": jnp.zeros((), jnp.int32)}
+    state = {"cache": pack(cache), "tokens": tokens_B, "chosen": jnp.full((B, room), -1, jnp.int32), "count": jnp.zeros((), jnp.int32)}
     state |= {"done": jnp.zeros(B, bool) if done_B is None else done_B, "key": key}
     return state if seen_BV is None else state | {"seen": seen_BV}
 
@@ -79,8 +80,8 @@ def advance(model: Any, state: State, steps: jax.Array, stopped_B: jax.Array, sh
     until = jnp.minimum(state["count"] + steps, state["chosen"].shape[1])
 
     def step(state):
-        logits_BV, cache = model.extend(state["tokens"], state["cache"])
-        return take(state | {"cache": cache}, logits_BV, shape, numbers, ends_E)
+        logits_BV, cache = model.extend(state["tokens"], unpack(state["cache"]))
+        return take(state | {"cache": pack(cache)}, logits_BV, shape, numbers, ends_E)
 
     return jax.lax.while_loop(lambda state: (state["count"] < until) & ~state["done"].all(), step, state)
 

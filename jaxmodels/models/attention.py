@@ -296,25 +296,20 @@ class Attention(nnx.Module):
           layer: of the cache; with `index` all of them stacked.
           bias: [1 or B, 1 or N, 1, S], for the places of the cache.
         """
-        layer = cache_lib.append(layer, slot, *self._keys_values(x_B1D, rotary), index)
-        k_BGSK, v_BGSK = (x if index is None else jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (layer["key"], layer["value"]))
-        valid_BS = cache_lib.valid(slot, pads_B, k_BGSK.shape[2])
-        return self.read(x_B1D, {"key": k_BGSK, "value": v_BGSK}, valid_BS, rotary=rotary, bias=bias), layer
+        own = (jnp.moveaxis(x, 1, 2) for x in self._keys_values(x_B1D, rotary))
+        layer = cache_lib.append(layer, slot, *own, index)
+        now = {name: x if index is None else jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in layer.items()}
+        return self._read(x_B1D, now, cache_lib.valid(slot, pads_B, now["key"].shape[2]), rotary, bias), layer
 
     def remember(self, memory_BSD: jax.Array) -> dict[str, jax.Array]:
         """Keys and values of another sequence, as `read` takes them: [B, G, S, K] each."""
         return {name: jnp.moveaxis(x, 1, 2) for name, x in zip(("key", "value"), self._keys_values(memory_BSD, None), strict=True)}
 
-    def read(
-        self,
-        x_B1D: jax.Array,
-        layer: dict[str, jax.Array],
-        valid_BS: jax.Array,
-        *,
-        rotary: tuple[jax.Array, jax.Array] | None = None,
-        bias: jax.Array | None = None,
-    ) -> jax.Array:
-        """Attends from one token to those keys and values [B, G, S, K] that are valid; softmax in float32."""
+    def read(self, x_B1D: jax.Array, layer: dict[str, jax.Array], valid_BS: jax.Array) -> jax.Array:
+        """Attends from one token to those keys and values [B, G, S, K] that are valid, and none else."""
+        return self._read(x_B1D, layer, valid_BS, None, None)
+
+    def _read(self, x_B1D, layer, valid_BS, rotary, bias):
         q_B1NK = constrain(self._queries(x_B1D, rotary), "batch", None, "heads", None)
         B, _, N, K = q_B1NK.shape
         q_BGnK = q_B1NK.reshape(B, self.kv_heads, N // self.kv_heads, K)
@@ -323,7 +318,7 @@ class Attention(nnx.Module):
         if bias is not None:
             products_BGnS += bias[:, :, 0].reshape(bias.shape[0], self.kv_heads, -1, bias.shape[-1])
         products_BGnS = jnp.where(valid_BS[:, None, None], products_BGnS, jnp.finfo(jnp.float32).min)
-        weights_BGnS = jax.nn.softmax(products_BGnS).astype(x_B1D.dtype)
+        weights_BGnS = jax.nn.softmax(products_BGnS).astype(x_B1D.dtype)  # in float32 until here
         y_BGnK = jnp.einsum("bgns,bgsk->bgnk", weights_BGnS, layer["value"])
         return self.out(y_BGnK.reshape(B, 1, N * K))
 

@@ -23,6 +23,8 @@ A cache is a dict of arrays:
 Shapes: B rows, T tokens, S slots, G key-value heads, N heads, K width of a head, L layers.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -52,16 +54,19 @@ def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array) -> d
     return {"key": put(layer["key"], k_BTGK), "value": put(layer["value"], v_BTGK)}
 
 
-def append(layer: dict[str, jax.Array], slot: jax.Array, k_B1GK: jax.Array, v_B1GK: jax.Array, index: jax.Array | None = None) -> dict[str, jax.Array]:
+def append(layer: dict[str, jax.Array], slot: jax.Array, k_BG1K: jax.Array, v_BG1K: jax.Array, index: jax.Array | None = None) -> dict[str, jax.Array]:
     """The layer with keys and values of one slot more; of stacked layers that of number `index`."""
 
-    def put(slots, x_B1GK):
-        start = [0, 0, slot % slots.shape[-2], 0]
-        x = jnp.moveaxis(x_B1GK, 1, 2).astype(slots.dtype)
-        x, start = (x, start) if index is None else (x[None], [index, *start])
-        return constrain(jax.lax.dynamic_update_slice(slots, x, start), *(() if index is None else (None,)), *_NAMES)
+    def put(slots, x):
+        x, start = x.astype(slots.dtype), (0, 0, slot % slots.shape[-2], 0)
+        if index is not None:
+            slots = jax.lax.dynamic_update_slice(slots, x[None], (index, *start))
+            return constrain(slots, None, *_NAMES)
+        kept = [i for i, size in enumerate(slots.shape) if size > 1]  # as `Packed` has it
+        written = jax.lax.dynamic_update_slice(jnp.squeeze(slots), x.reshape([x.shape[i] for i in kept]), [start[i] for i in kept])
+        return constrain(written.reshape(slots.shape), *_NAMES)
 
-    return {"key": put(layer["key"], k_B1GK), "value": put(layer["value"], v_B1GK)}
+    return {"key": put(layer["key"], k_BG1K), "value": put(layer["value"], v_BG1K)}
 
 
 def numbers(slot: jax.Array, size: int) -> jax.Array:
@@ -84,6 +89,30 @@ def repeat_rows(cache: dict[str, Any], times: int) -> dict[str, Any]:
     """The cache with every row so many times, one after the other."""
     parts = {name: part for name, part in cache.items() if name != "slot"}
     return cache | jax.tree.map(lambda x: jnp.repeat(x, times, axis=_row_axis(x)), parts)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("structure", "shapes"))
+@dataclasses.dataclass
+class Packed:
+    """A cache as a loop carries it: its arrays without dimensions of size 1, and how they were.
+
+    With such dimensions XLA's compiler for CPUs writes each new slot into a copy of all slots (seen with one row, and with one head).
+    """
+
+    arrays: list[jax.Array]
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def pack(cache: Any) -> Packed:
+    """The cache, packed; stacked layers stay as they are, since these are written in place as they are."""
+    leaves, structure = jax.tree.flatten(cache)
+    return Packed([x if x.ndim == 5 else jnp.squeeze(x) for x in leaves], structure, tuple(x.shape for x in leaves))
+
+
+def unpack(packed: Packed) -> Any:
+    """The cache again."""
+    return jax.tree.unflatten(packed.structure, [x.reshape(shape) for x, shape in zip(packed.arrays, packed.shapes, strict=True)])
 
 
 def _row_axis(x: jax.Array) -> int:
