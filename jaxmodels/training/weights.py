@@ -89,7 +89,8 @@ def locate(reference: str) -> Located:
     sources = {path: path for path in parents[0].get("taken", ())} | parents[0].get("renamed", {}) if parents else {}
     elsewhere = {here: there for here, there in sources.items() if here not in arrays}
     if elsewhere and is_published(parents[0]["run"]):
-        parent = _find_published(folder, parents[0], [*arrays, *sources])
+        adapters = parents[0].get("adapters") if any(path.endswith(ADAPTERS) for path in elsewhere.values()) else None
+        parent = _find_published(folder, parents[0], [*arrays, *sources], adapters)
     elif elsewhere:
         parent = locate(find_parent(folder, parents[0]))
     arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
@@ -119,13 +120,13 @@ def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, 
     return located
 
 
-def _find_published(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str]) -> Located:
+def _find_published(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str], adapters: str | None) -> Located:
     """The published weights that a run borrows from, as its manifest names them."""
     places = [entry["path"], os.path.normpath(folder.path / entry["relative"])]
     found = [place for place in places if any(os.path.isfile(os.path.join(place, name)) for name in ("config.json", "adapter_config.json"))]
     reference = f"hf:{found[0]}" if found else entry["run"]
     try:
-        parent = locate_published(reference, folder.config()["model"], paths, entry.get("adapters"))
+        parent = locate_published(reference, folder.config()["model"], paths, adapters)
     except ConfigError as error:
         raise ConfigError(f"{folder.path} saved only what it trained; its other weights are those of {entry['run']}: {error}") from error
     if parent.published.fingerprint != entry["id"]:
