@@ -128,19 +128,27 @@ def test_the_step_compiles_and_fits(name, topology):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", FULLY_SHARDED)
-def test_parameters_are_gathered_layer_by_layer_and_gradients_reduced_to_shares(name, topology):
+def test_parameters_come_together_layer_by_layer_and_gradients_go_apart_likewise(name, topology):
+    """How, is the compiler's choice: it gathers as such, or as a sum of parts in zeros; and it scatters a sum as such, by passing parts
+    on beside a matrix product, or, where the sum is over every chip there is, by making it whole and cutting the share out of it."""
     figures = compiled(name, topology)
-    gathered = {size for c in figures.collectives if c.kind == "all-gather" for size in c.sizes}
-    in_loop = {size for c in figures.collectives if c.kind == "all-gather" and c.loop for size in c.sizes}
-    scattered = [size for c in figures.collectives if c.kind == "reduce-scatter" and c.loop for size in c.sizes]
+
+    def sizes(kind, loop):
+        return {size for c in figures.collectives if c.kind == kind and c.loop == loop for size in c.sizes}
+
+    gathered, summed = sizes("all-gather", True) | sizes("all-reduce", True), sizes("all-reduce", True)
+    scattered, passed = sizes("reduce-scatter", True), sizes("collective-permute", True)
     for path, shape in figures.matrices.items():
         ways = (figures.mesh["expert"] if "/experts/" in path else 1) * (1 if "router" in path else figures.mesh["tensor"])
         one = math.prod(shape) // figures.layers // ways  # of one layer, what one device multiplies with
-        assert one in in_loop, f"{path} {shape} is not gathered in the loop over layers"
-        assert math.prod(shape) // ways not in gathered, f"{path} {shape} is gathered for all layers at once"
+        assert one in gathered, f"{path} {shape} is not gathered in the loop over layers"
+        assert math.prod(shape) // ways not in sizes("all-gather", False), f"{path} {shape} is gathered for all layers at once"
+        share = one / figures.mesh["fsdp"]
         # Shares that do not fill a tile are padded: by a fifth at most here.
-        ok = any(one <= size <= 1.25 * one or one / figures.mesh["fsdp"] <= size <= 1.25 * one / figures.mesh["fsdp"] for size in scattered)
-        assert ok, f"the gradient of {path} {shape} is not reduced to shares"
+        by_scatter = any(size <= found <= 1.25 * size for found in scattered for size in (one, share))
+        by_passing = any(share <= found <= 1.25 * share for found in passed)
+        by_cutting = one in summed and figures.mesh["fsdp"] * figures.mesh["context"] * figures.mesh["expert"] == math.prod(figures.mesh.values())
+        assert by_scatter or by_passing or by_cutting, f"the gradient of {path} {shape} does not become shares in the loop over layers"
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
