@@ -17,6 +17,8 @@ from jaxmodels.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from jaxmodels.errors import ConfigError
 from jaxmodels.inference import decoding
 from jaxmodels.inference.generate import Generator, bucket, generate
+from jaxmodels.models.transformer import Decoder
+from jaxmodels.training.step import merge, split
 
 V = 29
 SIZE = {"layers": 2, "heads": 4, "width": 16, "context": 64}
@@ -39,8 +41,9 @@ MORE = {
     "experts, unrolled": ("gpt", LLAMA | MOE),
     "gru": ("gru", {"layers": 1, "width": 16, "embedding": 8}),
 }
-TARGETS = {"t5": ("encoder_decoder", T5 | {"scan": True}), "lstm_seq2seq": ("lstm_seq2seq", {"layers": 2, "width": 16})}
+TARGETS = {"t5": ("encoder_decoder", T5 | {"scan": True})}
 MORE_TARGETS = {
+    "lstm_seq2seq": ("lstm_seq2seq", {"layers": 2, "width": 16}),
     "original": ("encoder_decoder", SEQ2SEQ),
     "learned positions": ("encoder_decoder", SEQ2SEQ | {"positions": "learned", "post_norm": False, "kv_heads": 2}),
     "t5, unrolled": ("encoder_decoder", T5),
@@ -124,37 +127,43 @@ def test_a_window_keeps_as_many_places_however_long_a_text_is():
     assert [x.shape for x in jax.tree.leaves(states)] == [(2, 6)] * 2
 
 
+COUNTS = {"traced": 0}
+
+
+class Counted(Decoder):
+    """Counts how often it is traced."""
+
+    def prefill(self, *args):
+        COUNTS["traced"] += 1
+        return super().prefill(*args)
+
+    def extend(self, *args):
+        COUNTS["traced"] += 1
+        return super().extend(*args)
+
+
 @pytest.fixture(scope="module")
 def small():
-    return drawn("gpt", V, **SIZE)
+    model = Counted(V, **SIZE, rngs=nnx.Rngs(0))
+    graph, params, stats = split(model)
+    rng = np.random.default_rng(1)
+    return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), params), stats)
 
 
 def test_a_call_compiles_twice_and_the_next_ones_not_at_all(small):
-    counts = {"traced": 0}
-
-    class Counted(type(small)):
-        def prefill(self, *args):
-            counts["traced"] += 1
-            return super().prefill(*args)
-
-        def extend(self, *args):
-            counts["traced"] += 1
-            return super().extend(*args)
-
-    model = Counted(V, **SIZE, rngs=nnx.Rngs(0))
-    generator = Generator(model)
+    generator = Generator(small)
     programs = (generator._programs.start, generator._programs.advance)
     generator.generate(prompts(3, 9), max_tokens=30)
-    first = counts["traced"]
+    first = COUNTS["traced"]
     assert [f._cache_size() for f in programs] == [1, 1] and first <= 4
     for given, options in ((prompts(1, 14), {"max_tokens": 17}), (prompts(16, 2), {"max_tokens": 32, "seed": 5})):
         generator.generate(given, **options)
-    assert [f._cache_size() for f in programs] == [1, 1] and counts["traced"] == first
+    assert [f._cache_size() for f in programs] == [1, 1] and COUNTS["traced"] == first
     # Numbers of a kind of drawing are no part of what is compiled.
     drawn_by = [generator.generate(prompts(3, 9), max_tokens=30, temperature=t, seed=1)[0].tokens for t in (0.5, 2.0)]
     assert [f._cache_size() for f in programs] == [2, 2] and drawn_by[0] != drawn_by[1]
     # Calls on a bare model share them too: a generator of the same graph has the same programs.
-    assert Generator(nnx.clone(model))._programs is generator._programs
+    assert Generator(nnx.clone(small))._programs is generator._programs
 
 
 def test_the_cache_is_written_in_place(small):
@@ -163,7 +172,7 @@ def test_the_cache_is_written_in_place(small):
     One row is where compilers are led to copy (see `models.cache.Packed`).
     """
     generator = Generator(small)
-    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(0, np.int32)}
+    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(1, np.int32)}
     state = jax.eval_shape(functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how), *generator.weights, np.zeros((1, 16), np.int32))
     compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(1, bool), **how).compile()
     whole = r"= f32\[(\d+,)*4,48,4\]\S* "
@@ -177,7 +186,6 @@ def test_seeds_temperature_and_ends(small):
     generator = Generator(small)
     draw = lambda **options: [c.tokens for c in generator.generate(prompts(3, 9), max_tokens=30, temperature=1.0, **options)]  # noqa: E731
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    assert draw(seed=1, top_k=1) == [c.tokens for c in generator.generate(prompts(3, 9), max_tokens=30)]
     greedy = generator.generate(prompts(3, 9), max_tokens=30)
     end = greedy[0].tokens[4]
     cut = [c.tokens[: c.tokens.index(end)] if end in c.tokens else c.tokens for c in greedy]

@@ -33,7 +33,7 @@ MODELS = {
         transformers.T5Config(**_T5, tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     ),
 }
-BY_DEFAULT = ("gpt2", "mistral", "t5")
+BY_DEFAULT = ("mistral",)
 
 
 class Uncached(nnx.Module):

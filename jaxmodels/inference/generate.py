@@ -138,6 +138,7 @@ class Generator:
         self.start = special("start") if start is None else start
         end = special("end")
         self.ends = tuple(ends) if ends is not None else () if end is None else (end,)
+        self._ends_E = np.array(self.ends or (-2,), np.int32)  # never without one: as with one, nothing is compiled anew
         self._programs = _programs(graph, jnp.dtype(dtype)) if layout is None else Programs(graph, dtype, layout)
         if self.reads_sources and self.start is None:
             raise ConfigError("the tokenizer has no token that a target begins with: give the number of one, as start.")
@@ -186,7 +187,7 @@ class Generator:
 
     def _run(self, rows: list[Row], tokens: list[np.ndarray], limit: int, options: Options, every: int, check=lambda: None) -> Iterator[list[str]]:
         """Fills rows; gives what each can show, every so many tokens."""
-        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), np.array(self.ends, np.int32)
+        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._ends_E
         room, key = self._size(limit), jax.random.key(options.seed)
         inputs = self._inputs(tokens)
         how = {"shape": shape, "numbers": numbers, "ends_E": ends}
@@ -212,7 +213,7 @@ class Generator:
             state = self._programs.advance(*self.weights, state, np.int32(min(every, limit - count)), stopped, **how)
 
     def _search(self, prompts, tokens, limit, options) -> list[Completion]:
-        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), np.array(self.ends, np.int32)
+        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._ends_E
         how = {"limit": np.int32(limit), "beams": options.searching, "shape": shape, "numbers": numbers, "ends_E": ends}
         carry = self._programs.start_beams(*self.weights, *self._inputs(tokens), room=self._size(limit), **how)
         texts, scores = jax.device_get(self._programs.search(*self.weights, carry, **how))
