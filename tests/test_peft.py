@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from untrained import begun_run, untrained_run
 
 import jaxmodels
+from jaxmodels import cli
 from jaxmodels.errors import ConfigError
 from jaxmodels.interop.peft import read
 from jaxmodels.interop.peft_export import export_adapters, shortest
@@ -164,7 +165,9 @@ def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_p
     """GPT-2's, which are trained apart here: exactly, and back again bitwise."""
     lora = {"rank": 2, "alpha": 3.0, "targets": targets}
     path = drawn(begin(config_of("gpt2", f"hf:{base('gpt2')}", lora=lora), tmp_path / "run"))
-    out = export_adapters(path, str(tmp_path / "out"))
+    out = tmp_path / "out"
+    assert cli.run(["export", path, str(out), "--format=peft"]) == 0
+    assert cli.run(["export", path, str(out), "--format=peft"]) == cli.run(["export", path, str(out)]) == 2  # the folder is taken
     values = json.loads((out / "adapter_config.json").read_text())
     for key, value in {"rank_pattern": 6, "alpha_pattern": 9}.items():
         assert values[key] == {f"transformer.h.{i}.attn.c_attn": value for i in range(2)}

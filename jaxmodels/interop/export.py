@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from jaxmodels.interop import architecture as architecture_lib
 from jaxmodels.interop import mapping, safetensors, tokenizer_files
 from jaxmodels.interop.architecture import ARCHITECTURES, Architecture, Keys
 from jaxmodels.interop.card import model_card
+from jaxmodels.interop.folder import whole_folder
 from jaxmodels.interop.published import FREE, resolve_options
 from jaxmodels.interop.safetensors import ToWrite
 from jaxmodels.models.lora import ADAPTERS, merge_adapters
@@ -45,7 +44,6 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     Raises:
       ConfigError: no such run; the folder is taken; `transformers` has no such model, and why.
     """
-    target = check_output(output)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype={dtype}: there are {', '.join(DTYPES)}.")
     if not shard_gb > 0:
@@ -61,32 +59,14 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     types = _types(located, manifest, dtype)
     tensors = _tensors(links, located, Lora(**config["lora"]).scale if config["lora"] else None, types)
     tensors |= {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in architecture.constants(config["model"]).items()}
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(partial, tensors, int(shard_gb * 1e9))
+    with whole_folder(output) as target:
+        _write_weights(target, tensors, int(shard_gb * 1e9))
         values = _config_json(architecture, head, folder, tokenizer_files.tokenizer_of(folder), sorted({t.name for t in types.values()}))
-        _write_json(partial / "config.json", values)
-        notes += tokenizer_files.write(folder, partial)
-        _write_processor(partial, config, manifest["info"])
-        (partial / "README.md").write_text(model_card(folder, located.step, architecture, values, notes), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return target
-
-
-def check_output(output: str) -> Path:
-    """A folder that can be written, and is not there or empty; else ConfigError."""
-    target = Path(output).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--output={target} is there already. Choose another folder.")
-    RunFolder(target).check_writable()
-    return target
+        _write_json(target / "config.json", values)
+        notes += tokenizer_files.write(folder, target)
+        _write_processor(target, config, manifest["info"])
+        (target / "README.md").write_text(model_card(folder, located.step, architecture, values, notes), encoding="utf-8")
+    return Path(output).expanduser().absolute()
 
 
 def choose(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[Architecture, list[str]]:
