@@ -15,6 +15,7 @@ import jaxmodels
 from jaxmodels import cli
 from jaxmodels.data.tokenizers import ByteTokenizer, CharacterTokenizer, make_tokenizer
 from jaxmodels.errors import ConfigError
+from jaxmodels.inference.generate import own_ends
 from jaxmodels.inference.text import Pieces, Row
 
 LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.", special=True)
@@ -119,6 +120,14 @@ def test_pieces_together_are_the_whole_text(name):
     said = [pieces.add(token) for token in everything[len(before) :]]
     assert "".join(said) + pieces.finish() == tokenizer.decode(everything)[len(tokenizer.decode(before)) :]
     assert not any("\ufffd" in piece for piece in said)
+
+
+def test_all_tokens_that_a_published_model_names_end_its_texts():
+    for named, expected in ((None, [2]), (7, [2, 7]), ([2, 9, 7], [2, 9, 7])):
+        tokenizer = CharacterTokenizer("abc", special=True)
+        tokenizer.config = {"eos_token_id": named}
+        assert own_ends(tokenizer) == expected
+    assert own_ends(CharacterTokenizer("abc")) == own_ends(None) == []
 
 
 @pytest.mark.parametrize("seed", range(3))

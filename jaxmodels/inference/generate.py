@@ -136,8 +136,7 @@ class Generator:
         self.reads_sources, self.context = hasattr(model, "encode"), getattr(model, "context", None)
         self.cached = hasattr(model, "extend")
         self.start = special("start") if start is None else start
-        end = special("end")
-        self.ends = tuple(ends) if ends is not None else () if end is None else (end,)
+        self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
         self._ends_E = np.array(self.ends or (-2,), np.int32)  # never without one: as with one, nothing is compiled anew
         self._programs = _programs(graph, jnp.dtype(dtype)) if layout is None else Programs(graph, dtype, layout)
         if self.reads_sources and self.start is None:
@@ -237,7 +236,7 @@ class Generator:
         """A prompt's tokens, int32 [P]."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ConfigError(f"prompt {number} is a text, and there is no tokenizer: give token numbers.")
+                raise ConfigError(f"prompt {number} is a text, and there is no tokenizer: give token numbers, as jaxmodels.load(RUN).generate([[1, 2]]) takes them.")
             try:
                 own = self.tokenizer.encode(prompt)
             except ValueError as error:
@@ -294,6 +293,15 @@ class Generator:
         if not self.reads_sources:
             return (array,)
         return array, np.where(np.arange(rows) < len(tokens), self.start, -1).astype(np.int32)
+
+
+def own_ends(tokenizer: Tokenizer | None) -> list[int]:
+    """The tokens that end a text: that of the tokenizer, and those that a published model's config.json names, which may be several."""
+    if tokenizer is None:
+        return []
+    named = getattr(tokenizer, "config", {}).get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    return [token for token in dict.fromkeys([tokenizer.special("end"), *named]) if token is not None]
 
 
 def generate(model: nnx.Module, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Completion]:
