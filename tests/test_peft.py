@@ -21,6 +21,7 @@ from jaxmodels.interop.peft import read
 from jaxmodels.interop.peft_export import export_adapters, shortest
 from jaxmodels.interop.published import load_model
 from jaxmodels.training.checkpoint import Checkpoints, Progress, open_run
+from jaxmodels.training.merge import merge
 from jaxmodels.training.step import TrainState, flatten, split, unflatten
 
 TOKENS = np.random.default_rng(0).integers(3, published.VOCABULARY, (4, 13)).astype(np.int32)
@@ -173,6 +174,8 @@ def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_p
         assert values[key] == {f"transformer.h.{i}.attn.c_attn": value for i in range(2)}
     expected = run(jaxmodels.load(path).model)
     np.testing.assert_allclose(there("gpt2", base("gpt2"), out), expected, atol=1e-4)
+    merge(path, str(tmp_path / "merged"))  # with the published weights that it borrows
+    np.testing.assert_allclose(run(jaxmodels.load(str(tmp_path / "merged")).model), expected, atol=1e-4)
     again = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(out)}), tmp_path / "again")
     before, after = (flatten(split(jaxmodels.load(one).model)[1]) for one in (path, again))
     assert before.keys() == after.keys() and sum("lora_" in name for name in before) == 2 * 2 * (4 if "up" in targets[1] else 3)

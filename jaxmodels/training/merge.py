@@ -30,9 +30,11 @@ def merge(run: str, output: str) -> RunFolder:
     source, folder = located.folder, new_folder(output)
     config, manifest = source.config(), source.manifest()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = {path: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=here) for path, stored in located.arrays.items()}
+    own = {path: stored for path, stored in located.arrays.items() if isinstance(stored, weights_lib.Stored)}
+    dtypes = dict.fromkeys(located.arrays, jnp.float32) | {path: stored.dtype for path, stored in own.items()}  # published ones may be smaller
+    shapes = {path: jax.ShapeDtypeStruct(stored.shape, dtypes[path], sharding=here) for path, stored in located.arrays.items()}
     arrays = weights_lib.read(located.arrays, shapes)
-    stats = {path: x for path, x in arrays.items() if located.arrays[path].part == "stats"}
+    stats = {path: x for path, x in arrays.items() if path in own and own[path].part == "stats"}
     params = {path: x for path, x in arrays.items() if path not in stats}
     if config["lora"] is not None:
         params = merge_adapters(params, Lora(**config["lora"]).scale)
@@ -40,7 +42,8 @@ def merge(run: str, output: str) -> RunFolder:
     if source.tokenizer_file.is_file() and "tokenizer" in data:
         data = data | {"tokenizer": str(folder.path)}  # its own, wherever its parents go
     entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
-    ancestors = [{key: value for key, value in p.items() if key in ("run", "id", "step")} for p in manifest.get("parents", [])]
+    kept = ("run", "id", "step", "weights", "model_type")
+    ancestors = [{key: value for key, value in p.items() if key in kept} for p in manifest.get("parents", [])]
     training = config["training"] | {"trainable": None, "freeze": ()}
     config = config | {"lora": None, "init_from": None, "training": training, "data": data}
     tokenizer = source.tokenizer_file.read_text(encoding="utf-8") if source.tokenizer_file.is_file() else None
