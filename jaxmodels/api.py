@@ -157,10 +157,7 @@ class Run:
         if precision not in step_lib.DTYPES:
             raise ConfigError(f"precision is {' or '.join(step_lib.DTYPES)}, got {precision!r}.")
         own = {"start": self.task.start, "ends": (self.task.end,)} if name == "seq2seq" else {}
-        generator = Generator(self.model, self.tokenizer, dtype=step_lib.DTYPES[precision], layout=self.layout, **own)
-        if not generator.cached:
-            print(f"jaxmodels: {type(self.model).__name__} keeps no cache, so it reads the whole text anew for each token.", file=sys.stderr)
-        return generator
+        return Generator(self.model, self.tokenizer, dtype=step_lib.DTYPES[precision], layout=self.layout, **own)
 
 
 def load(run: str, *, spread: bool = False) -> Run:

@@ -112,9 +112,23 @@ def test_targets_are_those_of_the_whole_model(name):
         assert generate(model, None, sources[1], max_tokens=18, start=7)[0].tokens == made[1]
 
 
+@pytest.mark.parametrize("name", both([*TEXTS, *TARGETS], [*MORE, *MORE_TARGETS]))
+def test_half_precision_keeps_its_types(name):
+    """Traced only: a loop whose cache came back in another type would be refused."""
+    model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS)[name]
+    generator = Generator(drawn(model_name, V, **options), dtype=jnp.bfloat16, start=7)
+    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": generator._ends_E}
+    inputs = generator._inputs([np.arange(3), np.arange(5)])
+    state = jax.eval_shape(functools.partial(generator._programs.start, room=16, key=jax.random.key(0), **how), *generator.weights, *inputs)
+    state = jax.eval_shape(functools.partial(generator._programs.advance, **how), *generator.weights, state, np.int32(3), np.zeros(2, bool))
+    floats = {x.dtype for x in jax.tree.leaves(state["cache"]) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_a_model_without_a_cache_reads_anew():
     model, given = Plain(), prompts(4, 9)
-    made = [c.tokens for c in generate(model, None, given, max_tokens=10)]
+    with pytest.warns(UserWarning, match="Plain keeps no cache.*reads the whole text anew"):
+        made = [c.tokens for c in generate(model, None, given, max_tokens=10)]
     assert_likeliest(model(filled([a + b for a, b in zip(given, made, strict=True)])), given, made)
 
 
@@ -251,7 +265,8 @@ class Says(nnx.Module):
 def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
     said = "Grün 😀, 漢字. END of it".encode()
     model = Says(said + bytes(64 - len(said)))
-    generator = Generator(model, ByteTokenizer())
+    with pytest.warns(UserWarning, match="keeps no cache"):
+        generator = Generator(model, ByteTokenizer())
     pieces = list(generator.stream("x", max_tokens=len(said)))
     assert "".join(pieces) == said.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
     # A string over several tokens; what might be its beginning is held back until it is not.

@@ -10,6 +10,7 @@ Shapes: B rows, P tokens of a prompt, N room for new tokens.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -135,6 +136,8 @@ class Generator:
         self.tokenizer, self.dtype, self.layout = tokenizer, dtype, layout
         self.reads_sources, self.context = hasattr(model, "encode"), getattr(model, "context", None)
         self.cached = hasattr(model, "extend")
+        if not self.cached:
+            warnings.warn(f"{type(model).__name__} keeps no cache (jaxmodels.models.cache), so it reads the whole text anew for each token", stacklevel=2)
         self.start = special("start") if start is None else start
         self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
         self._ends_E = np.array(self.ends or (-2,), np.int32)  # never without one: as with one, nothing is compiled anew
