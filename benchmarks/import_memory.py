@@ -11,9 +11,10 @@ The folder is written shard by shard with random weights, and deleted afterwards
 What is measured is the process's peak resident memory less what it had with JAX started and nothing read. It should stay below the
 target's own size, its float32 parameters, plus 1.3 times the largest shard.
 
-Measured with --layers=6 on two cores of a shared machine: a target of 5.91 GB, shards of 0.98 GB, so a limit of 7.18 GB. `load_model` took
-6.40 GB, `import_run` 6.23 GB, `init_from` 5.97 GB (9 s, 10 s of a processor: transposing into float32, then reading the files). Before a
-run's start left out drawing what it reads, and imports wrote their checkpoint in chunks, these were 21.9 GB and 8.8 GB.
+Measured on two cores of a shared machine, with 13 layers: a target of 11.57 GB, shards of 0.99 GB, so a limit of 12.86 GB. `load_model`
+took 12.33 GB (22 s of a processor), `import_run` 11.66 GB (50 s, most of them for its checkpoint), `init_from` 11.73 GB (21 s). With 6
+layers, 5.91 GB, `init_from` and `import_run` took 21.9 GB and 8.8 GB before a run's start left out drawing what it reads, and an
+import wrote its checkpoint in chunks; now 5.97 GB and 6.23 GB.
 """
 
 import argparse
