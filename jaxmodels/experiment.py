@@ -21,6 +21,8 @@ from jaxmodels import models, tasks
 from jaxmodels.data.augment import RandAugment
 from jaxmodels.data.source import Dataset, Remembered, take
 from jaxmodels.errors import ConfigError
+from jaxmodels.interop.folder import find as find_published
+from jaxmodels.interop.folder import is_published
 from jaxmodels.models import attention, rnn
 from jaxmodels.models.lora import ADAPTERS, add_lora
 from jaxmodels.parallel import layout as layout_lib
@@ -201,6 +203,7 @@ def build_experiment(
     loading = _loading(c["data"])
     dataset = _open(c["data"], loading, data_dir, data)
     if trained_info is None:
+        dataset = dataclasses.replace(dataset, info=_with_published_vocabulary(dataset.info, c["init_from"]))
         _check_train_split(dataset, c["data"])
         if loading.rand_augment is not None:
             loading.rand_augment.check(dataset.splits["train"][0])
@@ -322,6 +325,13 @@ def _check_train_split(dataset: Dataset, section: Mapping) -> None:
     size = len(dataset.splits["train"])
     if size < section["batch_size"]:
         raise ConfigError(f"config.data.batch_size={section['batch_size']} is more than the {size} training examples of {section['source']!r}.")
+
+
+def _with_published_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:
+    """Arrays of tokens tell of no tokenizer, and hold maybe not all tokens there are: then a published model's own number is what counts."""
+    if init_from is None or not is_published(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
+        return info
+    return dict(info) | {"vocab_size": max(info["vocab_size"], find_published(init_from["run"]).config.get("vocab_size", 0))}
 
 
 def _agreed_info(info: Mapping, trained: Mapping) -> Mapping:

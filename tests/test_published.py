@@ -259,7 +259,7 @@ def test_adapters_are_merged(folder, tmp_path):
 
 def test_heads_that_are_not_there_are_made_anew_and_said(folder, tmp_path, capsys):
     path, _ = folder("bert")
-    data = {"train": {"tokens": np.full((4, 8), 98, np.int32), "label": np.arange(4, dtype=np.int32) % 2}}
+    data = {"train": {"tokens": np.full((4, 8), 5, np.int32), "label": np.arange(4, dtype=np.int32) % 2}}
     config = {"init_from": f"hf:{path}", "task": "classify_text", "data": {"source": "arrays", "batch_size": 4}, "model": {"dropout": 0.0}}
     config |= {"optimizer": {"name": "sgd", "learning_rate": 1e-9}, "training": {"steps": 1}}
     jaxmodels.train(config, str(tmp_path / "run"), data=data)
