@@ -56,7 +56,8 @@ def compare(ours, theirs, batch: int, options) -> dict:
             given = torch.tensor(prompts)
             mask = torch.ones_like(given)
             # Neither side ends before `new` tokens.
-            made = theirs.generate(given, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
+            lengths = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
+            made = theirs.generate(given, attention_mask=mask, do_sample=False, **lengths)
         return made[:, options.prompt :].numpy()
 
     texts = {name: run(options.new) for name, run in (("ours", run_ours), ("theirs", run_theirs))}

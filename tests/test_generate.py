@@ -25,7 +25,8 @@ SIZE = {"layers": 2, "heads": 4, "width": 16, "context": 64}
 LLAMA = SIZE | {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "tie_embeddings": False, "kv_heads": 2}
 MOE = {"moe": {"experts": 4, "top_k": 2}}
 SEQ2SEQ = SIZE | {"mlp_width": 24}
-T5 = SEQ2SEQ | {"positions": "relative", "norm": "rms", "post_norm": False, "activation": "geglu", "bias": False, "scale_attention": False, "head_width": 8}
+T5 = SEQ2SEQ | {"positions": "relative", "norm": "rms", "post_norm": False, "activation": "geglu", "bias": False}
+T5 |= {"scale_attention": False, "head_width": 8}
 TEXTS = {
     "learned": ("gpt", SIZE),
     "mixtral": ("gpt", LLAMA | MOE | {"window": 5, "scan": True}),
@@ -187,7 +188,8 @@ def test_the_cache_is_written_in_place(small):
     """
     generator = Generator(small)
     how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(1, np.int32)}
-    state = jax.eval_shape(functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how), *generator.weights, np.zeros((1, 16), np.int32))
+    start = functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how)
+    state = jax.eval_shape(start, *generator.weights, np.zeros((1, 16), np.int32))
     compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(1, bool), **how).compile()
     whole = r"= f32\[(\d+,)*4,48,4\]\S* "
     lines = compiled.as_text().splitlines()
@@ -237,7 +239,10 @@ def test_wrong_arguments_are_one_line_each(small):
         with pytest.raises(ConfigError, match=message):
             generator.generate(given, **options)
     bare = Generator(small)
-    for given, options, message in (("a", {}, "there is no tokenizer: give token numbers"), ([1], {"stop": "b"}, "no tokenizer, so there are no texts")):
+    for given, options, message in (
+        ("a", {}, "there is no tokenizer: give token numbers"),
+        ([1], {"stop": "b"}, "no tokenizer, so there are no texts"),
+    ):
         with pytest.raises(ConfigError, match=message):
             bare.generate(given, **options)
     with pytest.raises(ConfigError, match="leave out streaming, or beams"):

@@ -81,11 +81,13 @@ def theirs_of(model, prompts, **options):
         at = slice(longest - len(prompt), None) if left else slice(0, len(prompt))
         tokens[i, at], mask[i, at] = prompt, 1
     with torch.inference_mode():
-        given = {"attention_mask": torch.tensor(mask), "max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        given = {"attention_mask": torch.tensor(mask), "max_new_tokens": NEW, "do_sample": False}
+        given |= {"return_dict_in_generate": True, "output_logits": True}
         result = model.generate(torch.tensor(tokens), **(given | options))
     return result.sequences[:, longest if left else 1 :].numpy(), result
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps no cache")
 @pytest.mark.parametrize("name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_the_likeliest_tokens_are_those_of_transformers(name, tmp_path):
     theirs, ours = made(name, tmp_path)
@@ -100,7 +102,8 @@ def test_the_likeliest_tokens_are_those_of_transformers(name, tmp_path):
     np.testing.assert_array_equal([c.tokens for c in generate(uncached, None, prompts, start=0, **options)], expected)
 
 
-SEARCHES = [(3, 1.0, False, True), (3, 0.0, "never", True), (3, 1.5, "never", False), (2, 0.7, False, True), (4, 2.0, True, True), (3, -1.0, False, True)]
+SEARCHES = [(3, 1.0, False, True), (3, 0.0, "never", True), (3, 1.5, "never", False), (2, 0.7, False, True)]
+SEARCHES += [(4, 2.0, True, True), (3, -1.0, False, True)]
 
 
 @pytest.mark.parametrize(

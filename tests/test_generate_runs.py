@@ -22,7 +22,10 @@ LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.", special=True)
 GPT = {"name": "gpt", "layers": 1, "heads": 2, "width": 16, "context": 64}
 LLAMA = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "tie_embeddings": False}
 SPREAD = {
-    "mixtral": ({**GPT, **LLAMA, "heads": 4, "width": 32, "kv_heads": 2, "window": 8, "scan": True, "moe": {"experts": 4, "top_k": 2}}, "language_model"),
+    "mixtral": (
+        {**GPT, **LLAMA, "heads": 4, "width": 32, "kv_heads": 2, "window": 8, "scan": True, "moe": {"experts": 4, "top_k": 2}},
+        "language_model",
+    ),
     "gpt": (GPT, "language_model"),
     "lstm": ({"name": "lstm", "width": 16}, "language_model"),
     "transformer": ({"name": "encoder_decoder", "layers": 2, "heads": 4, "width": 32, "context": 64}, "seq2seq"),

@@ -137,7 +137,8 @@ class Generator:
         self.reads_sources, self.context = hasattr(model, "encode"), getattr(model, "context", None)
         self.cached = hasattr(model, "extend")
         if not self.cached:
-            warnings.warn(f"{type(model).__name__} keeps no cache (jaxmodels.models.cache), so it reads the whole text anew for each token", stacklevel=2)
+            name = type(model).__name__
+            warnings.warn(f"{name} keeps no cache (jaxmodels.models.cache), so it reads the whole text anew for each token", stacklevel=2)
         self.start = special("start") if start is None else start
         self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
         self._ends_E = np.array(self.ends or (-2,), np.int32)  # never without one: as with one, nothing is compiled anew
@@ -239,7 +240,8 @@ class Generator:
         """A prompt's tokens, int32 [P]."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ConfigError(f"prompt {number} is a text, and there is no tokenizer: give token numbers, as jaxmodels.load(RUN).generate([[1, 2]]) takes them.")
+                way = "give token numbers, as jaxmodels.load(RUN).generate([[1, 2]]) takes them"
+                raise ConfigError(f"prompt {number} is a text, and there is no tokenizer: {way}.")
             try:
                 own = self.tokenizer.encode(prompt)
             except ValueError as error:

@@ -298,7 +298,9 @@ def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **
     return jax.lax.scan(lambda x, of: nnx.merge(graphdef, of[0]).prefill(x, of[1], **shared), x_BTD, (state, layers))
 
 
-def extend_blocks(blocks: nnx.Module, x_B1D: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any) -> tuple[jax.Array, list | dict]:
+def extend_blocks(
+    blocks: nnx.Module, x_B1D: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any
+) -> tuple[jax.Array, list | dict]:
     """Runs blocks one after the other on one token of every row. Returns what the last one gives, and the layers of the cache.
 
     Stacked layers are carried through the loop whole and written in place, where a loop's own inputs and outputs would be copies.
