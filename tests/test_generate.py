@@ -281,3 +281,14 @@ def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
     assert (whole.text, whole.finish) == ("Grün 😀, 漢字. ", "stop") and bytes(whole.tokens).endswith(b"END")
     (cut,) = generator.generate("x", max_tokens=8)
     assert (cut.text, cut.finish) == ("Grün \ufffd", "length")
+
+
+def test_a_sample_goes_on_from_the_second_half_of_a_full_context():
+    model = drawn("gpt", 30, layers=1, heads=2, width=16, context=9, tie_embeddings=False)
+    tokens = decoding.sample(model, 3, 21, jax.random.key(0), temperature=0)
+    text, seen = [3], [3]
+    while len(text) < 22:
+        text.append(int(jnp.argmax(model(jnp.array([seen]))[0, -1])))
+        seen = text[-4:] if len(text) in (9, 13, 17, 21) else [*seen, text[-1]]
+    np.testing.assert_array_equal(tokens, text[1:])
+    assert len(set(text)) > 5

@@ -51,7 +51,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
 
 
 def test_text_runs_learn_and_show_samples(tmp_path):
-    config = small.config(small.GPT, training__steps=120, task__sample_length=40, evaluation__every=60, model__context=48)
+    config = small.config(small.GPT, training__steps=120, task__sample_length=40, evaluation__every=60)
     result = run(config, tmp_path / "x")
     tokens = build_experiment(config).dataset.splits["train"].tokens
     share = np.bincount(tokens) / len(tokens)

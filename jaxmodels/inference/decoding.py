@@ -104,7 +104,9 @@ def see(seen_BV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def sample(model: Any, first: int, length: int, key: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    """A text that a model makes up after one token: int32 [length], or [context - 1] where the model's context holds no more.
+    """A text that a model makes up after one token: int32 [length].
+
+    Where the model's context is full, it goes on from the second half of it: the first half is forgotten.
 
     Args:
       model: with a cache, or any that maps int [B, T] to logits [B, T, V], those at t seeing tokens 0..t.
@@ -113,11 +115,25 @@ def sample(model: Any, first: int, length: int, key: jax.Array, *, temperature: 
       key: of the drawing.
       temperature: divides the logits; 0 takes the likeliest token.
     """
-    model = with_cache(model)
-    length = min(length, getattr(model, "context", length + 1) - 1)
+    model, none = with_cache(model), (jnp.zeros(1, bool), jnp.zeros(0, jnp.int32))
     settings = sampling.Sampling(temperature=temperature)
-    state = make_state(model.make_cache(1, length), jnp.full(1, first, jnp.int32), length, key, None)
-    return advance(model, state, length, jnp.zeros(1, bool), settings.shape(), settings.numbers(), jnp.zeros(0, jnp.int32))["chosen"][0]
+    shape, numbers = settings.shape(), settings.numbers()
+    room = min(length, max(1, getattr(model, "context", length + 1) - 1))
+    state = make_state(model.make_cache(1, room), jnp.full(1, first, jnp.int32), room, key, None)
+    begun_R = advance(model, state, room, none[0], shape, numbers, none[1])["chosen"][0]
+    if room == length:
+        return begun_R
+    half = (room + 1) // 2
+
+    def go_on(tail_H, key):
+        state, logits_1V = prefill(model, tail_H[None], half, key, shape, jnp.float32)
+        state = take(state, logits_1V, shape, numbers, none[1])
+        tail_H = advance(model, state, half - 1, none[0], shape, numbers, none[1])["chosen"][0]
+        return tail_H, tail_H
+
+    keys = jax.random.split(jax.random.fold_in(key, room), -(-(length - room) // half))
+    _, rest_NH = jax.lax.scan(go_on, begun_R[-half:], keys)
+    return jnp.concatenate([begun_R, rest_NH.reshape(-1)])[:length]
 
 
 def greedy(model: Any, source: jax.Array, length: int, *, start: int, end: int) -> jax.Array:
