@@ -83,7 +83,7 @@ def _reached(workdir):
     return "train_step" in RunFolder(workdir).manifest()["starts"][0]["compiled"]
 
 
-@pytest.mark.parametrize("name", ["init", "train_step", "eval_step", "sample"])
+@pytest.mark.parametrize("name", ["init", "train_step", pytest.param("eval_step", marks=pytest.mark.slow), "sample"])
 def test_while_compiling(name, tmp_path):
     # Compiled code cannot be interrupted: the stand-in holds its thread as a long compilation does.
     prelude = f"""

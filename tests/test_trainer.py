@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -431,3 +434,15 @@ def test_checkpoints_of_a_run_open_read_only(tmp_path):
     assert checkpoints.find(None) == 20
     checkpoints.close()
     assert sorted(p for p in (tmp_path / "x").rglob("*")) == before
+
+
+def test_a_run_imports_no_other_framework(tmp_path):
+    """Two seconds at each start, where PyTorch happens to be installed."""
+    code = (
+        "import sys, jaxmodels, small; "
+        f"jaxmodels.train(small.config(small.CNN, training__steps=2, log__tensorboard=True), {str(tmp_path / 'x')!r}, quiet=True); "
+        "print([name for name in ('torch', 'tensorflow', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert list((tmp_path / "x" / "tensorboard").iterdir())

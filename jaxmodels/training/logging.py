@@ -1,5 +1,7 @@
 """Where a run is watched: metrics.jsonl, TensorBoard, and the terminal. What fails here never stops training."""
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -47,11 +49,25 @@ class Samples:
         """Nothing stays open."""
 
 
+@contextlib.contextmanager
+def _without(module: str):
+    """As if a module were not installed, for what can do without; nothing where it is imported already."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]
+
+
 class TensorBoard:
     """Event files that TensorBoard reads, written without TensorFlow."""
 
     def __init__(self, folder: RunFolder, step: int):
-        from tensorboardX import SummaryWriter
+        with _without("torch"):  # which it would import where that happens to be installed, for two seconds, and not use
+            from tensorboardX import SummaryWriter
 
         # What an earlier start wrote after this step is hidden: it is written again.
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
