@@ -13,7 +13,7 @@ from jaxmodels.interop import published
 from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
-from jaxmodels.training import metrics, optimizer
+from jaxmodels.training import compiler_options, metrics, optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class Logging:
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
-MACHINE_KEYS = ("mesh", "sharding", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb")
+MACHINE_KEYS = ("mesh", "sharding", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb", "compiler_options")
 
 _PLAIN = {
     "training": Training,
@@ -170,7 +170,7 @@ def resolve(config: Mapping) -> dict:
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         raise ConfigError(f"a config is a dictionary of sections, as jaxmodels.load_config(FILE) gives; got {config!r}.")
-    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "init_from", "lora")
+    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "compiler_options", "init_from", "lora")
     for key in config:
         if key not in top:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
@@ -189,6 +189,7 @@ def resolve(config: Mapping) -> dict:
     for name, section in _PLAIN.items():
         resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
     resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit", "pmap"])
+    resolved["compiler_options"] = config_lib.check_value("compiler_options", config.get("compiler_options") or {}, dict[str, Any])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
     resolved["lora"] = config_lib.check_value("lora", _lora(config.get("lora"), resolved), Lora | None)
     _check_values(resolved)
@@ -257,6 +258,7 @@ def _resolve_optimizer(section: dict) -> dict:
 
 def _check_values(c: dict) -> None:
     """Values that are of the right type and still make no sense."""
+    compiler_options.check(c["compiler_options"])
     positive = ["data.batch_size", "data.eval_batch_size", "data.buffer", "training.steps", "training.epochs", "training.accumulate"]
     positive += ["evaluation.every", "evaluation.patience", "checkpoint.every", "checkpoint.keep", "log.every"]
     for key in positive:

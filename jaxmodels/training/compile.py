@@ -1,9 +1,10 @@
 """Compiling ahead of time, through a cache on disk that outlives the process."""
 
 import dataclasses
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.training import compiler_options
 
 
 @dataclasses.dataclass
@@ -21,11 +23,21 @@ class CompileRecord:
       name: of the function.
       seconds: to trace and compile, or to load.
       cached: whether the program came from the cache on disk.
+      options: of a train step, those that the compiler was given.
+      rejected: of a train step, the options that this compiler does not take: name -> what it said.
+      program: of a train step, SHA-256 of what the compiler was given.
+      loaded: the folder that a train step, compiled elsewhere, was loaded from.
+      not_loaded: why one that was there to load was not.
     """
 
     name: str
     seconds: float
     cached: bool
+    options: dict[str, compiler_options.Value] = dataclasses.field(default_factory=dict)
+    rejected: dict[str, str] = dataclasses.field(default_factory=dict)
+    program: str | None = None
+    loaded: str | None = None
+    not_loaded: str | None = None
 
 
 def cache_folder() -> Path:
@@ -73,7 +85,7 @@ def compile_ahead(name: str, function: Callable, *args, donate: tuple[int, ...] 
     return _compile(name, jax.jit(function, donate_argnums=donate, **options), args)
 
 
-def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis: str, *args) -> tuple[Callable, CompileRecord]:
+def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis: str, *args, options: Mapping) -> tuple[Callable, CompileRecord]:
     """Compiles a train step for `pmap`: every device runs it on its own rows, and on its own copy of the rest.
 
     Args:
@@ -82,13 +94,14 @@ def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis:
       mesh: of the devices.
       axis: that the function's collectives name.
       args: the state, whole on every device; the batch, its leading dimension the devices; the key.
+      options: for the compiler.
     """
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(function, axis_name=axis, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,), devices=devices)
     if jax.process_count() == 1:
-        return _compile(name, mapped, args)
+        return _compile(name, mapped, args, options)
     # Here pmap wants arrays to compile for, not shapes.
-    compiled, record = _compile(name, mapped, jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, args))
+    compiled, record = _compile(name, mapped, jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, args), options)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def step(*args):
@@ -102,13 +115,21 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: np.zeros(shape.sharding.shard_shape(shape.shape), shape.dtype))
 
 
-def _compile(name: str, function, args) -> tuple[Callable, CompileRecord]:
+def _compile(name: str, function, args, options: Mapping | None = None) -> tuple[Callable, CompileRecord]:
     started, before = time.perf_counter(), _hits
-    compiled = function.lower(*args).compile()
+    compiled = function.lower(*args).compile(compiler_options=dict(options or {}))
     return compiled, CompileRecord(name, round(time.perf_counter() - started, 3), _hits > before)
 
 
-def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any) -> tuple[Callable, CompileRecord]:
+def own_device(mesh: jax.sharding.Mesh) -> Any:
+    """One of a mesh's devices that this process can compile for alone; of devices that are not here, the first."""
+    here = set(jax.local_devices())
+    return next((device for device in mesh.devices.flat if device in here), mesh.devices.flat[0])
+
+
+def compile_train_step(
+    experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any, saved: Any = None
+) -> tuple[Callable, CompileRecord]:
     """The train step of an experiment: (state, batch, key) -> (state, metrics).
 
     The state is donated and stays where it lies; metrics are scalars on every device.
@@ -118,14 +139,30 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
       mesh: that it is spread over.
       shapes: of the train state, with shardings.
       state, key: arrays to compile for; their shapes will do, also for devices that are not here.
+      saved: an executable to load in place of compiling, where it is of this very program; see `plan.executable.Saved`.
+
+    Raises:
+      ConfigError: the compiler does not take one of the config's `compiler_options`.
     """
     rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
+    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh))
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     if mapped:
         batch = {k: jax.ShapeDtypeStruct((mesh.size, s.shape[0] // mesh.size, *s.shape[1:]), s.dtype) for k, s in batch.items()}
     batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in batch.items()}
     if mapped:
-        return compile_mapped("train_step", experiment.step_function(), mesh, mapped, state, batch, key)
+        compiled, record = compile_mapped("train_step", experiment.step_function(), mesh, mapped, state, batch, key, options=chosen.options)
+        not_loaded = "it is one program over all devices, and config.partition is 'pmap'" if saved is not None else None
+        return compiled, dataclasses.replace(record, options=chosen.options, rejected=chosen.rejected, not_loaded=not_loaded)
+    started, before = time.perf_counter(), _hits
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    function = experiment.step_function(shardings.params)
-    return compile_ahead("train_step", function, state, batch, key, donate=(0,), out_shardings=(shardings, mesh_lib.replicated(mesh)))
+    function = jax.jit(experiment.step_function(shardings.params), donate_argnums=(0,), out_shardings=(shardings, mesh_lib.replicated(mesh)))
+    # By shapes alone, and the key on every device: so the program is the same whether the arrays are here or not.
+    lowered = function.lower(shapes, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh)))
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    compiled, not_loaded = saved.load(lowered, program, chosen.options, experiment.config, mesh) if saved is not None else (None, None)
+    loaded = str(saved.folder) if compiled is not None else None
+    if compiled is None:
+        compiled = lowered.compile(compiler_options=chosen.options)
+    seconds = round(time.perf_counter() - started, 3)
+    return compiled, CompileRecord("train_step", seconds, _hits > before, chosen.options, chosen.rejected, program, loaded, not_loaded)

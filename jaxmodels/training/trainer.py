@@ -20,8 +20,8 @@ from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.sections import MACHINE_KEYS, resolve
+from jaxmodels.training import compiler_options, shared_folder
 from jaxmodels.training import metrics as metrics_lib
-from jaxmodels.training import shared_folder
 from jaxmodels.training import state as state_lib
 from jaxmodels.training import weights as weights_lib
 from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
@@ -29,6 +29,7 @@ from jaxmodels.training.compile import (
     CompileRecord,
     compile_ahead,
     compile_train_step,
+    own_device,
     use_persistent_cache,
 )
 from jaxmodels.training.evaluation import Evaluator
@@ -109,6 +110,7 @@ class Trainer:
         self.main = jax.process_index() == 0
         mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size", layout.microbatches)
         mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size", layout.microbatches)
+        compiler_options.choose(experiment.config["compiler_options"], own_device(self.mesh))  # an error, now rather than when compiling
         self.shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
         root = jax.random.key(experiment.config["seed"])
         self.init_key, self.step_key, self.sample_key = (jax.random.fold_in(root, i) for i in range(3))
@@ -128,8 +130,7 @@ class Trainer:
             self.log.say(note, style="yellow" if note.startswith("warning") else "dim")
         for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
             if problem is not None:
-                self.log.say("warning: " + problem, style="yellow")
-                self._fallback(problem)
+                self._warn(problem)
         options = self.experiment.checkpoint
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
@@ -273,8 +274,7 @@ class Trainer:
         self._record_compile(record)
         layout = self.experiment.layout
         for note in (*sharding_lib.replicated_notes(self.shapes, self.experiment.sharding, layout), *sharding_lib.notes(layout)):
-            self.log.say("warning: " + note, style="yellow")
-            self._fallback(note)
+            self._warn(note)
         return step
 
     def _flush(self) -> None:
@@ -344,16 +344,24 @@ class Trainer:
 
     # The manifest
 
+    def _warn(self, message: str) -> None:
+        """A line, and an entry of the manifest."""
+        self.log.say("warning: " + message, style="yellow")
+        self._fallback(message)
+
     def _fallback(self, message: str) -> None:
         if self.main:
             self.folder.add_to_manifest("fallbacks", message)
 
     def _record_compile(self, record: CompileRecord) -> None:
         how = "loaded from the cache" if record.cached else "compiled"
-        self.log.say(f"{record.name}: {how} in {record.seconds:.1f} s", style="dim")
+        given = ", ".join(f"{name}={value}" for name, value in record.options.items())
+        self.log.say(f"{record.name}: {how} in {record.seconds:.1f} s{' with ' + given if given else ''}", style="dim")
+        for name, reason in record.rejected.items():
+            self._warn(f"the compiler option {name} is left out: this compiler says: {reason}")
         if self.main:
             starts = self.folder.manifest()["starts"]
-            starts[-1]["compiled"][record.name] = dataclasses.asdict(record)
+            starts[-1]["compiled"][record.name] = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, {})}
             self.folder.update_manifest(starts=starts)
 
     def _write_manifest(self, step: int) -> None:

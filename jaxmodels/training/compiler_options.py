@@ -1,0 +1,147 @@
+"""Options of XLA's compilers that make train steps faster, by chip. One that a compiler does not take is left out, and said.
+
+They are given with each compilation, not by environment variables, so a step that is compiled for devices elsewhere has those it would
+have there.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import mmap
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.plan.chips import chip_of
+
+Value = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a compiler.
+
+    Attributes:
+      name: as the compiler has it.
+      value: of the type that the compiler wants.
+      why: what it changed where it was measured.
+    """
+
+    name: str
+    value: Value
+    why: str
+
+
+# By the names of `plan.chips`. An option stands here because a step was measured with it and without; `why` says what came of it.
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "v4": (),
+    "v5e": (),
+    "v5p": (),
+    "v6e": (),
+    "tpu7x": (),
+    "a100": (),
+    "h100": (),
+    "h200": (),
+}
+
+# Where a platform's compiler keeps the names of its options: (package, file).
+_LIBRARIES = {"tpu": ("libtpu", "libtpu.so")}
+_LIBRARY = ("jaxlib", "libjax_common.so")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The options of a compilation.
+
+    Attributes:
+      options: what the compiler is given, by name.
+      rejected: of the table's own, those that this compiler does not take: name -> what it said.
+    """
+
+    options: dict[str, Value]
+    rejected: dict[str, str]
+
+
+def choose(asked: Mapping[str, Value | None], device: Any) -> Chosen:
+    """The options of a step for a device: the table's, changed by a config's.
+
+    Args:
+      asked: the section `compiler_options`: values by name; None leaves out what the table has.
+      device: of those compiled for; it may be one that is not here. Of several processes, one of this process's own.
+
+    Raises:
+      ConfigError: the compiler does not take an option that is asked for; names the nearest that there is.
+    """
+    chip = chip_of(device.device_kind)
+    options, rejected = {}, {}
+    for option in OPTIONS.get(chip.name, ()) if chip else ():
+        if option.name not in asked:
+            if reason := _rejection(device, option.name, option.value):
+                rejected[option.name] = reason
+            else:
+                options[option.name] = option.value
+    for name, value in asked.items():
+        if value is None:
+            continue
+        if reason := _rejection(device, name, value):
+            raise ConfigError(f"config.compiler_options.{name}={value!r}: the compiler for {device.device_kind} says: {reason}.{_nearest(device, name, reason)}")
+        options[name] = value
+    return Chosen(options, rejected)
+
+
+def check(asked: Mapping[str, Any]) -> None:
+    """What of the section `compiler_options` can be told without a compiler.
+
+    Raises:
+      ConfigError: a value of another type; one that is left out and that no chip has.
+    """
+    known = sorted({option.name for options in OPTIONS.values() for option in options})
+    for name, value in asked.items():
+        if value is None and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Those are: {', '.join(known) or 'none'}."
+            raise ConfigError(f"config.compiler_options.{name}=None leaves out an option that runs have unless told otherwise, and this is none of them. {hint}")
+        if value is not None and not isinstance(value, Value):
+            raise ConfigError(f"config.compiler_options.{name} must be true or false, a number or a string, got {value!r} ({type(value).__name__}).")
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # True and 1 are equal, and not the same to a compiler
+def _rejection(device: Any, name: str, value: Value) -> str | None:
+    """What the compiler says against an option, asked with a program of one addition; None where it takes it.
+
+    Compilers read their options before the program, so this tells what would become of a larger one: a hundredth of a second each.
+    """
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(x).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").strip(" :.")
+    return None
+
+
+def _nearest(device: Any, name: str, reason: str) -> str:
+    """` Did you mean …?` with the nearest option that the compiler has, where it has none of that name."""
+    if not reason.startswith("No such"):
+        return ""
+    close = difflib.get_close_matches(name, _names(device.platform), n=5, cutoff=0.6)
+    found = next((other for other in close if not (_rejection(device, other, "") or "").startswith("No such")), None)
+    return f" Did you mean {found!r}?" if found else ""
+
+
+def _names(platform: str) -> list[str]:
+    """What may be names of a compiler's options: words of its library that look so."""
+    package, file = _LIBRARIES.get(platform, _LIBRARY)
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        return []
+    with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return sorted({word.decode() for word in re.findall(rb"xla_[a-z0-9_]{3,80}", content)})
