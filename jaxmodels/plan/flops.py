@@ -1,10 +1,15 @@
 """Floating-point operations of a function, counted from its jaxpr."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from typing import Any
 
 import jax
 from jax.extend import core as jax_core
+
+from jaxmodels.experiment import build_model
 
 
 def count_flops(function: Callable, *args) -> int:
@@ -22,42 +27,44 @@ def count_flops(function: Callable, *args) -> int:
 
 
 def _jaxpr_flops(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "dot_general":
-            (contract, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
-        elif name == "ragged_dot_general":
-            # Groups of rows, a matrix each: as many operations as all rows with one; or, in a gradient, the groups' own sums.
-            numbers, out = equation.params["ragged_dot_dimension_numbers"], equation.outvars[0].aval
-            (contract, _), _ = numbers.dot_dimension_numbers
-            groups = 1 if numbers.rhs_group_dimensions else out.shape[0]
-            total += 2 * out.size // groups * math.prod(equation.invars[0].aval.shape[i] for i in contract)
-        elif name == "conv_general_dilated":
-            numbers = equation.params["dimension_numbers"]
-            kernel = equation.invars[1].aval.shape
-            # Every output value takes one product for each value of the kernel that leads to it.
-            per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
-        elif name == "scan":
-            total += equation.params["length"] * _jaxpr_flops(equation.params["jaxpr"].jaxpr)
-        elif name == "shard_map":
-            # Every device runs it, on its own part.
-            total += equation.params["mesh"].size * _jaxpr_flops(equation.params["jaxpr"])
-        elif name == "pallas_call":
-            # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
-            grid, estimate = equation.params["grid_mapping"].grid, equation.params["cost_estimate"]
-            if all(isinstance(size, int) for size in grid):
-                total += math.prod(grid) * _jaxpr_flops(equation.params["jaxpr"])
-            elif estimate is not None:
-                total += estimate.flops  # how often it runs is known when it runs alone; its author says for how much
-            else:
-                raise ValueError(f"{equation.params['name_and_src_info']}: a kernel whose grid depends on values, and that says no cost")
-        elif name == "cond":
-            total += max(_jaxpr_flops(branch.jaxpr) for branch in equation.params["branches"])
-        else:
-            total += sum(_jaxpr_flops(inner) for inner in jax_core.jaxprs_in_params(equation.params))
-    return total
+    def shapes(variables):
+        return [getattr(x.aval, "shape", ()) for x in variables]  # a token has none
 
+    return sum(operation_flops(each.primitive.name, each.params, shapes(each.invars), shapes(each.outvars)) for each in jaxpr.eqns)
+
+
+def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]) -> int:
+    """As `count_flops`, of one operation with all that it calls.
+
+    Args:
+      name, params: of the primitive.
+      inputs, outputs: shapes.
+    """
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        return 2 * math.prod(outputs[0]) * math.prod(inputs[0][i] for i in contract)
+    if name == "ragged_dot_general":
+        # Groups of rows, a matrix each: as many operations as all rows with one; or, in a gradient, the groups' own sums.
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contract, _), _ = numbers.dot_dimension_numbers
+        groups = 1 if numbers.rhs_group_dimensions else outputs[0][0]
+        return 2 * math.prod(outputs[0]) // groups * math.prod(inputs[0][i] for i in contract)
+    if name == "conv_general_dilated":
+        # Every output value takes one product for each value of the kernel that leads to it.
+        per_output = math.prod(inputs[1]) // inputs[1][params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(outputs[0]) * per_output
+    if name == "scan":
+        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr)
+    if name == "shard_map":
+        return params["mesh"].size * _jaxpr_flops(params["jaxpr"])  # every device runs it, on its own part
+    if name == "pallas_call":
+        # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
+        grid, estimate = params["grid_mapping"].grid, params["cost_estimate"]
+        if all(isinstance(size, int) for size in grid):
+            return math.prod(grid) * _jaxpr_flops(params["jaxpr"])
+        if estimate is None:
+            raise ValueError(f"{params['name_and_src_info']}: a kernel whose grid depends on values, and that says no cost")
+        return estimate.flops  # how often it runs is known when it runs alone; its author says for how much
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    return sum(_jaxpr_flops(inner) for inner in jax_core.jaxprs_in_params(params))
