@@ -1,0 +1,306 @@
+"""What a train step takes of a device's memory, from shapes alone: no compiler, no devices, seconds for a model of any size.
+
+The step that `train` would run is traced for the mesh, `plan.graph` says how each of its values is spread, and `live` goes through it in
+order, adding up what is in memory at a time. It assumes of the compiler what TPU programs show:
+
+- The state stays where it is: new values take the old ones' place.
+- What is computed value by value is no array of its own, but a part of the operation that reads it, which reads what it is made of;
+  unless several read it and what it is made of is larger, or a loop or a kernel reads it.
+- A product's result goes through the one elementwise operation that reads it before it is written.
+- Shares of parameters come together before the product that needs them, once in a program or a loop's turn.
+- The last two dimensions of arrays are padded to tiles, in whatever order pads least.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxmodels.experiment import Experiment
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.plan import graph as graph_lib
+from jaxmodels.plan.graph import ELEMENTWISE, Graph, Op, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each device, at the moment when most are in use.
+
+    Attributes:
+      state: parameters, optimizer, moving average: all that a step is given of its own.
+      batch: the examples of a step.
+      gradients: of parameters.
+      activations: what the forward pass leaves for the backward pass.
+      logits: arrays as wide as there are tokens or classes.
+      gathered: parameters that come together from their shares, and other arrays that do.
+      temporaries: the rest.
+      total: all of them.
+    """
+
+    state: int
+    batch: int
+    gradients: int
+    activations: int
+    logits: int
+    gathered: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.asdict(self).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedDevice:
+    """A device that is not here, as far as shardings ask of it."""
+
+    id: int
+    platform: str
+    process_index: int = 0
+    device_kind: str = "planned"
+    client: None = None
+
+
+def planned_mesh(sizes: mesh_lib.MeshSizes, devices: int, platform: str) -> Mesh:
+    """A mesh to trace for, of devices that are not here.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    shape = mesh_lib.mesh_shape(sizes, devices)
+    grid = np.array([PlannedDevice(i, platform) for i in range(devices)], dtype=object).reshape(tuple(shape.values()))
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """A train step as operations.
+
+    Attributes:
+      graph: of the step, for one device's parts.
+      mesh: sizes of its axes.
+      state, batch: how many of the graph's inputs are these, in this order; the key follows.
+      state_bytes, batch_bytes: on a device.
+      parameters: shapes of all parameters.
+      wide: how many tokens or classes there are; 0 where the task has none.
+      flops: in matrix products and convolutions, over all devices, with what is computed again.
+    """
+
+    graph: Graph
+    mesh: Mapping[str, int]
+    state: int
+    batch: int
+    state_bytes: int
+    batch_bytes: int
+    parameters: frozenset[tuple[int, ...]]
+    wide: int
+
+
+def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedStep:
+    """Traces the train step of a run, as it is on so many devices of a platform.
+
+    Raises:
+      ConfigError: mesh or batch does not fit.
+    """
+    mesh = planned_mesh(experiment.mesh, devices, platform)
+    layout = sharding_lib.make_layout(mesh, experiment.sharding)
+    experiment = experiment.on(platform, layout)
+    size = experiment.loading.batch_size
+    mesh_lib.check_batch(size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
+    state = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
+    rows = mesh_lib.batch_sharding(mesh)
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in experiment.batch_shapes(size).items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = jax.make_jaxpr(experiment.step_function(jax.tree.map(lambda x: x.sharding, state.params)))(state, batch, key)
+    leaves = jax.tree.leaves(state)
+    specs = [graph_lib.spec_of(x) for x in (*leaves, *jax.tree.leaves(batch))] + [()]
+    provided = experiment.task.provides
+    return TracedStep(
+        graph=graph_lib.build(jaxpr, specs, mesh.shape),
+        mesh=dict(mesh.shape),
+        state=len(leaves),
+        batch=len(batch),
+        state_bytes=mesh_lib.bytes_per_device(state),
+        batch_bytes=mesh_lib.bytes_per_device(batch),
+        parameters=frozenset(x.shape for part in (state.params, state.frozen) for x in jax.tree.leaves(part)),
+        wide=provided.get("vocab_size") or provided.get("num_classes") or 0,
+    )
+
+
+def memory_model(experiment: Experiment, devices: int, platform: str) -> MemoryEstimate:
+    """Bytes that a device needs for the train step of a run.
+
+    Args:
+      experiment: as `build_experiment` gives.
+      devices: how many there are.
+      platform: `tpu`, `gpu` or `cpu`.
+
+    Raises:
+      ConfigError: mesh or batch does not fit so many devices.
+    """
+    step = trace_step(experiment, devices, platform)
+    # What the new state is, lies where the old one was.
+    in_place = set(step.graph.outputs[: step.state])
+    peak = live(step.graph, step.mesh, in_place)
+    parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0)
+    for value, size in peak:
+        parts[_part(value, step)] += size
+    return MemoryEstimate(state=step.state_bytes, batch=step.batch_bytes, **parts)
+
+
+def _part(value: Value, step: TracedStep) -> str:
+    if value.op.name == "gathered":
+        return "gathered"
+    if step.wide and step.wide in value.shape and value.shape not in step.parameters:
+        return "logits"
+    if value.op.backward:
+        shapes = step.parameters
+        return "gradients" if value.shape in shapes else "temporaries"
+    return "activations"
+
+
+# What is in memory at a time
+
+_FREE = ELEMENTWISE | frozenset(
+    "broadcast_in_dim reshape squeeze expand_dims transpose slice dynamic_slice pad concatenate split iota rev local whole sharding_constraint tile "
+    "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
+)
+_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin reduce_precision".split())
+_READS_THROUGH = _FREE | _REDUCTIONS | {"dot_general", "conv_general_dilated"}
+# The same bytes under another shape.
+_RENAMED = frozenset("reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
+
+
+def live(graph: Graph, mesh: Mapping[str, int], in_place: set[Value] = frozenset()) -> list[tuple[Value, int]]:
+    """The arrays in memory when most is, with their bytes, without what the graph is given.
+
+    Args:
+      graph: of a program, or the body of a loop.
+      mesh: sizes of its axes.
+      in_place: results that take the place of something given.
+    """
+    written, roots = _written(graph, mesh, in_place)
+    size = functools.cache(lambda value: 0 if value in in_place else bytes_of(value, mesh))
+    last: dict[Value, int] = {}
+    first: dict[Value, int] = {}
+    for i, op in enumerate(graph.ops):
+        for value in op.inputs:
+            for root in roots.get(value, ()):
+                last[root] = i
+                first.setdefault(root, i)
+    for value in graph.outputs:
+        for root in roots.get(value, ()):
+            last[root] = len(graph.ops)
+    inner, changes = {}, np.zeros(2 * len(graph.ops) + 4, np.int64)
+    spans = {}
+    for i, op in enumerate(graph.ops):
+        bodies = [live(body, mesh, _stacked(op, body)) for body in op.bodies]
+        inner[i] = max(bodies, key=_total, default=[])
+        changes[2 * i] += _total(inner[i])
+        changes[2 * i + 1] -= _total(inner[i])
+        for value in op.outputs:
+            if value not in written:
+                continue
+            begin = _begins(op, i, value, roots, last, size)
+            if begin is None:  # of arguments alone: made when it is needed
+                begin = 2 * first.get(value, i)
+            spans[value] = (begin, 2 * last.get(value, i))
+            changes[begin] += size(value)
+            changes[max(begin, spans[value][1]) + 1] -= size(value)
+    at = int(np.argmax(np.cumsum(changes)))
+    found = [(value, size(value)) for value, (begin, end) in spans.items() if begin <= at <= max(begin, end)]
+    return found + (inner.get(at // 2, []) if at % 2 == 0 else [])
+
+
+def _total(found: Sequence[tuple[Value, int]]) -> int:
+    return sum(size for _, size in found)
+
+
+def _stacked(op: Op, body: Graph) -> set[Value]:
+    """What each turn of a loop writes where its results are stacked, and nowhere else."""
+    if op.name != "scan":
+        return set()
+    return {value for value in body.outputs[op.params["num_carry"] :] if value.op is not None and value.op.name in _READS_THROUGH}
+
+
+def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
+    """The moment from which a result needs room of its own: while its operation runs, or after it where an operand that nothing else
+    needs makes room."""
+    read = {root for x in op.inputs for root in roots.get(x, ())}
+    if op.name in _FREE and all(root.op is None for root in read):
+        return None
+    dying = [root for root in read if last[root] == i and root.op is not None]
+    if op.name in _FREE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
+        if any(size(root) >= size(value) for root in dying):
+            return 2 * i + 1
+    return 2 * i
+
+
+def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
+    """The values that are arrays in memory; and which of these, or of what is given, each value is read from."""
+    readers: dict[Value, list[Op]] = {}
+    for op in graph.ops:
+        for value in dict.fromkeys(op.inputs):
+            readers.setdefault(value, []).append(op)
+    results = set(graph.outputs)
+    written: set[Value] = set()
+    roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in graph.inputs}
+    passing: set[Value] = set()  # of products that are not written before what reads them
+
+    def rooted(value: Value) -> frozenset[Value]:
+        return roots.setdefault(value, frozenset())  # constants are from nothing
+
+    def passes_on(value: Value, by: list[Op]) -> bool:
+        return value not in results and len(by) == 1 and by[0].name in ELEMENTWISE and by[0].outputs[0].shape == value.shape
+
+    for op in graph.ops:
+        below = frozenset().union(*(rooted(value) for value in op.inputs))
+        for value in op.outputs:
+            by = readers.get(value, [])
+            if not by and value not in results:
+                roots[value] = below
+                continue
+            produced = op.name in ("dot_general", "conv_general_dilated") or any(x in passing for x in op.inputs)
+            if produced and passes_on(value, by):
+                passing.add(value)
+                roots[value] = below
+                continue
+            if not produced and op.name in _FREE and not _is_written(op, value, by, below, value in results, mesh):
+                roots[value] = below
+                continue
+            written.add(value)
+            roots[value] = frozenset((value,))
+    return written, roots
+
+
+def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], result: bool, mesh: Mapping[str, int]) -> bool:
+    """Whether what is computed value by value becomes an array."""
+    whole = len(below) == 1 and op.name in _RENAMED
+    if whole:
+        return False
+    if result or any(reader.name not in _READS_THROUGH for reader in by):
+        return True
+    return len(by) > 1 and sum(bytes_of(root, mesh) for root in below) > bytes_of(value, mesh)
+
+
+_LANES = 128
+
+
+def bytes_of(value: Value, mesh: Mapping[str, int]) -> int:
+    """Of a device's part, in tiles of 128 values by as many rows as 32 bits times 8 hold."""
+    sizes = [-(-n // graph_lib.ways(axes, mesh)) for n, axes in zip(value.shape, value.spec, strict=True)]
+    exact = math.prod(sizes) * value.itemsize
+    large = [i for i, n in enumerate(sizes) if n > 1]
+    if exact < 2**20 or len(large) < 2 or not value.itemsize:
+        return exact
+    rows = 8 * max(1, 4 // value.itemsize)
+    rest = math.prod(sizes)
+    padded = min(
+        rest // (sizes[i] * sizes[j]) * -(-sizes[i] // rows) * rows * -(-sizes[j] // _LANES) * _LANES for i in large for j in large if i != j
+    )
+    return padded * value.itemsize
