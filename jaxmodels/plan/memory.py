@@ -241,6 +241,11 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
     return 2 * i
 
 
+def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
+    """The values that are arrays in memory; the others are parts of the operations that read them."""
+    return _written(graph, mesh, set())[0]
+
+
 def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
     """The values that are arrays in memory; and which of these, or of what is given, each value is read from."""
     readers: dict[Value, list[Op]] = {}
