@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -132,23 +133,24 @@ def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedSte
     )
 
 
-def memory_model(experiment: Experiment, devices: int, platform: str) -> MemoryEstimate:
+def memory_model(experiment: Experiment, topology: Any) -> MemoryEstimate:
     """Bytes that a device needs for the train step of a run.
 
     Args:
       experiment: as `build_experiment` gives.
-      devices: how many there are.
-      platform: `tpu`, `gpu` or `cpu`.
+      topology: as `plan.topology.parse` gives; of its devices, their number and platform count.
 
     Raises:
       ConfigError: mesh or batch does not fit so many devices.
     """
-    step = trace_step(experiment, devices, platform)
-    # What the new state is, lies where the old one was.
-    in_place = set(step.graph.outputs[: step.state])
-    peak = live(step.graph, step.mesh, in_place)
+    return peak(trace_step(experiment, topology.devices, topology.chip.platform))
+
+
+def peak(step: TracedStep) -> MemoryEstimate:
+    """Bytes that a device needs for a traced step."""
     parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0)
-    for value, size in peak:
+    # The new state lies where the old one was.
+    for value, size in live(step.graph, step.mesh, frozenset(step.graph.outputs[: step.state])):
         parts[_part(value, step)] += size
     return MemoryEstimate(state=step.state_bytes, batch=step.batch_bytes, **parts)
 
@@ -176,7 +178,7 @@ _READS_THROUGH = _FREE | _REDUCTIONS | {"dot_general", "conv_general_dilated"}
 _RENAMED = frozenset("reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
 
-def live(graph: Graph, mesh: Mapping[str, int], in_place: set[Value] = frozenset()) -> list[tuple[Value, int]]:
+def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = frozenset()) -> list[tuple[Value, int]]:
     """The arrays in memory when most is, with their bytes, without what the graph is given.
 
     Args:
@@ -184,7 +186,7 @@ def live(graph: Graph, mesh: Mapping[str, int], in_place: set[Value] = frozenset
       mesh: sizes of its axes.
       in_place: results that take the place of something given.
     """
-    written, roots = _written(graph, mesh, in_place)
+    written, roots = _written(graph, mesh)
     size = functools.cache(lambda value: 0 if value in in_place else bytes_of(value, mesh))
     last: dict[Value, int] = {}
     first: dict[Value, int] = {}
@@ -221,11 +223,11 @@ def _total(found: Sequence[tuple[Value, int]]) -> int:
     return sum(size for _, size in found)
 
 
-def _stacked(op: Op, body: Graph) -> set[Value]:
+def _stacked(op: Op, body: Graph) -> frozenset[Value]:
     """What each turn of a loop writes where its results are stacked, and nowhere else."""
     if op.name != "scan":
-        return set()
-    return {value for value in body.outputs[op.params["num_carry"] :] if value.op is not None and value.op.name in _READS_THROUGH}
+        return frozenset()
+    return frozenset(value for value in body.outputs[op.params["num_carry"] :] if value.op is not None and value.op.name in _READS_THROUGH)
 
 
 def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
@@ -246,7 +248,12 @@ def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
     return _written(graph, mesh, set())[0]
 
 
-def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
+def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
+    """The values that are arrays in memory; the others are part of the operations that read them."""
+    return _written(graph, mesh)[0]
+
+
+def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
     """The values that are arrays in memory; and which of these, or of what is given, each value is read from."""
     readers: dict[Value, list[Op]] = {}
     for op in graph.ops:
@@ -265,6 +272,7 @@ def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tup
 
     for op in graph.ops:
         below = frozenset().union(*(rooted(value) for value in op.inputs))
+        free = op.name in _FREE or _picks(op)
         for value in op.outputs:
             by = readers.get(value, [])
             if not by and value not in results:
@@ -275,7 +283,7 @@ def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tup
                 passing.add(value)
                 roots[value] = below
                 continue
-            if not produced and op.name in _FREE and not _is_written(op, value, by, below, value in results, mesh):
+            if not produced and free and not _is_written(op, value, by, below, value in results, mesh):
                 roots[value] = below
                 continue
             written.add(value)
@@ -283,14 +291,22 @@ def _written(graph: Graph, mesh: Mapping[str, int], in_place: set[Value]) -> tup
     return written, roots
 
 
+def _picks(op: Op) -> bool:
+    """One value of each row, or the gradient of that: a comparison with all places, as compilers have it."""
+    numbers = op.params.get("dimension_numbers")
+    if op.name not in ("gather", "scatter-add") or not numbers.operand_batching_dims:
+        return False
+    return op.name == "gather" or math.prod(op.inputs[2].shape) * 2 < math.prod(op.inputs[0].shape)
+
+
 def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], result: bool, mesh: Mapping[str, int]) -> bool:
     """Whether what is computed value by value becomes an array."""
-    whole = len(below) == 1 and op.name in _RENAMED
-    if whole:
+    if len(below) == 1 and op.name in _RENAMED:
         return False
     if result or any(reader.name not in _READS_THROUGH for reader in by):
         return True
-    return len(by) > 1 and sum(bytes_of(root, mesh) for root in below) > bytes_of(value, mesh)
+    read, own = sum(bytes_of(root, mesh) for root in below), bytes_of(value, mesh)
+    return read > 4 * own or len(by) > 1 and read > 1.25 * own
 
 
 _LANES = 128
