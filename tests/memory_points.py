@@ -39,7 +39,7 @@ def _on(base: dict, mesh: dict, **changes) -> dict:
 
 POINTS = {
     "gpt none": (_on(GPT, {"data": 4}), "v5e:2x2"),
-    "gpt full": (_on(GPT, {"fsdp": 4}, model__remat="full"), "v5e:2x2"),
+    "gpt full": (_on(GPT, {"fsdp": 4}, model__remat="full", data__batch_size=512), "v5e:2x2"),
     "gpt dots": (_on(GPT, {"fsdp": 2, "tensor": 2}, model__remat="dots"), "v5e:2x2"),
     "gpt unrolled": (_on(GPT, {"data": 4}, model__scan=False), "v5e:2x2"),
     "gpt unrolled full": (_on(GPT, {"data": 2, "fsdp": 2}, model__scan=False, model__remat="full"), "v5e:2x2"),

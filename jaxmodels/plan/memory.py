@@ -168,12 +168,13 @@ def _part(value: Value, step: TracedStep) -> str:
 
 # What is in memory at a time
 
-_FREE = ELEMENTWISE | frozenset(
+# What is computed value by value.
+COMPUTED_IN_PLACE = ELEMENTWISE | frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose slice dynamic_slice pad concatenate split iota rev local whole sharding_constraint tile "
     "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin reduce_precision".split())
-_READS_THROUGH = _FREE | _REDUCTIONS | {"dot_general", "conv_general_dilated"}
+_READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | {"dot_general", "conv_general_dilated"}
 # The same bytes under another shape.
 _RENAMED = frozenset("reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
@@ -234,10 +235,10 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
     """The moment from which a result needs room of its own: while its operation runs, or after it where an operand that nothing else
     needs makes room."""
     read = {root for x in op.inputs for root in roots.get(x, ())}
-    if op.name in _FREE and all(root.op is None for root in read):
+    if op.name in COMPUTED_IN_PLACE and all(root.op is None for root in read):
         return None
     dying = [root for root in read if last[root] == i and root.op is not None]
-    if op.name in _FREE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
+    if op.name in COMPUTED_IN_PLACE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
         if any(size(root) >= size(value) for root in dying):
             return 2 * i + 1
     return 2 * i
@@ -268,11 +269,11 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
         return roots.setdefault(value, frozenset())  # constants are from nothing
 
     def passes_on(value: Value, by: list[Op]) -> bool:
-        return value not in results and len(by) == 1 and by[0].name in ELEMENTWISE and by[0].outputs[0].shape == value.shape
+        return value not in results and len(by) == 1 and by[0].name in ELEMENTWISE and all(math.prod(x.shape) * x.itemsize <= math.prod(value.shape) * value.itemsize for x in by[0].outputs)
 
     for op in graph.ops:
         below = frozenset().union(*(rooted(value) for value in op.inputs))
-        free = op.name in _FREE or _picks(op)
+        free = op.name in COMPUTED_IN_PLACE or _picks(op)
         for value in op.outputs:
             by = readers.get(value, [])
             if not by and value not in results:
@@ -292,21 +293,20 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
 
 
 def _picks(op: Op) -> bool:
-    """One value of each row, or the gradient of that: a comparison with all places, as compilers have it."""
-    numbers = op.params.get("dimension_numbers")
-    if op.name not in ("gather", "scatter-add") or not numbers.operand_batching_dims:
+    """The gradient of one value of each row: a comparison with all places, as compilers have it."""
+    if op.name != "scatter-add" or not op.params["dimension_numbers"].operand_batching_dims:
         return False
-    return op.name == "gather" or math.prod(op.inputs[2].shape) * 2 < math.prod(op.inputs[0].shape)
+    return math.prod(op.inputs[2].shape) * 2 < math.prod(op.inputs[0].shape)
 
 
 def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], result: bool, mesh: Mapping[str, int]) -> bool:
     """Whether what is computed value by value becomes an array."""
     if len(below) == 1 and op.name in _RENAMED:
         return False
-    if result or any(reader.name not in _READS_THROUGH for reader in by):
+    if result or any(reader.name not in _READS_THROUGH and not _picks(reader) for reader in by):
         return True
     read, own = sum(bytes_of(root, mesh) for root in below), bytes_of(value, mesh)
-    return read > 4 * own or len(by) > 1 and read > 1.25 * own
+    return read > 16 * own or len(by) > 1 and read > 1.25 * own
 
 
 _LANES = 128
