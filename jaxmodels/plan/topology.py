@@ -1,12 +1,16 @@
-"""A train step compiled for TPUs that are not here: does it compile, does it fit, what does it cost?
+"""A train step compiled for chips that are not here, and the names of topologies to compile for.
 
 Package `libtpu` holds the TPU's compiler; it needs no TPU, and the process itself may be one for CPUs (`JAX_PLATFORMS=cpu`).
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import math
 import os
 import re
+import tempfile
+import traceback
 from typing import Any
 
 import jax
@@ -18,14 +22,141 @@ from jaxmodels.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.layout import Layout
+from jaxmodels.plan.chips import CHIPS, Chip
 from jaxmodels.training.compile import CompileRecord, compile_train_step
 
-# Memory of a chip in 10**9 bytes, as Google's pages on the generations state it (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e).
-# The compiler itself lets a program have somewhat less: the rest is the runtime's.
-HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+FORMS = "v5p-128 (Google's name of a slice), v5p:4x4x4 (its chips), 4xv5p-128 (four slices), h100x8 (a node of GPUs), 2xh100x8 (two nodes)"
 
-# Chips whose two cores are one device, unless the compiler is told otherwise.
-_MEGACORE = ("v4",)
+# Grids of chips that Google's names of slices stand for: docs.cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
+_FLAT_GRIDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+# The same of /v4, /v5p and /tpu7x, below and at one cube of 4 × 4 × 4; from there on a slice is made of cubes.
+_SMALL_GRIDS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
+# Chips of the largest slice: the same pages.
+_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
+_GPUS_PER_NODE = 8
+_OTHER_NAMES = {"v5litepod": "v5e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips, and how they are joined.
+
+    Attributes:
+      name: as it was given.
+      chip: of which kind.
+      grid: chips of one slice along its torus; of a node of GPUs, their number.
+      slices: of TPUs, or nodes of GPUs, on the network between them.
+    """
+
+    name: str
+    chip: Chip
+    grid: tuple[int, ...]
+    slices: int
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.grid) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """That a program sees, of all slices."""
+        return self.chips * self.chip.devices_per_chip
+
+    @property
+    def slice_name(self) -> str:
+        """One slice, as libtpu has it: `v5p:4x4x4`."""
+        return _written(self.chip, self.grid)
+
+
+def parse(name: str) -> Topology:
+    """The topology of a name.
+
+    Google's names count TensorCores, of which v4, v5p and tpu7x have two a chip: `v5p-128` is 64 chips, 4 × 4 × 4. Where several grids have as many
+    chips, it is the one that is most like a cube, which is what Google makes (cloud.google.com/tpu/docs/types-topologies, "Topology variants").
+
+    Args:
+      name: such as `v5p-128`, `v6e-256`, `v5p:4x4x4`, `4xv5p-128`, `h100x8`, `2xh100x8`.
+
+    Raises:
+      ConfigError: it is none; names the nearest and what there is.
+    """
+    match = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?([a-z]\w*?)(?:-(\d+)|:(\d+(?:x\d+)*)|x(\d+))", name)
+    chip = CHIPS.get(_OTHER_NAMES.get(match[2], match[2])) if match else None
+    if chip is None:
+        raise ConfigError(f"--topology={name} is not known.{_nearest(name)} Topologies are written {FORMS}; chips are {', '.join(CHIPS)}.")
+    slices, count, grid, gpus = int(match[1] or 1), match[3], match[4], match[5]
+    if slices < 1:
+        raise ConfigError(f"--topology={name}: a count of slices is 1 or more.")
+    if (gpus is not None) != (chip.platform == "gpu"):
+        other = f"{chip.name}x{_GPUS_PER_NODE}" if chip.platform == "gpu" else f"{_names(chip)[4]} or {_written(chip, _grids(chip)[4])}"
+        raise ConfigError(f"--topology={name}: {chip.name} is written such as {other}; several with a count in front.")
+    if gpus is not None:
+        sizes = _node(name, chip, int(gpus))
+    elif grid is not None:
+        sizes = _grid(name, chip, tuple(int(size) for size in grid.split("x")))
+    else:
+        sizes = _slice(name, chip, int(count))
+    return Topology(name, chip, sizes, slices)
+
+
+def _nearest(name: str) -> str:
+    """` Did you mean …?` with the nearest of the names that a slice or a node has."""
+    known = [each for chip in CHIPS.values() for each in _names(chip)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _written(chip: Chip, grid: tuple[int, ...]) -> str:
+    return f"{chip.name}:{'x'.join(map(str, grid))}"
+
+
+def _names(chip: Chip) -> list[str]:
+    if chip.platform == "gpu":
+        return [f"{chip.name}x{count}" for count in (1, 2, 4, _GPUS_PER_NODE)]
+    return [f"{chip.name}-{math.prod(grid) * chip.cores_per_chip}" for grid in _grids(chip)]
+
+
+def _grids(chip: Chip) -> list[tuple[int, ...]]:
+    """Grids that Google's names stand for, smallest first: one for each number of chips."""
+    if chip.torus_dimensions == 2:
+        return list(_FLAT_GRIDS)
+    cubes = range(2, _LARGEST[chip.name] // math.prod(_SMALL_GRIDS[-1]) + 1)
+    return [*_SMALL_GRIDS, *(tuple(4 * size for size in _most_like_a_cube(count)) for count in cubes)]
+
+
+def _most_like_a_cube(count: int) -> tuple[int, int, int]:
+    """Three factors of a number, smallest first, whose sum is the least."""
+    factors = [n for n in range(1, count + 1) if count % n == 0]
+    return min(((a, b, count // (a * b)) for a in factors for b in factors if a <= b <= count / (a * b) and count % (a * b) == 0), key=sum)
+
+
+def _slice(name: str, chip: Chip, count: int) -> tuple[int, ...]:
+    """The grid of `v5p-128`."""
+    known = {math.prod(grid) * chip.cores_per_chip: grid for grid in _grids(chip)}
+    if count not in known:
+        near = [f"{chip.name}-{size}" for size in sorted(sorted(known, key=lambda size: abs(size - count))[:2])]
+        unit = f"TensorCores, {chip.cores_per_chip} a chip" if chip.cores_per_chip > 1 else "chips"
+        raise ConfigError(
+            f"--topology={name}: there is no slice of {count:,} {unit}; the nearest are {' and '.join(near)}. "
+            f"Slices have {', '.join(str(size) for size in sorted(known)[:8])}, … {max(known):,} {unit.partition(',')[0]}."
+        )
+    return known[count]
+
+
+def _grid(name: str, chip: Chip, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid of `v5p:4x4x4`."""
+    if len(grid) != chip.torus_dimensions or 0 in grid:
+        raise ConfigError(f"--topology={name}: chips of {chip.name} lie in {chip.torus_dimensions} dimensions, such as {_written(chip, _grids(chip)[4])}.")
+    return grid
+
+
+def _node(name: str, chip: Chip, count: int) -> tuple[int, ...]:
+    """The number of GPUs of `h100x8`."""
+    if not 1 <= count <= _GPUS_PER_NODE:
+        several = f": {count // _GPUS_PER_NODE}x{chip.name}x{_GPUS_PER_NODE}" if count and count % _GPUS_PER_NODE == 0 else f", such as 2x{chip.name}x{_GPUS_PER_NODE}"
+        raise ConfigError(f"--topology={name}: a node has 1 to {_GPUS_PER_NODE} GPUs; several nodes have their number in front{several}.")
+    return (count,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +168,7 @@ class CompiledStep:
       shapes: of the train state, with shardings.
       mesh: of the topology's devices.
       layout: of the step; its `left_whole` tells what could not be spread.
-      record: how long it took.
+      record: how long it took, and with which options.
       experiment: as it is on that mesh; its `kernels` tell which implementations run.
     """
 
@@ -49,30 +180,32 @@ class CompiledStep:
     experiment: Experiment
 
 
-def generation(topology: str) -> str:
-    """`v5p` of `v5p:4x4x4`.
+class DoesNotFit(RunError):
+    """A step needs more memory than a device has.
 
-    Raises:
-      ConfigError: it is not written so, or no generation that is known here.
+    Attributes:
+      needed: bytes, as far as the compiler says; what it found when it gave up.
+      available: bytes that a program can have of a device.
     """
-    match = re.fullmatch(r"(\w+):\d+(x\d+){1,2}", topology)
-    if match is None or match[1] not in HBM_GB:
-        raise ConfigError(f"a topology is one of {', '.join(HBM_GB)} and its chips, such as v5p:4x4x4 or v6e:8x8; got {topology!r}.")
-    return match[1]
+
+    def __init__(self, message: str, needed: int | None, available: int):
+        super().__init__(message)
+        self.needed, self.available = needed, available
 
 
-def devices(topology: str, slices: int = 1) -> list:
+def has_libtpu() -> bool:
+    """Whether the compiler for TPUs is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def devices(topology: str | Topology) -> list:
     """The devices of a TPU topology, to compile for; they can run nothing.
-
-    Args:
-      topology: of one slice, such as `v5p:4x4x4` or `v6e:8x8`.
-      slices: how many there are, on the network between them.
 
     Raises:
       ConfigError: libtpu is not installed; or it makes no such topology.
     """
-    kind = generation(topology)
-    if importlib.util.find_spec("libtpu") is None:
+    topology = parse(topology) if isinstance(topology, str) else topology
+    if not has_libtpu():
         raise ConfigError("libtpu, the compiler for TPUs, is not installed, and is needed here: pip install 'jaxmodels[plan]'")
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         # JAX found no TPU here and set this, lest libtpu ask the cloud's metadata server, in vain and for minutes. These keep it from
@@ -81,29 +214,56 @@ def devices(topology: str, slices: int = 1) -> list:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         # Several processes may compile at a time; only one could use a TPU.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options: dict[str, Any] = {"num_slices": slices}
-    if kind in _MEGACORE:
-        options["chip_config_name"] = "megacore"
+    options: dict[str, Any] = {"num_slices": topology.slices}
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device, which those of v5p are without being told
+    if math.prod(topology.grid) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ConfigError(f"libtpu makes no topology {topology!r}: {_first_line(error)}") from error
+        raise ConfigError(f"libtpu makes no topology {topology.name!r} ({topology.slice_name}): {_first_line(error)}.") from error
 
 
-def compile_step(experiment: Experiment, topology: str) -> CompiledStep:
+def check_mesh(sizes: mesh_lib.MeshSizes, topology: Topology) -> None:
+    """Raises ConfigError unless a config's mesh covers a topology; says which sizes would."""
+    if topology.chip.platform == "tpu" and sizes.slices not in (topology.slices, -1):
+        raise ConfigError(
+            f"config.mesh.slices={sizes.slices}, but --topology={topology.name} is {topology.slices} slice{'s' * (topology.slices > 1)}: "
+            f"--config.mesh.slices={topology.slices}, or another topology."
+        )
+    try:
+        mesh_lib.mesh_shape(sizes, topology.devices)
+    except ConfigError as error:
+        shape = dataclasses.asdict(sizes)
+        ways = []
+        for axis in shape:
+            others = math.prod(size for other, size in shape.items() if other != axis)
+            if axis != "slices" and others > 0 and topology.devices % others == 0:
+                ways.append(f"--config.mesh.{axis}={topology.devices // others}")
+        would = f" With the others as they are, one of these would do: {' '.join(ways)}." if ways else ""
+        raise ConfigError(f"--topology={topology.name} has {topology.devices} devices. {error}{would}") from error
+
+
+def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledStep:
     """Compiles the train step of a run, the one that `jaxmodels train` would run, for a TPU topology.
 
     Args:
-      experiment: as `build_experiment` gives. Its mesh is made of the topology's devices; `mesh.slices` says how many slices of it.
-      topology: of one slice, such as `v5p:4x4x4`.
+      experiment: as `build_experiment` gives. Its mesh is made of the topology's devices; `mesh.slices` must be the topology's slices.
+      topology: or its name, as for `parse`.
 
     Raises:
-      ConfigError: mesh, batch, or a kernel that is asked for, does not fit the topology.
-      RunError: it needs more memory than a chip has; says how much.
+      ConfigError: mesh, batch, or a kernel that is asked for, does not fit the topology; it is none of TPUs.
+      DoesNotFit: it needs more memory than a chip has; says how much, and what to change.
+      RunError: the compiler failed otherwise; names the file with all it said.
     """
+    topology = parse(topology) if isinstance(topology, str) else topology
+    if topology.chip.platform != "tpu":
+        raise ConfigError(f"{topology.name} is none of TPUs, which this compiles for.")
     if experiment.config["partition"] == "pmap":
         raise ConfigError("config.partition=pmap runs on devices that are here alone; to compile for others, use --config.partition=jit.")
-    mesh = mesh_lib.make_mesh(experiment.mesh, devices(topology, max(1, experiment.mesh.slices)))
+    check_mesh(experiment.mesh, topology)
+    mesh = mesh_lib.make_mesh(experiment.mesh, devices(topology))
     layout = sharding_lib.make_layout(mesh, experiment.sharding)
     experiment = experiment.on("tpu", layout)
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
@@ -112,13 +272,39 @@ def compile_step(experiment: Experiment, topology: str) -> CompiledStep:
     try:
         compiled, record = compile_train_step(experiment, mesh, shapes, shapes, key)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise RunError(
-            f"the step does not fit {topology}: {_first_line(error)}; try a smaller data.batch_size, a larger training.accumulate, "
-            "model.remat='full', or a mesh that spreads the state further (mesh.fsdp, mesh.tensor)."
-        ) from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise _does_not_fit(error, topology) from error
+        raise _failed(error, topology) from error
     return CompiledStep(compiled, shapes, mesh, layout, record, experiment)
+
+
+def _does_not_fit(error: Exception, topology: Topology) -> DoesNotFit:
+    """The compiler says so in one of two ways: `Used 24.5G of 15.75G hbm. Exceeded hbm capacity by 8.78G`, or that what is needed
+    `(26.84G) exceeds available HBM (15.75G)`."""
+    text = str(error)
+    match = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text) or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
+    needed, available = (_bytes(match[1]), _bytes(match[2])) if match else (None, topology.chip.memory_per_device)
+    figures = f"{needed / 1e9:.2f} GB are needed and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB less" if match else _first_line(error)
+    return DoesNotFit(
+        f"the step does not fit {topology.name}: {figures}. Try a smaller --config.data.batch_size, a larger --config.training.accumulate, "
+        "--config.model.remat=full, or a mesh that spreads the state further (--config.mesh.fsdp, --config.mesh.tensor); or let "
+        "jaxmodels plan --search find a setting that fits.",
+        needed,
+        available,
+    )
+
+
+def _bytes(text: str) -> int:
+    """Of `15.75G`, as compilers write 2**30 bytes."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return round(float(text.rstrip("KMGT")) * scale.get(text[-1], 1))
+
+
+def _failed(error: Exception, topology: Topology) -> RunError:
+    """The compiler's own reason in one line, and the rest in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="jaxmodels_compiler_", suffix=".log", delete=False, encoding="utf-8") as log:
+        log.write("".join(traceback.format_exception(error)))
+    return RunError(f"the compiler failed for {topology.name}: {_first_line(error)}. All it said is in {log.name}.")
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -145,4 +331,4 @@ def cost(compiled: Any) -> dict[str, float]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].removesuffix(".")
+    return str(error).splitlines()[0].rstrip(" .")
