@@ -104,8 +104,13 @@ def roofline(experiment: Experiment, topology: Any) -> tuple[float, dict[str, fl
     Raises:
       ConfigError: mesh or batch does not fit the topology.
     """
-    work, mesh = step_work(experiment, topology.devices, topology.chip)
-    waited, beside = (sum(collective_time(each, mesh, topology) for each in work.collectives if each.waits is waits) for waits in (True, False))
+    return traced_roofline(experiment, trace(experiment, topology.devices, topology.chip), topology)
+
+
+def traced_roofline(experiment: Experiment, step: memory.TracedStep, topology: Any) -> tuple[float, dict[str, float]]:
+    """The same of a step that is traced already, as `trace` does."""
+    work = traced_work(experiment, step, topology.chip)
+    waited, beside = (sum(collective_time(each, step.mesh, topology) for each in work.collectives if each.waits is waits) for waits in (True, False))
     computing = work.products + work.attention + work.other
     parts = dict(zip(PARTS, (work.products, work.attention, work.other, waited + max(0.0, beside - computing)), strict=True))
     return sum(parts.values()), parts
@@ -118,9 +123,22 @@ def collective_time(collective: Collective, mesh: Mapping[str, int], topology: A
 
 def step_work(experiment: Experiment, devices: int, chip: Chip) -> tuple[Work, dict[str, int]]:
     """What a device does in a train step, and the sizes of the mesh's axes."""
-    experiment = traceable(experiment, chip.platform)
-    step = memory.trace_step(experiment, devices, "tpu")
-    return _work(step.graph, step.mesh, chip, attended_share(experiment)), step.mesh
+    step = trace(experiment, devices, chip)
+    return traced_work(experiment, step, chip), step.mesh
+
+
+def traced_work(experiment: Experiment, step: memory.TracedStep, chip: Chip) -> Work:
+    """What a device does in a traced step."""
+    return _work(step.graph, step.mesh, chip, attended_share(experiment))
+
+
+def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep:
+    """The train step as operations, with kernels that can be traced anywhere.
+
+    Raises:
+      ConfigError: mesh or batch does not fit so many devices.
+    """
+    return memory.trace_step(traceable(experiment, chip.platform), devices, "tpu")
 
 
 def traceable(experiment: Experiment, platform: str) -> Experiment:
