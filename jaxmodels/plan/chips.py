@@ -3,7 +3,7 @@
 Sources, by the names that `Chip.source` gives:
 
 - `tpu/…`: docs.cloud.google.com/tpu/docs/…, a page for each generation: FLOP/s, memory, bandwidths (those of links are there for a whole chip, both ways).
-- `book`: jax-ml.github.io/scaling-book/tpus: what one link of a torus carries one way, and a chip on the network between slices.
+- `book`: jax-ml.github.io/scaling-book/tpus: what one link of a torus carries one way, and a chip to its host and on the network between slices.
 - `libtpu`: what the compiler lets a program have of a device's memory, as it says when one does not fit (0.0.42.1 and 0.0.52 agree to 0.01 GiB).
 - `tpu_info`: jax/_src/pallas/mosaic/tpu_info.py: cores of a chip, matrix units of a core, names of devices.
 - `nvidia/…`: nvidia.com/data-center/…, the SXM column without sparsity; the network is that of a DGX: one adapter for each GPU.
@@ -36,6 +36,8 @@ class Chip:
       device_kinds: names that `jax.Device.device_kind` has for it.
       devices_per_chip: that a program sees.
       cores_per_chip: that Google's names of slices count (`v5p-128` has 64 chips); 1 where they count chips.
+      matrix_unit: rows and columns of a TPU's matrix units; 0 for a GPU.
+      host_bandwidth: bytes a second between the chip and its host's memory, one way.
       source: where the figures are from.
     """
 
@@ -52,6 +54,8 @@ class Chip:
     device_kinds: tuple[str, ...]
     devices_per_chip: int
     cores_per_chip: int
+    matrix_unit: int
+    host_bandwidth: float
     source: str
 
     @property
@@ -82,6 +86,8 @@ CHIPS = {
             device_kinds=("TPU v4",),
             devices_per_chip=1,  # as megacore, which the compiler is asked for
             cores_per_chip=2,
+            matrix_unit=128,
+            host_bandwidth=16e9,
             source="tpu/v4, book, libtpu, tpu_info",
         ),
         Chip(
@@ -98,6 +104,8 @@ CHIPS = {
             device_kinds=("TPU v5 lite", "TPU v5e"),
             devices_per_chip=1,
             cores_per_chip=1,
+            matrix_unit=128,
+            host_bandwidth=16e9,
             source="tpu/v5e, book, libtpu, tpu_info",
         ),
         Chip(
@@ -114,6 +122,8 @@ CHIPS = {
             device_kinds=("TPU v5", "TPU v5p"),
             devices_per_chip=1,
             cores_per_chip=2,
+            matrix_unit=128,
+            host_bandwidth=16e9,
             source="tpu/v5p, book, libtpu, tpu_info",
         ),
         Chip(
@@ -130,6 +140,8 @@ CHIPS = {
             device_kinds=("TPU v6 lite", "TPU v6e"),
             devices_per_chip=1,
             cores_per_chip=1,
+            matrix_unit=256,
+            host_bandwidth=32e9,
             source="tpu/v6e, book, libtpu, tpu_info",
         ),
         Chip(
@@ -146,6 +158,8 @@ CHIPS = {
             device_kinds=("TPU7x",),
             devices_per_chip=2,  # a core each; there is no megacore (tpu/tpu7x, "Dual-chiplet architecture")
             cores_per_chip=2,
+            matrix_unit=256,
+            host_bandwidth=32e9,  # as v6e's; not stated
             source="tpu/tpu7x, book, libtpu, tpu_info",
         ),
         Chip(
@@ -162,6 +176,8 @@ CHIPS = {
             device_kinds=("NVIDIA A100-SXM4-80GB",),
             devices_per_chip=1,
             cores_per_chip=1,
+            matrix_unit=0,
+            host_bandwidth=32e9,
             source="nvidia/a100 (80GB SXM), nvidia/dgx-a100 (200 Gb/s a GPU)",
         ),
         Chip(
@@ -178,6 +194,8 @@ CHIPS = {
             device_kinds=("NVIDIA H100 80GB HBM3",),
             devices_per_chip=1,
             cores_per_chip=1,
+            matrix_unit=0,
+            host_bandwidth=64e9,
             source="nvidia/h100 (SXM), nvidia/dgx-h100 (400 Gb/s a GPU)",
         ),
         Chip(
@@ -194,6 +212,8 @@ CHIPS = {
             device_kinds=("NVIDIA H200",),
             devices_per_chip=1,
             cores_per_chip=1,
+            matrix_unit=0,
+            host_bandwidth=64e9,
             source="nvidia/h200 (SXM), nvidia/dgx-h200 (400 Gb/s a GPU)",
         ),
     )

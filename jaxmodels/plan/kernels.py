@@ -1,0 +1,96 @@
+"""What Pallas kernels of a compiled TPU program take. The compiler estimates nothing for them, so their shapes and their names tell."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from jaxmodels.plan.chips import Chip
+from jaxmodels.plan.program import Array, Instruction, arrays
+
+# Of the peak that a splash attention kernel reaches, of products in blocks that it does compute. With heads of 128 an element of the scores takes as
+# long in the matrix units (2 × 128 products on 65,536 units a cycle: 0.004 cycles) as in the vector units (some 12 operations on 4,096 lanes:
+# 0.003), and the two wait for each other in turn. Assumed, not measured here; `docs/estimates.md` says what hangs on it.
+ATTENTION_SHARE = 0.5
+# Of grouped products (megablox): they pad groups to tiles of rows, and lay tiles out as a dense product does.
+GROUPED_SHARE = 0.8
+# Of kernels whose authors state their FLOPs.
+STATED_SHARE = 0.5
+
+# Products of queries × keys × a head's size that a splash kernel does in each block.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[str, float | None, str | None]:
+    """A kernel's part of a step, its seconds, and what is to be said of it.
+
+    Args:
+      chip: it runs on one device of it.
+      kernel: the custom call.
+      operands: their types.
+
+    Returns:
+      `attention kernels`, `matrix products` or `other`; seconds, None where nothing tells; a note, or None.
+    """
+    name = re.sub(r"(\.\w+)+$", "", kernel.name)
+    splash = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", name)
+    if splash:
+        flops, size, note = _splash_flops(splash[1], kernel, operands)
+        # A head that is smaller than a matrix unit leaves a part of it idle.
+        filled = min(1.0, size / chip.matrix_unit)
+        return "attention kernels", flops / (chip.flops_per_device * ATTENTION_SHARE * filled), note
+    if name in ("gmm", "tgmm"):
+        return "matrix products", _grouped_flops(name, kernel, operands) / (chip.flops_per_device * GROUPED_SHARE), None
+    part = "attention kernels" if "attention" in name or "flash" in name else "other"
+    stated = kernel.config.get("custom_call_config", {}).get("cost_estimate")
+    if stated:
+        moved = int(stated.get("bytes_accessed", 0)) / (chip.memory_bandwidth / chip.devices_per_chip)
+        return part, max(int(stated.get("flops", 0)) / (chip.flops_per_device * STATED_SHARE), moved), None
+    return part, None, f"kernel {name}: neither known here nor with a cost of its own in the program; it is left out of the time"
+
+
+def _splash_flops(which: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, int, str | None]:
+    """FLOPs of jax.experimental.pallas.ops.tpu.splash_attention, the size of a head, and a note.
+
+    The kernel leaves out blocks that its mask covers. Which these are is data, which the text has not; how many blocks there are, and how many a
+    row has at most, are shapes of its first operand.
+    """
+    queries, keys = [array.shape for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 3][:2]
+    *heads, length, size = _sequence_first(queries, kernel, "q")
+    other = _sequence_first(keys, kernel, "k")[-2]
+    mask = next((array for array in operands if array.dtype in ("s8", "s32") and len(array.shape) == 3), None)
+    share, note = 1.0, None
+    if mask is not None:
+        rows, columns = mask.shape[-2:]
+        visible = _visible(which, kernel, rows, columns, length, other)
+        share = sum(visible) / len(visible)
+        note = f"splash attention kernels: masks are taken as causal, {sum(visible):.0f} of {len(visible)} blocks; their values are not in the program's text"
+    products = _SPLASH_PRODUCTS[which]
+    if which == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', kernel.attributes):
+        products = 5  # gives the queries' gradient too
+    return 2 * products * math.prod(heads) * length * other * size * share, size, note
+
+
+def _sequence_first(shape: tuple[int, ...], kernel: Instruction, which: str) -> tuple[int, ...]:
+    """`[…, length, head size]`, of an array that may lie the other way round (layout 2, `QKVLayout.SEQ_MINOR`)."""
+    return (*shape[:-2], shape[-1], shape[-2]) if re.search(rf'{which}_layout\\*": 2', kernel.attributes) else shape
+
+
+def _visible(which: str, kernel: Instruction, rows: int, columns: int, length: int, other: int) -> list[float]:
+    """For each block 1 if a causal mask lets it be computed; a row of fewer blocks than there are keys for was cut to those that it needs."""
+    blocks = {key: int(size) for key, size in re.findall(r'(block_\w+)\\*": (\d+)', kernel.attributes)}
+    query = blocks.get({"fwd": "block_q", "dkv": "block_q_dkv", "dq": "block_q_dq"}[which], -(-length // rows))
+    key = blocks.get({"fwd": "block_kv", "dkv": "block_kv_dkv", "dq": "block_kv_dq"}[which], -(-other // columns))
+    query_blocks, key_blocks = -(-length // query), -(-other // key)
+    visible = [float((row + 1) * query > column * key) for row in range(query_blocks) for column in range(key_blocks)]
+    if sorted((rows, columns)) == sorted((query_blocks, key_blocks)):
+        return visible
+    return [rows * columns / (query_blocks * key_blocks)] * (query_blocks * key_blocks)
+
+
+def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) -> float:
+    """FLOPs of jax.experimental.pallas.ops.tpu.megablox: rows × k × n, whatever the groups."""
+    left, right = [array for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 2][:2]
+    if name == "gmm":  # [m, k] and [groups, k, n], to [m, n]
+        return 2.0 * math.prod(left.shape) * arrays(kernel.shape)[0].shape[-1]
+    result = arrays(kernel.shape)[0]  # [groups, k, n], of [k, m] and [m, n]
+    return 2.0 * math.prod(right.shape) * result.shape[-2]
