@@ -39,6 +39,7 @@ def train(
     data: Arrays | None = None,
     data_dir: str | None = None,
     overwrite: bool = False,
+    plan: str | None = None,
     quiet: bool = False,
 ) -> trainer.Result:
     """Trains a config in a folder, or goes on with the run of it that is there.
@@ -51,6 +52,7 @@ def train(
       data: arrays by split, for `data.source = "arrays"`: `{"train": {"image": …, "label": …}, "test": …}`.
       data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
       overwrite: delete the run that is in the folder.
+      plan: a plan of this config for these devices, to load and to compare with; see `trainer.train`.
       quiet: print nothing.
 
     Raises:
@@ -58,7 +60,7 @@ def train(
     """
     keep_freed_memory()
     experiment = build_experiment(config, data_dir=data_dir, data=data)
-    return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet))
+    return trainer.train(experiment, workdir, overwrite=overwrite, plan=plan, console=Console(quiet=quiet))
 
 
 def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_dir: str | None = None) -> dict[str, Any]:

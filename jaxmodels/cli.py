@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add_config(train)
     train.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/NAME, after the config file)")
     train.add_argument("--overwrite", action="store_true", help="delete the run that is in --workdir")
+    train.add_argument("--plan", metavar="PATH", help="of jaxmodels plan: the folder of --save, loaded in place of compiling, or the file of --json; far from it is said")
     train.add_argument("--dry_run", action="store_true", help="print config, parameters, bytes and FLOPs; train nothing")
     add_machine(train)
 
@@ -251,7 +252,7 @@ def _resolved(config) -> dict:
 
 def _same_arguments(options) -> dict:
     """The arguments that all processes of a run must have been given alike."""
-    names = ("command", "workdir", "overwrite", "split", "cpu_devices", "hang_limit", "stall_limit")
+    names = ("command", "workdir", "overwrite", "plan", "split", "cpu_devices", "hang_limit", "stall_limit")
     return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}
 
 
@@ -282,7 +283,7 @@ def _train(options, overrides):
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
-    result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, console=console)
+    result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, plan=options.plan, console=console)
     if session.is_first():
         summary.print_summary(result, experiment, console)
     return 0

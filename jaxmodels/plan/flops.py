@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from typing import Any
 
 import jax
 from jax.extend import core as jax_core
@@ -63,8 +62,22 @@ def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple
         if all(isinstance(size, int) for size in grid):
             return math.prod(grid) * _jaxpr_flops(params["jaxpr"])
         if estimate is None:
-            raise ValueError(f"{params['name_and_src_info']}: a kernel whose grid depends on values, and that says no cost")
+            raise ValueError(f"{params['name']}: a kernel whose grid depends on values, and that says no cost")
         return estimate.flops  # how often it runs is known when it runs alone; its author says for how much
     if name == "cond":
         return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
     return sum(_jaxpr_flops(inner) for inner in jax_core.jaxprs_in_params(params))
+
+
+def model_flops(experiment: Any) -> int:
+    """Operations in the matrix products and convolutions of one train step, over all devices; what is computed again in the backward pass counts once.
+
+    Args:
+      experiment: on its devices or not: the step is counted as it is on one, where nothing waits in a pipeline.
+    """
+    policy = {key: value for key, value in {"remat": "none", "offload": ()}.items() if key in experiment.config["model"]}
+    config = experiment.config | {"model": experiment.config["model"] | policy}
+    task, build = build_model(config, experiment.dataset.info)
+    plain = dataclasses.replace(experiment, config=config, task=task, build=build, platform=None, layout=None)
+    batch, key = plain.batch_shapes(plain.loading.batch_size), jax.eval_shape(lambda: jax.random.key(0))
+    return count_flops(plain.step_function(), plain.state_shapes(), batch, key)

@@ -173,7 +173,8 @@ class Log:
         if not rate:
             return ""
         left = duration((self.total - step) / rate)
-        return f"  {rate:.3g} steps/s  {self._last['examples_per_second']:.5g} examples/s  ETA {left}  data wait {self._last['data_wait']:.1%}"
+        mfu = f"  MFU {self._last['mfu']:.1%}" if "mfu" in self._last else ""
+        return f"  {rate:.3g} steps/s  {self._last['examples_per_second']:.5g} examples/s  ETA {left}  data wait {self._last['data_wait']:.1%}{mfu}"
 
     def _each(self, act) -> None:
         for name, writer in list(self._writers.items()):

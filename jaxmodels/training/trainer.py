@@ -19,6 +19,7 @@ from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.plan import measured
 from jaxmodels.sections import MACHINE_KEYS, resolve
 from jaxmodels.training import compiler_options, shared_folder
 from jaxmodels.training import metrics as metrics_lib
@@ -58,22 +59,25 @@ class Result:
     seconds: float
 
 
-def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, console: Console | None = None) -> Result:
+def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, plan: str | None = None, console: Console | None = None) -> Result:
     """Trains an experiment in a folder, from where the folder's run stands to its end.
 
     Args:
       experiment: as `build_experiment` gives.
       workdir: the run's folder: made, or taken up again if it holds a run of the same config.
       overwrite: delete the run that is there.
+      plan: what `jaxmodels plan` wrote for this config and these devices: its JSON, or the folder of its executable, which is loaded
+        in place of compiling where it is of this very step.
       console: where to print.
 
     Raises:
-      ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide
-        over the devices.
+      ConfigError: the folder belongs to another config, `init_from` does not fit, the batch does not divide
+        over the devices, or `plan` is none.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
     folder = RunFolder(workdir)
+    planned = measured.open_plan(plan) if plan is not None else None
     changed = {}
     if overwrite:
         folder.check_writable()
@@ -86,7 +90,7 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
     if experiment.init_from and (overwrite or not folder.config_file.exists()):
         _check_parent(experiment, folder)
     with StopSignals() as stop:
-        trainer = Trainer(experiment, folder, stop, console or Console())
+        trainer = Trainer(experiment, folder, stop, console or Console(), planned)
         shared_folder.begin(folder, experiment.config, clear=overwrite)  # after all that could have refused the new run
         for key, (there, here) in changed.items():
             trainer.log.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
@@ -101,7 +105,7 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, cons
 class Trainer:
     """One start of a run."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console):
+    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console, planned: measured.Planned | None = None):
         """Finds the devices and lays out the state on them; makes no array of it yet."""
         self.mesh = mesh_lib.make_mesh(experiment.mesh)
         layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
@@ -120,6 +124,9 @@ class Trainer:
         self.state = None
         self.progress = Progress()
         self.clock: _Clock | None = None
+        self.planned = planned
+        self.usage: measured.Usage | None = None
+        self.comparison = measured.Comparison(planned, self.mesh) if planned is not None else None
         self.lines = []  # (step, split, metrics) of all starts
         self._sampler = None  # compiled when first used
         self._pending = None  # a training line whose numbers the device may not have reached
@@ -167,6 +174,8 @@ class Trainer:
         if step == total or self.progress.finished:
             return
         train_step = self._compile_step()
+        self.usage = measured.Usage(experiment, self.mesh)
+        self._record_start(**self.usage.record)
         batches = loader.TrainingBatches(
             source,
             experiment.loading.batch_size,
@@ -184,8 +193,11 @@ class Trainer:
             while step < total and not self.progress.finished:
                 with self.stop.may_raise(), self.clock.waiting(metrics):
                     batch = next(feed)
+                started = time.perf_counter()
                 self.state, metrics = train_step(self.state, batch, self.step_key)
                 step += 1
+                if self.comparison is not None and self.comparison.add(_until_ready(metrics) - started):
+                    self._compare()
                 self._flush()  # the line before this step: its numbers are ready by now, or nearly
                 if step % experiment.log.every == 0 or step == total:
                     self._pending = (step, metrics)
@@ -195,6 +207,16 @@ class Trainer:
                     self._flush()
                     self._boundary(step)
         self._flush()
+        if self.comparison is not None:  # a run of a few steps
+            self._compare()
+
+    def _compare(self) -> None:
+        """Says and records, once, what of the first steps is far from their plan."""
+        record, far = self.comparison.result()
+        self.comparison = None
+        self._record_start(plan=record)
+        for line in far:
+            self._warn(line)
 
     def _boundary(self, step: int) -> None:
         """Evaluates and saves at a step where either is due."""
@@ -269,7 +291,8 @@ class Trainer:
         return mesh_lib.place(batch, sharding, size)
 
     def _compile_step(self):
-        arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key)
+        saved = self.planned.saved if self.planned is not None else None
+        arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key, saved)
         step, record = self.stop.run(lambda: compile_train_step(*arguments))
         self._record_compile(record)
         layout = self.experiment.layout
@@ -285,7 +308,7 @@ class Trainer:
         values = metrics_lib.values(metrics)
         self._raise_if_diverged(int(values.pop("diverged_at")))
         rates = self.clock.rates(step, self.experiment.loading.batch_size)
-        self._write(step, "train", self.experiment.task.summarize(values) | rates)
+        self._write(step, "train", self.experiment.task.summarize(values) | rates | self.usage.rates(rates["steps_per_second"]))
 
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """A line of metrics, to the log and to the result."""
@@ -354,14 +377,22 @@ class Trainer:
             self.folder.add_to_manifest("fallbacks", message)
 
     def _record_compile(self, record: CompileRecord) -> None:
-        how = "loaded from the cache" if record.cached else "compiled"
+        how = f"loaded from {record.loaded}" if record.loaded else "loaded from the cache" if record.cached else "compiled"
+        if record.not_loaded:
+            self._warn(f"{record.name}: {self.planned.saved.folder} is not loaded: {record.not_loaded}; it is compiled here")
         given = ", ".join(f"{name}={value}" for name, value in record.options.items())
         self.log.say(f"{record.name}: {how} in {record.seconds:.1f} s{' with ' + given if given else ''}", style="dim")
         for name, reason in record.rejected.items():
             self._warn(f"the compiler option {name} is left out: this compiler says: {reason}")
         if self.main:
+            entry = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, {})}
+            self._record_start(compiled=self.folder.manifest()["starts"][-1]["compiled"] | {record.name: entry})
+
+    def _record_start(self, **values) -> None:
+        """Sets keys of this start's entry in the manifest."""
+        if self.main and values:
             starts = self.folder.manifest()["starts"]
-            starts[-1]["compiled"][record.name] = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, {})}
+            starts[-1] |= values
             self.folder.update_manifest(starts=starts)
 
     def _write_manifest(self, step: int) -> None:
@@ -404,6 +435,12 @@ class Trainer:
             self.folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
         share = f", {trained:,} of them trained ({trained / (trained + frozen):.2%})" if frozen else ""
         self.log.say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self.folder.path}")
+
+
+def _until_ready(output) -> float:
+    """The time when the devices have made it."""
+    jax.block_until_ready(output)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,203 @@
+"""A train step that was compiled elsewhere, as a folder: the executable, and a page that says what it is of.
+
+    executable.json    versions, devices, mesh, config, arguments and results; the plan's figures
+    executable.bin     what JAX makes of the compiled step (jax.experimental.serialize_executable)
+
+A run loads it in place of compiling where versions and devices are those of the page and the step, traced anew, is the very program that was
+compiled: a change of the config that shapes it, or of code, is noticed. Loading runs what is in the file: load only what you trust.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.parallel import session
+from jaxmodels.plan.chips import chip_of
+from jaxmodels.training.run_folder import now, read_json, write_json
+
+PAGE, PROGRAM = "executable.json", "executable.bin"
+
+# What makes an executable, and what has to understand it: packages, of which a platform may lack some.
+_PACKAGES = ("jaxmodels", "jax", "jaxlib")
+_COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
+
+# Parts of a config that leave the step's program as it is.
+_ELSEWHERE = ("seed", "evaluation", "checkpoint", "init_from", "log.tensorboard", "data.threads", "data.workers", "data.buffer", "data.memory_gb", "data.shuffle")
+
+
+def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> dict:
+    """Writes a compiled train step to a folder; one that lies there is replaced.
+
+    Args:
+      step: a `plan.topology.CompiledStep`.
+      folder: made if need be.
+      figures: of its plan, which a run that loads it is compared with.
+
+    Returns:
+      The page.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+      RunError: this kind of executable cannot be saved.
+    """
+    folder = Path(folder)
+    try:
+        content, _, _ = serialize_executable.serialize(step.compiled)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        raise RunError(f"the executable cannot be saved: {str(error).splitlines()[0]}. Plan without --save; train compiles it then.") from error
+    page = {
+        "time": now(),
+        "versions": versions(step.mesh),
+        "devices": devices(step.mesh),
+        "mesh": dict(step.mesh.shape),
+        "config": step.experiment.config,
+        "compiler_options": step.record.options,
+        "program": step.record.program,
+        "arguments": _described(step.compiled.args_info[0], step.compiled.input_shardings[0]),
+        "results": _described(step.compiled.out_info, step.compiled.output_shardings),
+        "executable": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        "plan": dict(figures),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PAGE).unlink(missing_ok=True)  # a page is there only with what it describes
+        (folder / PROGRAM).write_bytes(content)
+        write_json(folder / PAGE, page)
+    except OSError as error:
+        raise ConfigError(f"--save={folder} cannot be written ({error.strerror}). Choose another folder.") from error
+    return page
+
+
+def versions(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """Of the packages that make an executable for the devices of a mesh."""
+    names = (*_PACKAGES, *_COMPILERS.get(mesh.devices.flat[0].platform, ()))
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What of a mesh's devices an executable depends on: platform, chip, number, and which lies where in the mesh, by number and place."""
+    flat = list(mesh.devices.flat)
+    places = [[device.id, *getattr(device, "coords", ()), getattr(device, "core_on_chip", 0)] for device in flat]
+    chip = chip_of(flat[0].device_kind)
+    return {"platform": flat[0].platform, "kind": chip.name if chip else flat[0].device_kind, "count": len(flat), "places": places}
+
+
+def _without_places(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if key != "places"}
+
+
+def _described(tree: Any, shardings: Any) -> dict[str, str]:
+    """Path -> type, shape and where it lies: `float32[256,64] ('fsdp', None)`."""
+    spread = jax.tree.leaves(shardings)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}[{','.join(map(str, x.shape))}] {tuple(sharding.spec)}"
+        for (path, x), sharding in zip(leaves, spread, strict=True)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A folder that `save` wrote, opened.
+
+    Attributes:
+      folder: of the executable.
+      page: what it is of.
+    """
+
+    folder: Path
+    page: dict
+
+    def load(self, lowered: jax.stages.Lowered, program: str, options: Mapping, config: Mapping, mesh: jax.sharding.Mesh) -> tuple[Any, str | None]:
+        """The executable on the devices of a mesh; several processes load it all or none.
+
+        Args:
+          lowered: the step, as it would be compiled here.
+          program: SHA-256 of it, as `CompileRecord.program`.
+          options: that the compiler would be given here.
+          config: resolved.
+          mesh: of this process's devices, and the others'.
+
+        Returns:
+          The compiled step, and None; or None, and in one line why not.
+        """
+        compiled, reason = None, "; ".join(self._differences(program, options, config, mesh)) or None
+        if reason is None:
+            try:
+                compiled = self._read(lowered, mesh)
+            except Exception as error:  # noqa: BLE001  reported: what unpickles a file can raise anything
+                reason = f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        told = session.gather("executable", reason)
+        other = next((i for i, said in enumerate(told) if said), None)
+        if other is None:
+            return compiled, None
+        return None, told[other] if len(told) == 1 else f"process {other}: {told[other]}"
+
+    def _read(self, lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> Any:
+        content = (self.folder / PROGRAM).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.page["executable"]["sha256"]:
+            raise RunError(f"{PROGRAM} is not the file that {PAGE} tells of")
+        used = list(mesh.devices.flat)
+        return serialize_executable.deserialize_and_load(content, lowered.in_tree, lowered.out_tree, backend=used[0].client, execution_devices=used)
+
+    def _differences(self, program: str, options: Mapping, config: Mapping, mesh: jax.sharding.Mesh) -> list[str]:
+        """What speaks against loading, in words; the first kind of difference alone, which those behind it may follow from."""
+        page, here = self.page, devices(mesh)
+        kinds = (
+            ("the devices' ", _without_places(page["devices"]), _without_places(here)),
+            ("mesh.", page["mesh"], dict(mesh.shape)),
+            ("", page["versions"], versions(mesh)),
+        )
+        for prefix, there, now_ in kinds:
+            if changed := config_lib.differences(there, now_):
+                return [f"{prefix}{key} is {a} there, {b} here" for key, (a, b) in changed.items()]
+        if page["devices"]["places"] != here["places"]:
+            return ["the devices lie in another order in the mesh, or have other numbers"]
+        if changed := config_lib.differences(page["compiler_options"], options):
+            return [f"compiler option {key} is {a} there, {b} here" for key, (a, b) in changed.items()]
+        if page["program"] == program:
+            return []
+        changed = config_lib.differences(page["config"], _as_json(config))
+        named = {key: pair for key, pair in changed.items() if not any(key == part or key.startswith(part + ".") for part in _ELSEWHERE)}
+        return [f"config.{key} is {a!r} there, {b!r} here" for key, (a, b) in named.items()] or [
+            "the step is another program, by the same config: code, or the data's shapes, have changed since"
+        ]
+
+
+def _as_json(value: Any) -> Any:
+    """As it comes back from a file: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def open_saved(folder: str | os.PathLike) -> Saved:
+    """A folder that `jaxmodels plan --save` wrote.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / PAGE).is_file() or not (folder / PROGRAM).is_file():
+        what = "there is no such folder" if not folder.is_dir() else f"it has no {PAGE if not (folder / PAGE).is_file() else PROGRAM}"
+        raise ConfigError(f"--plan={folder} is not a step that was saved ({what}): write one with jaxmodels plan --config=… --topology=… --save={folder}.")
+    page = read_json(folder / PAGE)
+    missing = {"versions", "devices", "mesh", "config", "compiler_options", "program", "executable", "plan"} - page.keys()
+    if missing:
+        raise ConfigError(f"--plan={folder}: {PAGE} lacks {', '.join(sorted(missing))}: save it again with jaxmodels plan --save.")
+    return Saved(folder, page)

@@ -1,0 +1,115 @@
+"""What a run takes on hardware that is here: the share of the chips' FLOP/s, memory, and how both compare with a plan."""
+
+import dataclasses
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.plan.chips import chip_of
+from jaxmodels.plan.executable import PAGE, Saved, open_saved
+from jaxmodels.plan.flops import model_flops
+from jaxmodels.training.run_folder import read_json
+
+# Steps that are not timed, as devices and caches warm up; then those whose median is taken.
+WARM_UP, TIMED = 3, 7
+
+# A measured figure above so many times the planned one is said.
+FAR = {"step_seconds": 1.25, "peak_bytes_per_device": 1.10}
+
+
+class Usage:
+    """What a run takes of its chips, where they are known.
+
+    Attributes:
+      record: for the manifest: the chip, and the model's FLOPs in a step; empty for chips that are not known.
+    """
+
+    def __init__(self, experiment: Any, mesh: jax.sharding.Mesh):
+        chip = chip_of(mesh.devices.flat[0].device_kind)
+        self._mesh, self._peak_flops = mesh, chip.flops_per_device * mesh.size if chip else None
+        self.record = {"chip": chip.name, "model_flops_per_step": model_flops(experiment)} if chip else {}
+
+    def rates(self, steps_per_second: float) -> dict[str, float]:
+        """`mfu`, the model's FLOPs over what all chips can do in that time (of bfloat16 products), and `memory_peak_bytes`.
+
+        Nothing for chips that are not known.
+        """
+        if not self.record:
+            return {}
+        memory = peak_memory(self._mesh)
+        mfu = self.record["model_flops_per_step"] * steps_per_second / self._peak_flops
+        return {"mfu": mfu} | ({"memory_peak_bytes": memory} if memory is not None else {})
+
+
+def peak_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """The most bytes that were in use at a time since this process began, on that of its devices where they were most; None where JAX does not tell."""
+    told = [device.memory_stats() or {} for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return max((stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan that a run was given.
+
+    Attributes:
+      path: the file or folder.
+      figures: `step_seconds`, `peak_bytes_per_device`, and whatever else the plan holds.
+      saved: the executable, where the plan has one.
+    """
+
+    path: Path
+    figures: dict[str, Any]
+    saved: Saved | None
+
+
+def open_plan(path: str | os.PathLike) -> Planned:
+    """What `jaxmodels plan` wrote with `--json=FILE`, or `--save=FOLDER`.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    path = Path(path).absolute()
+    saved = None if path.is_file() else open_saved(path)
+    figures = saved.page["plan"] if saved else read_json(path)
+    if not isinstance(figures, dict) or not all(isinstance(figures.get(name), (int, float)) and figures[name] > 0 for name in FAR):
+        raise ConfigError(f"--plan={path}: {'its ' + PAGE if saved else 'it'} lacks {' or '.join(FAR)}, which jaxmodels plan writes: plan again.")
+    return Planned(path, figures, saved)
+
+
+class Comparison:
+    """The first steps of a run, timed one by one, beside its plan."""
+
+    def __init__(self, planned: Planned, mesh: jax.sharding.Mesh):
+        self._planned, self._mesh = planned, mesh
+        self._seconds = []
+
+    def add(self, seconds: float) -> bool:
+        """One step more, from its start until the devices are done. Returns whether that is enough."""
+        self._seconds.append(seconds)
+        return len(self._seconds) == WARM_UP + TIMED
+
+    def result(self) -> tuple[dict[str, Any], list[str]]:
+        """For the manifest, what was planned and what is; and a line for each figure that is far above its plan.
+
+        Of a run that ended while it warmed up nothing is said of time.
+        """
+        timed = self._seconds[WARM_UP:]
+        measured = {"step_seconds": statistics.median(timed) if timed else None, "peak_bytes_per_device": peak_memory(self._mesh)}
+        record = {"path": str(self._planned.path)}
+        record |= {name: {"planned": self._planned.figures[name], "measured": value} for name, value in measured.items()}
+        far = [name for name, value in measured.items() if value is not None and value > FAR[name] * self._planned.figures[name]]
+        return record, [self._line(name, measured[name]) for name in far]
+
+    def _line(self, name: str, measured: float) -> str:
+        planned = self._planned.figures[name]
+        more = f"{measured / planned - 1:.0%}"
+        if name == "step_seconds":
+            return (
+                f"a step takes {measured:.4g} s, {more} more than the {planned:.4g} s that {self._planned.path} planned "
+                f"(median of {len(self._seconds) - WARM_UP} steps after {WARM_UP})"
+            )
+        return f"a device's memory had {measured / 1e9:.3g} GB in use, {more} more than the {planned / 1e9:.3g} GB that {self._planned.path} planned"
