@@ -69,16 +69,17 @@ class Graph:
     outputs: list[Value]
 
 
-def build(jaxpr: jax_core.ClosedJaxpr, specs: Sequence[Spec], mesh: Mapping[str, int]) -> Graph:
+def build(jaxpr: jax_core.ClosedJaxpr, specs: Sequence[Spec], mesh: Mapping[str, int], platform: str) -> Graph:
     """The graph of a traced function, every value spread.
 
     Args:
       jaxpr: as `jax.make_jaxpr` gives.
       specs: of its arguments.
       mesh: sizes of the axes.
+      platform: of what functions do differently on each, what they do there.
     """
     inputs = [dataclasses.replace(_value(var.aval), spec=spec, fixed=True) for var, spec in zip(jaxpr.jaxpr.invars, specs, strict=True)]
-    graph = _Builder().graph(jaxpr.jaxpr, inputs, False)
+    graph = _Builder(platform).graph(jaxpr.jaxpr, inputs, False)
     _drop_unused(graph)
     for _ in range(2):
         _forward(graph, mesh)
@@ -97,6 +98,9 @@ def _value(aval, constant: bool = False) -> Value:
 
 class _Builder:
     """Makes one list of nested functions."""
+
+    def __init__(self, platform: str):
+        self.platform = platform
 
     def graph(self, jaxpr, inputs: list[Value], backward: bool) -> Graph:
         ops: list[Op] = []
@@ -128,6 +132,9 @@ class _Builder:
             results = self.run(inner, parts, ops, backward)
             whole = zip(results, params["out_specs"], equation.outvars, strict=True)
             return [self.add(ops, "whole", {"spec": _spec_of(s, len(v.aval.shape))}, [x], [v.aval], backward)[0] for x, s, v in whole]
+        if name == "cond" and (choice := _platforms(given[0])) is not None:
+            own = next(i for i, names in enumerate(choice) if names is None or self.platform in names)
+            return self.run(params["branches"][own].jaxpr, given[1:], ops, backward)
         bodies = ()
         if name == "scan":
             bodies = (params["jaxpr"].jaxpr,)
@@ -144,6 +151,13 @@ class _Builder:
             value.op = op
         ops.append(op)
         return op.outputs
+
+
+def _platforms(index: Value) -> tuple[tuple[str, ...] | None, ...] | None:
+    """The platforms of the branches that a number chooses from; None where it is no platform's."""
+    while index.op is not None and index.op.name != "platform_index" and index.op.inputs:
+        index = index.op.inputs[0]
+    return index.op.params["platforms"] if index.op is not None and index.op.name == "platform_index" else None
 
 
 def _spec_of(spec: jax.sharding.PartitionSpec, rank: int) -> Spec:

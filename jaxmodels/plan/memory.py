@@ -122,7 +122,7 @@ def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedSte
     specs = [graph_lib.spec_of(x) for x in (*leaves, *jax.tree.leaves(batch))] + [()]
     provided = experiment.task.provides
     return TracedStep(
-        graph=graph_lib.build(jaxpr, specs, mesh.shape),
+        graph=graph_lib.build(jaxpr, specs, mesh.shape, platform),
         mesh=dict(mesh.shape),
         state=len(leaves),
         batch=len(batch),
@@ -209,7 +209,7 @@ def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = fro
         for value in op.outputs:
             if value not in written:
                 continue
-            begin = _begins(op, i, value, roots, last, size)
+            begin = 2 * i if op.name == "scan" and value in op.outputs[op.params["num_carry"] :] else _begins(op, i, value, roots, last, size)
             if begin is None:  # of arguments alone: made when it is needed
                 begin = 2 * first.get(value, i)
             spans[value] = (begin, 2 * last.get(value, i))
@@ -305,10 +305,14 @@ def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], res
         return False
     if result or any(reader.name not in _READS_THROUGH and not _picks(reader) for reader in by):
         return True
+    if op.name in _COSTLY and len(by) > 1:
+        return True
     read, own = sum(bytes_of(root, mesh) for root in below), bytes_of(value, mesh)
     return read > 16 * own or len(by) > 1 and read > 1.25 * own
 
 
+# So long that they are not computed twice.
+_COSTLY = frozenset(("erf", "erfc", "erf_inv", "lgamma", "digamma"))
 _LANES = 128
 
 
