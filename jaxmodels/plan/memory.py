@@ -263,6 +263,7 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
     results = set(graph.outputs)
     written: set[Value] = set()
     roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in graph.inputs}
+    costly: set[Value] = set()
     passing: set[Value] = set()  # of products that are not written before what reads them
 
     def rooted(value: Value) -> frozenset[Value]:
@@ -284,8 +285,11 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
                 passing.add(value)
                 roots[value] = below
                 continue
-            if not produced and free and not _is_written(op, value, by, below, value in results, mesh):
+            again = len(by) > 1 and any(x in costly for x in op.inputs)
+            if not produced and free and not again and not _is_written(op, value, by, below, value in results, mesh):
                 roots[value] = below
+                if op.name in _COSTLY or any(x in costly for x in op.inputs):
+                    costly.add(value)
                 continue
             written.add(value)
             roots[value] = frozenset((value,))
@@ -305,13 +309,11 @@ def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], res
         return False
     if result or any(reader.name not in _READS_THROUGH and not _picks(reader) for reader in by):
         return True
-    if op.name in _COSTLY and len(by) > 1:
-        return True
     read, own = sum(bytes_of(root, mesh) for root in below), bytes_of(value, mesh)
     return read > 16 * own or len(by) > 1 and read > 1.25 * own
 
 
-# So long that they are not computed twice.
+# So long that what is made of their results is kept.
 _COSTLY = frozenset(("erf", "erfc", "erf_inv", "lgamma", "digamma"))
 _LANES = 128
 
