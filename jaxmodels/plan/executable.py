@@ -9,6 +9,7 @@ compiled: a change of the config that shapes it, or of code, is noticed. Loading
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from importlib import metadata
@@ -22,7 +23,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.parallel import session
 from jaxmodels.plan.chips import chip_of
-from jaxmodels.training.run_folder import now, read_json, write_json
+from jaxmodels.training.run_folder import now, write_json
 
 PAGE, PROGRAM = "executable.json", "executable.bin"
 
@@ -196,7 +197,10 @@ def open_saved(folder: str | os.PathLike) -> Saved:
     if not (folder / PAGE).is_file() or not (folder / PROGRAM).is_file():
         what = "there is no such folder" if not folder.is_dir() else f"it has no {PAGE if not (folder / PAGE).is_file() else PROGRAM}"
         raise ConfigError(f"--plan={folder} is not a step that was saved ({what}): write one with jaxmodels plan --config=… --topology=… --save={folder}.")
-    page = read_json(folder / PAGE)
+    try:
+        page = json.loads((folder / PAGE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--plan={folder}: {PAGE} is not valid JSON ({error}): save it again with jaxmodels plan --save.") from error
     missing = {"versions", "devices", "mesh", "config", "compiler_options", "program", "executable", "plan"} - page.keys()
     if missing:
         raise ConfigError(f"--plan={folder}: {PAGE} lacks {', '.join(sorted(missing))}: save it again with jaxmodels plan --save.")

@@ -1,6 +1,7 @@
 """What a run takes on hardware that is here: the share of the chips' FLOP/s, memory, and how both compare with a plan."""
 
 import dataclasses
+import json
 import os
 import statistics
 from pathlib import Path
@@ -12,7 +13,6 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.plan.chips import chip_of
 from jaxmodels.plan.executable import PAGE, Saved, open_saved
 from jaxmodels.plan.flops import model_flops
-from jaxmodels.training.run_folder import read_json
 
 # Steps that are not timed, as devices and caches warm up; then those whose median is taken.
 WARM_UP, TIMED = 3, 7
@@ -57,13 +57,19 @@ class Planned:
 
     Attributes:
       path: the file or folder.
-      figures: `step_seconds`, `peak_bytes_per_device`, and whatever else the plan holds.
+      figures: `step_seconds`, `peak_bytes_per_device`, `chip`, `devices`, and whatever else the plan holds.
       saved: the executable, where the plan has one.
     """
 
     path: Path
     figures: dict[str, Any]
     saved: Saved | None
+
+    def is_of(self, mesh: jax.sharding.Mesh) -> bool:
+        """Whether it is of such and so many devices."""
+        chip = chip_of(mesh.devices.flat[0].device_kind)
+        planned = self.saved.page["devices"] if self.saved else {"kind": self.figures.get("chip"), "count": self.figures.get("devices")}
+        return (planned["kind"], planned["count"]) == (chip.name if chip else mesh.devices.flat[0].device_kind, mesh.size)
 
 
 def open_plan(path: str | os.PathLike) -> Planned:
@@ -73,10 +79,16 @@ def open_plan(path: str | os.PathLike) -> Planned:
       ConfigError: it is neither.
     """
     path = Path(path).absolute()
-    saved = None if path.is_file() else open_saved(path)
-    figures = saved.page["plan"] if saved else read_json(path)
+    if path.is_file():
+        try:
+            saved, figures = None, json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"--plan={path} is neither JSON ({error}) nor a folder: give what jaxmodels plan wrote, --json=FILE or --save=FOLDER.") from error
+    else:
+        saved = open_saved(path)
+        figures = saved.page["plan"]
     if not isinstance(figures, dict) or not all(isinstance(figures.get(name), (int, float)) and figures[name] > 0 for name in FAR):
-        raise ConfigError(f"--plan={path}: {'its ' + PAGE if saved else 'it'} lacks {' or '.join(FAR)}, which jaxmodels plan writes: plan again.")
+        raise ConfigError(f"--plan={path}: {PAGE if saved else 'the file'} has no {' or no '.join(FAR)}, which jaxmodels plan writes: plan again.")
     return Planned(path, figures, saved)
 
 

@@ -126,7 +126,7 @@ class Trainer:
         self.clock: _Clock | None = None
         self.planned = planned
         self.usage: measured.Usage | None = None
-        self.comparison = measured.Comparison(planned, self.mesh) if planned is not None else None
+        self.comparison: measured.Comparison | None = None
         self.lines = []  # (step, split, metrics) of all starts
         self._sampler = None  # compiled when first used
         self._pending = None  # a training line whose numbers the device may not have reached
@@ -176,6 +176,10 @@ class Trainer:
         train_step = self._compile_step()
         self.usage = measured.Usage(experiment, self.mesh)
         self._record_start(**self.usage.record)
+        if self.planned is not None and not self.planned.is_of(self.mesh):
+            self._warn(f"{self.planned.path} is a plan for other devices than the {self.mesh.size} here: this run is not compared with it")
+        elif self.planned is not None:
+            self.comparison = measured.Comparison(self.planned, self.mesh)
         batches = loader.TrainingBatches(
             source,
             experiment.loading.batch_size,
