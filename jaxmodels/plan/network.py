@@ -4,14 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Bytes that a device sends, for each byte of the larger of its operand and its result, in a ring of n devices.
-_SENT = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
-}
+from jaxmodels.plan.torus import SENT
 
 
 def collective_seconds(kind: str, size: float, axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> float:
@@ -25,7 +18,13 @@ def collective_seconds(kind: str, size: float, axes: Sequence[str], mesh: Mappin
       topology: as `plan.topology.parse` gives.
     """
     devices = math.prod(mesh[axis] for axis in axes)
-    return 0.0 if devices == 1 else _SENT[kind](devices) * size / bandwidth(axes, mesh, topology)
+    return 0.0 if devices == 1 else SENT[kind](devices) * size / bandwidth(axes, mesh, topology)
+
+
+def network(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> str:
+    """Which network a collective over axes needs: `links` of one slice or node, or `slices`, that between them."""
+    devices, inside = _group(axes, mesh, topology)
+    return "links" if inside == devices else "slices"
 
 
 def bandwidth(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> float:
@@ -34,18 +33,21 @@ def bandwidth(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> fl
     A TPU has two links for each dimension of its slice that the axes need; between slices, its share of the hosts' network. A GPU has its links to the
     node's switch; a ring through several nodes goes through as many of a node's network adapters as devices of the node are in it.
     """
-    chip, devices = topology.chip, math.prod(mesh[axis] for axis in axes)
+    (devices, inside), chip = _group(axes, mesh, topology), topology.chip
+    within = _within(chip, inside, topology)
+    return (within if inside == devices else min(chip.network_bandwidth * inside, within)) / chip.devices_per_chip
+
+
+def _group(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> tuple[int, int]:
+    """How many devices communicate, and how many of these are in one slice or node."""
+    devices, names = math.prod(mesh[axis] for axis in axes), list(mesh)
     per_slice = math.prod(mesh.values()) // topology.slices
-    # Devices that lie next to each other up to the end of the innermost of the axes: so far apart are neighbours along it.
-    names = list(mesh)
+    # So far apart are neighbours along the innermost of the axes.
     stride = math.prod(mesh[name] for name in names[max(names.index(axis) for axis in axes) + 1 :])
-    inside = max(1, min(devices, per_slice // stride))  # of those that communicate, in one slice or node
-    if inside < devices:
-        return min(chip.network_bandwidth * inside, _inside(chip, devices, topology)) / chip.devices_per_chip
-    return _inside(chip, devices, topology) / chip.devices_per_chip
+    return devices, max(1, min(devices, per_slice // stride))
 
 
-def _inside(chip: Any, devices: int, topology: Any) -> float:
+def _within(chip: Any, devices: int, topology: Any) -> float:
     """Of one chip, inside a slice or node."""
     if not chip.torus_dimensions:
         return chip.link_bandwidth

@@ -24,9 +24,11 @@ from jaxmodels.models import rnn
 from jaxmodels.models.attention import Attention, settle
 from jaxmodels.plan import memory
 from jaxmodels.plan.chips import Chip
+from jaxmodels.plan.estimate import PARTS, Collective, Estimate
 from jaxmodels.plan.flops import operation_flops
 from jaxmodels.plan.graph import Graph, Op, Spec, Value, ways
-from jaxmodels.plan.network import collective_seconds
+from jaxmodels.plan.network import collective_seconds, network
+from jaxmodels.plan.torus import SENT
 from jaxmodels.training.step import DTYPES
 
 # Of the peak that products reach. GPU: with their bytes beside it, within 15% of what XLA's table of measured products on an H100 says of
@@ -37,7 +39,6 @@ BANDWIDTH_SHARE = 0.9
 # Attention kernels wait for what is between their products: cuDNN's on an H100 reach 0.5 to 0.6 of the peak, splash attention as much of a TPU's.
 ATTENTION_SHARE = 0.5
 
-PARTS = ("matrix products", "attention kernels", "other", "exposed collectives")
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _KINDS = {
     **dict.fromkeys(("psum", "psum_invariant"), "all-reduce"),
@@ -53,7 +54,7 @@ _BESIDE = ("slices", "data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Collective:
+class Exchange:
     """A collective of a step.
 
     Attributes:
@@ -85,7 +86,7 @@ class Work:
     products: float = 0.0
     attention: float = 0.0
     other: float = 0.0
-    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    collectives: list[Exchange] = dataclasses.field(default_factory=list)
 
     def add(self, work: "Work", times: int = 1) -> None:
         """Adds other work, done so many times."""
@@ -95,7 +96,7 @@ class Work:
 
 
 def roofline(experiment: Experiment, topology: Any) -> tuple[float, dict[str, float]]:
-    """Seconds of a train step, and of its parts: those of `PARTS`, which add up to it.
+    """Seconds of a train step, and of its parts: those of `estimate.PARTS`, which add up to it.
 
     Args:
       experiment: as `build_experiment` gives.
@@ -109,14 +110,34 @@ def roofline(experiment: Experiment, topology: Any) -> tuple[float, dict[str, fl
 
 def traced_roofline(experiment: Experiment, step: memory.TracedStep, topology: Any) -> tuple[float, dict[str, float]]:
     """The same of a step that is traced already, as `trace` does."""
+    found = traced_estimate(experiment, step, topology)
+    return found.seconds, found.parts
+
+
+def traced_estimate(experiment: Experiment, step: memory.TracedStep, topology: Any) -> Estimate:
+    """The same with collectives; without cycles, which no compiler has counted, and with attention kernels as a part alone."""
     work = traced_work(experiment, step, topology.chip)
-    waited, beside = (sum(collective_time(each, step.mesh, topology) for each in work.collectives if each.waits is waits) for waits in (True, False))
     computing = work.products + work.attention + work.other
-    parts = dict(zip(PARTS, (work.products, work.attention, work.other, waited + max(0.0, beside - computing)), strict=True))
-    return sum(parts.values()), parts
+    times = [collective_time(each, step.mesh, topology) for each in work.collectives]
+    beside = sum(time for time, each in zip(times, work.collectives, strict=True) if not each.waits)
+    exposed = max(0.0, 1 - computing / beside) if beside else 0.0  # share of what runs beside the rest that is longer than that
+    found: dict[tuple, list] = {}
+    for time, each in zip(times, work.collectives, strict=True):
+        row = found.setdefault((each.kind, each.axes), [0, 0.0, 0.0, 0.0])
+        sent = each.count * each.bytes * SENT[each.kind](ways(each.axes, step.mesh))
+        row[:] = row[0] + each.count, row[1] + sent, row[2] + time, row[3] + time * (1 if each.waits else exposed)
+    collectives = [Collective(kind, axes, *row, network(axes, step.mesh, topology)) for (kind, axes), row in found.items()]
+    parts = dict.fromkeys(PARTS, 0.0) | {
+        "matrix products": work.products,
+        "attention kernels": work.attention,
+        "other": work.other,
+        "exposed collectives": sum(each.exposed_seconds for each in collectives),
+    }
+    collectives.sort(key=lambda each: -each.seconds)
+    return Estimate(None, sum(parts.values()), parts, [], collectives, [], ["no compiler: from shapes and the chip's figures alone"])
 
 
-def collective_time(collective: Collective, mesh: Mapping[str, int], topology: Any) -> float:
+def collective_time(collective: Exchange, mesh: Mapping[str, int], topology: Any) -> float:
     """Seconds of all runs of a collective in a step."""
     return collective.count * collective_seconds(collective.kind, collective.bytes, collective.axes, mesh, topology)
 
@@ -129,7 +150,7 @@ def step_work(experiment: Experiment, devices: int, chip: Chip) -> tuple[Work, d
 
 def traced_work(experiment: Experiment, step: memory.TracedStep, chip: Chip) -> Work:
     """What a device does in a traced step."""
-    return _work(step.graph, step.mesh, chip, attended_share(experiment))
+    return graph_work(step.graph, step.mesh, chip, attended_share(experiment))
 
 
 def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep:
@@ -193,7 +214,7 @@ def other_seconds(chip: Chip, size: float) -> float:
     return size * chip.devices_per_chip / (chip.memory_bandwidth * BANDWIDTH_SHARE)
 
 
-def _work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) -> Work:
+def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) -> Work:
     """Of a program, or of one turn of a loop's body."""
     work, written = Work(), memory.written(graph, mesh)
     size = functools.cache(lambda value: _bytes(value, mesh))
@@ -221,9 +242,9 @@ def _work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) -> Wo
             else:
                 work.products += product_seconds(chip, flops, moved, op.inputs[-1].itemsize)
         elif op.name == "scan":
-            work.add(_work(op.bodies[0], mesh, chip, share), op.params["length"])
+            work.add(graph_work(op.bodies[0], mesh, chip, share), op.params["length"])
         elif op.bodies:  # of a condition's branches the longest; a loop without a known end, once
-            work.add(max((_work(body, mesh, chip, share) for body in op.bodies), key=lambda each: each.products + each.attention + each.other))
+            work.add(max((graph_work(body, mesh, chip, share) for body in op.bodies), key=lambda each: each.products + each.attention + each.other))
         elif op.name == "gather":
             work.other += other_seconds(chip, 2 * sum(map(size, op.outputs)))
         elif op.name in ("scatter", "scatter-add", "scatter_add", "dynamic_update_slice"):
@@ -299,14 +320,14 @@ def _summed(op: Op) -> tuple[str, ...]:
     return tuple(dict.fromkeys(axis for axes in lost for axis in axes))
 
 
-def _collectives(op: Op, mesh: Mapping[str, int]) -> list[Collective]:
+def _collectives(op: Op, mesh: Mapping[str, int]) -> list[Exchange]:
     """What an operation needs of other devices."""
     found = []
 
     def add(kind: str, axes: Sequence[str], size: int) -> None:
         axes = tuple(axis for axis in mesh if axis in axes and mesh[axis] > 1)
         if axes:
-            found.append(Collective(kind, axes, size, 1, not set(axes) <= set(_BESIDE)))
+            found.append(Exchange(kind, axes, size, 1, not set(axes) <= set(_BESIDE)))
 
     if summed := _summed(op):
         result = op.outputs[0]

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -260,12 +261,17 @@ def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledSt
     topology = parse(topology) if isinstance(topology, str) else topology
     if topology.chip.platform != "tpu":
         raise ConfigError(f"{topology.name} is none of TPUs, which this compiles for.")
+    return compile_for(experiment, topology, devices(topology))
+
+
+def compile_for(experiment: Experiment, topology: Topology, devices: Sequence) -> CompiledStep:
+    """As `compile_step`, for the devices of a topology, which may be of GPUs."""
     if experiment.config["partition"] == "pmap":
         raise ConfigError("config.partition=pmap runs on devices that are here alone; to compile for others, use --config.partition=jit.")
     check_mesh(experiment.mesh, topology)
-    mesh = mesh_lib.make_mesh(experiment.mesh, devices(topology))
+    mesh = mesh_lib.make_mesh(experiment.mesh, devices)
     layout = sharding_lib.make_layout(mesh, experiment.sharding)
-    experiment = experiment.on("tpu", layout)
+    experiment = experiment.on(topology.chip.platform, layout)
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh_lib.replicated(mesh))
