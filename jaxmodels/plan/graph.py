@@ -19,6 +19,9 @@ Spec = tuple[tuple[str, ...], ...]
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_lin")
 
 
+_SCATTERS = ("scatter", "scatter-add")
+
+
 @dataclasses.dataclass(eq=False)
 class Value:
     """An array of the program.
@@ -30,6 +33,7 @@ class Value:
       op: that makes it; None for what a program is given.
       constant: known when tracing.
       fixed: spread as a constraint says.
+      host: it lies in the host's memory.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +42,7 @@ class Value:
     op: "Op | None" = None
     constant: bool = False
     fixed: bool = False
+    host: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,7 +98,8 @@ def _value(aval, constant: bool = False) -> Value:
     shape = tuple(getattr(aval, "shape", ()))
     dtype = getattr(aval, "dtype", np.dtype(np.int32))
     itemsize = 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-    return Value(shape, itemsize, ((),) * len(shape), constant=constant)
+    host = getattr(aval, "memory_space", None) == jax.memory.Space.Host
+    return Value(shape, itemsize, ((),) * len(shape), constant=constant, host=host)
 
 
 class _Builder:
@@ -135,6 +141,8 @@ class _Builder:
         if name == "cond" and (choice := _platforms(given[0])) is not None:
             own = next(i for i, names in enumerate(choice) if names is None or self.platform in names)
             return self.run(params["branches"][own].jaxpr, given[1:], ops, backward)
+        if name == "optimization_barrier":  # what goes in comes out, each by itself
+            return [self.add(ops, name, params, [x], [var.aval], backward)[0] for x, var in zip(given, equation.outvars, strict=True)]
         bodies = ()
         if name == "scan":
             bodies = (params["jaxpr"].jaxpr,)
@@ -370,7 +378,8 @@ def _first(op: Op) -> list[Spec]:
     return [op.inputs[0].spec if len(op.inputs[0].shape) == len(value.shape) else None for value in op.outputs]
 
 
-def _stacked_first(op: Op) -> list[Spec | None]:
+def _unknown(op: Op) -> list[None]:
+    """Results of which nothing is known until something constrains them."""
     return [None for _ in op.outputs]
 
 
@@ -382,13 +391,13 @@ _RULES = {
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _squeezed,
-    "expand_dims": _stacked_first,
+    "expand_dims": _unknown,
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "gather": _gathered_rows,
-    "pallas_call": _stacked_first,
+    "pallas_call": _unknown,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"), _reduced),
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "dynamic_update_slice"), _first),
+    **dict.fromkeys((*_SCATTERS, "dynamic_update_slice"), _first),
 }
 
 
@@ -439,9 +448,9 @@ def _backward(graph: Graph, mesh: Mapping[str, int]) -> None:
             _fill(x, spec, mesh)
         elif op.name == "local":
             _fill(op.inputs[0], op.params["spec"], mesh)
-        elif op.name in ELEMENTWISE or op.name in ("scatter", "scatter-add", "scatter_add", "sharding_constraint", "optimization_barrier"):
-            for x in op.inputs if op.name not in ("scatter", "scatter-add", "scatter_add") else op.inputs[:1]:
-                for y in op.outputs if op.name != "optimization_barrier" else [op.outputs[op.inputs.index(x)]]:
+        elif op.name in ELEMENTWISE or op.name in ("sharding_constraint", "device_put", *_SCATTERS):
+            for x in op.inputs[:1] if op.name in _SCATTERS else op.inputs:
+                for y in op.outputs:
                     if len(x.shape) == len(y.shape):
                         _fill(x, tuple(axes if x.shape[i] == y.shape[i] else () for i, axes in enumerate(y.spec)), mesh)
 

@@ -319,7 +319,9 @@ _LANES = 128
 
 
 def bytes_of(value: Value, mesh: Mapping[str, int]) -> int:
-    """Of a device's part, in tiles of 128 values by as many rows as 32 bits times 8 hold."""
+    """Of a device's part, in tiles of 128 values by as many rows as 32 bits times 8 hold; none of what lies in the host's memory."""
+    if value.host:
+        return 0
     sizes = [-(-n // graph_lib.ways(axes, mesh)) for n, axes in zip(value.shape, value.spec, strict=True)]
     exact = math.prod(sizes) * value.itemsize
     large = [i for i, n in enumerate(sizes) if n > 1]

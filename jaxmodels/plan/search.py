@@ -9,6 +9,7 @@ Three sieves, each finer and slower than the one before:
 All settings compute the same loss from the same global batch.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -42,8 +43,8 @@ from jaxmodels.training.compile import cache_folder
 MARGIN = 1.1
 # The share of the budget in which settings are modelled; the compiler has the rest.
 MODEL_SHARE = 0.3
-# Meshes that are modelled, those whose variants are, and settings that are compiled, at most.
-MESHES, VARIED, COMPILED = 40, 5, 16
+# Meshes that are modelled, those whose variants are, settings that are compiled, and of these with the same mesh, at most.
+MESHES, VARIED, COMPILED, SAME = 40, 5, 16, 5
 # Memory of the host that one compilation of a large step needs, in bytes (benchmarks/memory_model.py prints it).
 COMPILER_MEMORY = 8e9
 
@@ -273,9 +274,7 @@ def _model(setting: Setting, experiment: Experiment, topology: Any) -> None:
 
 def _compile(settings: list[Setting], run: Runner, workers: int, until: float, notes: list[str]) -> None:
     """Compiles the config's own setting and then the promising ones, the fastest first, until the time is over."""
-    own = [each for each in settings if each.own]
-    promising = sorted((each for each in settings if each.state == "modelled" and not each.own), key=lambda each: each.seconds)
-    waiting, longest, left = [*own, *promising[: COMPILED - 1]], 0.0, 0
+    waiting, longest, left = promising(settings), 0.0, 0
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running: dict[concurrent.futures.Future, tuple[Setting, float]] = {}
         while waiting or running:
@@ -292,6 +291,18 @@ def _compile(settings: list[Setting], run: Runner, workers: int, until: float, n
                 _take(setting, *future.result())
     if left:
         notes.append(f"{left} promising settings were not compiled: the time was over (a larger --budget has room for them)")
+
+
+def promising(settings: Sequence[Setting]) -> list[Setting]:
+    """Those to compile: the config's own, then the fastest that fit, by the models; of a mesh SAME at most, since what differs in
+    rematerialisation alone is more alike than the models are exact."""
+    chosen, of_mesh = [], collections.Counter()
+    for each in sorted((each for each in settings if each.state == "modelled" and not each.own), key=lambda each: each.seconds):
+        mesh = tuple(value for key, value in each.changes.items() if key.startswith("mesh."))
+        of_mesh[mesh] += 1
+        if of_mesh[mesh] <= SAME:
+            chosen.append(each)
+    return [*(each for each in settings if each.own), *chosen[: COMPILED - 1]]
 
 
 def _take(setting: Setting, plan: dict | None, problem: str) -> None:
