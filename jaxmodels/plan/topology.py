@@ -12,6 +12,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ _SMALL_GRIDS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
 _LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
 _GPUS_PER_NODE = 8
 _OTHER_NAMES = {"v5litepod": "v5e"}
+
+_DUMP = "xla_dump_to"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,7 @@ class CompiledStep:
       layout: of the step; its `left_whole` tells what could not be spread.
       record: how long it took, and with which options.
       experiment: as it is on that mesh; its `kernels` tell which implementations run.
+      text: of the optimized program; None where nothing of what is installed can read it.
     """
 
     compiled: Any
@@ -179,6 +183,7 @@ class CompiledStep:
     layout: Layout
     record: CompileRecord
     experiment: Experiment
+    text: str | None = None
 
 
 class DoesNotFit(RunError):
@@ -275,13 +280,36 @@ def compile_for(experiment: Experiment, topology: Topology, devices: Sequence) -
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh_lib.replicated(mesh))
+    with tempfile.TemporaryDirectory(prefix="jaxmodels_") as folder:
+        try:
+            compiled, record = compile_train_step(_writing_to(folder, experiment), mesh, shapes, shapes, key)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise _does_not_fit(error, topology) from error
+            raise _failed(error, topology) from error
+        text = _program_text(compiled, folder)
+    if _DUMP not in experiment.config["compiler_options"]:
+        record = dataclasses.replace(record, options={name: value for name, value in record.options.items() if name != _DUMP})
+    return CompiledStep(compiled, shapes, mesh, layout, record, experiment, text)
+
+
+def _writing_to(folder: str, experiment: Experiment) -> Experiment:
+    """The experiment, for whose step the TPU's compiler writes down what it makes; no part of the program, nor of what it is cached by."""
+    if experiment.platform != "tpu":
+        return experiment
+    options = {_DUMP: folder} | experiment.config["compiler_options"]
+    return dataclasses.replace(experiment, config=experiment.config | {"compiler_options": options})
+
+
+def _program_text(compiled: Any, folder: str) -> str | None:
+    """The optimized program, as its compiler wrote it; else as jaxlib reads it, which one that is older than libtpu cannot always do."""
+    written = [file.read_text() for file in Path(folder).glob("*.after_codegen.txt")]
+    if written:
+        return max(written, key=len)  # the others are of probes of its options
     try:
-        compiled, record = compile_train_step(experiment, mesh, shapes, shapes, key)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise _does_not_fit(error, topology) from error
-        raise _failed(error, topology) from error
-    return CompiledStep(compiled, shapes, mesh, layout, record, experiment)
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _does_not_fit(error: Exception, topology: Topology) -> DoesNotFit:
