@@ -174,7 +174,8 @@ COMPUTED_IN_PLACE = ELEMENTWISE | frozenset(
     "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin reduce_precision".split())
-_READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | {"dot_general", "conv_general_dilated"}
+_PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
+_READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | _PRODUCTS
 # The same bytes under another shape.
 _RENAMED = frozenset("reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
@@ -238,6 +239,9 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
     if op.name in COMPUTED_IN_PLACE and all(root.op is None for root in read):
         return None
     dying = [root for root in read if last[root] == i and root.op is not None]
+    if op.name in COMPUTED_IN_PLACE:
+        # What is made of a product's result is often a part of the next product, which reads the whole of it as it writes.
+        dying = [] if any(map(_of_product, read)) else dying
     if op.name in COMPUTED_IN_PLACE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
         if any(size(root) >= size(value) for root in dying):
             return 2 * i + 1
@@ -254,6 +258,13 @@ def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
     return _written(graph, mesh)[0]
 
 
+def _of_product(value: Value) -> bool:
+    """Whether a value is a product's result, maybe by another name."""
+    while value.op is not None and value.op.name in _RENAMED:
+        value = value.op.inputs[0]
+    return value.op is not None and value.op.name in _PRODUCTS
+
+
 def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
     """The values that are arrays in memory; and which of these, or of what is given, each value is read from."""
     readers: dict[Value, list[Op]] = {}
@@ -263,7 +274,6 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
     results = set(graph.outputs)
     written: set[Value] = set()
     roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in graph.inputs}
-    costly: set[Value] = set()
     passing: set[Value] = set()  # of products that are not written before what reads them
 
     def rooted(value: Value) -> frozenset[Value]:
@@ -280,20 +290,24 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
             if not by and value not in results:
                 roots[value] = below
                 continue
-            produced = op.name in ("dot_general", "conv_general_dilated") or any(x in passing for x in op.inputs)
+            produced = op.name in _PRODUCTS or any(x in passing for x in op.inputs)
             if produced and passes_on(value, by):
                 passing.add(value)
                 roots[value] = below
                 continue
-            again = len(by) > 1 and any(x in costly for x in op.inputs)
-            if not produced and free and not again and not _is_written(op, value, by, below, value in results, mesh):
+            if not produced and free and not _is_written(op, value, _through(by, readers), below, value in results, mesh):
                 roots[value] = below
-                if op.name in _COSTLY or any(x in costly for x in op.inputs):
-                    costly.add(value)
                 continue
             written.add(value)
             roots[value] = frozenset((value,))
     return written, roots
+
+
+def _through(by: list[Op], readers: Mapping[Value, list[Op]]) -> list[Op]:
+    """What reads a value: for one that a single conversion to a larger type reads, what reads that, since the smaller one is written."""
+    while len(by) == 1 and by[0].name == "convert_element_type" and by[0].outputs[0].itemsize > by[0].inputs[0].itemsize:
+        by = readers.get(by[0].outputs[0], [])
+    return by
 
 
 def _picks(op: Op) -> bool:
@@ -309,8 +323,10 @@ def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], res
         return False
     if result or any(reader.name not in _READS_THROUGH and not _picks(reader) for reader in by):
         return True
+    if op.name in _COSTLY and len(by) > 1 or op.name == "pad" and any(inside for _, _, inside in op.params["padding_config"]):
+        return True
     read, own = sum(bytes_of(root, mesh) for root in below), bytes_of(value, mesh)
-    return read > 16 * own or len(by) > 1 and read > 1.25 * own
+    return read > 16 * own or len(by) > 1 and read > 2.1 * own
 
 
 # So long that what is made of their results is kept.
