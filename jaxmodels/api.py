@@ -21,6 +21,7 @@ from jaxmodels.interop.folder import is_published
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.layout import Layout
+from jaxmodels.plan.report import Plan, make_plan
 from jaxmodels.training import step as step_lib
 from jaxmodels.training import trainer
 from jaxmodels.training import weights as weights_lib
@@ -61,6 +62,22 @@ def train(
     keep_freed_memory()
     experiment = build_experiment(config, data_dir=data_dir, data=data)
     return trainer.train(experiment, workdir, overwrite=overwrite, plan=plan, console=Console(quiet=quiet))
+
+
+def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir: str | None = None) -> Plan:
+    """What a config takes of chips that are not here: memory, time, cost.
+
+    Args:
+      config: as `load_config` gives, or nested dictionaries.
+      topology: such as `v5p-128`, `v5p:4x4x4`, `4xv5p-128` or `h100x8`; see `plan.topology.parse`.
+      data, data_dir: as for `train`.
+
+    Raises:
+      ConfigError: the topology is none, or mesh, batch or a kernel does not fit it.
+      plan.topology.DoesNotFit: the step needs more memory than a device has; says how much, and what to change.
+      RunError: the compiler failed.
+    """
+    return make_plan(build_experiment(config, data_dir=data_dir, data=data), topology)
 
 
 def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_dir: str | None = None) -> dict[str, Any]:

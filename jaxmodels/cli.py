@@ -14,6 +14,7 @@ Train Flax models with Optax from one config file.
   jaxmodels generate --workdir=runs/gpt_shakespeare --prompt="To be"
   jaxmodels config --config=configs/cnn_digits.py --diff=runs/cnn_digits
   jaxmodels data --config=configs/cnn_digits.py
+  jaxmodels plan --config=configs/gpt2_xl.py --topology=v5p-128
   jaxmodels lineage --workdir=runs/cnn_digits
   jaxmodels merge --workdir=runs/lora --output=runs/merged
   jaxmodels import hf:DIR_OR_ID runs/published
@@ -68,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     add_machine(evaluate)
 
+    plan = command("plan", _plan, "say what a config takes of chips that are not here: memory, time, cost; or search the best setting for them")
+    add_config(plan)
+    _add_plan(plan)
+
     _add_generate(command("generate", _generate, "make texts with a run: what follows a prompt, or of a seq2seq run what it becomes"))
 
     tokenizer = command("tokenizer", _tokenizer, "train a byte-level BPE tokenizer on text files; use it with --config.data.tokenizer=FILE")
@@ -111,6 +116,17 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: as imported, else float32)")
     export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="size of a file at most, in 10^9 bytes (default: 5)")
     return root
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--topology", required=True, metavar="NAME", help="v5p-128, v6e-256, v5p:4x4x4, 4xv5p-128 (slices), h100x8, 2xh100x8 (nodes)")
+    sub.add_argument("--json", metavar="FILE", help="write the figures there")
+    sub.add_argument("--hlo", metavar="FILE", help="write the optimized program's text there")
+    sub.add_argument("--save", metavar="DIR", help="keep the compiled step there: jaxmodels train --plan=DIR loads it in place of compiling")
+    sub.add_argument("--search", action="store_true", help="over meshes, accumulation and rematerialisation; the figures are then those of the best")
+    sub.add_argument("--write", metavar="FILE", help="of --search: write the best as a config, for --config")
+    sub.add_argument("--budget", type=_seconds, metavar="SECONDS", help="of --search: the time it may take (default: 900)")
+    sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -304,6 +320,52 @@ def _evaluate(options, _):
         print(json.dumps(values))
         return
     print(f"{options.workdir}, {options.split}: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+
+
+def _plan(options, overrides):
+    import logging
+
+    from jaxmodels.errors import ConfigError, Interrupted
+    from jaxmodels.training.signals import StopSignals
+
+    for name in ("write", "budget"):
+        if getattr(options, name) is not None and not options.search:
+            raise ConfigError(f"--{name} is of --search: give both, or neither.")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # as in _start
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # devices that are here have no part in it
+    try:
+        with StopSignals() as stop, stop.may_raise():
+            from rich.console import Console
+
+            from jaxmodels.experiment import build_experiment
+            from jaxmodels.plan import report
+
+            files = {"json": options.json, "hlo": options.hlo, "save": options.save}
+            console = Console(width=None if sys.stdout.isatty() else 200)
+            topology = report.check(options.topology, files)
+            found = None
+            if options.search:
+                found = stop.run(_search, options, overrides, console)
+                overrides = overrides | {key: repr(value) if not isinstance(value, str) else value for key, value in found.best.changes.items()}
+            experiment = build_experiment(_load(options, overrides), data_dir=options.data_dir)
+            plan = stop.run(report.plan_and_write, experiment, topology, files, found)
+            report.print_plan(plan, console)
+    except Interrupted as error:
+        raise Interrupted(f"{error}: stopped; there is nothing to save.") from None
+
+
+def _search(options, overrides, console):
+    """What `--search` found, printed and written."""
+    from jaxmodels.plan import search
+
+    if options.write:
+        search.check_output(options.write)
+    found = search.search(options.config, overrides, options.topology, budget=options.budget or 900.0, data_dir=options.data_dir)
+    search.print_found(found, console)
+    if options.write:
+        search.write_config(options.write, options.config, overrides, found)
+        console.print(f"{options.write} is the best as a config: jaxmodels train --config={options.write}\n", highlight=False, soft_wrap=True)
+    return found
 
 
 def _generate(options, _):

@@ -285,7 +285,7 @@ def compile_for(experiment: Experiment, topology: Topology, devices: Sequence) -
             compiled, record = compile_train_step(_writing_to(folder, experiment), mesh, shapes, shapes, key)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise _does_not_fit(error, topology) from error
+                raise _refused(error, experiment, topology) from error
             raise _failed(error, topology) from error
         text = _program_text(compiled, folder)
     if _DUMP not in experiment.config["compiler_options"]:
@@ -312,17 +312,39 @@ def _program_text(compiled: Any, folder: str) -> str | None:
         return None
 
 
-def _does_not_fit(error: Exception, topology: Topology) -> DoesNotFit:
+def _refused(error: Exception, experiment: Experiment, topology: Topology) -> DoesNotFit:
     """The compiler says so in one of two ways: `Used 24.5G of 15.75G hbm. Exceeded hbm capacity by 8.78G`, or that what is needed
     `(26.84G) exceeds available HBM (15.75G)`."""
     text = str(error)
     match = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text) or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
     needed, available = (_bytes(match[1]), _bytes(match[2])) if match else (None, topology.chip.memory_per_device)
-    figures = f"{needed / 1e9:.2f} GB are needed and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB less" if match else _first_line(error)
+    return does_not_fit(experiment, topology, needed, available, by=f"the compiler ({_first_line(error)})" if not match else "the compiler")
+
+
+def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None, available: int, by: str) -> DoesNotFit:
+    """The error of a step that needs more memory than a device has, with what to change.
+
+    Args:
+      experiment: of the step.
+      topology: of the devices.
+      needed, available: bytes of a device; the first is None where it is not known.
+      by: who says so.
+    """
+    over = f": it needs {needed / 1e9:.2f} GB and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB too few" if needed else ""
+    model, training, batch = experiment.config["model"], experiment.training, experiment.loading.batch_size
+    ways = []
+    if "remat" in model and model["remat"] != "full":
+        ways.append("--config.model.remat=full")
+    if model.get("offload") == ():
+        ways.append("--config.model.offload (activations in the host's memory)")
+    if batch % (2 * training.accumulate) == 0:
+        ways.append(f"--config.training.accumulate={2 * training.accumulate}")
+    if experiment.mesh.data != 1:
+        ways.append("--config.mesh.fsdp or --config.mesh.tensor in place of mesh.data, which spread the state")
+    if batch > 1:
+        ways.append(f"--config.data.batch_size={batch // 2}")
     return DoesNotFit(
-        f"the step does not fit {topology.name}: {figures}. Try a smaller --config.data.batch_size, a larger --config.training.accumulate, "
-        "--config.model.remat=full, or a mesh that spreads the state further (--config.mesh.fsdp, --config.mesh.tensor); or let "
-        "jaxmodels plan --search find a setting that fits.",
+        f"the step does not fit {topology.name}{over}, says {by}. Try {', '.join(ways)}, or a larger topology; jaxmodels plan --search looks for a setting that fits.",
         needed,
         available,
     )
