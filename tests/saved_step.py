@@ -1,6 +1,6 @@
 """Saves the train step of a config for the CPU devices of this process, as `jaxmodels plan --save` does for chips elsewhere.
 
-`python saved_step.py CONFIG FOLDER DEVICES`
+`python saved_step.py CONFIG FOLDER DEVICES [HOST:PORT PROCESS]`: with the last two, it is one of two processes, of which the first saves.
 """
 
 import sys
@@ -10,6 +10,7 @@ import jax
 from jaxmodels.config import load_config
 from jaxmodels.experiment import build_experiment
 from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import processes, session
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan import executable
 from jaxmodels.plan.topology import CompiledStep
@@ -30,9 +31,14 @@ def compiled_here(config) -> CompiledStep:
     return CompiledStep(compiled, shapes, mesh, layout, record, experiment)
 
 
-def main(config: str, folder: str, devices: str) -> None:
+def main(config: str, folder: str, devices: str, coordinator: str | None = None, process: str | None = None) -> None:
     mesh_lib.simulate_devices(int(devices))
-    executable.save(compiled_here(load_config(config)), folder, FIGURES)
+    if coordinator is not None:
+        session.join(processes.find(coordinator, "2", process), {})
+    step = compiled_here(load_config(config))
+    if session.is_first():
+        executable.save(step, folder, FIGURES)
+    session.finish()
 
 
 if __name__ == "__main__":

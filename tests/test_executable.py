@@ -1,18 +1,21 @@
 """Train steps compiled in one process and loaded by runs in another: the same runs, and what is refused."""
 
+import hashlib
 import io
 import json
-import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import small
+from conftest import ROOT
 from rich.console import Console
 from saved_step import FIGURES, compiled_here
 from test_resume import final_state
@@ -32,8 +35,7 @@ def save_elsewhere(config, folder, devices=1):
     """In a process of its own."""
     file = Path(folder).with_suffix(".config.json")
     file.write_text(json.dumps(config))
-    program = Path(__file__).parent / "saved_step.py"
-    done = subprocess.run([sys.executable, program, file, folder, str(devices)], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(program.parent.parent)})
+    done = subprocess.run([sys.executable, ROOT / "tests" / "saved_step.py", file, folder, str(devices)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -63,7 +65,7 @@ def assert_same(one, other):
 
 def test_the_page_says_what_the_executable_is_of(saved):
     page = json.loads((saved / executable.PAGE).read_text())
-    assert page["versions"] == {name: __import__("importlib.metadata").metadata.version(name) for name in ("jaxmodels", "jax", "jaxlib")}
+    assert page["versions"] == {name: metadata.version(name) for name in ("jaxmodels", "jax", "jaxlib")}
     assert page["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1, "places": [[0, 0]]} and page["mesh"]["data"] == 1
     assert page["config"] == json.loads(json.dumps(build_experiment(ONE).config)) and page["plan"] == FIGURES
     assert page["executable"]["bytes"] == (saved / executable.PROGRAM).stat().st_size > 10_000
@@ -105,6 +107,29 @@ def test_eight_devices(tmp_path, jaxmodels_command):
     for workdir, more in (("loaded", [f"--plan={tmp_path}/step"]), ("compiled", [])):
         done = jaxmodels_command("train", f"--config={tmp_path}/step.config.json", f"--workdir={tmp_path}/{workdir}", "--cpu_devices=8", *more)
         assert done.returncode == 0, done.stderr
+    assert RunFolder(tmp_path / "loaded").manifest()["starts"][0]["compiled"]["train_step"]["loaded"] == f"{tmp_path}/step"
+    assert_same(tmp_path / "loaded", tmp_path / "compiled")
+
+
+@pytest.mark.slow
+def test_two_processes_load_what_the_first_of_two_saved(tmp_path):
+    config = small.config(small.CNN, training__steps=6, evaluation={}, log__every=2)
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def both(*command):
+        pair = [subprocess.Popen([*map(str, command), *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for more in arguments]
+        told = [process.communicate(timeout=300)[0] for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], told
+
+    arguments = [[coordinator, str(i)] for i in range(2)]
+    both(sys.executable, ROOT / "tests" / "saved_step.py", tmp_path / "c.json", tmp_path / "step", 1)
+    arguments = [[f"--coordinator={coordinator}", "--processes=2", f"--process={i}"] for i in range(2)]
+    train = [sys.executable, "-m", "jaxmodels", "train", f"--config={tmp_path}/c.json", "--cpu_devices=1"]
+    both(*train, f"--workdir={tmp_path}/loaded", f"--plan={tmp_path}/step")
+    both(*train, f"--workdir={tmp_path}/compiled")
     assert RunFolder(tmp_path / "loaded").manifest()["starts"][0]["compiled"]["train_step"]["loaded"] == f"{tmp_path}/step"
     assert_same(tmp_path / "loaded", tmp_path / "compiled")
 
@@ -171,8 +196,6 @@ def test_a_file_that_was_cut_off(saved, tmp_path):
 
 
 def test_a_file_that_is_no_executable(saved, tmp_path):
-    import hashlib
-
     folder = changed(saved, tmp_path / "bad", executable={"bytes": 3, "sha256": hashlib.sha256(b"bad").hexdigest()})
     (folder / executable.PROGRAM).write_bytes(b"bad")
     assert refused(ONE, tmp_path / "x", folder).startswith("it cannot be read: ")

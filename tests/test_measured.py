@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import types
 
 import jax
@@ -108,7 +109,7 @@ def test_a_run_far_from_its_plan_says_so_once(chip, tmp_path, monkeypatch):
     slow = rf"a step takes \S+ s, \d+% more than the 1e-09 s that {tmp_path}/x.json planned \(median of 7 steps after 3\)"
     large = f"a device's memory had 3 GB in use, 50% more than the 2 GB that {tmp_path}/x.json planned"
     fallbacks = folder.manifest()["fallbacks"]
-    assert len(fallbacks) == 2 and fallbacks[1] == large and __import__("re").fullmatch(slow, fallbacks[0])
+    assert len(fallbacks) == 2 and fallbacks[1] == large and re.fullmatch(slow, fallbacks[0])
     assert all(told.count("warning: " + line) == 1 for line in fallbacks) and told.count("warning") == 2
 
 
