@@ -240,6 +240,7 @@ def test_a_step_for_tpus(tmp_path):
     assert page["versions"]["libtpu"] and page["devices"]["platform"] == "tpu" and page["devices"]["kind"] == "v5e"
     assert sorted(place[0] for place in page["devices"]["places"]) == [0, 1, 2, 3] and len(page["devices"]["places"][0]) == 5
     assert page["executable"]["bytes"] == (tmp_path / "step" / executable.PROGRAM).stat().st_size > 100_000
+    assert page["compiler_options"] == step.record.options and not any("dump" in name for name in page["compiler_options"])
     # Compiled again, it is the same program.
     again = topology.compile_step(build_experiment(small.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
     assert again.record.program == page["program"]

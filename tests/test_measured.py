@@ -17,12 +17,14 @@ from jaxmodels.experiment import build_experiment
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.plan import chips, measured
 from jaxmodels.plan.flops import count_flops, model_flops
+from jaxmodels.sections import resolve
 from jaxmodels.training import trainer
 from jaxmodels.training.run_folder import RunFolder
 
 CONFIG = small.config(small.CNN, training__steps=12, evaluation={}, log__every=3)
 PEAK = 5e12
-FIGURES = {"step_seconds": 1000.0, "peak_bytes_per_device": 10**12, "chip": "fast", "devices": 1}
+MESH = dict(make_mesh(MeshSizes()).shape)
+FIGURES = {"step_seconds": 1000.0, "peak_bytes_per_device": 10**12, "chip": "fast", "devices": 1, "mesh": MESH, "config": resolve(CONFIG)}
 
 
 @pytest.fixture
@@ -135,10 +137,18 @@ def test_a_run_too_short_to_time_records_no_time(chip, tmp_path):
     assert "plan" not in run(tmp_path / "x", FIGURES, small.config(CONFIG, training__steps=2))[1].manifest()["starts"][1]
 
 
-@pytest.mark.parametrize("other", [{"chip": "v5p"}, {"devices": 64}])
-def test_a_plan_for_other_devices_is_not_compared_with(chip, tmp_path, other):
+@pytest.mark.parametrize(
+    "other, line",
+    [
+        ({"chip": "v5p", "devices": 64}, "chip is 'v5p' there, 'fast' here; devices is 64 there, 1 here"),
+        ({"mesh": MESH | {"fsdp": 2}}, "mesh.fsdp is 2 there, 1 here"),
+        ({"config": resolve(small.config(CONFIG, data__batch_size=8, seed=5, training__steps=3))}, "config.data.batch_size is 8 there, 32 here"),
+    ],
+)
+def test_a_plan_of_something_else_is_not_compared_with(chip, tmp_path, other, line):
     told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9} | other)
-    assert told.count("is a plan for other devices than the 1 here") == 1 and "a step takes" not in told
+    warning = f"this run is not compared with {tmp_path}/x.json, which is the plan of another: {line}"
+    assert folder.manifest()["fallbacks"] == [warning] and told.count("warning: " + warning) == 1 and "a step takes" not in told
     assert "plan" not in folder.manifest()["starts"][0]
 
 

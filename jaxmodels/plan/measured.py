@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.plan.chips import chip_of
 from jaxmodels.plan.executable import PAGE, Saved, open_saved
@@ -19,6 +21,10 @@ WARM_UP, TIMED = 3, 7
 
 # A measured figure above so many times the planned one is said.
 FAR = {"step_seconds": 1.25, "peak_bytes_per_device": 1.10}
+
+# Parts of a config that decide what a step takes; `mesh` is compared as it came out.
+_DECIDING = ("model", "task", "lora", "data.batch_size", "optimizer.name", "training.accumulate", "training.precision", "training.ema")
+_DECIDING += ("training.trainable", "training.freeze", "sharding", "partition", "compiler_options")
 
 
 class Usage:
@@ -57,7 +63,7 @@ class Planned:
 
     Attributes:
       path: the file or folder.
-      figures: `step_seconds`, `peak_bytes_per_device`, `chip`, `devices`, and whatever else the plan holds.
+      figures: `step_seconds`, `peak_bytes_per_device`, `chip`, `devices`, `mesh`, `config`, and whatever else the plan holds.
       saved: the executable, where the plan has one.
     """
 
@@ -65,11 +71,18 @@ class Planned:
     figures: dict[str, Any]
     saved: Saved | None
 
-    def is_of(self, mesh: jax.sharding.Mesh) -> bool:
-        """Whether it is of such and so many devices."""
+    def differences(self, config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> str:
+        """In one line, what of the devices and of a config that decides time and memory is not as planned; empty if all is."""
         chip = chip_of(mesh.devices.flat[0].device_kind)
-        planned = self.saved.page["devices"] if self.saved else {"kind": self.figures.get("chip"), "count": self.figures.get("devices")}
-        return (planned["kind"], planned["count"]) == (chip.name if chip else mesh.devices.flat[0].device_kind, mesh.size)
+        here = {"chip": chip.name if chip else mesh.devices.flat[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape), "config": config}
+        there = {key: self.figures.get(key) for key in here}
+        if self.saved:  # whose page knows these, whatever figures it was saved with
+            page = self.saved.page
+            there = {"chip": page["devices"]["kind"], "devices": page["devices"]["count"], "mesh": page["mesh"], "config": page["config"]}
+        there, here = (json.loads(json.dumps(told)) for told in (there, here))
+        changed = config_lib.differences(there, here)
+        named = (key for key in changed if not key.startswith("config.") or any(f"{key}.".startswith(f"config.{part}.") for part in _DECIDING))
+        return "; ".join(f"{key} is {changed[key][0]!r} there, {changed[key][1]!r} here" for key in named)
 
 
 def open_plan(path: str | os.PathLike) -> Planned:

@@ -176,10 +176,11 @@ class Trainer:
         train_step = self._compile_step()
         self.usage = measured.Usage(experiment, self.mesh)
         self._record_start(**self.usage.record)
-        if self.planned is not None and not self.planned.is_of(self.mesh):
-            self._warn(f"{self.planned.path} is a plan for other devices than the {self.mesh.size} here: this run is not compared with it")
-        elif self.planned is not None:
-            self.comparison = measured.Comparison(self.planned, self.mesh)
+        if self.planned is not None:
+            if other := self.planned.differences(experiment.config, self.mesh):
+                self._warn(f"this run is not compared with {self.planned.path}, which is the plan of another: {other}")
+            else:
+                self.comparison = measured.Comparison(self.planned, self.mesh)
         batches = loader.TrainingBatches(
             source,
             experiment.loading.batch_size,
