@@ -364,7 +364,7 @@ def _search(options, overrides, console):
     search.print_found(found, console)
     if options.write:
         search.write_config(options.write, options.config, overrides, found)
-        console.print(f"{options.write} is the best as a config: jaxmodels train --config={options.write}\n", highlight=False, soft_wrap=True)
+        console.print(f"{options.write} is the best as a config: jaxmodels train --config={options.write}\n", highlight=False, markup=False, soft_wrap=True)
     return found
 
 

@@ -284,7 +284,7 @@ def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
     traced = roofline.trace(experiment, topology.devices, topology.chip)
     modelled, time = memory_lib.peak(traced), roofline.traced_estimate(experiment, traced, topology)
     if modelled.total > topology.chip.memory_per_device:
-        raise topology_lib.does_not_fit(experiment, topology, modelled.total, topology.chip.memory_per_device, by="the analytic model")
+        raise topology_lib.does_not_fit(experiment, topology, modelled.total, topology.chip.memory_per_device, modelled.state, by="the analytic model")
     parts = {"state": modelled.state, "batch": modelled.batch}
     parts |= {part: size for part, size in dataclasses.asdict(modelled).items() if part not in parts}
     return Plan(
@@ -342,14 +342,14 @@ def versions() -> dict[str, str]:
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the figures, a line or a small table each."""
     for name, value in _lines(plan).items():
-        console.print(f"{name:<12} {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<12} {value}", highlight=False, markup=False, soft_wrap=True)
     for table in (_collectives(plan.time), _kernels(plan.time)):
         if table is not None:
             console.print()
             console.print(table)
     console.print()
     for note in plan.notes:
-        console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _lines(plan: Plan) -> dict[str, str]:

@@ -6,6 +6,7 @@ Package `libtpu` holds the TPU's compiler; it needs no TPU, and the process itse
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -285,8 +286,10 @@ def compile_for(experiment: Experiment, topology: Topology, devices: Sequence) -
             compiled, record = compile_train_step(_writing_to(folder, experiment), mesh, shapes, shapes, key)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise _refused(error, experiment, topology) from error
-            raise _failed(error, topology) from error
+                raise _refused(error, experiment, topology, mesh_lib.bytes_per_device(shapes)) from error
+            raise _failed(error, experiment, topology) from error
+        except (ValueError, TypeError, NotImplementedError) as error:  # what makes kernels for it, or programs of steps
+            raise _failed(error, experiment, topology) from error
         text = _program_text(compiled, folder)
     if _DUMP not in experiment.config["compiler_options"]:
         record = dataclasses.replace(record, options={name: value for name, value in record.options.items() if name != _DUMP})
@@ -312,26 +315,28 @@ def _program_text(compiled: Any, folder: str) -> str | None:
         return None
 
 
-def _refused(error: Exception, experiment: Experiment, topology: Topology) -> DoesNotFit:
+def _refused(error: Exception, experiment: Experiment, topology: Topology, state: int) -> DoesNotFit:
     """The compiler says so in one of two ways: `Used 24.5G of 15.75G hbm. Exceeded hbm capacity by 8.78G`, or that what is needed
     `(26.84G) exceeds available HBM (15.75G)`."""
     text = str(error)
     match = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text) or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
     needed, available = (_bytes(match[1]), _bytes(match[2])) if match else (None, topology.chip.memory_per_device)
-    return does_not_fit(experiment, topology, needed, available, by=f"the compiler ({_first_line(error)})" if not match else "the compiler")
+    return does_not_fit(experiment, topology, needed, available, state, by="the compiler" if match else f"the compiler ({_first_line(error)})")
 
 
-def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None, available: int, by: str) -> DoesNotFit:
+def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None, available: int, state: int, by: str) -> DoesNotFit:
     """The error of a step that needs more memory than a device has, with what to change.
 
     Args:
       experiment: of the step.
       topology: of the devices.
       needed, available: bytes of a device; the first is None where it is not known.
+      state: bytes of a device that the state alone takes.
       by: who says so.
     """
     over = f": it needs {needed / 1e9:.2f} GB and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB too few" if needed else ""
     model, training, batch = experiment.config["model"], experiment.training, experiment.loading.batch_size
+    spread = "--config.mesh.fsdp or --config.mesh.tensor in place of mesh.data"
     ways = []
     if "remat" in model and model["remat"] != "full":
         ways.append("--config.model.remat=full")
@@ -340,11 +345,13 @@ def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None,
     if batch % (2 * training.accumulate) == 0:
         ways.append(f"--config.training.accumulate={2 * training.accumulate}")
     if experiment.mesh.data != 1:
-        ways.append("--config.mesh.fsdp or --config.mesh.tensor in place of mesh.data, which spread the state")
+        ways.append(f"{spread}, which spread the state")
     if batch > 1:
         ways.append(f"--config.data.batch_size={batch // 2}")
+    if state > available:
+        ways = [f"{spread}: the state alone, {state / 1e9:.2f} GB, is more than a device has"]
     return DoesNotFit(
-        f"the step does not fit {topology.name}{over}, says {by}. Try {', '.join(ways)}, or a larger topology; jaxmodels plan --search looks for a setting that fits.",
+        f"the step does not fit {topology.name}{over}, says {by}. Try {', '.join(ways)}; or a larger topology. jaxmodels plan --search looks for a setting that fits.",
         needed,
         available,
     )
@@ -356,10 +363,10 @@ def _bytes(text: str) -> int:
     return round(float(text.rstrip("KMGT")) * scale.get(text[-1], 1))
 
 
-def _failed(error: Exception, topology: Topology) -> RunError:
+def _failed(error: Exception, experiment: Experiment, topology: Topology) -> RunError:
     """The compiler's own reason in one line, and the rest in a file."""
     with tempfile.NamedTemporaryFile("w", prefix="jaxmodels_compiler_", suffix=".log", delete=False, encoding="utf-8") as log:
-        log.write("".join(traceback.format_exception(error)))
+        log.write(f"config: {json.dumps(experiment.config)}\n\n" + "".join(traceback.format_exception(error)))
     return RunError(f"the compiler failed for {topology.name}: {_first_line(error)}. All it said is in {log.name}.")
 
 
@@ -387,4 +394,4 @@ def cost(compiled: Any) -> dict[str, float]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(" .")
+    return str(error).splitlines()[0].rstrip(" .") if str(error) else type(error).__name__
