@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from jaxmodels.config import load_config, parse_override, split_spec
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import Experiment, build_experiment
 from jaxmodels.plan import candidates as candidates_lib
-from jaxmodels.plan import memory, roofline
+from jaxmodels.plan import gpu, memory, roofline
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.candidates import Changes, changed, mesh_changes
 from jaxmodels.training.compile import cache_folder
@@ -152,7 +151,7 @@ def search(spec: str, overrides: Mapping[str, str], topology: str, *, budget: fl
 
 def compiles(topology: Any) -> bool:
     """Whether there is a compiler for a topology here."""
-    return topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is not None
+    return topology_lib.has_libtpu() if topology.chip.platform == "tpu" else gpu.has_compiler()
 
 
 def workers() -> int:
@@ -193,25 +192,25 @@ def model_settings(experiment: Experiment, topology: Any, until: float) -> tuple
       experiment: as `build_experiment` gives.
       topology: as `plan.topology.parse` gives.
       until: the time (`time.monotonic`) to end at.
-
-    Raises:
-      ConfigError: the config's own setting is wrong.
     """
-    room, notes = topology.chip.memory_per_device, []
-    own = Setting(_own_changes(experiment, topology), own=True)
-    _model(own, experiment, topology)
+    room, notes, settings, late = topology.chip.memory_per_device, [], [], 0
+    try:
+        settings.append(Setting(_own_changes(experiment, topology), own=True))
+        _model(settings[0], experiment, topology)
+    except ConfigError as error:  # often a mesh for another number of devices
+        settings.clear()
+        notes.append(f"the config's own setting is not among these: {error}")
     meshes = candidates_lib.meshes(experiment, topology)
     fitting = [mesh for mesh, state in meshes if state < room]
     if len(fitting) < len(meshes):
         notes.append(f"{len(meshes) - len(fitting)} of {len(meshes)} meshes left out: a device's share of the state alone is more than its {room / 1e9:.1f} GB")
     if len(fitting) > MESHES:
         notes.append(f"{len(fitting) - MESHES} meshes that cut the model further were not looked at")
-    least, settings, late = candidates_lib.lightest(experiment), [own], 0
-    accumulate = {"training.accumulate": experiment.training.accumulate}
+    least = candidates_lib.lightest(experiment)
     for mesh in fitting[:MESHES]:
         allowed = candidates_lib.accumulations(experiment, mesh)
         at = experiment.training.accumulate if experiment.training.accumulate in allowed else allowed[-1]
-        late += not _add(settings, mesh_changes(mesh) | accumulate | {"training.accumulate": at} | least, experiment, topology, until)
+        late += not _add(settings, mesh_changes(mesh) | {"training.accumulate": at} | least, experiment, topology, until)
     ranked = sorted((each for each in settings if each.state == "modelled"), key=lambda each: (each.memory > room * MARGIN, each.seconds))
     for base in ranked[:VARIED]:
         mesh = {key.removeprefix("mesh."): value for key, value in base.changes.items() if key.startswith("mesh.")}
@@ -307,10 +306,13 @@ def promising(settings: Sequence[Setting]) -> list[Setting]:
 
 def _take(setting: Setting, plan: dict | None, problem: str) -> None:
     """What the compiler said of a setting."""
-    if plan is not None:
+    if plan is not None and not plan["fits"]:
+        over = plan["peak_bytes_per_device"] - plan["device_bytes"]
+        setting.state, setting.why = "too large", f"does not fit by {over / 1e9:.1f} GB, says the compiler"
+    elif plan is not None:
         setting.state, setting.plan, setting.parts = "compiled", plan, plan.get("parts", {})
     elif "does not fit" in problem:
-        setting.state, setting.why = "too large", f"does not fit, says the compiler: {problem}"
+        setting.state, setting.why = "too large", f"the compiler: {problem}"
     else:
         setting.state, setting.why = ("out of time" if problem == OUT_OF_TIME else "failed"), problem
 
@@ -341,7 +343,7 @@ def plan_in_process(arguments: Sequence[str], topology: str, folder: Path) -> Ru
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return None, OUT_OF_TIME
-        if process.returncode == 0 and (plan := _read(output)) is not None:
+        if (plan := _read(output)) is not None:  # also of a step that does not fit
             return plan, ""
         said = [line.removeprefix("jaxmodels: ") for line in log.read_text(errors="replace").splitlines() if line.startswith("jaxmodels: ")]
         return None, f"{said[-1] if said else f'exit status {process.returncode}'} ({log})"
@@ -355,10 +357,10 @@ def _remembered(folder: Path, run: Runner) -> Runner:
     def remembered(changes: Changes, seconds: float) -> tuple[dict | None, str]:
         file = folder / f"{_digest(changes)}.json"
         if (kept := _read(file)) is not None:
-            return kept["plan"], kept["problem"]
+            return kept, ""
         plan, problem = run(changes, seconds)
-        if plan is not None or "does not fit" in problem:  # other failures may be of the moment
-            _write(file, {"plan": plan, "problem": problem})
+        if plan is not None:  # failures may be of the moment
+            _write(file, plan)
         return plan, problem
 
     return remembered
@@ -385,7 +387,7 @@ def rank(settings: Sequence[Setting], room: int) -> list[Setting]:
     ranked = sorted(settings, key=lambda each: (order[each.state], each.step_seconds if order[each.state] < 3 else each.bytes, each.bytes))
     best = ranked[0]
     if order[best.state] > 1:
-        nearest = min((each for each in settings if each.bytes), key=lambda each: each.bytes)
+        nearest = min(settings, key=lambda each: each.bytes or math.inf)
         raise ConfigError(
             f"no setting fits a device's {room / 1e9:.1f} GB; the nearest, {nearest.name}, takes {nearest.bytes / 1e9:.1f} GB. "
             "Take a larger topology, or a smaller data.batch_size, which changes the run."
