@@ -1,0 +1,55 @@
+"""The analytic memory model beside the compiler's peak, for the large configs: bytes on a device, and what of them is what.
+
+    JAX_PLATFORMS=cpu python benchmarks/memory_model.py [CONFIG[:VARIANT] [TOPOLOGY]] …
+
+Each step takes a minute or two of two cores; those of `configs/` with the topologies that their meshes are for, unless others are given. A line in the end
+says how many are within a tenth.
+"""
+
+import resource
+import sys
+import time
+
+from jaxmodels.config import load_config
+from jaxmodels.experiment import build_experiment
+from jaxmodels.plan import memory, topology
+
+STEPS = (
+    ("gpt2_xl", "v5p:4x4x4"),
+    ("gpt2_xl", "v6e:8x8"),
+    ("llama2_7b", "v5p:4x4x4"),
+    ("llama3_8b", "v5p:4x4x4"),
+    ("llama3_8b:tensor", "v5p:4x4x4"),
+    ("llama3_8b:128k", "v5p:4x4x4"),
+    ("mixtral_8x7b", "v5p:4x4x4"),
+    ("resnet50", "v5p:4x4x4"),
+    ("bert_large", "v5p:4x4x4"),
+    ("bert_large", "v6e:8x8"),
+)
+
+
+def main() -> None:
+    asked = sys.argv[1:]
+    steps = [tuple(asked[i : i + 2]) for i in range(0, len(asked), 2)] or STEPS
+    near = 0
+    for name, place in steps:
+        file, _, variant = name.partition(":")
+        experiment = build_experiment(load_config(f"configs/{file}.py" + (f":{variant}" if variant else "")))
+        where, started = topology.parse(place), time.perf_counter()
+        model = memory.memory_model(experiment, where)
+        modelled = time.perf_counter() - started
+        step = topology.compile_step(experiment, place)
+        peak = step.compiled.memory_analysis().peak_memory_in_bytes
+        near += abs(model.total / peak - 1) <= 0.1
+        parts = ", ".join(f"{part} {getattr(model, part) / 1e9:.2f}" for part in ("state", "gradients", "activations", "logits", "gathered", "temporaries"))
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(
+            f"{name} | {place} | model {model.total / 1e9:.2f} GB in {modelled:.1f} s ({parts}) | compiler {peak / 1e9:.2f} GB in {step.record.seconds:.0f} s, "
+            f"{used:.1f} GB of the host at most | {model.total / peak - 1:+.1%}",
+            flush=True,
+        )
+    print(f"{near} of {len(steps)} within a tenth")
+
+
+if __name__ == "__main__":
+    main()
