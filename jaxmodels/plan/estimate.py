@@ -19,11 +19,9 @@ from jaxmodels.plan.program import Array, Computation, Instruction, Program
 
 PARTS = ("matrix products", "attention kernels", "other", "exposed collectives", "exposed host transfers")
 
-# That take no time of their own: names of values, and both ends of copies between a chip's memories, which run beside the rest.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency optimization-barrier copy-start copy-done slice-start "
-    "slice-done dynamic-slice-start dynamic-slice-done send-done recv iota opt-barrier get-dimension-size".split()
-)
+# That take no time of their own: names of values, and both ends of what runs beside the rest, such as copies between a chip's memories.
+_FREE = frozenset("parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split())
+_ENDS = re.compile(r".*-(start|update|done)")
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound", "Sharding")
 _HOST = re.compile(r"S\(5\)")  # the host's memory, in a layout
 
@@ -70,24 +68,45 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostTransfer:
+    """Copies of a step between a device and its host's memory, one way.
+
+    Attributes:
+      direction: `to` the host or `from` it.
+      count: in a step.
+      bytes: of one device in a step.
+      seconds: that they take in a step.
+      exposed_seconds: of these, with nothing beside them.
+    """
+
+    direction: str
+    count: int
+    bytes: float
+    seconds: float
+    exposed_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """The time of one run of a program, on one device as on all.
 
     Attributes:
       cycles: the compiler's estimates, added up over the instructions that run, those of loops as often as they run; without kernels and
-        collectives, for which it has none.
+        collectives, for which it has none. None of a GPU's program, which has no such estimates.
       seconds: predicted, kernels and collectives included.
       parts: seconds by part, which add up to `seconds`; keys are `PARTS`.
       kernels: Pallas kernels, longest first.
       collectives: by kind, axes and network, longest first.
+      host_transfers: by direction.
       notes: what the program's text does not tell, and what was done about it.
     """
 
-    cycles: int
+    cycles: int | None
     seconds: float
     parts: dict[str, float]
     kernels: list[Kernel]
     collectives: list[Collective]
+    host_transfers: list[HostTransfer]
     notes: list[str]
 
 
@@ -119,6 +138,7 @@ def estimate(text: str, topology: Any, mesh: Mesh) -> Estimate:
             (Collective(kind, axes, *figures, network) for (kind, axes, network), figures in total.transfers.items() if network != "host"),
             key=lambda collective: -collective.seconds,
         ),
+        host_transfers=[HostTransfer(direction, *figures) for (direction, _, network), figures in sorted(total.transfers.items()) if network == "host"],
         notes=total.list_notes(topology.chip),
     )
 
@@ -197,10 +217,11 @@ class _Reader:
         pending: dict[str, tuple[Any, float]] = {}  # what has started: on which network, when it will be done
 
         def start(name: str, transfer: _Transfer) -> None:
-            queue = queues.setdefault(transfer.key[1:], [])
+            network = transfer.key if transfer.key[-1] == "host" else transfer.key[1:]
+            queue = queues.setdefault(network, [])
             begin = max(total.seconds, queue[-1][1]) if queue else total.seconds
             queue.append((begin, begin + transfer.seconds, transfer.key))
-            pending[name] = transfer.key[1:], begin + transfer.seconds
+            pending[name] = network, begin + transfer.seconds
             total.add_transfer(transfer.key, 1, transfer.bytes, transfer.seconds, 0.0)
 
         def wait(name: str) -> None:
@@ -273,9 +294,7 @@ class _Reader:
         """Whether it takes no time on the cores, or what it takes is a collective's."""
         if instruction.opcode in _FREE or instruction.attribute("custom_call_target") in _FREE_TARGETS:
             return True
-        if any(_kind(each.opcode) for each in (instruction, *inner)):
-            return True
-        return instruction.opcode in ("send", "recv-done") or re.fullmatch(r"(async|call)-(start|update|done)", instruction.opcode) is not None
+        return _ENDS.fullmatch(instruction.opcode) is not None or any(_kind(each.opcode) for each in (instruction, *inner))
 
     def touched(self, computation: Computation, instruction: Instruction, inner: tuple[Instruction, ...]) -> int:
         """Bytes that it writes; into an array that is there already, those of the part."""
@@ -307,8 +326,9 @@ class _Reader:
             return {_rendezvous(instruction): self.between_slices(computation, instruction)}, []
         if opcode == "recv-done" and "megascale" in instruction.attributes:
             return {}, [_rendezvous(computation.instructions[instruction.operands[0]])]
-        if opcode == "copy-start" and (moved := self.host_copy(computation, instruction)):
-            return {instruction.name: moved}, []
+        if re.fullmatch(r"(copy|slice|dynamic-slice|dynamic-update-slice)-start", opcode):
+            moved = self.host_copy(computation, instruction)
+            return {instruction.name: moved} if moved else {}, []
         if opcode.endswith("-done"):
             return {}, [instruction.operands[0]] if instruction.operands and instruction.operands[0] in pending else []
         if opcode.startswith("collective-permute"):
@@ -409,14 +429,22 @@ class _Reader:
         per_device = self.network.chip.network_bandwidth / self.network.chip.devices_per_chip
         return _Transfer((kind, torus.slice_axes(self.network), "slices"), sent, sent / per_device)
 
-    def host_copy(self, computation: Computation, copy: Instruction) -> _Transfer | None:
-        """A copy to or from the host's memory; None of one inside the chip."""
-        source = computation.instructions[copy.operands[0]]
-        target = copy.shape.split("}, ", 1)[0]
-        if bool(_HOST.search(source.shape)) == bool(_HOST.search(target)):
+    def host_copy(self, computation: Computation, start: Instruction) -> _Transfer | None:
+        """A copy to or from the host's memory, of an array or a part of one; None of one inside the chip."""
+        source = computation.instructions[start.operands[0]]
+        if start.opcode == "dynamic-update-slice-start":
+            to, size = True, computation.instructions[start.operands[1]].bytes
+            inside = not _HOST.search(source.shape)
+        elif start.opcode == "copy-start":
+            to, size = _HOST.search(start.shape.split("}, ", 1)[0]) is not None, source.bytes
+            inside = to == (_HOST.search(source.shape) is not None)
+        else:  # a part: its type comes after those of the operands
+            to, size = False, program_lib.arrays(start.shape)[len(start.operands)].bytes
+            inside = not _HOST.search(source.shape)
+        if inside:
             return None
         rate = self.network.chip.host_bandwidth / self.network.chip.devices_per_chip
-        return _Transfer(("copy", ("to",) if _HOST.search(target) else ("from",), "host"), source.bytes, source.bytes / rate)
+        return _Transfer(("to" if to else "from", (), "host"), size, size / rate)
 
 
 def _kind(opcode: str) -> str | None:
