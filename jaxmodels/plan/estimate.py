@@ -1,7 +1,7 @@
-"""How long a compiled TPU program takes, from its text: the compiler's estimates of its instructions, kernels from their shapes, collectives from bytes.
+"""How long a compiled TPU program takes, from its text: the compiler's estimates of instructions, kernels by shapes, collectives by bytes.
 
-A computation's instructions are gone through as they are scheduled, with a clock. What is asynchronous begins where it starts, or where its network is
-free again, and adds to the clock only what is left of it where it is waited for. `docs/estimates.md` says how far off this is.
+A computation's instructions are gone through as they are scheduled, with a clock. What is asynchronous begins where it starts, or where its
+network is free again, and adds to the clock only what is left of it where it is waited for. `docs/estimates.md` says how far off this is.
 """
 
 import collections
@@ -20,7 +20,9 @@ from jaxmodels.plan.program import Array, Computation, Instruction, Program
 PARTS = ("matrix products", "attention kernels", "other", "exposed collectives", "exposed host transfers")
 
 # That take no time of their own: names of values, and both ends of what runs beside the rest, such as copies between a chip's memories.
-_FREE = frozenset("parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split())
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split()
+)
 _ENDS = re.compile(r".*-(start|update|done)")
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound", "Sharding")
 _HOST = re.compile(r"S\(5\)")  # the host's memory, in a layout
@@ -138,7 +140,9 @@ def estimate(text: str, topology: Any, mesh: Mesh) -> Estimate:
             (Collective(kind, axes, *figures, network) for (kind, axes, network), figures in total.transfers.items() if network != "host"),
             key=lambda collective: -collective.seconds,
         ),
-        host_transfers=[HostTransfer(direction, *figures) for (direction, _, network), figures in sorted(total.transfers.items()) if network == "host"],
+        host_transfers=[
+            HostTransfer(direction, *figures) for (direction, _, network), figures in sorted(total.transfers.items()) if network == "host"
+        ],
         notes=total.list_notes(topology.chip),
     )
 
@@ -187,8 +191,8 @@ class _Total:
         """Notes, with what is guessed where it is more than a thousandth."""
         count, seconds = self.guessed
         if seconds > 1e-3 * self.seconds:
-            note = f"{count} instructions have no estimate of the compiler and take {seconds * 1e3:.3g} ms at the memory's {chip.memory_bandwidth / 1e9:g} GB/s"
-            return [*self.notes, note]
+            rate = f"at the memory's {chip.memory_bandwidth / 1e9:g} GB/s"
+            return [*self.notes, f"{count} instructions have no estimate of the compiler and take {seconds * 1e3:.3g} ms {rate}"]
         return list(self.notes)
 
 
@@ -370,13 +374,9 @@ class _Reader:
                 started[name] = transfer
                 if "AsyncCollectiveStart" not in targets:
                     ended.append(name)
-            elif "AsyncCollectiveDone" in targets and self.is_done(fusion, each, inner):
+            elif any(other.attribute("custom_call_target") == "AsyncCollectiveDone" and each.name in other.operands for other in inner):
                 ended.append(name)
         return started, ended
-
-    def is_done(self, fusion: Instruction, collective: Instruction, inner: tuple[Instruction, ...]) -> bool:
-        """Whether a fusion ends a collective that has started before."""
-        return any(each.attribute("custom_call_target") == "AsyncCollectiveDone" and collective.name in each.operands for each in inner)
 
     def collective(self, computation: Computation, instruction: Instruction) -> _Transfer | None:
         """A collective; None where no device sends anything."""

@@ -1,7 +1,7 @@
 """What collectives of a compiled TPU program take: who takes part, over which axes of the mesh, what is sent, on which links, for how long.
 
-The model is that of jax-ml.github.io/scaling-book/sharding: bytes over the bandwidth of all links that a group can use at a time, and a microsecond for
-every chip that a message passes. A dimension of the torus gives two links to a group that closes it to a ring, one to a group that is a line in it.
+The model is that of jax-ml.github.io/scaling-book/sharding: bytes over the bandwidth of all links that a group can use at a time, and at least a
+microsecond for every chip that a message passes. A dimension of the torus gives two links to a group that closes it to a ring, one to a group that is a line in it.
 """
 
 import dataclasses
