@@ -343,10 +343,12 @@ def _plan(options, overrides):
             files = {"json": options.json, "hlo": options.hlo, "save": options.save}
             console = Console(width=None if sys.stdout.isatty() else 200)
             topology = report.check(options.topology, files)
-            found = None
-            if options.search:
-                found = stop.run(_search, options, overrides, console)
-                overrides = overrides | {key: repr(value) if not isinstance(value, str) else value for key, value in found.best.changes.items()}
+            found = stop.run(_search, options, overrides, console) if options.search else None
+            if found is not None:
+                overrides = overrides | {key: repr(value) for key, value in found.best.changes.items()}
+            if found is not None and found.best.plan and not (options.hlo or options.save):
+                report.write_found(found, options.json)  # it is compiled, and all is known
+                return
             experiment = build_experiment(_load(options, overrides), data_dir=options.data_dir)
             plan = stop.run(report.plan_and_write, experiment, topology, files, found)
             report.print_plan(plan, console)

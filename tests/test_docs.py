@@ -19,7 +19,7 @@ HEADERS = sorted((ROOT / "configs").glob("*.py"))
 
 def commands(page):
     """Every line that begins a shell command of ours, comments cut off."""
-    lines = re.findall(r"(?:^|&& )(jaxmodels (?:train|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)", page.read_text().replace("    jaxmodels", "jaxmodels"), re.M)
+    lines = re.findall(r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)", page.read_text().replace("    jaxmodels", "jaxmodels"), re.M)
     return [line.split("  #")[0] for line in lines]
 
 

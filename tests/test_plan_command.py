@@ -13,7 +13,7 @@ import small
 from jaxmodels import api, cli
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment import build_experiment
-from jaxmodels.plan import report, topology
+from jaxmodels.plan import report, search, topology
 from jaxmodels.plan.estimate import PARTS
 from jaxmodels.training.compile import CompileRecord
 
@@ -50,7 +50,7 @@ def write(tmp_path):
         (["--topology=v5e-4", "--budget=60"], "--budget is of --search"),
         (["--topology=v5e-4", "--json=/no/such/x.json"], "--json=/no/such/x.json: there is no folder '/no/such'"),
         (["--topology=v5e-4", "--hlo=/"], "--hlo=/ is a folder"),
-        (["--topology=h100x8", "--save=x"], "--save=x"),
+        (["--topology=h100x8", "--save=x"], "--save=x: what is compiled for h100x8 without a GPU"),
     ],
 )
 def test_what_is_wrong_is_said_and_ends_with_2(arguments, said, write, capsys, without_libtpu):
@@ -88,6 +88,16 @@ def check_sums(plan: dict) -> None:
     assert plan["run_seconds"] == pytest.approx(1000 * plan["step_seconds"])
     assert plan["chip_hours"] == pytest.approx(plan["run_seconds"] * plan["chips"] / 3600)
     assert plan["versions"]["jax"] == jax.__version__
+
+
+def test_gpus_without_their_compiler(write, tmp_path, capsys, monkeypatch):
+    from jaxmodels.plan import gpu
+
+    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
+    assert cli.run(["plan", write(GPT), "--topology=2xh100x4", f"--json={tmp_path / 'plan.json'}"]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["method"] == "analytic" and plan["devices"] == 8 and "jax-cuda" in plan["notes"][0]
+    check_sums(plan)
 
 
 @pytest.mark.parametrize("name", ["--hlo", "--save"])
@@ -203,6 +213,22 @@ def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations
     )
     step = types.SimpleNamespace(compiled=types.SimpleNamespace(memory_analysis=lambda: figures), shapes=step.shapes, mesh=step.mesh, experiment=step.experiment)
     assert sum(report._memory(step).values()) == shown * 10**6
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_a_search_found_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
+    """What it compiled is not compiled again; what the models alone have seen gets a plan. Strings stay strings: `none` is a policy."""
+    best = search.Setting({"model.remat": "none", "mesh.data": 1, "mesh.fsdp": 4}, state="compiled" if compiled else "modelled", memory=10**9, seconds=0.1)
+    best.plan = {"step_seconds": 0.1, "peak_bytes_per_device": 10**9, "mfu": 0.5} if compiled else None
+    found = search.Found("v5e-4", [best], [], 1.0)
+    monkeypatch.setattr(search, "search", lambda spec, overrides, topology, *, budget, data_dir: found)
+    file, written = tmp_path / "plan.json", tmp_path / "best.json"
+    assert cli.run(["plan", write(GPT), "--topology=v5e-4", "--search", f"--write={written}", f"--json={file}"]) == 0
+    page, shown = json.loads(file.read_text()), capsys.readouterr().out
+    assert best.name in shown and f"jaxmodels train --config={written}" in shown
+    assert page["search"]["settings"][0]["setting"] == best.name
+    assert page["mfu"] == 0.5 if compiled else page["mesh"]["fsdp"] == 4 and page["config"]["model"]["remat"] == "none"
+    assert json.loads(written.read_text())["mesh"]["fsdp"] == 4
 
 
 def test_the_function_of_the_command(without_libtpu):

@@ -29,7 +29,7 @@ from jaxmodels.plan.topology import CompiledStep, Topology
 from jaxmodels.training.run_folder import write_json
 
 PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-NO_LIBTPU = "libtpu, the compiler for TPUs, is not installed (pip install 'jaxmodels[plan]'): memory and time are those of the analytic models"
+BY_MODELS = "memory and time are those of the analytic models"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Plan:
             "peak_bytes_per_device": self.peak,
             "device_bytes": chip.memory_per_device,
             "memory": dict(self.memory),
+            "allocations": topology_lib.memory(self.step.compiled) if self.step else {},
             "host_bytes_per_device": self.host_bytes,
             "memory_model": dataclasses.asdict(self.memory_model) | {"total": self.memory_model.total},
             "step_seconds": self.time.seconds,
@@ -170,13 +171,14 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
     if topology.chip.platform == "gpu":
         from jaxmodels.plan import gpu
 
-        return gpu.gpu_plan(experiment, topology)
+        if not gpu.has_compiler():
+            return analytic_plan(experiment, topology, f"JAX's CUDA plugin, which holds the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}")
+        step = gpu.compile_step(experiment, topology)
+        return compiled_plan(experiment, topology, step, gpu.estimate(step.text, topology, step.mesh.shape))
     if not topology_lib.has_libtpu():
-        return analytic_plan(experiment, topology, NO_LIBTPU)
+        return analytic_plan(experiment, topology, f"libtpu, the compiler for TPUs, is not installed (pip install 'jaxmodels[plan]'): {BY_MODELS}")
     step = topology_lib.compile_step(experiment, topology)
-    if step.text is None:
-        return compiled_plan(experiment, topology, step, None)
-    return compiled_plan(experiment, topology, step, estimate(step.text, topology, step.mesh))
+    return compiled_plan(experiment, topology, step, estimate(step.text, topology, step.mesh) if step.text is not None else None)
 
 
 def check(topology: str, files: Mapping[str, str | None]) -> Topology:
@@ -236,6 +238,17 @@ def plan_and_write(experiment: Experiment, topology: Topology, files: Mapping[st
     return plan
 
 
+def write_found(found: Any, path: str | None) -> None:
+    """Writes the best of a search, that its compilation told all of, as `--json` does.
+
+    Args:
+      found: by `plan.search`.
+      path: of the file; None where nobody wants one.
+    """
+    if path:
+        write_json(Path(path), found.best.plan | {"search": found.to_json()})
+
+
 def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep, time: Estimate | None) -> Plan:
     """The plan of a compiled step.
 
@@ -244,6 +257,9 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
       topology: that it was compiled for.
       step: as `compile_step` gives.
       time: read from its program; None where that could not be read: then the analytic model's counts.
+
+    Raises:
+      DoesNotFit: it needs more memory than a GPU has.
     """
     traced = roofline.trace(experiment, topology.devices, topology.chip)
     notes = []
@@ -254,11 +270,14 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
         )
     found = time or roofline.traced_estimate(experiment, traced, topology)
     notes += [*found.notes, *sharding_lib.replicated_notes(step.shapes, experiment.sharding, step.layout), *sharding_lib.notes(step.layout)]
+    memory, room = _memory(step), topology.chip.memory_per_device
+    if topology.chip.platform == "gpu" and sum(memory.values()) > room:  # whose compiler does not refuse it
+        raise topology_lib.does_not_fit(experiment, topology, sum(memory.values()), room, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
     return Plan(
         topology=topology,
         experiment=experiment,
         mesh=dict(step.mesh.shape),
-        memory=_memory(step),
+        memory=memory,
         memory_by="compiler",
         memory_model=memory_lib.peak(traced),
         time=found,

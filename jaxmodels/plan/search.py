@@ -333,7 +333,7 @@ def plan_in_process(arguments: Sequence[str], topology: str, folder: Path) -> Ru
         name = _digest(changes)
         output, log = folder / f"plan-{name}.json", folder / f"plan-{name}.log"
         output.unlink(missing_ok=True)
-        own = [f"--config.{key}={value!r}" if not isinstance(value, str) else f"--config.{key}={value}" for key, value in changes.items()]
+        own = [f"--config.{key}={value!r}" for key, value in changes.items()]  # strings in quotes: none alone is None
         command = [sys.executable, "-m", "jaxmodels", "plan", *arguments, *own, f"--topology={topology}", f"--json={output}"]
         with open(log, "w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
