@@ -241,7 +241,7 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
     dying = [root for root in read if last[root] == i and root.op is not None]
     if op.name in COMPUTED_IN_PLACE:
         # What is made of a product's result is often a part of the next product, which reads the whole of it as it writes.
-        dying = [] if any(map(_of_product, read)) else dying
+        dying = [] if any(map(_of_product, dying)) else dying
     if op.name in COMPUTED_IN_PLACE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
         if any(size(root) >= size(value) for root in dying):
             return 2 * i + 1
