@@ -14,8 +14,9 @@ from flax import nnx
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
+from jaxmodels.models.remat import kept
 from jaxmodels.models.ring import ring_attend
-from jaxmodels.parallel.layout import Layout, constrain, current
+from jaxmodels.parallel.layout import Layout, constrain, current, platform
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 Context = Literal["whole", "gather", "ring"]
@@ -270,7 +271,8 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends from x to `memory_BSD`, or to x itself; `rotary` as `positions.rotary_table` gives, the others as in `attend`."""
         memory_BSD = x_BTD if memory_BSD is None else memory_BSD
-        return self._whole(self._queries(x_BTD, rotary), *self._keys_values(memory_BSD, rotary), segments, bias)
+        q_BTNK, (k_BSGK, v_BSGK) = kept(self._queries(x_BTD, rotary), "query"), self._keys_values(memory_BSD, rotary)
+        return self._whole(q_BTNK, kept(k_BSGK, "key"), kept(v_BSGK, "value"), segments, bias)
 
     def prefill(
         self, x_BTD: jax.Array, layer: dict[str, jax.Array], *, rotary: tuple[jax.Array, jax.Array] | None, segments: tuple[jax.Array, jax.Array]
@@ -323,12 +325,12 @@ class Attention(nnx.Module):
         return self.out(y_BGnK.reshape(B, 1, N * K))
 
     def _queries(self, x_BTD, rotary):
-        q_BTNK = self.query(x_BTD).reshape(*x_BTD.shape[:2], self.heads, self.head_width)
+        q_BTNK = _to_heads(self.query, x_BTD, self.heads)
         q_BTNK = q_BTNK if self.query_norm is None else self.query_norm(q_BTNK)
         return q_BTNK if rotary is None else rotate(q_BTNK, *rotary)
 
     def _keys_values(self, x_BSD, rotary):
-        k_BSGK, v_BSGK = (f(x_BSD).reshape(*x_BSD.shape[:2], self.kv_heads, self.head_width) for f in (self.key, self.value))
+        k_BSGK, v_BSGK = (_to_heads(f, x_BSD, self.kv_heads) for f in (self.key, self.value))
         k_BSGK = k_BSGK if self.key_norm is None else self.key_norm(k_BSGK)
         return (k_BSGK if rotary is None else rotate(k_BSGK, *rotary)), v_BSGK
 
@@ -344,5 +346,27 @@ class Attention(nnx.Module):
             scale=self.scale,
             implementation=self.implementation,
         )
+        if self.implementation != "splash":  # which keeps what its gradient needs under that name itself
+            y_BTNK = kept(y_BTNK, "attention")
         y_BTNK = constrain(y_BTNK, "batch", "sequence", "heads", None)
-        return self.out(y_BTNK.reshape(*y_BTNK.shape[:2], self.heads * self.head_width))
+        return _from_heads(self.out, y_BTNK)
+
+
+def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
+    """A linear layer's result in heads, [B, T, N, K].
+
+    As one product with a matrix of three dimensions, which a TPU's compiler lays out as attention's kernel wants it; cut up
+    afterwards, it is copied.
+    """
+    if type(linear) is not nnx.Linear or platform() != "tpu":
+        return linear(x_BTD).reshape(*x_BTD.shape[:2], heads, -1)
+    y_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, linear.kernel[...].reshape(x_BTD.shape[-1], heads, -1))
+    return y_BTNK if linear.bias is None else y_BTNK + linear.bias[...].reshape(heads, -1)
+
+
+def _from_heads(linear: nnx.Module, y_BTNK: jax.Array) -> jax.Array:
+    """A linear layer of heads brought together, [B, T, D]; see `_to_heads`."""
+    if type(linear) is not nnx.Linear or platform() != "tpu":
+        return linear(y_BTNK.reshape(*y_BTNK.shape[:2], -1))
+    x_BTD = jnp.einsum("btnk,nkd->btd", y_BTNK, linear.kernel[...].reshape(*y_BTNK.shape[2:], -1))
+    return x_BTD if linear.bias is None else x_BTD + linear.bias[...]

@@ -20,10 +20,10 @@ from jaxmodels.models.layers import (
     dropout,
 )
 from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
+from jaxmodels.models.remat import Remat
 from jaxmodels.models.transformer import (
     Block,
     Norm,
-    Remat,
     apply_blocks,
     make_blocks,
     make_norm,

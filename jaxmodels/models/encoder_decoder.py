@@ -13,11 +13,11 @@ from jaxmodels.models import cache as cache_lib
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import RelativePositions, sinusoids
+from jaxmodels.models.remat import Remat
 from jaxmodels.models.transformer import (
     Activation,
     Block,
     Norm,
-    Remat,
     apply_blocks,
     extend_blocks,
     make_blocks,

@@ -105,6 +105,7 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
     sizes |= {f"block_kv{of}": kv for of in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
     # One shard of heads: the mask is the same for all of them.
     options = {"head_shards": 1, "q_seq_shards": parts, "block_sizes": kernel_lib.BlockSizes(**sizes), "interpret": interpret}
+    options["residual_checkpoint_name"] = "attention"  # one of `remat.NAMES`
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)
     return lambda masks: jax.tree.unflatten(structure, masks), masks

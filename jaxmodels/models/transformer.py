@@ -33,21 +33,20 @@ from jaxmodels.models.positions import (
     rotary_table,
     sinusoids,
 )
+from jaxmodels.models import remat as remat_lib
+from jaxmodels.models.remat import Remat, kept
 from jaxmodels.models.sizes import DECODERS
-from jaxmodels.parallel.layout import constrain, sum_over_devices
+from jaxmodels.parallel.layout import (
+    constrain,
+    gathered,
+    row_major,
+    sum_over_devices,
+)
 from jaxmodels.parallel.pipeline import over_layers
 
 Norm = Literal["layer", "rms"]
-Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
 SIZES = DECODERS
-
-# What the forward pass of a block leaves for the backward pass, which computes the rest again.
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs) -> nnx.Module:
@@ -70,8 +69,9 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x: [B, T, D]. Returns the same shape. `valid` and `rngs` are for those that stand in its place."""
         activate = ACTIVATIONS[self.activation]
-        hidden = activate(self.up(x_BTD)) if self.gate is None else activate(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+        up = kept(self.up(x_BTD), "up")
+        hidden = activate(up) if self.gate is None else activate(kept(self.gate(x_BTD), "gate")) * up
+        return self.down(kept(constrain(hidden, "batch", "sequence", "mlp"), "hidden"))
 
 
 class Block(nnx.Module):
@@ -179,6 +179,7 @@ class Block(nnx.Module):
         """
         pair = None if segments is None else (segments, segments)
         x_BTD, _ = self._add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary=rotary, segments=pair, bias=bias), rngs)
+        x_BTD = kept(x_BTD, "middle")
         if self.memory_attention is not None:
             x_BTD, _ = self._add(x_BTD, self.memory_norm, lambda x: self.memory_attention(x, memory, segments=memory_segments), rngs)
         x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs)
@@ -219,7 +220,7 @@ class Block(nnx.Module):
     def _add(self, x_BTD, norm, function, rngs):
         change = function(x_BTD if self.post_norm else norm(x_BTD))
         change, aux = change if isinstance(change, tuple) else (change, None)
-        x_BTD = constrain(x_BTD + dropout(change, self.dropout, rngs), "batch", "sequence", None)
+        x_BTD = row_major(constrain(x_BTD + dropout(change, self.dropout, rngs), "batch", "sequence", None))
         return norm(x_BTD) if self.post_norm else x_BTD, aux
 
 
@@ -229,7 +230,7 @@ def make_blocks(make: Callable[[nnx.Rngs], nnx.Module], layers: int, scan: bool,
 
 
 def apply_blocks(
-    blocks: nnx.Module, x_BTD: jax.Array, rngs: nnx.Rngs | None, *, remat: Remat = "none", **shared: Any
+    blocks: nnx.Module, x_BTD: jax.Array, rngs: nnx.Rngs | None, *, remat: Remat | tuple[str, ...] = "none", offload: tuple[str, ...] = (), **shared: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs blocks one after the other, as `make_blocks` made them: a list is unrolled, stacked ones are looped over.
 
@@ -240,14 +241,15 @@ def apply_blocks(
       x_BTD: the first one's input.
       rngs: dropout is drawn from; None to evaluate.
       remat: what is computed again in the backward pass instead of kept: `none`; `full` all but each block's input;
-        `dots` all but that and the results of matrix products; `dots_no_batch` keeps those with parameters alone.
+        `dots` all but that and the results of matrix products; `dots_no_batch` keeps those with parameters alone; or the names, of
+        `remat.NAMES`, of what is kept.
+      offload: names of what waits in the host's memory.
       shared: further arguments of every block.
 
     Returns:
       The last one's output, and what blocks returned beside theirs, stacked over those that did: {} for dense ones.
     """
-    if remat != "none" and remat not in REMAT:
-        raise ValueError(f"remat is 'none', {', '.join(map(repr, REMAT))}, not {remat!r}")
+    remat_lib.check(remat, offload)
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
     scan = not isinstance(blocks, nnx.List)
     state = nnx.split(blocks)[1] if scan else None
@@ -256,11 +258,11 @@ def apply_blocks(
 
     def apply(x_BTD, block_state, key, shared, graphdef):
         block = nnx.merge(graphdef, block_state)
+        x_BTD = kept(row_major(x_BTD), "input")
         result = block(x_BTD, None if key is None else nnx.Rngs(dropout=key), **shared)
         return result if isinstance(result, tuple) else (result, {})
 
-    if remat != "none":
-        apply = jax.checkpoint(apply, static_argnums=4, prevent_cse=not scan, policy=REMAT[remat])
+    apply = remat_lib.checkpointed(apply, remat, offload, scan=scan, static_argnums=4)
     if scan:
         graphdef = nnx.split(blocks)[0]
 
@@ -354,7 +356,8 @@ class Decoder(nnx.Module):
         tie_embeddings: bool = True,
         attention: Implementation = "auto",
         scan: bool = False,
-        remat: Remat = "none",
+        remat: Remat | tuple[str, ...] = "none",
+        offload: tuple[str, ...] = (),
         rngs: nnx.Rngs,
     ):
         """
@@ -383,7 +386,9 @@ class Decoder(nnx.Module):
           scan: keep the blocks' parameters stacked, [L, ...], and loop over them: compiling takes the time of
             one block, however many there are.
           remat: what of each block is computed again in the backward pass instead of kept: `none`, `full` (all),
-            `dots` (all but matrix products), `dots_no_batch` (all but matrix products with parameters).
+            `dots` (all but matrix products), `dots_no_batch` (all but matrix products with parameters); or the names of
+            what is kept, of `remat.NAMES`.
+          offload: names of activations that wait for the backward pass in the host's memory.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
@@ -409,7 +414,9 @@ class Decoder(nnx.Module):
             scaling = RotaryScaling(**rotary_scaling) if isinstance(rotary_scaling, Mapping) else rotary_scaling
             self.rotary = (head_width or width // heads, rotary_base, scaling)
         self.sinusoidal = positions == "sinusoidal"
-        self.context, self.layers, self.remat, self.dropout = context, layers, remat, dropout
+        self.context, self.layers, self.dropout = context, layers, dropout
+        remat_lib.check(remat, offload)
+        self.remat, self.offload = remat if isinstance(remat, str) else tuple(remat), tuple(offload)
 
     def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits of the token after each.
@@ -431,6 +438,13 @@ class Decoder(nnx.Module):
 
         Of that, `loss` is the sum over layers; all else is the mean.
         """
+        x_BTD, told = self.features(tokens, segments=segments, rngs=rngs)
+        return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), told
+
+    def features(
+        self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What the blocks make of tokens, [B, T, D], and what these tell: `with_auxiliary` without the output, which `head` is."""
         T = tokens.shape[1]
         if T > self.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
@@ -439,12 +453,26 @@ class Decoder(nnx.Module):
         shared = {"rotary": rotary, "valid": valid}
         if segments is not None:  # without, no token sees the padding after it
             shared["segments"] = jnp.where(valid, segments, -1)
-        x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
-        logits = constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
+        x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, offload=self.offload, **shared)
         if self.mixture is None:
-            return logits, {}
+            return x_BTD, {}
         told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
-        return logits, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
+        return x_BTD, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
+
+    def head(self) -> Callable[[jax.Array], jax.Array]:
+        """Features [B, T, D] to logits [B, T, V], for several calls on parts: its matrix comes together once, and gradients add up in float32."""
+        plain = self.output is None or (type(self.output) is nnx.Linear and self.output.bias is None)
+        if not plain:
+            return lambda x_BTD: constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
+        matrix, names = (self.embed.embedding[...], ("vocab", "embed")) if self.output is None else (self.output.kernel[...], ("embed", "vocab"))
+        whole = gathered(matrix, *names).astype(jnp.float32)
+
+        def logits(x_BTD):
+            x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+            products = jax.lax.dot_general(x_BTD, whole.astype(matrix.dtype), (((2,), (names.index("embed"),)), ((), ())))
+            return constrain(products, "rows", "sequence", "vocab")
+
+        return logits
 
     def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
         """An empty cache for `batch` rows of `length` tokens, as `models.cache` has it."""

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.convolution import patches
 from jaxmodels.models.layers import check_rate, check_sizes, dropout, stochastic_depth
-from jaxmodels.models.transformer import Block, Remat, apply_blocks, make_blocks
+from jaxmodels.models.remat import Remat
+from jaxmodels.models.transformer import Block, apply_blocks, make_blocks
 
 _TINY = {"layers": 12, "heads": 3, "width": 192}
 _SMALL = {"layers": 12, "heads": 6, "width": 384}

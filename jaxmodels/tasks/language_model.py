@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.inference import decoding
+from jaxmodels.parallel.layout import current
 from jaxmodels.tasks.losses import cross_entropy
 
 
@@ -21,11 +22,13 @@ class LanguageModel:
     that it marks count as targets.
     """
 
-    def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, sample_length: int = 200, temperature: float = 0.8):
+    def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, tiles: int = 1, sample_length: int = 200, temperature: float = 0.8):
         """
         Args:
           info: of the data set: `vocab_size`, and `tokenizer` where samples are wanted.
           label_smoothing: probability taken from the true token and spread evenly over all. Training only.
+          tiles: parts of a batch that logits are made of one after the other, and again in the backward pass: never all of them are in
+            memory, which with a large vocabulary is much of it. The result is the same.
           sample_length: tokens of the text shown at each evaluation, where the model's context holds as many; 0 shows none.
           temperature: that the logits are divided by in those samples.
         """
@@ -33,12 +36,14 @@ class LanguageModel:
             raise ConfigError("config.task: 'language_model' needs a source of text; this data source gives no vocab_size.")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        if tiles < 1:
+            raise ConfigError(f"config.task.tiles must be 1 or more, got {tiles}.")
         if sample_length < 0 or temperature < 0:
             raise ConfigError("config.task: sample_length and temperature must not be negative.")
         self.provides = {"vocab_size": info["vocab_size"]}
         self.batch = {"tokens": (None,)}
         self.tokenizer = info.get("tokenizer")
-        self.label_smoothing, self.sample_length, self.temperature = label_smoothing, sample_length, temperature
+        self.label_smoothing, self.tiles, self.sample_length, self.temperature = label_smoothing, tiles, sample_length, temperature
 
     def predict(self, model, batch):
         """Log-probabilities of the next token after each of `tokens` [B, T]: float [B, T, V]."""
@@ -46,11 +51,8 @@ class LanguageModel:
 
     def loss(self, model, batch, rngs):
         """The sum of cross-entropies over targets that count, each with the model's auxiliary loss; how many count; and metrics."""
-        logits, targets, weight, auxiliary = self._forward(model, batch, rngs)
-        metrics = _metrics(logits, targets, weight, auxiliary)
-        values = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        count = jnp.sum(weight)
-        return jnp.sum(values * weight) + auxiliary.get("loss", 0.0) * count, count, metrics
+        sums, count, auxiliary = self._forward(model, batch, rngs)
+        return sums["smoothed"] + auxiliary.get("loss", 0.0) * count, count, _metrics(sums, count, auxiliary)
 
     def metrics(self, model, batch):
         """`loss` and `accuracy` of the next token; and what the model tells of its experts, means over layers and batches."""
@@ -69,6 +71,7 @@ class LanguageModel:
         return decoding.sample(model, first or 0, self.sample_length, key, temperature=self.temperature)
 
     def _forward(self, model, batch, rngs):
+        """Sums over targets that count, how many these are, and what the model tells of its experts."""
         tokens, segments = batch["tokens"], batch.get("segments")
         targets = tokens[:, 1:]
         counts = targets >= 0
@@ -80,18 +83,53 @@ class LanguageModel:
             options["segments"] = segments[:, :-1]
         if "counts" in batch:
             counts &= batch["counts"][:, 1:]
-        inputs, auxiliary = tokens[:, :-1], {}
+        weight, targets, inputs, auxiliary = counts * batch["weight"][:, None], jnp.maximum(targets, 0), tokens[:, :-1], {}
         if hasattr(model, "with_auxiliary"):
             inputs = jnp.where(batch["weight"][:, None] > 0, inputs, -1)  # rows that only fill a batch up are told of nowhere
-            logits, auxiliary = model.with_auxiliary(inputs, rngs=rngs, **options)
+        if self.tiles > 1:
+            if not hasattr(model, "features"):
+                raise ValueError(f"{type(model).__name__} makes its logits in one piece: task.tiles must be 1 with it")
+            x_BTD, auxiliary = model.features(inputs, rngs=rngs, **options)
+            sums = self._in_tiles(model.head(), x_BTD, targets, weight)
         else:
-            logits = model(inputs, rngs=rngs, **options)
-        return logits.astype(jnp.float32), jnp.maximum(targets, 0), counts * batch["weight"][:, None], auxiliary
+            if hasattr(model, "with_auxiliary"):
+                logits, auxiliary = model.with_auxiliary(inputs, rngs=rngs, **options)
+            else:
+                logits = model(inputs, rngs=rngs, **options)
+            sums = self._sums(logits, targets, weight)
+        return sums, jnp.sum(weight), auxiliary
+
+    def _sums(self, logits, targets, weight):
+        logits = logits.astype(jnp.float32)
+        exact = jnp.sum(cross_entropy(logits, targets) * weight)
+        smoothed = jnp.sum(cross_entropy(logits, targets, label_smoothing=self.label_smoothing) * weight) if self.label_smoothing else exact
+        return {"exact": exact, "smoothed": smoothed, "correct": jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weight)}
+
+    def _in_tiles(self, head, x_BTD, targets_BT, weight_BT):
+        """`_sums` of logits that `head` makes of x, a tile at a time."""
+        layout = current()
+        B, T = targets_BT.shape
+        rows = math.gcd(self.tiles, B // (1 if layout is None else layout.size("rows")))  # whole rows of each device, as far as they go
+        parts = self.tiles // rows
+        if T % (parts * (1 if layout is None else layout.size("sequence"))):
+            raise ValueError(f"task.tiles={self.tiles} cuts sequences of {T} tokens into {parts} parts, which do not divide; use a power of two")
+
+        def cut(x):
+            # Row r goes to tile r % rows, and token t to t % parts where sequences lie in parts, so that each stays on its device.
+            spread = parts > 1 and layout is not None and layout.size("sequence") > 1
+            x = x.reshape(B // rows, rows, *((T // parts, parts) if spread else (parts, T // parts)), *x.shape[2:])
+            x = jnp.moveaxis(x, (1, 3 if spread else 2), (0, 1))
+            return x.reshape(rows * parts, B // rows, T // parts, *x.shape[4:])
+
+        def add(sums, tile):
+            x, targets, weight = tile
+            return jax.tree.map(jnp.add, sums, self._sums(head(x), targets, weight)), None
+
+        zeros = {name: jnp.zeros((), jnp.float32) for name in ("exact", "smoothed", "correct")}
+        tiles = tuple(cut(x) for x in (x_BTD, targets_BT, weight_BT))
+        return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zeros, tiles)[0]
 
 
-def _metrics(logits, targets, weight, auxiliary):
-    losses = cross_entropy(logits, targets)
-    correct = jnp.argmax(logits, axis=-1) == targets
-    total = jnp.sum(weight)
-    metrics = {"loss": (jnp.sum(losses * weight), total), "accuracy": (jnp.sum(correct * weight), total)}
-    return metrics | {name: (value * total, total) for name, value in auxiliary.items() if name != "loss" and value.ndim == 0}
+def _metrics(sums, count, auxiliary):
+    metrics = {"loss": (sums["exact"], count), "accuracy": (sums["correct"], count)}
+    return metrics | {name: (value * count, count) for name, value in auxiliary.items() if name != "loss" and value.ndim == 0}
