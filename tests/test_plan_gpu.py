@@ -1,5 +1,7 @@
 """GPUs that are not here: a step's time from its shapes, and from an optimized program, against closed forms."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -9,7 +11,8 @@ import small
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
-from jaxmodels.plan import gpu, network, roofline, topology
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.plan import gpu, network, report, roofline, topology
 from jaxmodels.plan import graph as graph_lib
 from jaxmodels.plan.chips import CHIPS
 from jaxmodels.plan.estimate import PARTS
@@ -207,7 +210,7 @@ def test_a_program_is_read_by_kernels():
     assert gathered.exposed_seconds == gathered.seconds == pytest.approx(8192 * 2048 / H100.link_bandwidth)
     (kernel,) = found.kernels
     assert (kernel.name, kernel.count, kernel.seconds) == ("cudnn$fmhaSoftmax", 1, pytest.approx(attention))
-    assert found.seconds == pytest.approx(sum(found.parts.values())) and found.cycles is None and not found.notes
+    assert found.seconds == pytest.approx(sum(found.parts.values())) and found.cycles is None and found.notes == [gpu.NOT_TRIED]
 
 
 def test_the_compilers_own_figures_of_products_count():
@@ -230,6 +233,53 @@ def test_gradients_of_convolutions_take_as_many_flops():
         assert gpu.convolution_flops(f"__cudnn$conv{which}", call, operands) == expected
 
 
+KEYS = {"topology", "method", "step_seconds_method", "peak_bytes_per_device", "step_seconds", "cycles", "mfu", "model_flops_per_device", "collectives", "notes"}
+
+
+def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
+    file, where = tmp_path / "plan.json", topology.parse("2xh100x8")
+    experiment = build_experiment(small.config(GPT, mesh=sizes(slices=2, data=2, fsdp=4)))
+    report.plan_and_write(experiment, where, {"json": str(file), "hlo": None, "save": None})
+    page = json.loads(file.read_text())
+    assert KEYS <= set(page) and page["method"] == page["step_seconds_method"] == "analytic" and page["cycles"] is None
+    assert page["step_seconds"] == pytest.approx(sum(page["parts"].values())) and 0 < page["mfu"] < 1
+    assert page["model_flops_per_device"] * 16 == page["model_flops_per_step"] > 0 and page["peak_bytes_per_device"] > 0
+    assert {(each["kind"], *each["axes"]) for each in page["collectives"]} >= {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
+    assert {each["network"] for each in page["collectives"] if "slices" in each["axes"]} == {"slices"}
+    assert any("CUDA plugin" in note and "pip install" in note for note in page["notes"])
+
+
+def test_a_step_that_fits_no_gpu_says_what_to_change(monkeypatch):
+    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
+    tiny = dataclasses.replace(topology.parse("h100x1"), chip=dataclasses.replace(H100, memory_bytes=2**16))
+    with pytest.raises(topology.DoesNotFit, match="does not fit h100x1.*Try ") as raised:
+        report.make_plan(build_experiment(GPT), tiny)
+    assert raised.value.needed > raised.value.available == 2**16
+
+
+def test_a_step_that_needs_more_than_jax_takes_is_told_how_to_have_it():
+    assert not gpu.memory_notes(59 * 10**9, topology.parse("h100x8"))
+    (note,) = gpu.memory_notes(61 * 10**9, topology.parse("h100x8"))
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in note
+
+
+def test_sums_of_what_all_devices_have_alike_need_no_network():
+    """As in the gradient of what is the same on all devices of an axis."""
+    mesh, where = sizes(data=2, tensor=2), jax.sharding.PartitionSpec
+    devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+
+    def alike(x):
+        return jax.shard_map(lambda x: jax.lax.psum(x / 2, "tensor"), mesh=devices, in_specs=where("data"), out_specs=where("data"), check_vma=False)(x)
+
+    def apart(x):
+        return jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=devices, in_specs=where("data"), out_specs=where(), check_vma=False)(x)
+
+    assert not of_function(alike, ((8, 4), jnp.float32), mesh=mesh).collectives
+    (found,) = of_function(apart, ((8, 4), jnp.float32), mesh=mesh).collectives
+    assert (found.kind, found.axes, found.bytes) == ("all-reduce", ("data",), 4 * 4 * 4)
+
+
 def test_an_unknown_gpu_is_told_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'h100x8'"):
         topology.parse("h10x8")
@@ -248,9 +298,14 @@ def test_without_the_compiler_its_package_is_named(monkeypatch):
 def test_a_step_is_compiled_without_a_gpu(name):
     where = topology.parse(name)
     experiment = build_experiment(small.config(GPT, model__attention="xla", mesh=sizes(slices=where.slices, fsdp=8)))
-    compiled = gpu.compile_step(experiment, where)
-    text = compiled.compiled.as_text()
-    found = gpu.estimate(text, where, compiled.mesh.shape)
-    assert "__cublas" in text and found.parts["matrix products"] > 0
+    plan = report.make_plan(experiment, where)
+    found, page = plan.time, plan.to_json()
+    assert KEYS <= set(page) and page["method"] == page["step_seconds_method"] == "compiler" and page["cycles"] is None
+    assert "__cublas" in plan.step.text and found.parts["matrix products"] > 0
     assert any((each.kind, each.axes) == ("all-gather", ("fsdp",)) for each in found.collectives)
-    assert ("reification_cost\":[{" in text) == (name != "a100x8")
+    assert ("reification_cost\":[{" in plan.step.text) == (name != "a100x8")
+    state = sum(mesh_lib.bytes_per_device(getattr(plan.step.shapes, part)) for part in ("params", "opt_state", "ema"))
+    assert plan.peak > state and page["compiler_options"]["xla_gpu_enable_triton_gemm"] is False
+    tiny = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory_bytes=2**16))
+    with pytest.raises(topology.DoesNotFit, match="says the compiler"):
+        report.make_plan(experiment, tiny)

@@ -1,11 +1,11 @@
 """A train step compiled for NVIDIA GPUs that are not here, and what its optimized program takes on them.
 
-JAX's CUDA plugin holds the compiler; told of a GPU's figures in place of a GPU, it compiles without one, without a driver and without CUDA's libraries (but for cuDNN's
-attention, whose version JAX asks cuDNN itself). What it would try out on a GPU it cannot: matrix products go to cuBLAS all, and cuDNN's
-algorithms stay open.
+JAX's CUDA plugin holds the compiler; told of a GPU's figures in place of a GPU, it compiles without one, without a driver and without CUDA's
+libraries, but for cuDNN where attention is cuDNN's: JAX asks it for its version. What it would try out on a GPU it cannot: matrix products go to cuBLAS
+all, and cuDNN's algorithms stay open.
 
-`estimate` costs the program's operations as `plan.roofline` does those of a traced step. Of matrix products on Hopper, the compiler's own figures count: its
-table of products measured on an H100 (`xla_gpu_collect_cost_model_stats`; there is none of an A100).
+`estimate` costs the program's operations as `plan.roofline` does those of a traced step. Of matrix products on Hopper, the compiler's own figures
+count, which are from its table of products measured on an H100 (`xla_gpu_collect_cost_model_stats`; there is none of an A100).
 """
 
 import dataclasses
@@ -34,8 +34,11 @@ from jaxmodels.plan.torus import SENT
 # The plugin is of the very version of JAX, which no extra of ours can say; the rest of CUDA is not needed to compile.
 INSTALL = f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cudnn-cu13"
 
-# What the compiler asks of a GPU (`GpuTargetConfigProto` of XLA): NVIDIA's data sheets and tuning guides, docs.nvidia.com/cuda/ampere-tuning-guide and
-# /hopper-tuning-guide; bytes as `cudaMemGetInfo` gives them of 80 GB and 141 GB.
+NOT_TRIED = "compiled without a GPU, so no kernels were tried out; predictions for GPUs have not been measured (docs/estimates_gpu.md)"
+JAX_SHARE = 0.75  # docs.jax.dev/en/latest/gpu_memory_allocation.html
+
+# What the compiler asks of a GPU (`GpuTargetConfigProto` of XLA), from NVIDIA's data sheets and tuning guides (docs.nvidia.com/cuda/ampere-tuning-guide and
+# /hopper-tuning-guide). `device_memory_size` is about what drivers leave of 80 GB and 141 GB; the compiler saves memory where a step needs more than that.
 _FIGURES = {
     "a100": {"core_count": 108, "fpus_per_core": 64, "shared_memory_per_core": 167936, "shared_memory_per_block_optin": 166912, "clock_rate_ghz": 1.41,
              "memory_bandwidth": 2039000000000, "l2_cache_size": 41943040, "device_memory_size": 84987740160},
@@ -55,6 +58,13 @@ KERNEL_SECONDS = 2e-6
 
 _NOTHING = frozenset("parameter constant get-tuple-element tuple bitcast after-all opt-barrier partition-id replica-id".split())
 _SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def memory_notes(peak: int, topology: Topology) -> list[str]:
+    """What to know of a step that needs so many bytes of a GPU."""
+    if peak <= JAX_SHARE * topology.chip.memory_per_device:
+        return []
+    return [f"JAX takes {JAX_SHARE:.0%} of a GPU's memory unless told otherwise, and this step needs more: XLA_PYTHON_CLIENT_MEM_FRACTION=.95"]
 
 
 def has_compiler() -> bool:
@@ -141,7 +151,7 @@ def estimate(text: str, topology: Topology, mesh: Mapping[str, int]) -> Estimate
         kernels=[Kernel(name, count, shapes, seconds) for (name, shapes), (count, seconds) in reader.kernels.items()],
         collectives=sorted(found, key=lambda each: -each.seconds),
         host_transfers=[],
-        notes=reader.notes,
+        notes=[*reader.notes, NOT_TRIED],
     )
 
 

@@ -174,7 +174,8 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
         if not gpu.has_compiler():
             return analytic_plan(experiment, topology, f"JAX's CUDA plugin, which holds the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}")
         step = gpu.compile_step(experiment, topology)
-        return compiled_plan(experiment, topology, step, gpu.estimate(step.text, topology, step.mesh.shape))
+        plan = compiled_plan(experiment, topology, step, gpu.estimate(step.text, topology, step.mesh.shape))
+        return dataclasses.replace(plan, notes=[*gpu.memory_notes(plan.peak, topology), *plan.notes])
     if not topology_lib.has_libtpu():
         return analytic_plan(experiment, topology, f"libtpu, the compiler for TPUs, is not installed (pip install 'jaxmodels[plan]'): {BY_MODELS}")
     step = topology_lib.compile_step(experiment, topology)

@@ -221,6 +221,7 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) 
     sources: dict[Value, frozenset[Value]] = {}  # the arrays in memory that a value is made of
     stages: dict[Value, int] = {}  # how many operations apart lie before it, one after the other
     fused, partial = _Fused(), {}
+    differing: dict[Value, frozenset[str]] = {}  # of values in a `shard_map`: axes along which devices' own differ
     for op in graph.ops:
         below = frozenset().union(*(sources.get(x, _own(x)) for x in op.inputs))
         stage = max((stages.get(x, 0) for x in op.inputs), default=0) + (op.name in _APART)
@@ -252,7 +253,8 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) 
         elif op.name not in _APART:
             for value in results:
                 fused.add(stage, below, value)
-        found = _collectives(op, mesh)
+        found = _collectives(op, mesh, differing)
+        differing |= dict.fromkeys(op.outputs, axes) if (axes := _differing(op, differing)) is not None else {}
         if op.name in ("add_any", "add") and all(x in partial for x in op.inputs) and len({partial[x].axes for x in op.inputs}) == 1:
             work.collectives.remove(partial[op.inputs[0]])  # sums of which each device has a part are added before they go round
             partial[op.outputs[0]] = partial[op.inputs[1]]
@@ -320,8 +322,19 @@ def _summed(op: Op) -> tuple[str, ...]:
     return tuple(dict.fromkeys(axis for axes in lost for axis in axes))
 
 
-def _collectives(op: Op, mesh: Mapping[str, int]) -> list[Exchange]:
-    """What an operation needs of other devices."""
+def _differing(op: Op, known: Mapping[Value, frozenset[str]]) -> frozenset[str] | None:
+    """Axes along which an operation's results differ from device to device, inside a `shard_map`; None where that is not known."""
+    if op.name in ("local", "gathered") and "spec" in op.params:
+        return frozenset(_axes(op.params["spec"]))
+    if op.name == "axis_index":
+        return frozenset((op.params["axis_name"],))
+    if any(x not in known and not x.constant for x in op.inputs) or not op.inputs or op.bodies:
+        return None
+    return frozenset().union(*(known[x] for x in op.inputs if x in known)) - set(op.params["axes"] if op.name == "psum" else ())
+
+
+def _collectives(op: Op, mesh: Mapping[str, int], differing: Mapping[Value, frozenset[str]]) -> list[Exchange]:
+    """What an operation needs of other devices. Sums of what all devices have alike, which gradients of a `shard_map` are full of, the compiler does away with."""
     found = []
 
     def add(kind: str, axes: Sequence[str], size: int) -> None:
@@ -336,7 +349,10 @@ def _collectives(op: Op, mesh: Mapping[str, int]) -> list[Exchange]:
         add("all-reduce", set(summed) - kept, _bytes(result, mesh))
     elif op.name in _KINDS:
         axes = op.params.get("axes") or op.params["axis_name"]
-        add(_KINDS[op.name], (axes,) if isinstance(axes, str) else axes, max(sum(_bytes(x, mesh) for x in part) for part in (op.inputs, op.outputs)))
+        axes = (axes,) if isinstance(axes, str) else axes
+        if op.name == "psum" and all(x in differing for x in op.inputs):
+            axes = [axis for axis in axes if any(axis in differing[x] for x in op.inputs)]
+        add(_KINDS[op.name], axes, max(sum(_bytes(x, mesh) for x in part) for part in (op.inputs, op.outputs)))
     elif op.name == "gathered":
         after = _axes(op.outputs[0].spec if "spec" not in op.params else op.params["spec"])
         add("all-gather", _axes(op.inputs[0].spec) - after, _bytes(op.outputs[0], mesh))
