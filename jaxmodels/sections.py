@@ -146,7 +146,7 @@ class Logging:
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
-MACHINE_KEYS = ("mesh", "sharding", "partition", "model.attention", "model.kernel", "model.remat", "data.threads", "data.workers", "data.buffer", "data.memory_gb", "compiler_options")
+MACHINE_KEYS = ("mesh", "sharding", "partition", "model.attention", "model.kernel", "model.remat", "model.offload", "data.threads", "data.workers", "data.buffer", "data.memory_gb", "compiler_options")
 
 _PLAIN = {
     "training": Training,
