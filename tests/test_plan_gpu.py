@@ -1,8 +1,10 @@
 """GPUs that are not here: a step's time from its shapes, and from an optimized program, against closed forms."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +249,7 @@ def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkey
     assert page["model_flops_per_device"] * 16 == page["model_flops_per_step"] > 0 and page["peak_bytes_per_device"] > 0
     assert {(each["kind"], *each["axes"]) for each in page["collectives"]} >= {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
     assert {each["network"] for each in page["collectives"] if "slices" in each["axes"]} == {"slices"}
-    assert any("CUDA plugin" in note and "pip install" in note for note in page["notes"])
+    assert any("CUDA plugin" in note and "pip install" in note and gpu.MODELS_ARE_LOW in note for note in page["notes"])
 
 
 def test_a_step_that_fits_no_gpu_says_what_to_change(monkeypatch):
@@ -309,3 +311,32 @@ def test_a_step_is_compiled_without_a_gpu(name):
     tiny = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory_bytes=2**16))
     with pytest.raises(topology.DoesNotFit, match="says the compiler"):
         report.make_plan(experiment, tiny)
+
+
+@pytest.fixture(scope="module")
+def benchmark_script():
+    """`benchmarks/plan_gpu.py`, which runs whole on a GPU alone."""
+    path = Path(__file__).parents[1] / "benchmarks" / "plan_gpu.py"
+    spec = importlib.util.spec_from_file_location("plan_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_runs_a_step_and_asks_for_its_plan(benchmark_script, capsys):
+    config = benchmark_script.CONFIGS["gpt2"] | {"model": {"name": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 16, "attention": "xla"}}
+    config["data"] = config["data"] | {"vocab_size": 64, "sequence_length": 16, "batch_size": 4}
+    measured = benchmark_script.measure(config, 2)
+    assert 0 < measured["step_seconds"] < 60 and set(measured) == set(benchmark_script.TARGETS)
+    predicted = benchmark_script.predict(config, "h100x1")
+    assert predicted["topology"] == "h100x1" and predicted["step_seconds"] > 0
+    near = {figure: predicted[figure] * 1.04 for figure in benchmark_script.TARGETS}
+    assert benchmark_script.compare("gpt2", predicted, near)
+    assert not benchmark_script.compare("gpt2", predicted, near | {"peak_bytes_per_device": predicted["peak_bytes_per_device"] * 1.06})
+    assert "MISSED: 5%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet50"])
+def test_the_benchmarks_configs_are_whole(benchmark_script, name):
+    experiment = build_experiment(benchmark_script.CONFIGS[name])
+    assert experiment.mesh.data == -1 and experiment.training.precision == "bfloat16"

@@ -34,6 +34,7 @@ from jaxmodels.plan.torus import SENT
 # The plugin is of the very version of JAX, which no extra of ours can say; the rest of CUDA is not needed to compile.
 INSTALL = f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cudnn-cu13"
 
+MODELS_ARE_LOW = "of steps for GPUs their memory was 25 to 33% below the compiler's (docs/estimates_gpu.md)"
 NOT_TRIED = "compiled without a GPU, so no kernels were tried out; predictions for GPUs have not been measured (docs/estimates_gpu.md)"
 JAX_SHARE = 0.75  # docs.jax.dev/en/latest/gpu_memory_allocation.html
 

@@ -172,7 +172,8 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
         from jaxmodels.plan import gpu
 
         if not gpu.has_compiler():
-            return analytic_plan(experiment, topology, f"JAX's CUDA plugin, which holds the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}")
+            why = f"JAX's CUDA plugin, which holds the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}; {gpu.MODELS_ARE_LOW}"
+            return analytic_plan(experiment, topology, why)
         step = gpu.compile_step(experiment, topology)
         plan = compiled_plan(experiment, topology, step, gpu.estimate(step.text, topology, step.mesh.shape))
         return dataclasses.replace(plan, notes=[*gpu.memory_notes(plan.peak, topology), *plan.notes])
