@@ -18,7 +18,7 @@ STEPS = (
     ("gpt2_xl", "v5p:4x4x4"),
     ("gpt2_xl", "v6e:8x8"),
     ("llama2_7b", "v5p:4x4x4"),
-    ("llama3_8b", "v5p:4x4x4"),
+    ("llama3_8b:64", "v5p:4x4x4"),
     ("llama3_8b:tensor", "v5p:4x4x4"),
     ("llama3_8b:128k", "v5p:4x4x4"),
     ("mixtral_8x7b", "v5p:4x4x4"),

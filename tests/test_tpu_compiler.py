@@ -26,8 +26,8 @@ pytestmark = pytest.mark.tpu_compiler
 pytest.importorskip("libtpu")
 
 TOPOLOGIES = ("v5p:4x4x4", "v6e:8x8")
-CONFIGS = ("gpt2_xl", "llama3_8b", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b", "resnet50", "bert_large")
-FULLY_SHARDED = ("gpt2_xl", "llama3_8b", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b")
+CONFIGS = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b", "resnet50", "bert_large")
+FULLY_SHARDED = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b")
 
 
 @dataclasses.dataclass(frozen=True)

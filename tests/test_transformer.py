@@ -52,6 +52,7 @@ PUBLISHED = {
         "llama3-70b": 70_553_706_496,
         "llama3.1-8b": 8_030_261_248,
         "llama3.1-70b": 70_553_706_496,
+        "llama3.1-405b": 405_853_388_800,
         "llama3.2-1b": 1_235_814_400,
         "llama3.2-3b": 3_212_749_824,
     },
@@ -85,6 +86,13 @@ PUBLISHED = {
 @pytest.mark.parametrize(("vocabulary", "name"), [(V, name) for V, sizes in PUBLISHED.items() for name in sizes])
 def test_sizes_have_the_published_parameter_counts(vocabulary, name):
     assert sum(count(lambda: create(name, vocabulary, scan=True, rngs=nnx.Rngs(0))).values()) == PUBLISHED[vocabulary][name]
+
+
+def test_gpt3_has_the_parameters_that_it_was_described_with():
+    D, L = 12288, 96
+    parameters = sum(count(lambda: create("gpt3-175b", 50257, scan=True, rngs=nnx.Rngs(0))).values())
+    assert parameters == L * (12 * D * D + 13 * D) + 50257 * D + 2048 * D + 2 * D
+    assert round(parameters / 1e9) == 175  # the paper's table says 175.0 B; what it counts, it does not say
 
 
 @pytest.mark.parametrize(("name", "millions", "D", "F"), [("transformer-base", 65, 512, 2048), ("transformer-big", 213, 1024, 4096)])

@@ -16,7 +16,7 @@ from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
 from jaxmodels.models.remat import kept
 from jaxmodels.models.ring import ring_attend
-from jaxmodels.parallel.layout import Layout, constrain, current, platform
+from jaxmodels.parallel.layout import Layout, constrain, current, on_tpu
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 Context = Literal["whole", "gather", "ring"]
@@ -358,7 +358,7 @@ def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
     As one product with a matrix of three dimensions, which a TPU's compiler lays out as attention's kernel wants it; cut up
     afterwards, it is copied.
     """
-    if type(linear) is not nnx.Linear or platform() != "tpu":
+    if type(linear) is not nnx.Linear or not on_tpu():
         return linear(x_BTD).reshape(*x_BTD.shape[:2], heads, -1)
     y_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, linear.kernel[...].reshape(x_BTD.shape[-1], heads, -1))
     return y_BTNK if linear.bias is None else y_BTNK + linear.bias[...].reshape(heads, -1)
@@ -366,7 +366,7 @@ def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
 
 def _from_heads(linear: nnx.Module, y_BTNK: jax.Array) -> jax.Array:
     """A linear layer of heads brought together, [B, T, D]; see `_to_heads`."""
-    if type(linear) is not nnx.Linear or platform() != "tpu":
+    if type(linear) is not nnx.Linear or not on_tpu():
         return linear(y_BTNK.reshape(*y_BTNK.shape[:2], -1))
     x_BTD = jnp.einsum("btnk,nkd->btd", y_BTNK, linear.kernel[...].reshape(*y_BTNK.shape[2:], -1))
     return x_BTD if linear.bias is None else x_BTD + linear.bias[...]

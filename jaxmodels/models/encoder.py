@@ -108,7 +108,7 @@ class Encoder(nnx.Module):
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
-        remat: Remat = "none",
+        remat: Remat | tuple[str, ...] = "none",
         rngs: nnx.Rngs,
     ):
         """

@@ -52,7 +52,7 @@ SIZES = {
 class Side(nnx.Module):
     """One half: positions, blocks, and where these do not end in one a normalisation."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat, rngs: nnx.Rngs, **block):
+    def __init__(self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat | tuple[str, ...], rngs: nnx.Rngs, **block):
         init = nnx.initializers.normal(width**-0.5)
         norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
@@ -129,7 +129,7 @@ class EncoderDecoder(nnx.Module):
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
-        remat: Remat = "none",
+        remat: Remat | tuple[str, ...] = "none",
         rngs: nnx.Rngs,
     ):
         """

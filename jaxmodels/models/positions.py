@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.parallel.layout import platform
+from jaxmodels.parallel.layout import on_tpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def rotary_table(
 
 def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021): channels i and i + K/2 turn by their angle, so that products depend on distances alone."""
-    if platform() == "tpu":
+    if on_tpu():
         return _rotate_by_product(x_BTNK, cosine, sine)
     one, other = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([one * cosine - other * sine, other * cosine + one * sine], axis=-1).astype(x_BTNK.dtype)

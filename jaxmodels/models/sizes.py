@@ -21,6 +21,8 @@ DECODERS = {
     "gpt2-medium": _GPT2 | _size(24, 16, 1024),
     "gpt2-large": _GPT2 | _size(36, 20, 1280),
     "gpt2-xl": _GPT2 | _size(48, 25, 1600),
+    # Brown et al. 2020
+    "gpt3-175b": _size(96, 96, 12288) | {"context": 2048},
     # Touvron et al. 2023
     "llama2-7b": _LLAMA | _size(32, 32, 4096, 11008) | {"context": 4096},
     "llama2-13b": _LLAMA | _size(40, 40, 5120, 13824) | {"context": 4096},
@@ -30,6 +32,7 @@ DECODERS = {
     "llama3-70b": _LLAMA3 | _size(80, 64, 8192, 28672) | {"context": 8192},
     "llama3.1-8b": _LLAMA31 | _size(32, 32, 4096, 14336),
     "llama3.1-70b": _LLAMA31 | _size(80, 64, 8192, 28672),
+    "llama3.1-405b": _LLAMA31 | _size(126, 128, 16384, 53248),
     "llama3.2-1b": _LLAMA32 | _size(16, 32, 2048, 8192),
     "llama3.2-3b": _LLAMA32 | _size(28, 24, 3072, 8192) | {"head_width": 128},
     # Jiang et al. 2023

@@ -30,6 +30,7 @@ SIZES = {
     "vit_b32": {"patch": 32, **_BASE},
     "vit_l16": {"patch": 16, **_LARGE},
     "vit_l32": {"patch": 32, **_LARGE},
+    "vit_g14": {"patch": 14, "layers": 40, "heads": 16, "width": 1408, "mlp_width": 6144},  # Zhai et al. 2022
 }
 
 
@@ -68,7 +69,7 @@ class VisionTransformer(nnx.Module):
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
         scan: bool = False,
-        remat: Remat = "none",
+        remat: Remat | tuple[str, ...] = "none",
         attention: Implementation = "auto",
         rngs: nnx.Rngs,
     ):

@@ -120,6 +120,12 @@ def platform() -> str:
     return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
 
 
+def on_tpu() -> bool:
+    """Whether the function being traced is for TPUs, as its layout says: without one False, since to ask JAX would start the devices."""
+    layout = _layout.get()
+    return layout is not None and layout.mesh.devices.flat[0].platform == "tpu"
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """x, spread as the names of its dimensions say (None: whole); x itself where there is nothing to spread over."""
     layout = current()
@@ -138,7 +144,7 @@ def row_major(x_BTD: jax.Array) -> jax.Array:
     For the stream that a Transformer's blocks add to: the compiler would lay it out for the norms, and copy it for the products.
     """
     layout = current()
-    if platform() != "tpu" or (layout is not None and layout.axes("layers")):
+    if not on_tpu() or (layout is not None and layout.axes("layers")):
         return x_BTD  # in a pipeline, the stages are a dimension in front
     names = ("batch", "sequence", None)
     # Each device lays out its own part: libtpu 0.0.42 takes such a constraint on a spread array for one on all of it.

@@ -1,0 +1,34 @@
+"""GPT-3 175B (Brown et al. 2020) on 512 TPU v5p chips, 3 rows of 2,048 tokens on each.
+
+    jaxmodels train --config=configs/gpt3_175b.py
+    jaxmodels plan --config=configs/gpt3_175b.py --topology=v5p-1024
+
+The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+without the keys `vocab_size` and `examples`. Learning rate, decay, clipping and batch are the paper's (3.1 million tokens, 0.6e-4).
+
+Reached: nothing: it was never trained here. What the plan says was not measured yet.
+Time: not measured: no such machine was at hand.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "gpt3-175b", "scan": True, "remat": "full"}
+    c.task = {"name": "language_model"}
+    c.data = {"source": "synthetic", "vocab_size": 50257, "sequence_length": 2048, "examples": 200_000_000, "batch_size": 1536}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 6e-5,
+        "b2": 0.95,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 120, "final": 0.1},
+    }
+    c.training = {"steps": 95_000, "precision": "bfloat16"}
+    c.checkpoint = {"every": 500}
+    # Shares of 12288 / 32 = 384 values fill the lanes of vectors; what the optimizer keeps is in 512 shares.
+    c.mesh = {"data": 16, "fsdp": 32}
+    c.sharding = {"optimizer": "data"}
+    return c

@@ -1,0 +1,36 @@
+"""Llama 2 70B (Touvron et al. 2023) on 512 TPU v5p chips, 2 rows of 4,096 tokens on each.
+
+    jaxmodels train --config=configs/llama2_70b.py
+    jaxmodels plan --config=configs/llama2_70b.py --topology=v5p-1024
+
+The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Parameters are in 64 shares, what the optimizer keeps in 512.
+
+Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
+    16,883 M estimated cycles a step, 41.0 GB at most on a device (MaxText's recipe, read the same way: 19,775 M cycles, 41.1 GB)
+    predicted: 11.9 s a step, MFU 66.5%
+    attention kernels a step: splash_mha_dkv_no_residuals × 80, splash_mha_dq_no_residuals × 80, splash_mha_fwd_residuals × 80
+Time: not measured: no such machine was at hand.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "llama2-70b", "scan": True, "remat": ("key", "attention")}
+    c.task = {"name": "language_model"}
+    c.data = {"source": "synthetic", "vocab_size": 32000, "sequence_length": 4096, "examples": 100_000_000, "batch_size": 1024}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 1.5e-4,
+        "b2": 0.95,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 2000, "final": 0.1},
+    }
+    c.training = {"steps": 500_000, "precision": "bfloat16"}
+    c.checkpoint = {"every": 1000}
+    c.mesh = {"data": 8, "fsdp": 64}
+    c.sharding = {"optimizer": "data"}
+    return c

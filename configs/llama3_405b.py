@@ -1,0 +1,34 @@
+"""Llama 3.1 405B (Grattafiori et al. 2024) on 1,024 TPU v5p chips, a row of 8,192 tokens on each.
+
+    jaxmodels train --config=configs/llama3_405b.py
+    jaxmodels plan --config=configs/llama3_405b.py --topology=v5p-2048
+
+The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+without the keys `vocab_size` and `examples`. Learning rate and warm-up are the paper's.
+
+Reached: nothing: it was never trained here. What the plan says was not measured yet.
+Time: not measured: no such machine was at hand.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "llama3.1-405b", "scan": True, "remat": "full"}
+    c.task = {"name": "language_model", "tiles": 4}
+    c.data = {"source": "synthetic", "vocab_size": 128256, "sequence_length": 8192, "examples": 200_000_000, "batch_size": 1024}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 8e-5,
+        "b2": 0.95,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 8000, "final": 0.1},
+    }
+    c.training = {"steps": 1_900_000, "precision": "bfloat16"}
+    c.checkpoint = {"every": 500}
+    # Shares of 16384 / 128 = 128 values fill the lanes of a vector; what the optimizer keeps is in 1,024 shares.
+    c.mesh = {"data": 8, "fsdp": 128}
+    c.sharding = {"optimizer": "data"}
+    return c

@@ -1,0 +1,33 @@
+"""ViT-g/14, a billion parameters (Zhai et al. 2022), on 64 TPU v5p chips, 64 images of 224×224 pixels on each.
+
+    jaxmodels train --config=configs/vit_g14.py
+    jaxmodels plan --config=configs/vit_g14.py --topology=v5p-128
+
+The paper trained on JFT-3B, which is not public, with another optimizer; here are as many random images as ImageNet has, and AdamW: for images of
+your own, --config.data.source=tfds:imagenet2012, or images:FOLDER, without the keys of the random ones.
+
+Reached: nothing: it was never trained here. What the plan says was not measured yet.
+Time: not measured: no such machine was at hand.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.model = {"name": "vit_g14", "scan": True, "remat": ("query", "key", "value", "attention", "up")}
+    c.task = {"name": "classify", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "flip": True}
+    c.data = {"source": "synthetic", "kind": "images", "image_shape": (224, 224, 3), "num_classes": 1000, "examples": 1_281_167, "batch_size": 4096}
+    c.optimizer = {
+        "name": "adamw",
+        "learning_rate": 8e-4,
+        "b2": 0.95,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "schedule": {"name": "cosine", "warmup": 10_000},
+    }
+    c.training = {"epochs": 300, "precision": "bfloat16"}
+    c.checkpoint = {"every": 1564}
+    c.mesh = {"data": 64}
+    c.sharding = {"optimizer": "data"}
+    return c
