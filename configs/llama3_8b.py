@@ -9,7 +9,10 @@
 The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
 without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. The vocabulary's loss is computed in tiles: its logits alone would take half of the memory.
 
-Reached: nothing: it was never trained here. What the plan says was not measured yet.
+Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
+    4,967 M estimated cycles a step, 29.5 GB at most on a device (MaxText's recipe, read the same way: 5,954 M cycles, 30.4 GB, with host offload)
+    predicted: 4.52 s a step, MFU 46.5%
+    attention kernels a step: splash_mha_dkv_no_residuals × 32, splash_mha_dq_no_residuals × 32, splash_mha_fwd_residuals × 32
 Time: not measured: no such machine was at hand.
 """
 

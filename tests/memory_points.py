@@ -64,3 +64,7 @@ POINTS = {
     "moe full": (_on(MOE, {"expert": 4}, model__remat="full"), "v5p:2x2x1"),
     "moe none": (_on(MOE, {"expert": 2, "fsdp": 2}), "v5p:2x2x1"),
 }
+
+# How far the model may be off: a tenth; of these, which are known to be further off, this much. Where logits of tied embeddings are most of a step, the
+# compiler has several arrays of its last layers beside them; and of a deep residual network it orders the backward pass so that more is in memory.
+TOLERANCE = {"gpt full": 0.16, "resnet50": 0.13}

@@ -44,6 +44,8 @@ MARGIN = 1.1
 MODEL_SHARE = 0.3
 # Meshes that are modelled, those whose variants are, settings that are compiled, and of these with the same mesh, at most.
 MESHES, VARIED, COMPILED, SAME = 40, 5, 16, 5
+# Lines of the table, besides what was compiled.
+SHOWN = 20
 # Memory of the host that one compilation of a large step needs, in bytes (benchmarks/memory_model.py prints it).
 COMPILER_MEMORY = 8e9
 
@@ -422,12 +424,16 @@ def print_found(found: Found, console: Console) -> None:
     """The ranked table."""
     table = Table("", "setting", "GB a device", "ms a step", "MFU", "why not", box=None)
     for number, each in enumerate(found.settings, 1):
+        if number > SHOWN and not each.own and each.plan is None:
+            continue
         known = each.state in ("compiled", "modelled")
         size = f"{each.bytes / 1e9:.1f}" + ("" if each.plan else " ~") if each.bytes else ""
         seconds = f"{1e3 * each.step_seconds:.4g}" + ("" if each.plan else " ~") if known else ""
         mfu = f"{each.plan['mfu']:.1%}" if each.plan and each.plan.get("mfu") else ""
         table.add_row(str(number), each.name + (" (the config's own)" if each.own else ""), size, seconds, mfu, each.why)
     console.print(table)
+    if len(found.settings) > SHOWN:
+        console.print(f"{len(found.settings)} settings in all; --json=FILE holds each", highlight=False)
     told = "found before, by the same question: nothing was compiled now" if found.cached else f"searched for {found.seconds:.0f} s"
     for note in (*found.notes, f"{told}; ~ says the model, all else the compiler"):
         console.print(note, highlight=False)
@@ -468,7 +474,7 @@ def write_config(path: str, spec: str, overrides: Mapping[str, str], found: Foun
         "from jaxmodels.config import load_config",
         "",
         "CHANGES = {",
-        *(f"    {key!r}: {value!r}," for key, value in changes.items()),
+        *(f"    {json.dumps(key)}: {json.dumps(value) if isinstance(value, str) else repr(value)}," for key, value in changes.items()),
         "}",
         "",
         "",
