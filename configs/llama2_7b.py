@@ -4,8 +4,8 @@
     jaxmodels plan --config=configs/llama2_7b.py --topology=v5p-128
 
 The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
-without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Half of the memory's activations stay, so that only norms, values and the output of attention are computed
-again; parameters are in 32 shares of 128 values, which fill the lanes of a vector: in 64, gathers become sums of zeros.
+without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Of a block's activations those named in `remat` stay, so that only norms, values and what attention adds
+are computed again; parameters are in 32 shares of 128 values, which fill the lanes of a vector: in 64, gathers become sums of zeros.
 
 Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.42.1):
     3,009 M estimated cycles a step, 47.1 GB at most on a device (MaxText's recipe, read the same way: 4,041 M cycles, 49.3 GB)
