@@ -84,7 +84,7 @@ def build(jaxpr: jax_core.ClosedJaxpr, specs: Sequence[Spec], mesh: Mapping[str,
       platform: of what functions do differently on each, what they do there.
     """
     inputs = [dataclasses.replace(_value(var.aval), spec=spec, fixed=True) for var, spec in zip(jaxpr.jaxpr.invars, specs, strict=True)]
-    graph = _Builder(platform).graph(jaxpr.jaxpr, inputs, False)
+    graph = _Builder(platform, mesh).graph(jaxpr.jaxpr, inputs, False)
     _drop_unused(graph)
     for _ in range(2):
         _forward(graph, mesh)
@@ -105,8 +105,8 @@ def _value(aval, constant: bool = False) -> Value:
 class _Builder:
     """Makes one list of nested functions."""
 
-    def __init__(self, platform: str):
-        self.platform = platform
+    def __init__(self, platform: str, mesh: Mapping[str, int]):
+        self.platform, self.mesh = platform, mesh
 
     def graph(self, jaxpr, inputs: list[Value], backward: bool) -> Graph:
         ops: list[Op] = []
@@ -143,6 +143,8 @@ class _Builder:
             return self.run(params["branches"][own].jaxpr, given[1:], ops, backward)
         if name == "optimization_barrier":  # what goes in comes out, each by itself
             return [self.add(ops, name, params, [x], [var.aval], backward)[0] for x, var in zip(given, equation.outvars, strict=True)]
+        if name == "psum" and ways(params["axes"], self.mesh) == 1:  # of one device
+            return given
         bodies = ()
         if name == "scan":
             bodies = (params["jaxpr"].jaxpr,)
@@ -458,7 +460,7 @@ def _backward(graph: Graph, mesh: Mapping[str, int]) -> None:
 ELEMENTWISE = frozenset(
     "add add_any sub mul div max min neg sign abs exp exp2 expm1 log log1p tanh logistic erf erf_inv erfc sin cos tan sqrt rsqrt cbrt pow integer_pow square "
     "convert_element_type reduce_precision copy copy_p name select_n clamp eq ne lt le gt ge lt_to le_to is_finite and or not xor shift_left "
-    "shift_right_logical shift_right_arithmetic rem floor ceil round nextafter stop_gradient reshard bitcast_convert_type optimization_barrier".split()
+    "shift_right_logical shift_right_arithmetic rem floor ceil round nextafter stop_gradient layout_constraint reshard bitcast_convert_type optimization_barrier".split()
 )
 
 

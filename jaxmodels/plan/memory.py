@@ -177,7 +177,7 @@ _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or r
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 _READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | _PRODUCTS
 # The same bytes under another shape.
-_RENAMED = frozenset("reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
+_RENAMED = frozenset("layout_constraint reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
 
 def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = frozenset()) -> list[tuple[Value, int]]:
