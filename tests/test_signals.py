@@ -89,14 +89,20 @@ def test_while_compiling(name, tmp_path):
     prelude = f"""
 import time, pathlib
 from jaxmodels.training import compile, evaluation, state, trainer
-original = compile.compile_ahead
-def slow(name, *args, **options):
+def hold(name):
     if name == {name!r}:
         pathlib.Path({str(tmp_path / "compiling")!r}).write_text("")
         time.sleep(300)
-    return original(name, *args, **options)
+ahead, step = compile.compile_ahead, compile.compile_train_step
+def slow(name, *args, **options):
+    hold(name)
+    return ahead(name, *args, **options)
+def slow_step(*args, **options):
+    hold("train_step")
+    return step(*args, **options)
 for module in (compile, evaluation, state, trainer):
     module.compile_ahead = slow
+trainer.compile_train_step = slow_step
 """
     config = small.config(small.GPT, task__sample_length=5, training__steps=20, evaluation__every=7, checkpoint__every=1000)
     process = start(config, tmp_path / "x", tmp_path, prelude)
