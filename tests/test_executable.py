@@ -98,6 +98,7 @@ def test_nothing_is_compiled_for_a_step_that_is_loaded(saved, tmp_path, monkeypa
     assert len(compiled) == len(others) > 0
 
 
+@pytest.mark.slow
 def test_eight_devices(tmp_path, jaxmodels_command):
     config = small.config(CONFIG, model__layers=1, mesh__fsdp=2, mesh__tensor=2)
     save_elsewhere(config, tmp_path / "step", 8)

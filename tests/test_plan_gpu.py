@@ -323,6 +323,7 @@ def benchmark_script():
     return module
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_a_step_and_asks_for_its_plan(benchmark_script, capsys):
     config = benchmark_script.CONFIGS["gpt2"] | {"model": {"name": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 16, "attention": "xla"}}
     config["data"] = config["data"] | {"vocab_size": 64, "sequence_length": 16, "batch_size": 4}

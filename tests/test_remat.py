@@ -35,8 +35,7 @@ def assert_close(one, other, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), one, other)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", [(), ("query", "attention"), NAMES])
+@pytest.mark.parametrize(("remat", "scan"), [((), True), (("query", "attention"), False), (NAMES, True)])
 def test_keeping_by_name_changes_no_gradient(remat, scan):
     assert_close(gradients(remat=remat, scan=scan), gradients(remat="none", scan=scan))
 
@@ -93,8 +92,7 @@ def test_a_decoder_as_it_is_on_a_tpu_is_the_same_function(monkeypatch):
     assert_close(gradients(scan=True), here)
 
 
-@pytest.mark.parametrize("tiles", [2, 8, 16])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tiles", "tied"), [(8, True), (16, False)])
 def test_a_loss_in_tiles_is_the_loss(tiles, tied):
     """Values, metrics and gradients; tiles of rows alone, and of rows and tokens."""
     found = []

@@ -172,6 +172,7 @@ def test_of_a_mesh_only_some_are_compiled(modelled):
     assert all(each.state == "modelled" for each in chosen)
 
 
+@pytest.mark.slow
 def test_what_the_models_say_does_not_fit_is_not_compiled(decoder, monkeypatch):
     monkeypatch.setattr(search, "VARIED", 1)
     least = memory.memory_model(candidates.changed(decoder, {"mesh.data": 4, "model.remat": "full"}), FOUR).total

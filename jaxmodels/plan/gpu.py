@@ -112,7 +112,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> CompiledStep:
     options = compiler_options(topology) | experiment.config["compiler_options"]
     experiment = dataclasses.replace(experiment, config=experiment.config | {"compiler_options": options})
     try:
-        return topology_lib.compile_for(experiment, topology, devices(topology))
+        return topology_lib.compile_for(experiment, topology, lambda: devices(topology))
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,15 +267,15 @@ def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledSt
     topology = parse(topology) if isinstance(topology, str) else topology
     if topology.chip.platform != "tpu":
         raise ConfigError(f"{topology.name} is none of TPUs, which this compiles for.")
-    return compile_for(experiment, topology, devices(topology))
+    return compile_for(experiment, topology, lambda: devices(topology))
 
 
-def compile_for(experiment: Experiment, topology: Topology, devices: Sequence) -> CompiledStep:
-    """As `compile_step`, for the devices of a topology, which may be of GPUs."""
+def compile_for(experiment: Experiment, topology: Topology, make_devices: Callable[[], Sequence]) -> CompiledStep:
+    """As `compile_step`, for the devices of a topology, which may be of GPUs; they are made once the config is known to suit them."""
     if experiment.config["partition"] == "pmap":
         raise ConfigError("config.partition=pmap runs on devices that are here alone; to compile for others, use --config.partition=jit.")
     check_mesh(experiment.mesh, topology)
-    mesh = mesh_lib.make_mesh(experiment.mesh, devices)
+    mesh = mesh_lib.make_mesh(experiment.mesh, make_devices())
     layout = sharding_lib.make_layout(mesh, experiment.sharding)
     experiment = experiment.on(topology.chip.platform, layout)
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
