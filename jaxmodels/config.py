@@ -199,12 +199,14 @@ def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
     if annotation is None or annotation is type(None):
         return None, value is None
     if origin in (typing.Union, types.UnionType):
-        for option in args:
+        for option in sorted(args, key=lambda option: value is None and option is not type(None)):
             converted, ok = _convert(where, value, option)
             if ok:
                 return converted, True
         return value, False
     if origin is typing.Literal:
+        if value is None and "none" in args:
+            return "none", True  # `--config.model.remat=none` is read as None before anyone knows of a key named so
         return value, any(value == a and type(value) is type(a) for a in args)
     if dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):

@@ -1,6 +1,7 @@
 """Loading, overriding, checking and comparing configs."""
 
 import json
+from typing import Literal
 
 import pytest
 import small
@@ -8,6 +9,7 @@ import small
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
+from jaxmodels.models import remat
 from jaxmodels.sections import resolve
 
 FILE = """
@@ -65,6 +67,14 @@ def test_the_loaded_config_is_locked_and_plain_dicts_will_do(file):
 )
 def test_values_on_the_command_line(text, value):
     assert config_lib.parse_override(text) == value
+
+
+def test_none_on_the_command_line_is_also_a_name():
+    assert config_lib.check_value("model.remat", config_lib.parse_override("none"), remat.Remat | tuple[str, ...]) == "none"
+    assert config_lib.check_value("model.x", None, remat.Remat | None) is None
+    assert config_lib.check_value("model.x", "none", remat.Remat | None) == "none"
+    with pytest.raises(ConfigError, match="must be one of 'a', 'b', got None"):
+        config_lib.check_value("model.x", None, Literal["a", "b"])
 
 
 BAD = {

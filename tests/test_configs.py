@@ -1,5 +1,9 @@
 """Every config in configs/ is whole: it resolves, opens its data, and makes its model and state by shape."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from conftest import ROOT
@@ -54,3 +58,22 @@ def test_config_builds(path, published):
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem in NEEDS_DATA], ids=lambda p: p.stem)
 def test_config_builds_on_real_data(path, data_dir, published):
     assert jax.tree.leaves(build_experiment(load(path, published), data_dir=data_dir).state_shapes().params)
+
+
+def test_no_device_is_started_by_building():
+    """Devices of several processes wait for each other at their start, which only `train` knows to be the time for."""
+    names = ("cnn_digits", "gpt_text", "lstm_text", "seq2seq_transformer", "llama2_7b", "mixtral_8x7b", "vit_g14")
+    program = f"""
+from jaxmodels.config import load_config
+from jaxmodels.experiment import build_experiment
+for name in {names}:
+    assert build_experiment(load_config(f"configs/{{name}}.py")).state_shapes().params
+import jax
+try:
+    jax.devices()
+except RuntimeError:
+    print("none could have been")
+"""
+    env = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "none could have been\n"), done.stderr

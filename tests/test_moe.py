@@ -121,7 +121,7 @@ def test_the_backward_pass_is_for_the_platform_of_the_forward_one(monkeypatch):
 
     def loss(x, kernels):
         with monkeypatch.context() as patch:
-            patch.setattr(grouped, "platform", lambda: "tpu")  # as while a layout is in use
+            patch.setattr(grouped, "on_tpu", lambda: True)  # as while a layout is in use
             return grouped.product(x, kernels, sizes).sum()
 
     assert "pallas_call" not in str(jax.make_jaxpr(loss)(x, kernels))

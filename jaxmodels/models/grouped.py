@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.parallel.layout import platform
+from jaxmodels.parallel.layout import on_tpu
 
 # Rows that a matrix is applied to at once on a CPU; groups are filled up to whole blocks.
 BLOCK = 64
@@ -44,7 +44,7 @@ def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.
       kernels_EDF: matrices.
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
-    return _product(platform() == "tpu", x_SD, kernels_EDF, sizes_E)  # asked here: gradients are traced when the layout is no longer in use
+    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # asked here: gradients are traced when the layout is no longer in use
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -114,12 +114,6 @@ def current() -> Layout | None:
     return None if layout is None or layout.axis is not None or layout.mesh.size == 1 else layout
 
 
-def platform() -> str:
-    """That which the function being traced is for, `cpu`, `gpu` or `tpu`: of the layout's devices, or JAX's own choice."""
-    layout = _layout.get()
-    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
-
-
 def on_tpu() -> bool:
     """Whether the function being traced is for TPUs, as its layout says: without one False, since to ask JAX would start the devices."""
     layout = _layout.get()
