@@ -28,6 +28,12 @@ RING = {
     "causal heads": ({"context": 2, "tensor": 2, "data": 2}, (4, 2), {"causal": True}),
     "causal one key head": ({"context": 2, "tensor": 2, "data": 2}, (4, 1), {"causal": True, "segments": True}),
 }
+HEADS = {
+    "causal": ({"context": 8}, (8, 8), {"causal": True}),
+    "fewer key heads": ({"context": 4, "data": 2}, (8, 2), {"causal": True, "window": 40, "segments": True}),
+    "heads in parts too": ({"context": 2, "tensor": 2, "data": 2}, (4, 1), {"segments": True, "scale": 1.0}),
+    "splash": ({"context": 2, "tensor": 2, "data": 2}, (4, 2), {"causal": True, "segments": True, "implementation": "splash"}),
+}
 SPLASH = {
     "splash rows": ({"data": 2, "fsdp": 2, "tensor": 2}, (4, 1), {"causal": True}),
     "splash parts": ({"context": 2, "data": 4}, (2, 1), {"causal": True, "window": 150, "segments": True}),
@@ -67,7 +73,7 @@ def compare(case, context: str, T: int, function) -> list[float]:
     names = [("batch", "sequence", "heads", None)] * 4 + [("batch", "sequence")]
     placed = [x if x is None else jax.device_put(x, layout.sharding(*n, shape=x.shape)) for n, x in zip(names, arguments, strict=True)]
     spread = value_and_gradients(lambda *x, **y: function(*x, **y, **options), layout)(*placed)
-    one = value_and_gradients(lambda *x, **y: attend(*x, **y, **options, implementation="xla"), None)(*arguments)
+    one = value_and_gradients(lambda *x, **y: attend(*x, **y, **options | {"implementation": "xla"}), None)(*arguments)
     return differences(one, spread)
 
 
@@ -77,15 +83,18 @@ def differences(one, spread) -> list[float]:
     return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs]
 
 
-def compiled_ring(T: int, mesh: dict):
-    """The compiled gradient of causal attention by a ring, of sequences of T."""
-    layout = layout_of(mesh, "ring")
-    shapes = [jax.ShapeDtypeStruct((1, T, n, 8), jnp.float32, sharding=layout.sharding("batch", "sequence", "heads", None)) for n in (2, 1, 1, 2)]
+def compiled(context: str, T: int, mesh: dict, heads: int = 2, key_heads: int = 1):
+    """The compiled gradient of causal attention over sequences of T in parts."""
+    layout = layout_of(mesh, context)
+    heads = (heads, key_heads, key_heads, heads)
+    shapes = [jax.ShapeDtypeStruct((1, T, n, 8), jnp.float32, sharding=layout.sharding("batch", "sequence", "heads", None)) for n in heads]
     return value_and_gradients(lambda *x, **y: attend(*x, **y, causal=True), layout).lower(*shapes, None).compile()
 
 
 def collectives(compiled) -> dict[str, int]:
-    names = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    """How often each kind runs; sums over groups of one device move nothing."""
+    text = "\n".join(line for line in compiled.as_text().splitlines() if "replica_groups={{0},{1}" not in line)
+    names = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
     return {name: names.count(name) for name in set(names)}
 
 
@@ -123,10 +132,13 @@ def main() -> dict:
     ring.BLOCK, fused.BLOCKS = 6, (128,)
     found = {"ring": {name: compare(case, "ring", 128, attend) for name, case in RING.items()}}
     found["splash"] = {name: compare(case, "gather", 512, interpreted) for name, case in SPLASH.items()}
+    kernel = fused.splash
+    fused.splash = lambda *x, **y: kernel(*x, **y, interpret=True)
+    found["heads"] = {name: compare(case, "heads", 512 if name == "splash" else 128, attend) for name, case in HEADS.items()}
     found["lstm"] = {"cudnn": lstm()}
     ring.BLOCK = 64
-    programs = [compiled_ring(T, {"context": 8}) for T in (4096, 8192)]
-    found["collectives"] = collectives(programs[0])
+    programs = [compiled("ring", T, {"context": 8}) for T in (4096, 8192)]
+    found["collectives"] = {"ring": collectives(programs[0]), "heads": collectives(compiled("heads", 512, {"context": 8}, 8, 8))}
     found["temporaries"] = [program.memory_analysis().temp_size_in_bytes for program in programs]
     return found
 

@@ -128,14 +128,18 @@ def test_settling_reaches_every_attention_and_says_what_was_chosen():
 
 def test_settling_follows_how_sequences_are_spread():
     def settled(name, platform, context, **options):
-        model = nnx.eval_shape(lambda: create(name, 11, layers=2, heads=2, width=16, **options, rngs=nnx.Rngs(0)))
-        mesh = jax.sharding.AbstractMesh((4,), ("context",))
+        model = nnx.eval_shape(lambda: create(name, 11, **{"layers": 2, "heads": 2, "width": 16} | options, rngs=nnx.Rngs(0)))
+        mesh = jax.sharding.AbstractMesh((4, 1), ("context", "tensor"))
         return settle(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
 
     assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
     assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
-    with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
-        settled("t5-v1.1-small", "tpu", "ring", head_width=8)
+    assert [settled("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    for context in ("ring", "heads"):
+        with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
+            settled("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
+    with pytest.raises(ValueError, match="2 do not divide over context=4; use 'gather' or 'ring'"):
+        settled("gpt", "cpu", "heads")
 
 
 def test_attention_that_cannot_run_is_an_error_of_the_config():

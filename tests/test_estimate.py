@@ -14,6 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.models import fused, grouped
+from jaxmodels.models.attention import attend
+from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.plan import program as program_lib
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan import torus
@@ -391,6 +394,30 @@ def test_splash_attention_is_costed_from_its_shapes(name, operands, share, produ
     assert bool(found.notes) == (operands != QKV) and found.cycles == 0
 
 
+def test_scopes_tell_what_shapes_do_not():
+    def scoped(name, result, operands, scope):
+        metadata = f', metadata={{op_name="jit(train_step)/transpose(jvp(layer))/while/body/{scope}/pallas_call"}}'
+        return read(kernel(name, result, operands, attributes=metadata))
+
+    plain = read(kernel("splash_mha_fwd_residuals", "bf16[2,8,4096,128]", QKV))
+    full = scoped("splash_mha_fwd_residuals", "bf16[2,8,4096,128]", MASK + QKV, "blocks=64of64")
+    third = scoped("splash_mha_fwd_residuals", "bf16[2,8,4096,128]", MASK + QKV, "blocks=16of48")
+    assert full.seconds == plain.seconds and third.seconds == pytest.approx(plain.seconds / 3) and not full.notes
+    grouped = ("gmm", "bf16[4096,2048]", ["s32[8]", "bf16[4096,1024]", "bf16[8,1024,2048]"])
+    quarter = scoped(*grouped, "rows=1024of4096")
+    assert quarter.seconds == pytest.approx(read(kernel(*grouped)).seconds / 4) and "25% of the rows" in quarter.notes[0]
+
+
+@pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 300), (False, 200)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_visible_blocks_are_those_that_hold_something(causal, window, parts):
+    T = np.arange(1024)
+    seen = (T[:, None] >= T if causal else np.ones((1024, 1024), bool)) & (True if window is None else abs(T[:, None] - T) < window)
+    blocks = seen.reshape(8, 128, 4, 256).any(axis=(1, 3)).reshape(parts, -1).sum(axis=1)
+    sides = (None if window is None else window - 1, 0 if causal else window and window - 1)
+    assert fused._visible_blocks((1024, 1024), parts, (128, 256), sides) == blocks.max()
+
+
 def test_other_kernels():
     gmm = read(kernel("gmm", "bf16[4096,2048]", ["s32[8]", "bf16[4096,1024]", "bf16[8,1024,2048]"]))
     tgmm = read(kernel("tgmm", "bf16[8,1024,2048]", ["s32[8]", "bf16[1024,4096]", "bf16[4096,2048]"]))
@@ -481,6 +508,34 @@ def train(scan: bool, layers: int):
         return jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients), g_h
 
     return step
+
+
+@pytest.mark.tpu_compiler
+def test_scopes_reach_the_compiled_kernels():
+    """Of the gradient too: what JAX's own rules for it are traced in, the estimate hangs on."""
+    topology, found = devices("v5p:2x2x1")
+    mesh = Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
+    x = array(mesh, (4, 1024, 2, 128), P("data"))
+    w = array(mesh, (1, 1024, 1024))
+    layout = layout_lib.Layout(mesh, rules=dict.fromkeys(layout_lib.RULES, ()) | {"batch": ("data",)})
+
+    def loss(x, w):
+        with layout_lib.use(layout):
+            y = attend(x, x, x, implementation="splash", causal=True)
+            multiply = layout_lib.on_each_device(grouped.product, [("batch", None), (None,) * 3, (None,)], ("batch", None))
+            with jax.named_scope("rows=256of1024"):
+                return multiply(y.reshape(4096, 256).repeat(4, axis=1), w, jnp.array([256], jnp.int32)).astype(jnp.float32).sum()
+
+    result = estimate(compiled(jax.grad(loss, (0, 1)), mesh, x, w), topology, mesh)
+    print([(each.name, each.count, each.seconds) for each in result.kernels])
+    seconds = {}
+    for each in result.kernels:
+        seconds[each.name] = seconds.get(each.name, 0) + each.seconds / each.count
+    heads, peak = 2 * 1024 * 1024 * 128 * 3 / 4, topology.chip.flops_per_second
+    for which, products in (("fwd_residuals", 2), ("dkv_no_residuals", 4), ("dq_no_residuals", 3)):
+        assert seconds[f"splash_mha_{which}"] == pytest.approx(2 * products * heads / (peak * 0.5))
+    assert {name for name in seconds if "splash" not in name} == {"gmm", "tgmm"}
+    assert not any("causal" in note for note in result.notes) and any("25% of the rows" in note for note in result.notes)
 
 
 @pytest.mark.tpu_compiler

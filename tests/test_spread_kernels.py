@@ -25,7 +25,7 @@ def found() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("how", ["ring", "splash", "lstm"])
+@pytest.mark.parametrize("how", ["ring", "heads", "splash", "lstm"])
 def test_in_parts_equals_one_device(found, how):
     # Results and gradients, of a largest number of one: float32 sums of up to 512 numbers.
     assert found[how]
@@ -35,7 +35,12 @@ def test_in_parts_equals_one_device(found, how):
 
 def test_a_ring_passes_keys_on_and_gathers_nothing(found):
     # Forward: keys and values. Backward: these and their gradients; the gradients once more in the last turn, and home.
-    assert found["collectives"] == {"collective-permute": 2 + 4 + 2 + 2}
+    assert found["collectives"]["ring"] == {"collective-permute": 2 + 4 + 2 + 2}
+
+
+def test_heads_are_exchanged_and_nothing_is_gathered(found):
+    # Forward: queries, keys and values to their heads, the result back. Backward: the same the other way.
+    assert found["collectives"]["heads"] == {"all-to-all": 4 + 4}
 
 
 def test_the_memory_of_a_ring_grows_as_the_sequence_does(found):

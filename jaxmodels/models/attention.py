@@ -16,12 +16,12 @@ from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
 from jaxmodels.models.remat import kept
 from jaxmodels.models.ring import ring_attend
-from jaxmodels.parallel.layout import Layout, constrain, current, on_tpu
+from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, on_tpu, use
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
-Context = Literal["whole", "gather", "ring"]
+Context = Literal["whole", "gather", "heads", "ring"]
 
-RING_BIAS = "a ring (sharding.context='ring') adds no bias, as relative positions need; use sharding.context='gather'"
+NO_BIAS = "{} adds no bias, as relative positions need; use sharding.context='gather'"
 
 
 def attend(
@@ -50,8 +50,9 @@ def attend(
         `auto` is what `choose` says for the platform that JAX runs on by default.
 
     Where a layout has sequences in parts (the axis `context`), each device has its part of the queries, and is given all keys and
-    values; by `xla` it then holds all products of the two, T / devices × S for each head: long sequences want `splash`, or a
-    ring (`ring.ring_attend`), which the layout's `context` chooses instead. A sequence that does not divide stays whole.
+    values; by `xla` it then holds all products of the two, T / devices × S for each head. The layout's `context` chooses another way
+    for long sequences: a ring (`ring.ring_attend`), or all positions of a share of the heads (`_by_heads`). A sequence that does not
+    divide stays whole.
 
     Returns:
       [B, T, N, K].
@@ -67,18 +68,22 @@ def attend(
     if implementation == "auto":
         options = {"causal": causal, "window": window, "bias": bias is not None, "context": context}
         implementation, _ = choose("auto", jax.default_backend(), q_BTNK.dtype, K, **options)
-    ring = context == "ring" and T % layout.size("sequence") == S % layout.size("sequence") == 0
-    if ring and bias is not None:
-        raise ValueError(RING_BIAS)
+    if context in ("ring", "heads") and (T % layout.size("sequence") or S % layout.size("sequence")):
+        context = "gather"
+    if context in ("ring", "heads") and bias is not None:
+        raise ValueError(NO_BIAS.format(f"sharding.context={context!r}"))
     q_BTNK = constrain(q_BTNK, "batch", "sequence", "heads", None)
-    if ring or implementation != "xla":
+    options = {"causal": causal, "window": window, "segments": segments, "scale": scale}
+    if context == "heads":
+        return _by_heads(q_BTNK, k_BSGK, v_BSGK, layout=layout, implementation=implementation, **options)
+    if context == "ring" or implementation != "xla":
         if layout is not None:
             k_BSGK, v_BSGK = (_for_devices(x, N, layout.size("heads")) for x in (k_BSGK, v_BSGK))
-        if ring:
+        if context == "ring":
             scale = 1 / math.sqrt(K) if scale is None else scale
-            return ring_attend(q_BTNK, k_BSGK, v_BSGK, layout=layout, causal=causal, window=window, segments=segments, scale=scale)
+            return ring_attend(q_BTNK, k_BSGK, v_BSGK, layout=layout, **options | {"scale": scale})
         fuse = {"cudnn": fused.cudnn, "splash": fused.splash}[implementation]
-        return fuse(q_BTNK, k_BSGK, v_BSGK, causal=causal, window=window, segments=segments, bias=bias, scale=scale)
+        return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
     # Parts of a sequence see all of its keys.
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
@@ -86,6 +91,34 @@ def attend(
     return jax.nn.dot_product_attention(
         q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
     )
+
+
+def _by_heads(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, layout: Layout, segments, **options: Any) -> jax.Array:
+    """Attention of sequences in parts, for which each device is given all positions of a share of its heads, and gives them back.
+
+    Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv 2309.14509). Of queries, keys and values a device sends what it has but once, where
+    `gather` brings it the keys of all; and a causal mask leaves every device as much to do. Key-value heads are repeated until
+    there is one for each device.
+    """
+    axes, (N, ways) = layout.axes("sequence"), (q_BTNK.shape[2], layout.size("heads") * layout.size("sequence"))
+    if N % ways:
+        raise ValueError(_indivisible(N, layout))
+    k_BSGK, v_BSGK = (_for_devices(x, N, ways) for x in (k_BSGK, v_BSGK))
+
+    def on_device(q, k, v, *numbers):
+        q, k, v = (jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+        segments = tuple(jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in numbers) or None
+        with use(None):  # what a device has here is whole
+            y = attend(q, k, v, segments=segments, **options)
+        return jax.lax.all_to_all(y, axes, split_axis=1, concat_axis=2, tiled=True)
+
+    numbers = segments or ()
+    return on_each_device(on_device, [fused.ROWS] * 3 + [fused.NUMBERS] * len(numbers), fused.ROWS)(q_BTNK, k_BSGK, v_BSGK, *numbers)
+
+
+def _indivisible(heads: int, layout: Layout) -> str:
+    parts = " × ".join(f"{axis}={layout.mesh.shape[axis]}" for axis in (*layout.axes("heads"), *layout.axes("sequence")))
+    return f"sharding.context='heads' gives each device a share of the heads: {heads} do not divide over {parts}; use 'gather' or 'ring'"
 
 
 def _for_devices(x_BSGK: jax.Array, N: int, ways: int) -> jax.Array:
@@ -124,9 +157,9 @@ def choose(
     Raises:
       ValueError: what is asked for cannot run; says why.
     """
+    if context in ("ring", "heads") and bias:
+        raise ValueError(NO_BIAS.format(f"sharding.context={context!r}"))
     if context == "ring":
-        if bias:
-            raise ValueError(RING_BIAS)
         if asked not in ("auto", "xla"):
             cure = "use 'auto', or sharding.context='gather'"
             raise ValueError(f"attention={asked!r} does not go with sharding.context='ring', which computes by 'xla'; {cure}")
@@ -159,7 +192,7 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -
         return "cuDNN is not used with relative positions, whose bias has a gradient of its own"
     if window is not None and not causal:
         return "cuDNN has windows only for causal attention"
-    if causal and context != "whole":
+    if causal and context == "gather":
         return fused.CUDNN_PARTS
     return None
 
@@ -192,6 +225,8 @@ def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, la
         if isinstance(module, Attention):
             wanted = module.implementation
             options = {"causal": module.causal, "window": module.window, "bias": module.biased, "context": context_of(layout)}
+            if options["context"] == "heads" and module.heads % (layout.size("heads") * layout.size("sequence")):
+                raise ValueError(_indivisible(module.heads, layout))
             likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(wanted, "cpu")
             used, why = choose(wanted, likely, dtype, module.head_width, **options)
             for key, value in zip(found, (wanted, used, why), strict=True):

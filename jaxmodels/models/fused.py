@@ -70,7 +70,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
     heads = N // _ways(layout, N)
-    kernel, masks = _splash_kernel((filled_T, filled_S), parts, heads, causal, window, interpret)
+    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads, causal, window, interpret)
     scale = 1 / np.sqrt(K) if scale is None else scale
 
     def attend(q, k, v, *rest):
@@ -78,9 +78,10 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         k, v, *key_numbers = _all_keys(layout, filled_S, k, v, *numbers[1:])
         rows = [x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]  # heads first
         run = kernel(masks)
-        if not numbers:
-            return jax.vmap(run)(*rows).swapaxes(1, 2)
-        return jax.vmap(lambda q, k, v, a, b: run(q, k, v, kernel_lib.SegmentIds(a, b)))(*rows, numbers[0], *key_numbers).swapaxes(1, 2)
+        with jax.named_scope(blocks):
+            if not numbers:
+                return jax.vmap(run)(*rows).swapaxes(1, 2)
+            return jax.vmap(lambda q, k, v, a, b: run(q, k, v, kernel_lib.SegmentIds(a, b)))(*rows, numbers[0], *key_numbers).swapaxes(1, 2)
 
     # A mask is told as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
     mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
@@ -89,8 +90,9 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     return on_each_device(attend, inputs, ROWS)(*filled, *numbers, *masks)[:, :T]
 
 
-def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, interpret: bool) -> tuple[Callable, list]:
-    """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel, and the masks of all parts."""
+def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, interpret: bool) -> tuple[Callable, list, str]:
+    """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel; the masks of all parts; and how many
+    blocks are computed, as `blocks=VISIBLEofALL`: a scope of that name tells those who read the compiled program (`plan.kernels`)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel_lib,
     )
@@ -108,7 +110,17 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
     options["residual_checkpoint_name"] = "attention"  # one of `remat.NAMES`
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)
-    return lambda masks: jax.tree.unflatten(structure, masks), masks
+    visible = _visible_blocks(shape, parts, (q, kv), (left, right))
+    return lambda masks: jax.tree.unflatten(structure, masks), masks, f"blocks={visible}of{shape[0] // parts // q * (shape[1] // kv)}"
+
+
+def _visible_blocks(shape: tuple[int, int], parts: int, block: tuple[int, int], sides: tuple[int | None, int | None]) -> int:
+    """Blocks of queries × keys that hold something a query may see, of that of the parts which has most."""
+    left, right = (np.inf if side is None else side for side in sides)
+    queries, keys = (np.arange(0, length, size) for length, size in zip(shape, block, strict=True))
+    lowest = queries[:, None] - (keys[None] + block[1] - 1)  # places from a key of a block on to a query of it
+    highest = queries[:, None] + block[0] - 1 - keys[None]
+    return int(((lowest <= left) & (highest >= -right)).reshape(parts, -1).sum(axis=1).max())
 
 
 @functools.cache

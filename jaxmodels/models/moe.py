@@ -256,6 +256,7 @@ class MoE(nnx.Module):
     def _own_experts(self, x_BTD, chosen_BTK, weights_BTK, kernels):
         """The weighted sums [B, T, D] of those assignments that are to experts of `kernels`; others have their number."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, len(kernels["up"])
+        even = B * T * K * E // self.mixture.experts
         if E < K:  # at most E of a token's: these, expert by expert
             is_own_BTKE = chosen_BTK[..., None] == jnp.arange(E)
             chosen_BTK = jnp.where(is_own_BTKE.any(axis=2), jnp.arange(E), E)
@@ -268,7 +269,8 @@ class MoE(nnx.Module):
         ends_E = jnp.cumsum(sizes_E)
         slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), slots)
         slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=slots, each=K)
-        y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped.product(x, kernels, sizes_E))
+        with jax.named_scope(f"rows={even}of{slots}"):  # with an even load: tells those who read the compiled program (`plan.kernels`)
+            y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped.product(x, kernels, sizes_E))
         y_BTKD = _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
         return jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK)
 

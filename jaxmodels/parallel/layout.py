@@ -43,7 +43,7 @@ class Layout:
     Attributes:
       mesh: of all devices.
       rules: as `RULES`, the config's own first.
-      context: how attention spreads over parts of a sequence: `gather` brings keys and values together, `ring` passes them round.
+      context: how attention spreads over parts of a sequence: as `sharding.Sharding` has it.
       microbatches: that a pipeline cuts a batch into.
       axis: under `pmap`, the name of the mapped axis: each device then runs the model on its own rows.
       left_whole: notes of what could not be spread, for the log and the manifest: filled while tracing.
@@ -52,7 +52,7 @@ class Layout:
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
-    context: Literal["gather", "ring"] = "gather"
+    context: Literal["gather", "heads", "ring"] = "gather"
     microbatches: int = 1
     axis: str | None = None
     left_whole: dict[str, None] = dataclasses.field(default_factory=dict)

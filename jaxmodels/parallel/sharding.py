@@ -50,7 +50,8 @@ class Sharding:
       rules: (name, axis, axis, …): the mesh axes that a name is spread over, none to leave it whole; before the built-in ones.
       optimizer: where the optimizer's state and the moving average lie: as the `parameters`, or spread over the copies of the
         `data` axis too (Rajbhandari et al. 2019, stage 1).
-      context: how attention spans the parts of a sequence: `gather` brings keys and values together; `ring` passes them round.
+      context: how attention spans the parts of a sequence: `gather` brings keys and values together; `heads` gives each
+        device all positions of a share of the heads; `ring` passes keys and values round.
       microbatches: parts of a batch that are in a pipeline at a time; as many as stages unless given.
       warn_mb: a parameter that is whole on every device, though there are axes to spread it over, is told of from this size on.
     """
@@ -58,7 +59,7 @@ class Sharding:
     parameters: tuple[tuple[str, ...], ...] = ()
     rules: tuple[tuple[str, ...], ...] = ()
     optimizer: Literal["parameters", "data"] = "parameters"
-    context: Literal["gather", "ring"] = "gather"
+    context: Literal["gather", "heads", "ring"] = "gather"
     microbatches: int | None = None
     warn_mb: float = 16.0
 

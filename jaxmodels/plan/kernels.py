@@ -39,7 +39,8 @@ def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[st
         filled = min(1.0, size / chip.matrix_unit)
         return "attention kernels", flops / (chip.flops_per_device * ATTENTION_SHARE * filled), note
     if name in ("gmm", "tgmm"):
-        return "matrix products", _grouped_flops(name, kernel, operands) / (chip.flops_per_device * GROUPED_SHARE), None
+        flops, note = _grouped_flops(name, kernel, operands)
+        return "matrix products", flops / (chip.flops_per_device * GROUPED_SHARE), note
     part = "attention kernels" if "attention" in name or "flash" in name else "other"
     stated = kernel.config.get("custom_call_config", {}).get("cost_estimate")
     if stated:
@@ -51,15 +52,16 @@ def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[st
 def _splash_flops(which: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, int, str | None]:
     """FLOPs of jax.experimental.pallas.ops.tpu.splash_attention, the size of a head, and a note.
 
-    The kernel leaves out blocks that its mask covers. Which these are is data, which the text has not; how many blocks there are, and how many a
-    row has at most, are shapes of its first operand.
+    The kernel leaves out blocks that its mask covers. Which these are is data, which the text has not: `models.fused` states how many are
+    left in the name of the scope that it calls the kernel in. Of a kernel called elsewhere, how many blocks there are, and how many a row
+    has at most, are shapes of its first operand.
     """
     queries, keys = [array.shape for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 3][:2]
     *heads, length, size = _sequence_first(queries, kernel, "q")
     other = _sequence_first(keys, kernel, "k")[-2]
     mask = next((array for array in operands if array.dtype in ("s8", "s32") and len(array.shape) == 3), None)
-    share, note = 1.0, None
-    if mask is not None:
+    share, note = _stated(kernel, "blocks"), None
+    if share is None and mask is not None:
         rows, columns = mask.shape[-2:]
         visible = _visible(which, kernel, rows, columns, length, other)
         share = sum(visible) / len(visible)
@@ -67,7 +69,13 @@ def _splash_flops(which: str, kernel: Instruction, operands: Sequence[Array]) ->
     products = _SPLASH_PRODUCTS[which]
     if which == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', kernel.attributes):
         products = 5  # gives the queries' gradient too
-    return 2 * products * math.prod(heads) * length * other * size * share, size, note
+    return 2 * products * math.prod(heads) * length * other * size * (1.0 if share is None else share), size, note
+
+
+def _stated(kernel: Instruction, what: str) -> float | None:
+    """The share that a scope around a kernel states, `blocks=36of64`: that nearest to it, None where there is none."""
+    found = re.findall(rf"{what}=(\d+)of(\d+)", kernel.attributes)
+    return int(found[-1][0]) / int(found[-1][1]) if found else None
 
 
 def _sequence_first(shape: tuple[int, ...], kernel: Instruction, which: str) -> tuple[int, ...]:
@@ -87,10 +95,18 @@ def _visible(which: str, kernel: Instruction, rows: int, columns: int, length: i
     return [rows * columns / (query_blocks * key_blocks)] * (query_blocks * key_blocks)
 
 
-def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) -> float:
-    """FLOPs of jax.experimental.pallas.ops.tpu.megablox: rows × k × n, whatever the groups."""
+def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, str | None]:
+    """FLOPs of jax.experimental.pallas.ops.tpu.megablox, rows × k × n, whatever the groups; and a note.
+
+    Rows after the last group take no time. How many there are is data: `models.moe` states in a scope how many rows have an expert where
+    all experts have as much to do.
+    """
     left, right = [array for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 2][:2]
+    result, share = arrays(kernel.shape)[0], _stated(kernel, "rows")
     if name == "gmm":  # [m, k] and [groups, k, n], to [m, n]
-        return 2.0 * math.prod(left.shape) * arrays(kernel.shape)[0].shape[-1]
-    result = arrays(kernel.shape)[0]  # [groups, k, n], of [k, m] and [m, n]
-    return 2.0 * math.prod(right.shape) * result.shape[-2]
+        flops = 2.0 * math.prod(left.shape) * result.shape[-1]
+    else:  # [groups, k, n], of [k, m] and [m, n]
+        flops = 2.0 * math.prod(right.shape) * result.shape[-2]
+    if share is None:
+        return flops, None
+    return flops * share, f"grouped products: experts are taken to have as much to do as each other, so that {share:.0%} of the rows there is room for are computed"
