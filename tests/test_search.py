@@ -98,6 +98,18 @@ def test_meshes_are_of_what_the_model_has(decoder):
     assert all(shape["slices"] == 2 for shape, _ in candidates.meshes(decoder, topology.parse("2xv5e:2x2")))
 
 
+def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
+    one = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
+    heads = {"sharding.context": "heads"}
+    assert [candidates.context_changes(decoder, one | mesh) for mesh in ({"context": 4}, {"context": 2, "tensor": 2})] == [heads, heads]
+    assert [candidates.context_changes(decoder, one | mesh) for mesh in ({"data": 4}, {"context": 8}, {"context": 4, "tensor": 2})] == [{}, {}, {}]
+    long = build_experiment(small.config(DECODER, data__sequence_length=4096, model__context=4096))
+    mesh = candidates.mesh_changes(one | {"data": 2, "context": 4})
+    gathered, exchanged = (roofline.traced_estimate(other, roofline.trace(other, 8, EIGHT.chip), EIGHT) for other in (candidates.changed(long, mesh | way) for way in ({}, heads)))
+    assert {"all-to-all"} == {each.kind for each in exchanged.collectives} - {each.kind for each in gathered.collectives}
+    assert exchanged.seconds < gathered.seconds
+
+
 def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
     mesh = {axis: 1 for axis in ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor")}
     assert candidates.accumulations(decoder, mesh | {"data": 8}) == [1, 2, 4]  # of 4 rows a device

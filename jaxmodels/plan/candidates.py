@@ -16,6 +16,7 @@ from jaxmodels.experiment import Experiment, build_model
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.mesh import MeshSizes
+from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.plan import memory
 from jaxmodels.plan.flops import operation_flops
 from jaxmodels.plan.graph import Graph, Op, Value, ways
@@ -41,13 +42,20 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
         config_lib.set_at(config, key, value)
     config = resolve(config)
     task, build = build_model(config, experiment.dataset.info)
-    sections = {"mesh": MeshSizes(**config["mesh"]), "training": Training(**config["training"])}
+    sections = {"mesh": MeshSizes(**config["mesh"]), "sharding": Sharding(**config["sharding"]), "training": Training(**config["training"])}
     return dataclasses.replace(experiment, config=config, task=task, build=build, platform=None, layout=None, **sections)
 
 
 def mesh_changes(mesh: Mapping[str, int]) -> Changes:
     """A mesh as values of a config."""
     return {f"mesh.{axis}": size for axis, size in mesh.items()}
+
+
+def context_changes(experiment: Experiment, mesh: Mapping[str, int]) -> Changes:
+    """How parts of a sequence come together: by shares of the heads, which moves least and waits for no one, where heads divide; else as the config says."""
+    heads, relative = experiment.config["model"].get("heads"), experiment.config["model"].get("positions") == "relative"
+    divide = mesh["context"] > 1 and heads and heads % (mesh["tensor"] * mesh["context"]) == 0
+    return {"sharding.context": "heads"} if divide and not relative else {}
 
 
 def meshes(experiment: Experiment, topology: Any) -> list[tuple[dict[str, int], int]]:

@@ -150,7 +150,7 @@ def step_work(experiment: Experiment, devices: int, chip: Chip) -> tuple[Work, d
 
 def traced_work(experiment: Experiment, step: memory.TracedStep, chip: Chip) -> Work:
     """What a device does in a traced step."""
-    return graph_work(step.graph, step.mesh, chip, attended_share(experiment))
+    return graph_work(step.graph, step.mesh, chip, attended_share(experiment, step.mesh))
 
 
 def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep:
@@ -183,10 +183,12 @@ def traceable(experiment: Experiment, platform: str) -> Experiment:
     return dataclasses.replace(experiment, build=build)
 
 
-def attended_share(experiment: Experiment) -> float:
-    """The share of pairs of queries and keys that attention kernels compute: of causal ones half."""
+def attended_share(experiment: Experiment, mesh: Mapping[str, int]) -> float:
+    """The share of pairs of queries and keys that attention kernels compute: of causal ones half; of sequences in parts what the device
+    with the last part does, if it is given the keys of all (`sharding.context="gather"`): the others wait for it."""
+    parts = mesh["context"] if experiment.sharding.context == "gather" else 1
     model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
-    shares = [0.5 if module.causal else 1.0 for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
+    shares = [1 - 0.5 / parts if module.causal else 1.0 for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
     return sum(shares) / len(shares) if shares else 1.0
 
 

@@ -212,7 +212,8 @@ def model_settings(experiment: Experiment, topology: Any, until: float) -> tuple
     for mesh in fitting[:MESHES]:
         allowed = candidates_lib.accumulations(experiment, mesh)
         at = experiment.training.accumulate if experiment.training.accumulate in allowed else allowed[-1]
-        late += not _add(settings, mesh_changes(mesh) | {"training.accumulate": at} | least, experiment, topology, until)
+        changes = mesh_changes(mesh) | candidates_lib.context_changes(experiment, mesh) | {"training.accumulate": at} | least
+        late += not _add(settings, changes, experiment, topology, until)
     ranked = sorted((each for each in settings if each.state == "modelled"), key=lambda each: (each.memory > room * MARGIN, each.seconds))
     for base in ranked[:VARIED]:
         mesh = {key.removeprefix("mesh."): value for key, value in base.changes.items() if key.startswith("mesh.")}
