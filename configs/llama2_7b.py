@@ -16,8 +16,12 @@ Time: not measured: no such machine was at hand.
 
 from ml_collections import ConfigDict
 
+from jaxmodels.errors import ConfigError
 
-def get_config():
+
+def get_config(arg=None):
+    if arg not in (None, "slices", "128k"):
+        raise ConfigError(f"--config: llama2_7b.py has the variants 'slices' and '128k', not {arg!r}.")
     c = ConfigDict()
     c.model = {"name": "llama2-7b", "scan": True, "remat": ("query", "key", "attention", "gate", "up")}
     c.task = {"name": "language_model"}
@@ -33,4 +37,11 @@ def get_config():
     c.training = {"steps": 500_000, "precision": "bfloat16"}
     c.checkpoint = {"every": 1000}
     c.mesh = {"data": 2, "fsdp": 32}
+    if arg == "slices":
+        c.mesh.slices, c.data.batch_size = 4, 1024
+    elif arg == "128k":
+        c.model.context, c.data.sequence_length, c.data.batch_size, c.data.examples = 131072, 131072, 8, 3_000_000
+        # A row's parts exchange heads, of which each device has two. Parameters lie in 16 shares along them, what the optimizer keeps in 64.
+        c.mesh = {"data": 4, "context": 16}
+        c.sharding = {"context": "heads", "optimizer": "data", "rules": (("embed", "context"), ("largest", "context"))}
     return c

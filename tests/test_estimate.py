@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmodels.config import load_config
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.experiment import build_experiment
 from jaxmodels.models import fused, grouped
 from jaxmodels.models.attention import attend
 from jaxmodels.parallel import layout as layout_lib
@@ -22,6 +25,7 @@ from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan import torus
 from jaxmodels.plan.chips import CHIPS, chip_of
 from jaxmodels.plan.estimate import PARTS, estimate
+from jaxmodels.plan.report import make_plan
 
 v5p, v5e = CHIPS["v5p"], CHIPS["v5e"]
 
@@ -573,6 +577,23 @@ def test_a_scanned_and_an_unrolled_train_step_take_the_same():
         sent = {c.kind: (c.count, c.bytes) for c in total.collectives if c.axes == ("fsdp",)}
         for kind, (count, whole) in expected.items():
             assert sent[kind] == (count, pytest.approx(3 / 4 * whole * 2 * 2048 * 8192 * 2))
+
+
+@pytest.mark.tpu_compiler
+def test_a_scanned_and_an_unrolled_llama_take_the_same():
+    """Four of Llama-2-7B's blocks, as its config trains them: minutes."""
+    pytest.importorskip("libtpu")
+    changes = {"model.layers": 4, "mesh.data": 1, "mesh.fsdp": 4, "data.batch_size": 16}
+    plans = [
+        make_plan(build_experiment(load_config(str(ROOT / "configs" / "llama2_7b.py"), changes | {"model.scan": scan})), "v5p:2x2x1") for scan in (True, False)
+    ]
+    for plan in plans:
+        print(f"\n{plan.time.cycles} cycles, {plan.time.seconds * 1e3:.1f} ms, {plan.time.parts}")
+    scanned, unrolled = (plan.time for plan in plans)
+    assert scanned.cycles == pytest.approx(unrolled.cycles, rel=0.03) and scanned.seconds == pytest.approx(unrolled.seconds, rel=0.03)
+    kinds = [{(c.kind, c.axes): (c.count, c.bytes) for c in time.collectives if c.bytes > 1e7} for time in (scanned, unrolled)]
+    assert kinds[0] == kinds[1] and len(kinds[0]) == 2
+    assert [(k.name, k.count) for k in scanned.kernels] == [(k.name, k.count) for k in unrolled.kernels]
 
 
 @pytest.mark.tpu_compiler

@@ -249,11 +249,6 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
 
 
 def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
-    """The values that are arrays in memory; the others are parts of the operations that read them."""
-    return _written(graph, mesh, set())[0]
-
-
-def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
     """The values that are arrays in memory; the others are part of the operations that read them."""
     return _written(graph, mesh)[0]
 
