@@ -311,8 +311,7 @@ class _Reader:
 
     def where(self, outer: Instruction, wanted: Instruction) -> Computation:
         """The computation, of those that an instruction stands for, that has an instruction."""
-        name = outer.called("calls") or outer.called("to_apply")
-        computation = self.program.computations[name]
+        computation = self.program.computations[outer.body]
         if computation.instructions.get(wanted.name) is wanted:
             return computation
         return next(
@@ -333,8 +332,13 @@ class _Reader:
         if re.fullmatch(r"(copy|slice|dynamic-slice|dynamic-update-slice)-start", opcode):
             moved = self.host_copy(computation, instruction)
             return {instruction.name: moved} if moved else {}, []
+        if opcode == "async-update":
+            # What runs on the SparseCores may be started before it has its operands: it begins when they come.
+            begun = _start_of(computation, instruction)
+            return self.beside(computation, begun, total) if begun.name not in pending and not begun.operands else {}, []
         if opcode.endswith("-done"):
-            return {}, [instruction.operands[0]] if instruction.operands and instruction.operands[0] in pending else []
+            name = _start_of(computation, instruction).name if instruction.operands else None
+            return {}, [name] if name in pending else []
         if opcode.startswith("collective-permute"):
             found = {instruction.name: self.collective(computation, instruction)}
         elif opcode == "fusion":
@@ -342,14 +346,20 @@ class _Reader:
         elif _kind(opcode):
             found = {instruction.name: self.collective(computation, instruction)}
         elif opcode in ("async-start", "call-start"):
-            inner = [each for each in self.program.inside(instruction) if _kind(each.opcode)]
-            found = {instruction.name: self.collective(self.where(instruction, each), each) for each in inner[:1]}
-            if not inner:
-                total.notes[f"{instruction.name} runs beside the rest, on other cores of the chip; its time is not counted"] = None
+            found = self.beside(computation, instruction, total) if instruction.operands else {}
         else:
             return {}, []
         found = {name: transfer for name, transfer in found.items() if transfer}
         return found, [] if opcode.endswith("-start") else list(found)
+
+    def beside(self, computation: Computation, start: Instruction, total: _Total) -> dict[str, _Transfer | None]:
+        """The collective that an asynchronous start stands for; nothing where it computes on other cores, which a note says."""
+        inner = next((each for each in self.program.inside(start) if _kind(each.opcode)), None)
+        if inner is not None:
+            return {start.name: self.collective(self.where(start, inner), inner)}
+        what = re.sub(r"[\d.]+", " ", start.name).strip()
+        total.notes[f"{what} runs beside the rest, on other cores of the chip; its time is not counted"] = None
+        return {}
 
     def fused(self, computation: Computation, fusion: Instruction, pending: set[str]) -> tuple[dict[str, _Transfer], list[str]]:
         """Collectives in a fusion: the start, a step or the end of one that runs beside others, by its channel; or one as long as the fusion."""
@@ -451,6 +461,13 @@ def _kind(opcode: str) -> str | None:
     """The collective that an opcode is, or starts."""
     kind = opcode.removesuffix("-start")
     return kind if kind in torus.SENT else None
+
+
+def _start_of(computation: Computation, instruction: Instruction) -> Instruction:
+    """What an update or the end of something asynchronous is of."""
+    while instruction.opcode == "async-update" or instruction.opcode.endswith("-done"):
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
 
 
 def _rendezvous(instruction: Instruction) -> str:

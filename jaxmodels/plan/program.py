@@ -58,6 +58,14 @@ class Instruction:
         match = re.search(rf"\b{key}=%?([^\s,}}]+)", self.attributes)
         return match[1] if match else None
 
+    @property
+    def body(self) -> str | None:
+        """The computation that a fusion, a call, an asynchronous start, or what runs on other cores of a chip, stands for; else None."""
+        if self.opcode == "custom-call":
+            name = self.called("called_computations")
+            return name.lstrip("{%") if name else None
+        return self.called("calls") or (self.called("to_apply") if self.opcode.startswith("call") else None)
+
     def attribute(self, key: str) -> str | None:
         """The text of `key=…`: `a` or `"a"` as `a`, a group in braces with its braces; None where there is none."""
         match = re.search(rf'\b{key}=("[^"]*"|\{{|[^\s,]+)', self.attributes)
@@ -111,11 +119,10 @@ class Program:
     entry: Computation
 
     def inside(self, instruction: Instruction) -> tuple[Instruction, ...]:
-        """All instructions of the computations that a fusion, a call or an asynchronous start stands for, through fusions within."""
-        name = instruction.called("calls") or (instruction.called("to_apply") if instruction.opcode.startswith("call") else None)
-        if name is None:
+        """All instructions of the computation that an instruction stands for, and of those within."""
+        if instruction.body is None:
             return ()
-        own = tuple(self.computations[name].instructions.values())
+        own = tuple(self.computations[instruction.body].instructions.values())
         return own + tuple(inner for each in own for inner in self.inside(each))
 
 
