@@ -23,6 +23,7 @@ from test_resume import final_state
 import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
+from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.plan import executable
 from jaxmodels.training import trainer
 from jaxmodels.training.run_folder import RunFolder, write_json
@@ -162,6 +163,17 @@ def refused(config, workdir, plan):
     return reason
 
 
+def reason_for(folder, config=ONE, program=None):
+    """Why a step would not be loaded here, without a run; None where nothing speaks against it."""
+    saved, config = executable.open_saved(folder), build_experiment(config).config
+    return saved.load(None, program or saved.page["program"], {}, config, make_mesh(MeshSizes()))[1]
+
+
+def test_a_run_says_why_it_compiles(saved, tmp_path):
+    folder = changed(saved, tmp_path / "changed", versions__jaxlib="0.9.1")
+    assert refused(ONE, tmp_path / "x", folder) == reason_for(folder) == f"jaxlib is 0.9.1 there, {jax.lib.__version__} here"
+
+
 @pytest.mark.parametrize(
     "page, reason",
     [
@@ -175,13 +187,14 @@ def refused(config, workdir, plan):
     ],
 )
 def test_another_page(saved, tmp_path, page, reason):
-    assert refused(ONE, tmp_path / "x", changed(saved, tmp_path / "changed", **page)) == reason
+    program = json.loads((saved / executable.PAGE).read_text())["program"]
+    assert reason_for(changed(saved, tmp_path / "changed", **page), program=program) == reason
 
 
-def test_another_config(saved, tmp_path):
+def test_another_config(saved):
     changes = {"model__width": 32, "training__accumulate": 4, "optimizer__learning_rate": 1e-3, "seed": 3}
     reasons = ("config.model.width is 16 there, 32 here", "config.optimizer.learning_rate is 0.003 there, 0.001 here", "config.training.accumulate is 2 there, 4 here")
-    assert refused(small.config(ONE, **changes), tmp_path / "x", saved) == "; ".join(reasons)
+    assert reason_for(saved, small.config(ONE, **changes), program="0" * 64) == "; ".join(reasons)
 
 
 def test_a_config_whose_step_is_the_same_loads(saved, tmp_path):
@@ -193,7 +206,7 @@ def test_a_file_that_was_cut_off(saved, tmp_path):
     folder = changed(saved, tmp_path / "cut")
     content = (folder / executable.PROGRAM).read_bytes()
     (folder / executable.PROGRAM).write_bytes(content[:-100])
-    assert refused(ONE, tmp_path / "x", folder) == "it cannot be read: executable.bin is not the file that executable.json tells of"
+    assert reason_for(folder) == "it cannot be read: executable.bin is not the file that executable.json tells of"
 
 
 def test_a_file_that_is_no_executable(saved, tmp_path):
@@ -202,9 +215,10 @@ def test_a_file_that_is_no_executable(saved, tmp_path):
     assert refused(ONE, tmp_path / "x", folder).startswith("it cannot be read: ")
 
 
-def test_of_several_processes_all_load_it_or_none(saved, tmp_path, monkeypatch):
+def test_of_several_processes_all_load_it_or_none(saved, monkeypatch):
     monkeypatch.setattr(executable.session, "gather", lambda name, value=None: [value, "jax is 1.0 there, 2.0 here"] if name == "executable" else [value])
-    assert refused(ONE, tmp_path / "x", saved) == "process 1: jax is 1.0 there, 2.0 here"
+    monkeypatch.setattr(executable.Saved, "_read", lambda self, *_: "loaded")
+    assert reason_for(saved) == "process 1: jax is 1.0 there, 2.0 here"
 
 
 def test_pmap_loads_nothing(saved, tmp_path):

@@ -211,7 +211,7 @@ def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = fro
             if value not in written:
                 continue
             begin = 2 * i if op.name == "scan" and value in op.outputs[op.params["num_carry"] :] else _begins(op, i, value, roots, last, size)
-            if begin is None:  # of arguments alone: made when it is needed
+            if begin is None or op.name == "gathered":  # of arguments alone, or brought together: made when it is needed
                 begin = 2 * first.get(value, i)
             spans[value] = (begin, 2 * last.get(value, i))
             changes[begin] += size(value)

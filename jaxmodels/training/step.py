@@ -231,6 +231,7 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         grads = _placed(grads, options.shardings)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = _placed(updates, options.shardings)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
 
