@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     c = ConfigDict()
-    c.model = {"name": "gpt3-175b", "scan": True, "remat": "full"}
+    c.model = {"name": "gpt3-175b", "scan": True, "remat": ("query", "attention")}
     c.task = {"name": "language_model"}
     c.data = {"source": "synthetic", "vocab_size": 50257, "sequence_length": 2048, "examples": 200_000_000, "batch_size": 1536}
     c.optimizer = {

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     c = ConfigDict()
-    c.model = {"name": "llama2-70b", "scan": True, "remat": ("key", "attention")}
+    c.model = {"name": "llama2-70b", "scan": True, "remat": ("key", "value", "attention")}
     c.task = {"name": "language_model"}
     c.data = {"source": "synthetic", "vocab_size": 32000, "sequence_length": 4096, "examples": 100_000_000, "batch_size": 1024}
     c.optimizer = {

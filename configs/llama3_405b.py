@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     c = ConfigDict()
-    c.model = {"name": "llama3.1-405b", "scan": True, "remat": "full"}
+    c.model = {"name": "llama3.1-405b", "scan": True, "remat": ("key", "value")}
     c.task = {"name": "language_model", "tiles": 4}
     c.data = {"source": "synthetic", "vocab_size": 128256, "sequence_length": 8192, "examples": 200_000_000, "batch_size": 1024}
     c.optimizer = {

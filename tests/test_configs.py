@@ -62,7 +62,7 @@ def test_config_builds_on_real_data(path, data_dir, published):
 
 def test_no_device_is_started_by_building():
     """Devices of several processes wait for each other at their start, which only `train` knows to be the time for."""
-    names = ("cnn_digits", "gpt_text", "lstm_text", "seq2seq_transformer", "llama2_7b", "mixtral_8x7b", "vit_g14")
+    names = ("lstm_text", "seq2seq_transformer", "mixtral_8x7b", "vit_g14")
     program = f"""
 from jaxmodels.config import load_config
 from jaxmodels.experiment import build_experiment

@@ -436,6 +436,7 @@ def test_other_kernels():
     assert gmm.parts["matrix products"] == tgmm.seconds == pytest.approx(2 * 4096 * 1024 * 2048 / (459e12 * 0.8))
     cost = ', backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"459000000000","bytes_accessed":"1000"}}}'
     assert read(kernel("mine", "f32[8]", ["f32[8]"], cost)).parts["other"] == pytest.approx(2e-3)
+    assert read(kernel("ragged-dot-none", "f32[8]", ["f32[8]"], cost)).parts["matrix products"] == pytest.approx(1e-3 / 0.8)
     unknown = read(kernel("mine", "f32[8]", ["f32[8]"]))
     assert unknown.seconds == 0 and unknown.kernels[0].seconds is None and "kernel mine" in unknown.notes[0]
 

@@ -137,15 +137,21 @@ def test_a_run_too_short_to_time_records_no_time(chip, tmp_path):
     assert "plan" not in run(tmp_path / "x", FIGURES, small.config(CONFIG, training__steps=2))[1].manifest()["starts"][1]
 
 
-@pytest.mark.parametrize(
-    "other, line",
-    [
-        ({"chip": "v5p", "devices": 64}, "chip is 'v5p' there, 'fast' here; devices is 64 there, 1 here"),
-        ({"mesh": MESH | {"fsdp": 2}}, "mesh.fsdp is 2 there, 1 here"),
-        ({"config": resolve(small.config(CONFIG, data__batch_size=8, seed=5, training__steps=3))}, "config.data.batch_size is 8 there, 32 here"),
-    ],
-)
-def test_a_plan_of_something_else_is_not_compared_with(chip, tmp_path, other, line):
+OTHERS = [
+    ({"chip": "v5p", "devices": 64}, "chip is 'v5p' there, 'fast' here; devices is 64 there, 1 here"),
+    ({"mesh": MESH | {"fsdp": 2}}, "mesh.fsdp is 2 there, 1 here"),
+    ({"config": resolve(small.config(CONFIG, data__batch_size=8, seed=5, training__steps=3))}, "config.data.batch_size is 8 there, 32 here"),
+]
+
+
+@pytest.mark.parametrize("other, line", OTHERS)
+def test_a_plan_of_something_else_is_told_from_ones_own(chip, other, line):
+    planned = measured.Planned("x.json", FIGURES | other, None)
+    assert planned.differences(resolve(CONFIG), make_mesh(MeshSizes())) == line
+
+
+def test_a_plan_of_something_else_is_not_compared_with(chip, tmp_path):
+    other, line = OTHERS[0]
     told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9} | other)
     warning = f"this run is not compared with {tmp_path}/x.json, which is the plan of another: {line}"
     assert folder.manifest()["fallbacks"] == [warning] and told.count("warning: " + warning) == 1 and "a step takes" not in told

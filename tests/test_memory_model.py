@@ -139,7 +139,7 @@ def test_values_are_padded_to_tiles_in_the_order_that_pads_least():
     assert size(1) == 4
 
 
-@pytest.mark.parametrize("name", ["gpt full", "bert dots", "llama context", "moe full", "llama pipeline", "resnet18"])
+@pytest.mark.parametrize("name", ["llama context", "moe full", "llama pipeline"])
 def test_state_and_batch_are_those_of_the_arrays(name):
     config, _ = POINTS[name]
     experiment = build_experiment(config)

@@ -51,7 +51,8 @@ def decoder():
 def settings(decoder):
     """What the models say of a decoder's settings on four chips: asked once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "VARIED", 2)
+        patch.setattr(search, "VARIED", 1)
+        patch.setattr(search, "MESHES", 8)
         return search.model_settings(decoder, FOUR, math.inf)[0]
 
 

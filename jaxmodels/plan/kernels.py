@@ -11,7 +11,7 @@ from jaxmodels.plan.program import Array, Instruction, arrays
 # long in the matrix units (2 × 128 products on 65,536 units a cycle: 0.004 cycles) as in the vector units (some 12 operations on 4,096 lanes:
 # 0.003), and the two wait for each other in turn. Assumed, not measured here; `docs/estimates.md` says what hangs on it.
 ATTENTION_SHARE = 0.5
-# Of grouped products (megablox): they pad groups to tiles of rows, and lay tiles out as a dense product does.
+# Of grouped products (megablox, and the compiler's own): they pad groups to tiles of rows, and lay tiles out as a dense product does.
 GROUPED_SHARE = 0.8
 # Of kernels whose authors state their FLOPs.
 STATED_SHARE = 0.5
@@ -41,11 +41,13 @@ def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[st
     if name in ("gmm", "tgmm"):
         flops, note = _grouped_flops(name, kernel, operands)
         return "matrix products", flops / (chip.flops_per_device * GROUPED_SHARE), note
-    part = "attention kernels" if "attention" in name or "flash" in name else "other"
+    grouped = name.startswith("ragged-dot")  # the compiler's own of `jax.lax.ragged_dot`
+    part = "matrix products" if grouped else "attention kernels" if "attention" in name or "flash" in name else "other"
     stated = kernel.config.get("custom_call_config", {}).get("cost_estimate")
     if stated:
         moved = int(stated.get("bytes_accessed", 0)) / (chip.memory_bandwidth / chip.devices_per_chip)
-        return part, max(int(stated.get("flops", 0)) / (chip.flops_per_device * STATED_SHARE), moved), None
+        share = GROUPED_SHARE if grouped else STATED_SHARE
+        return part, max(int(stated.get("flops", 0)) / (chip.flops_per_device * share), moved), None
     return part, None, f"kernel {name}: neither known here nor with a cost of its own in the program; it is left out of the time"
 
 
