@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 def get_config():
     c = ConfigDict()
-    c.model = {"name": "vit_g14", "scan": True, "remat": ("query", "key", "value", "attention", "up")}
+    # Of 257 positions XLA's own attention is quicker than a kernel that wants them filled up to 384 (479 ms a step, 533 with it).
+    c.model = {"name": "vit_g14", "attention": "xla", "scan": True, "remat": ("query", "key", "value", "attention", "up")}
     c.task = {"name": "classify", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "flip": True}
     c.data = {"source": "synthetic", "kind": "images", "image_shape": (224, 224, 3), "num_classes": 1000, "examples": 1_281_167, "batch_size": 4096}
     c.optimizer = {

@@ -19,7 +19,7 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("name", ["cnn", pytest.param("lstm", marks=pytest.mark.slow), "gpt"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "lstm")), "gpt"])
 def test_eight_devices_equal_one_and_resume_across(name, tmp_path, jaxmodels_command):
     spread, changes = SPREADS[name]
     config = small.config(small.ALL[name], training__steps=20, training__accumulate=2, training__ema=0.9, checkpoint__every=10, **changes)

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.tpu_compiler
 pytest.importorskip("libtpu")
 
 TOPOLOGIES = ("v5p:4x4x4", "v6e:8x8")
-CONFIGS = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b", "resnet50", "bert_large")
-FULLY_SHARDED = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b")
+CONFIGS = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b:expert", "resnet50", "bert_large")
+FULLY_SHARDED = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k", "mixtral_8x7b:expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def collectives(program: str) -> list[Collective]:
             computations[name] = []
         elif name is not None:
             computations[name].append(line)
-    called = {name: set(re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(lines))) for name, lines in computations.items()}
+    called = {name: set(re.findall(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)", "\n".join(lines))) for name, lines in computations.items()}
     inside, new = set(), set(re.findall(r"body=%?([\w.\-]+)", program))
     while new:
         inside |= new
