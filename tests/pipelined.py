@@ -105,6 +105,12 @@ def models(more: bool = False) -> dict:
                 (packed, segments),
                 layout_of({"pipeline": 2, "context": 2, "tensor": 2, "data": 1}, microbatches=4, context="ring"),
             ),
+            "heads": (
+                Decoder(30, positions="rotary", kv_heads=1, remat="full", rngs=rngs, **SMALL),
+                lambda model, tokens, segments: model(tokens, segments=segments) * (tokens >= 0)[..., None],
+                (packed, segments),
+                layout_of({"pipeline": 2, "context": 2, "data": 2}, microbatches=4, context="heads"),
+            ),
             "capacity": (
                 Decoder(30, moe={"experts": 4, "dispatch": "capacity"}, rngs=rngs, **SMALL),
                 lambda model, tokens: model.with_auxiliary(tokens),

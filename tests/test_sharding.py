@@ -79,6 +79,7 @@ def test_every_model_on_every_mesh(tmp_path, model, accumulate):
     if model in TRANSFORMERS:
         # Streams of dropout are a device's own in these.
         cases += [{"model": model, "mesh": MESHES["context"], "sharding": {"context": "ring"}, "accumulate": accumulate}]
+        cases += [{"model": model, "mesh": {"context": 2, "fsdp": 2, "data": 2}, "sharding": {"context": "heads"}, "accumulate": accumulate}]
         cases += [{"model": model, "mesh": {"pipeline": 4, "data": 2}, "accumulate": accumulate, "options": {"layers": 4}}]
     assert_equal_runs(tmp_path, cases)
 
