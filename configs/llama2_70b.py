@@ -7,9 +7,9 @@ The tokens are random, made up as they are read: for text of your own, --config.
 without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Parameters are in 64 shares, what the optimizer keeps in 512.
 
 Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    16,883 M estimated cycles a step, 41.0 GB at most on a device (MaxText's recipe, read the same way: 19,775 M cycles, 41.1 GB)
-    predicted: 11.9 s a step, MFU 66.5%
-    attention kernels a step: splash_mha_dkv_no_residuals × 80, splash_mha_dq_no_residuals × 80, splash_mha_fwd_residuals × 80
+    v5p-1024, data=8 fsdp=64: 16,942 M estimated cycles a step, 38.3 GB at most on a device (MaxText's recipe, read the same way: 19,775 M cycles, 41.1 GB)
+        predicted: 10.7 s a step, MFU 74.3%
+        attention kernels: dkv × 80, dq × 80, fwd × 80; queries bf16[2,64,4096,128], keys bf16[2,8,4096,128], in blocks of 512
 Time: not measured: no such machine was at hand.
 """
 

@@ -1,16 +1,26 @@
-"""Llama 2 7B (Touvron et al. 2023) on 64 TPU v5p chips, 4 rows of 4,096 tokens on each.
+"""Llama 2 7B (Touvron et al. 2023) on 64 TPU v5p chips, 4 rows of 4,096 tokens on each; and variants for four slices and for long rows.
 
     jaxmodels train --config=configs/llama2_7b.py
+    jaxmodels train --config=configs/llama2_7b.py:slices    # four such slices, 256 chips
+    jaxmodels train --config=configs/llama2_7b.py:128k    # rows of 131,072 tokens, each in 16 parts
     jaxmodels plan --config=configs/llama2_7b.py --topology=v5p-128
+    jaxmodels plan --config=configs/llama2_7b.py:slices --topology=4xv5p-128
+    jaxmodels plan --config=configs/llama2_7b.py:128k --topology=v5p-128
 
 The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
 without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Of a block's activations those named in `remat` stay, so that only norms, values and what attention adds
 are computed again; parameters are in 32 shares of 128 values, which fill the lanes of a vector: in 64, gathers become sums of zeros.
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.42.1):
-    3,009 M estimated cycles a step, 47.1 GB at most on a device (MaxText's recipe, read the same way: 4,041 M cycles, 49.3 GB)
-    predicted: 2.21 s a step, MFU 74.5%
-    attention kernels a step: splash_mha_dkv_no_residuals × 32, splash_mha_dq_no_residuals × 32, splash_mha_fwd_residuals × 32
+Reached: nothing: it was never trained here. The plans (jax 0.10.2, libtpu 0.0.52):
+    v5p-128, data=2 fsdp=32: 3,019 M estimated cycles a step, 47.0 GB at most on a device (MaxText's recipe, read the same way: 4,041 M cycles, 49.3 GB)
+        predicted: 2.11 s a step, MFU 77.8%
+        attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,32,4096,128], in blocks of 512
+    :slices, 4xv5p-128, slices=4 data=2 fsdp=32: 3,044 M estimated cycles a step, 49.3 GB at most on a device
+        predicted: 2.13 s a step, MFU 77.1%
+        attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,32,4096,128], in blocks of 512
+    :128k, v5p-128, data=4 context=16: 3,520 M estimated cycles a step, 48.4 GB at most on a device
+        predicted: 13.4 s a step, MFU 65.5%, masked halves of products counted as the definition has it
+        attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[2,2,131072,128], keys bf16[2,2,131072,128], in blocks of 512
 Time: not measured: no such machine was at hand.
 """
 

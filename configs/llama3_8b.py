@@ -1,18 +1,18 @@
 """Llama 3 8B (Grattafiori et al. 2024) on 256 TPU v6e chips, 4 rows of 8,192 tokens on each; and variants for 64 chips.
 
     jaxmodels train --config=configs/llama3_8b.py
-    jaxmodels train --config=configs/llama3_8b.py:64        # 64 chips, a row on each; parameters, gradients and optimizer state in 64 shares
+    jaxmodels train --config=configs/llama3_8b.py:64    # 64 chips, a row on each; parameters, gradients and optimizer state in 64 shares
     jaxmodels train --config=configs/llama3_8b.py:tensor    # in 16 shares, and each matrix in 4 parts
-    jaxmodels train --config=configs/llama3_8b.py:128k      # Llama 3.1's positions: each row of 131,072 tokens in 16 parts
+    jaxmodels train --config=configs/llama3_8b.py:128k    # Llama 3.1's positions: each row of 131,072 tokens in 16 parts
     jaxmodels plan --config=configs/llama3_8b.py --topology=v6e-256
 
 The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
 without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. The vocabulary's loss is computed in tiles: its logits alone would take half of the memory.
 
 Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    4,967 M estimated cycles a step, 29.5 GB at most on a device (MaxText's recipe, read the same way: 5,954 M cycles, 30.4 GB, with host offload)
-    predicted: 4.52 s a step, MFU 46.5%
-    attention kernels a step: splash_mha_dkv_no_residuals × 32, splash_mha_dq_no_residuals × 32, splash_mha_fwd_residuals × 32
+    v6e-256, data=8 fsdp=32: 4,992 M estimated cycles a step, 28.6 GB at most on a device (MaxText's recipe, read the same way: 5,954 M cycles, 30.4 GB, with host offload)
+        predicted: 4.35 s a step, MFU 48.4%
+        attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,8192,128], keys bf16[4,8,8192,128], in blocks of 512
 Time: not measured: no such machine was at hand.
 """
 

@@ -1,10 +1,18 @@
 """A mixture of the size of Mixtral 8x7B (Jiang et al. 2024), 46.7 billion parameters, 12.9 a token, on 64 TPU v5p chips, 4 rows of 4,096 tokens on each.
 
     jaxmodels train --config=configs/mixtral_8x7b.py
-    jaxmodels train --config=configs/mixtral_8x7b.py:expert     # 64 chips of 32 GB, a row on each: each of 8 groups of chips has one of the 8 experts of each layer
+    jaxmodels train --config=configs/mixtral_8x7b.py:expert    # 64 chips of 32 GB, a row on each: of 8 groups each has one expert of a layer
     jaxmodels plan --config=configs/mixtral_8x7b.py --topology=v5p-128
 
-@PLAN@
+The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE.model
+(32,000 tokens) and without the keys `vocab_size` and `examples`. Mixtral's optimizer settings were not published; these are those of Llama 2
+(Touvron et al. 2023).
+
+Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-128, data=2 fsdp=32: 2,324 M estimated cycles a step, 45.8 GB at most on a device
+        predicted: 5.89 s a step, MFU 63.9%
+        attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,8,4096,128], in blocks of 512
+Time: not measured: no such machine was at hand.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,9 @@
 The paper trained on JFT-3B, which is not public, with another optimizer; here are as many random images as ImageNet has, and AdamW: for images of
 your own, --config.data.source=tfds:imagenet2012, or images:FOLDER, without the keys of the random ones.
 
-Reached: nothing: it was never trained here. What the plan says was not measured yet.
+Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-128, data=8 fsdp=8: 805 M estimated cycles a step, 23.1 GB at most on a device
+        predicted: 0.462 s a step, MFU 48.3%
 Time: not measured: no such machine was at hand.
 """
 
