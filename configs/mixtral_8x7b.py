@@ -41,6 +41,7 @@ def get_config(arg=None):
     # rows are laid out for the assignments that there are; where experts are apart, for the most that might come to one.
     c.mesh = {"data": 2, "fsdp": 32}
     if arg == "expert":
-        c.model.remat, c.data.batch_size = "full", 64
+        c.model = {"name": "mixtral-8x7b", "scan": True, "remat": "full"}
+        c.data.batch_size = 64
         c.mesh = {"data": 1, "fsdp": 8, "expert": 8}
     return c
