@@ -18,6 +18,7 @@ from jaxmodels.models.rnn import Recurrent
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh, simulate_devices
 from jaxmodels.parallel.sharding import Sharding, make_layout
+from jaxmodels.plan import torus
 
 RING = {
     # mesh, heads of queries and of keys, options; parts of 16 in blocks of 6, of which the last is filled up
@@ -93,8 +94,11 @@ def compiled(context: str, T: int, mesh: dict, heads: int = 2, key_heads: int = 
 
 def collectives(compiled) -> dict[str, int]:
     """How often each kind runs; sums over groups of one device move nothing."""
-    text = "\n".join(line for line in compiled.as_text().splitlines() if "replica_groups={{0},{1}" not in line)
-    names = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+    names = []
+    for line in compiled.as_text().splitlines():
+        match = re.search(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
+        if match and ("replica_groups" not in line or max(map(len, torus.groups(line, jax.device_count()))) > 1):
+            names.append(match[1])
     return {name: names.count(name) for name in set(names)}
 
 

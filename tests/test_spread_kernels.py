@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxmodels.models.attention import attend
 from jaxmodels.parallel.layout import Layout, use
@@ -51,7 +51,7 @@ def test_the_memory_of_a_ring_grows_as_the_sequence_does(found):
 
 def test_no_mask_of_all_turns_is_made_before_a_loop_over_layers():
     shape = mesh_shape(MeshSizes(data=1, context=8), 8)
-    layout = Layout(AbstractMesh(tuple(shape.values()), tuple(shape)), context="ring")
+    layout = Layout(AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), context="ring")
     x = jax.ShapeDtypeStruct((1, 8 * 64, 2, 4), jnp.float32)
 
     def loss(x, scales):
