@@ -150,6 +150,7 @@ class Experiment:
             log_every=self.log.every,
             layout=self.layout,
             shardings=shardings,
+            gather_updates=self.sharding.optimizer == "data",
         )
         return step.make_train_step(self._loss, self.optimizer, self.schedule, options)
 

@@ -211,7 +211,9 @@ def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = fro
             if value not in written:
                 continue
             begin = 2 * i if op.name == "scan" and value in op.outputs[op.params["num_carry"] :] else _begins(op, i, value, roots, last, size)
-            if begin is None or op.name == "gathered":  # of arguments alone, or brought together: made when it is needed
+            # Of arguments alone, or updates that come together for the parameters they are added to: made when it is needed.
+            adds = op.name == "gathered" and value in first and any(x in in_place for x in graph.ops[first[value]].outputs)
+            if begin is None or adds:
                 begin = 2 * first.get(value, i)
             spans[value] = (begin, 2 * last.get(value, i))
             changes[begin] += size(value)

@@ -61,6 +61,7 @@ class StepOptions:
       log_every: steps that a training metric is averaged over.
       layout: how the step is spread over devices; None for one.
       shardings: of the parameters, and so of their gradients; None leaves these to the compiler.
+      gather_updates: the optimizer's state is in more shares than the parameters are, so that its updates come together.
     """
 
     accumulate: int
@@ -69,6 +70,7 @@ class StepOptions:
     log_every: int
     layout: layout_lib.Layout | None = None
     shardings: Any = None
+    gather_updates: bool = False
 
 
 def weights_alone(params: dict, stats: dict) -> TrainState:
@@ -231,7 +233,9 @@ def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, sch
         grads = _placed(grads, options.shardings)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = _placed(updates, options.shardings)
+        if options.gather_updates:
+            # These, not the new parameters: to gather those XLA copies all the old ones first (libtpu 0.0.52).
+            updates = _placed(updates, options.shardings)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
 
