@@ -49,6 +49,7 @@ POINTS = {
     "llama full": (_on(LLAMA, {"fsdp": 4}, model__remat="full"), "v5p:2x2x1"),
     "llama dots_no_batch": (_on(LLAMA, {"fsdp": 4}, model__remat="dots_no_batch"), "v5p:2x2x1"),
     "llama names": (_on(LLAMA, {"fsdp": 4}, model__remat=("query", "key", "value", "attention")), "v5p:2x2x1"),
+    "llama shares": (_on(LLAMA, {"data": 2, "fsdp": 2}, model__remat="full", sharding={"optimizer": "data"}), "v5p:2x2x1"),
     "llama tensor": (_on(LLAMA, {"tensor": 2, "data": 2}, model__remat="full"), "v5p:2x2x1"),
     "llama context": (_on(LLAMA, {"context": 2, "fsdp": 2}, model__remat="full"), "v5p:2x2x1"),
     "llama pipeline": (_on(LLAMA, {"pipeline": 2, "fsdp": 2}, model__remat="full"), "v5p:2x2x1"),
