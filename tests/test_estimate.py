@@ -131,6 +131,25 @@ def test_a_loop_whose_turns_are_not_told_is_counted_once_and_said(condition, ste
     assert found.cycles == 1007 and found.notes == ["while.1: how often it runs is not in the program's text; it is counted once"]
 
 
+def test_elements_of_tuples_are_operands_by_number_too():
+    """As the programs of jax 0.12 have them: `%p#0` for `get-tuple-element(%p), index=0`."""
+    text = (
+        "HloModule m, is_scheduled=true\n\n"
+        "%cond (p: (s32[], (f32[8,2]{1,0}, bf16[4]))) -> pred[] {\n  %p = (s32[], (f32[8,2]{1,0}, bf16[4])) parameter(0)\n"
+        "  %n = s32[] constant(5)\n  ROOT %c = pred[] compare(%p#0, %n), direction=LT\n}\n\n"
+        "%body (q: (s32[], (f32[8,2]{1,0}, bf16[4]))) -> (s32[], (f32[8,2]{1,0}, bf16[4])) {\n  %q = (s32[], (f32[8,2]{1,0}, bf16[4])) parameter(0)\n"
+        f"  %one = s32[] constant(1)\n  %i = s32[] add(%q#0, %one), {cycles(10)}\n  %t = (f32[8,2]{{1,0}}, bf16[4]) tuple(%q#1#0, %q#1#1)\n"
+        "  ROOT %r = (s32[], (f32[8,2]{1,0}, bf16[4])) tuple(%i, %t)\n}\n\n"
+        "ENTRY %main (s: (s32[], (f32[8,2]{1,0}, bf16[4]))) -> (s32[], (f32[8,2]{1,0}, bf16[4])) {\n  %s = (s32[], (f32[8,2]{1,0}, bf16[4])) parameter(0)\n"
+        "  %zero = s32[] constant(0)\n  %start = (s32[], (f32[8,2]{1,0}, bf16[4])) tuple(%zero, %s#1)\n"
+        "  ROOT %w = (s32[], (f32[8,2]{1,0}, bf16[4])) while(%start), condition=%cond, body=%body\n}\n"
+    )
+    found = read(text)
+    assert found.cycles == 50 and found.notes == []
+    body = program_lib.parse(text).computations["body"].instructions
+    assert [body[name].shape for name in ("q#0", "q#1", "q#1#0", "q#1#1")] == ["s32[]", "(f32[8,2]{1,0}, bf16[4])", "f32[8,2]{1,0}", "bf16[4]"]
+
+
 def test_of_branches_the_longest_is_counted_and_said():
     branch = "%{0} (p: s32[]) -> s32[] {{\n  %p = s32[] parameter(0)\n  ROOT %r = s32[] negate(%p), {1}\n}}\n\n"
     found = read(

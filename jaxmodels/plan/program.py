@@ -160,8 +160,7 @@ def parse(text: str) -> Program:
                 name, lines = match[2], []
                 entry = name if match[1] else entry
         elif _END.match(line):
-            instructions = [_instruction("\n".join(parts)) for parts in lines]
-            computations[name] = Computation(name, {each.name: each for each in instructions})
+            computations[name] = Computation(name, _with_elements([_instruction("\n".join(parts)) for parts in lines]))
             name = None
         elif _INSTRUCTION.match(line):
             lines.append([line])
@@ -198,6 +197,40 @@ def _instruction(text: str) -> Instruction:
         except ValueError as error:
             raise RunError(f"the compiler's program has a backend_config that is no JSON, of {match[2]}: {error}") from error
     return Instruction(match[2], shape, opcode[1], names, attributes, config, match[1] is not None)
+
+
+def _with_elements(instructions: list[Instruction]) -> dict[str, Instruction]:
+    """By name; where an operand is written as an element of a tuple, `x#0`, as in the programs of jax 0.12, with the `get-tuple-element` that others have."""
+    found: dict[str, Instruction] = {}
+
+    def element(name: str) -> None:
+        of, _, index = name.rpartition("#")
+        if not of or not index.isdigit() or name in found:
+            return
+        element(of)
+        if of in found:
+            found[name] = Instruction(name, _elements(found[of].shape)[int(index)], "get-tuple-element", (of,), f", index={index}", {}, False)
+
+    for instruction in instructions:
+        if instruction.opcode not in ("constant", "parameter"):
+            for name in instruction.operands:
+                element(name)
+        found[instruction.name] = instruction
+    return found
+
+
+def _elements(shape: str) -> list[str]:
+    """The types in a tuple's: of `(s32[], (f32[2], f32[3]))` two."""
+    found, begin, at = [], 1, 1
+    while at < len(shape) - 1:
+        if shape[at] in "([{":
+            at = _closing(shape, at)
+        elif shape[at] == ",":
+            found.append(shape[begin:at].strip())
+            begin = at = at + 1
+        else:
+            at += 1
+    return [*found, shape[begin:at].strip()]
 
 
 def _closing(text: str, at: int) -> int:
