@@ -133,7 +133,7 @@ def lstm() -> list[float]:
 
 
 def main() -> dict:
-    ring.BLOCK, fused.BLOCKS = 6, (128,)
+    ring.BLOCK, fused.BLOCKS = 6, {128: 128}
     found = {"ring": {name: compare(case, "ring", 128, attend) for name, case in RING.items()}}
     found["splash"] = {name: compare(case, "gather", 512, interpreted) for name, case in SPLASH.items()}
     kernel = fused.splash

@@ -1,5 +1,7 @@
 """Attention against plain computations, its implementations against each other, and the choice between them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,27 @@ def test_the_tpu_kernel_computes_the_same(options):
     plain = {"causal": False, "window": None, "segments": None, "bias": None, "scale": None}
     y = fused.splash(q, k, v, **plain | options, interpret=True)
     np.testing.assert_allclose(y, numpy_attend(q, k, v, **options), atol=1e-4)
+
+
+def test_gradients_of_the_tpu_kernel_are_those_of_the_formula(monkeypatch):
+    # Sequences of 300 are filled up to three blocks; two heads share keys and values.
+    monkeypatch.setattr(fused, "BLOCKS", {128: 128})
+    segments = jnp.asarray(np.repeat([[0, 0, 1], [0, 1, 1]], 100, axis=1))
+    options = {"causal": True, "segments": (segments, segments)}
+
+    def loss(attention, q, k, v):
+        return (attention(q, k, v, **options) * jnp.sin(jnp.arange(300)[:, None, None])).sum()
+
+    of_kernel = functools.partial(fused.splash, window=None, bias=None, scale=None, interpret=True)
+    ours, theirs = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(*arrays(T=300)) for f in (of_kernel, attend))
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4 * np.abs(other).max())
+
+
+def test_the_tpu_kernel_works_in_blocks_that_suit_a_sequence():
+    # One block of 1,024 would be computed whole; and vector memory is short of room for wide heads, and for many queries.
+    assert [fused._block(length, 128) for length in (384, 1024, 1536, 2048, 8192, 131072)] == [128, 512, 512, 1024, 1024, 2048]
+    assert fused._block(131072, 128, most=1024) == 1024 and fused._block(131072, 256) == 512
 
 
 def test_the_tpu_kernel_and_its_gradient_lower_for_a_tpu():

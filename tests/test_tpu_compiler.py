@@ -81,7 +81,7 @@ def compiled(name: str, topology: str) -> Figures:
     params = flatten(step.shapes.params)
     matrices = {path: x.shape for path, x in params.items() if path.startswith("blocks/") and math.prod(x.shape) >= 2**20}
     layers = experiment.config["model"].get("layers", 0)
-    return Figures(memory, mesh_lib.bytes_per_device(step.shapes), collectives(step.compiled.as_text()), matrices, layers, dict(step.mesh.shape))
+    return Figures(memory, mesh_lib.bytes_per_device(step.shapes), collectives(step.text), matrices, layers, dict(step.mesh.shape))
 
 
 def collectives(program: str) -> list[Collective]:

@@ -14,7 +14,10 @@ from jaxmodels.parallel.layout import Layout, current, on_each_device
 
 ROWS, NUMBERS = ("batch", "sequence", "heads", None), ("batch", "sequence")
 CUDNN_PARTS = "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
-BLOCKS = (512, 256, 128)  # of queries and of keys that the TPU's kernel works in
+# Queries and keys that the TPU's kernel works on at once, and the shortest sequence that they are for: larger blocks spend less time around their
+# products, but more of what a causal mask covers is computed in vain (`benchmarks/attention_kernels.py`). Of queries, no more than 1,024 have room in
+# the vector memory, nor of heads wider than 128 more than 512 of both.
+BLOCKS = {2048: 32768, 1024: 2048, 512: 512, 256: 256, 128: 128}
 
 
 def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale) -> jax.Array:
@@ -69,19 +72,27 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
     # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
-    heads = N // _ways(layout, N)
-    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads, causal, window, interpret)
+    ways = _ways(layout, N)
+    groups = k_BSGK.shape[2] // ways
+    block = _block(filled_T // parts, K, most=1024), _block(filled_S, K)
+    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, N // ways // groups, causal, window, block, interpret)
     scale = 1 / np.sqrt(K) if scale is None else scale
 
     def attend(q, k, v, *rest):
         numbers, masks = rest[: len(rest) - len(mask_names)], rest[len(rest) - len(mask_names) :]
         k, v, *key_numbers = _all_keys(layout, filled_S, k, v, *numbers[1:])
-        rows = [x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]  # heads first
+        q = q * jnp.asarray(scale, q.dtype)
+        heads_first = [x.swapaxes(1, 2).reshape(x.shape[0], groups, -1, x.shape[1], K) for x in (q, k, v)]  # those of the same keys together
         run = kernel(masks)
+
+        def of_row(q, k, v, *numbers):
+            segments = kernel_lib.SegmentIds(*numbers) if numbers else None
+            # Chips of two cores share out what is mapped, and nothing else of the backward pass; a device's only row is not enough.
+            return jax.vmap(lambda q, k, v: run(q, k, v, segments))(q, k, v)
+
         with jax.named_scope(blocks):
-            if not numbers:
-                return jax.vmap(run)(*rows).swapaxes(1, 2)
-            return jax.vmap(lambda q, k, v, a, b: run(q, k, v, kernel_lib.SegmentIds(a, b)))(*rows, numbers[0], *key_numbers).swapaxes(1, 2)
+            y = jax.vmap(of_row)(*heads_first, *numbers[:1], *key_numbers)
+        return y.reshape(y.shape[0], -1, *y.shape[3:]).swapaxes(1, 2)
 
     # A mask is told as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
     mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
@@ -90,7 +101,15 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     return on_each_device(attend, inputs, ROWS)(*filled, *numbers, *masks)[:, :T]
 
 
-def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, interpret: bool) -> tuple[Callable, list, str]:
+def _block(length: int, head_width: int, most: int = 2048) -> int:
+    """The block for a sequence of a multiple of 128."""
+    most = most if head_width <= 128 else 512
+    return next(block for block, shortest in BLOCKS.items() if block <= most and shortest <= length and length % block == 0)
+
+
+def _splash_kernel(
+    shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, block: tuple[int, int], interpret: bool
+) -> tuple[Callable, list, str]:
     """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel; the masks of all parts; and how many
     blocks are computed, as `blocks=VISIBLEofALL`: a scope of that name tells those who read the compiled program (`plan.kernels`)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -102,15 +121,17 @@ def _splash_kernel(shape: tuple[int, int], parts: int, heads: int, causal: bool,
 
     left, right = None if window is None else window - 1, 0 if causal else window and window - 1
     mask = mask_lib.FullMask(shape) if left is right is None else _band_mask()(shape, (left, right), 0)
-    q, kv = (next(block for block in BLOCKS if length % block == 0) for length in (shape[0] // parts, shape[1]))
-    sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")}
-    sizes |= {f"block_kv{of}": kv for of in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
+    q, kv = block
+    # The gradients of queries, and of keys and values, are a kernel each. One for both multiplies five times instead of seven, but gives a part of the
+    # queries' gradient for each block of keys, and XLA's sum of these takes longer than is gained (`docs/large_models.md`).
+    sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")} | {f"block_kv{of}": kv for of in ("", "_dkv", "_dq")}
+    sizes |= {f"block_kv{of}_compute": min(kv, 512) for of in ("", "_dkv")}
     # One shard of heads: the mask is the same for all of them.
     options = {"head_shards": 1, "q_seq_shards": parts, "block_sizes": kernel_lib.BlockSizes(**sizes), "interpret": interpret}
     options["residual_checkpoint_name"] = "attention"  # one of `remat.NAMES`
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)
-    visible = _visible_blocks(shape, parts, (q, kv), (left, right))
+    visible = _visible_blocks(shape, parts, block, (left, right))
     return lambda masks: jax.tree.unflatten(structure, masks), masks, f"blocks={visible}of{shape[0] // parts // q * (shape[1] // kv)}"
 
 

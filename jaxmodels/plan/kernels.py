@@ -4,20 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 
+from jaxmodels.plan import splash
 from jaxmodels.plan.chips import Chip
 from jaxmodels.plan.program import Array, Instruction, arrays
 
-# Of the peak that a splash attention kernel reaches, of products in blocks that it does compute. With heads of 128 an element of the scores takes as
-# long in the matrix units (2 × 128 products on 65,536 units a cycle: 0.004 cycles) as in the vector units (some 12 operations on 4,096 lanes:
-# 0.003), and the two wait for each other in turn. Assumed, not measured here; `docs/estimates.md` says what hangs on it.
-ATTENTION_SHARE = 0.5
 # Of grouped products (megablox, and the compiler's own): they pad groups to tiles of rows, and lay tiles out as a dense product does.
 GROUPED_SHARE = 0.8
 # Of kernels whose authors state their FLOPs.
 STATED_SHARE = 0.5
-
-# Products of queries × keys × a head's size that a splash kernel does in each block.
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[str, float | None, str | None]:
@@ -32,12 +26,10 @@ def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[st
       `attention kernels`, `matrix products` or `other`; seconds, None where nothing tells; a note, or None.
     """
     name = re.sub(r"(\.\w+)+$", "", kernel.name)
-    splash = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", name)
-    if splash:
-        flops, size, note = _splash_flops(splash[1], kernel, operands)
-        # A head that is smaller than a matrix unit leaves a part of it idle.
-        filled = min(1.0, size / chip.matrix_unit)
-        return "attention kernels", flops / (chip.flops_per_device * ATTENTION_SHARE * filled), note
+    attention = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", name)
+    if attention:
+        seconds, note = _splash_seconds(chip, attention[1], kernel, operands)
+        return "attention kernels", seconds, note
     if name in ("gmm", "tgmm"):
         flops, note = _grouped_flops(name, kernel, operands)
         return "matrix products", flops / (chip.flops_per_device * GROUPED_SHARE), note
@@ -51,8 +43,8 @@ def cost(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[st
     return part, None, f"kernel {name}: neither known here nor with a cost of its own in the program; it is left out of the time"
 
 
-def _splash_flops(which: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, int, str | None]:
-    """FLOPs of jax.experimental.pallas.ops.tpu.splash_attention, the size of a head, and a note.
+def _splash_seconds(chip: Chip, which: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, str | None]:
+    """Of jax.experimental.pallas.ops.tpu.splash_attention, and a note.
 
     The kernel leaves out blocks that its mask covers. Which these are is data, which the text has not: `models.fused` states how many are
     left in the name of the scope that it calls the kernel in. Of a kernel called elsewhere, how many blocks there are, and how many a row
@@ -60,18 +52,20 @@ def _splash_flops(which: str, kernel: Instruction, operands: Sequence[Array]) ->
     """
     queries, keys = [array.shape for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 3][:2]
     *heads, length, size = _sequence_first(queries, kernel, "q")
-    other = _sequence_first(keys, kernel, "k")[-2]
+    shape = (length, _sequence_first(keys, kernel, "k")[-2])
     mask = next((array for array in operands if array.dtype in ("s8", "s32") and len(array.shape) == 3), None)
+    cells = (1, 1) if mask is None else mask.shape[-2:]
+    block = _block(which, kernel, shape, cells)
+    rows, columns = (-(-n // of) for n, of in zip(shape, block, strict=True))
     share, note = _stated(kernel, "blocks"), None
     if share is None and mask is not None:
-        rows, columns = mask.shape[-2:]
-        visible = _visible(which, kernel, rows, columns, length, other)
-        share = sum(visible) / len(visible)
-        note = f"splash attention kernels: masks are taken as causal, {sum(visible):.0f} of {len(visible)} blocks; their values are not in the program's text"
-    products = _SPLASH_PRODUCTS[which]
-    if which == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', kernel.attributes):
-        products = 5  # gives the queries' gradient too
-    return 2 * products * math.prod(heads) * length * other * size * (1.0 if share is None else share), size, note
+        visible = _visible(block, rows, columns, cells)
+        share = visible / (rows * columns)
+        note = f"splash attention kernels: masks are taken as causal, {visible:.0f} of {rows * columns} blocks; their values are not in the program's text"
+    computed = rows * columns * (1.0 if share is None else share)
+    one = which == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', kernel.attributes)
+    times = {"computed": computed, "shape": shape, "block": block, "head_width": size, "heads": math.prod(heads)}
+    return splash.seconds(chip, "fused" if one else which, **times), note
 
 
 def _stated(kernel: Instruction, what: str) -> float | None:
@@ -85,16 +79,18 @@ def _sequence_first(shape: tuple[int, ...], kernel: Instruction, which: str) -> 
     return (*shape[:-2], shape[-1], shape[-2]) if re.search(rf'{which}_layout\\*": 2', kernel.attributes) else shape
 
 
-def _visible(which: str, kernel: Instruction, rows: int, columns: int, length: int, other: int) -> list[float]:
-    """For each block 1 if a causal mask lets it be computed; a row of fewer blocks than there are keys for was cut to those that it needs."""
-    blocks = {key: int(size) for key, size in re.findall(r'(block_\w+)\\*": (\d+)', kernel.attributes)}
-    query = blocks.get({"fwd": "block_q", "dkv": "block_q_dkv", "dq": "block_q_dq"}[which], -(-length // rows))
-    key = blocks.get({"fwd": "block_kv", "dkv": "block_kv_dkv", "dq": "block_kv_dq"}[which], -(-other // columns))
-    query_blocks, key_blocks = -(-length // query), -(-other // key)
-    visible = [float((row + 1) * query > column * key) for row in range(query_blocks) for column in range(key_blocks)]
-    if sorted((rows, columns)) == sorted((query_blocks, key_blocks)):
-        return visible
-    return [rows * columns / (query_blocks * key_blocks)] * (query_blocks * key_blocks)
+def _block(which: str, kernel: Instruction, shape: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int]:
+    """Queries and keys in a block: as the kernel's own notes say, else as many as its mask has cells for."""
+    noted = {key: int(size) for key, size in re.findall(r'(block_\w+)\\*": (\d+)', kernel.attributes)}
+    names = {"fwd": ("block_q", "block_kv"), "dkv": ("block_q_dkv", "block_kv_dkv"), "dq": ("block_q_dq", "block_kv_dq")}[which]
+    return tuple(noted.get(name, -(-length // n)) for name, length, n in zip(names, shape, cells, strict=True))
+
+
+def _visible(block: tuple[int, int], rows: int, columns: int, cells: tuple[int, int]) -> float:
+    """Blocks that a causal mask lets be computed; rows of fewer cells than there are blocks were cut to those that they need."""
+    if sorted(cells) != sorted((rows, columns)):
+        return math.prod(cells)
+    return sum((row + 1) * block[0] > column * block[1] for row in range(rows) for column in range(columns))
 
 
 def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[float, str | None]:

@@ -14,6 +14,7 @@ The step is traced as `plan.memory` does, and every operation takes as long as i
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from flax import nnx
 from jaxmodels.experiment import Experiment
 from jaxmodels.models import rnn
 from jaxmodels.models.attention import Attention, settle
-from jaxmodels.plan import memory
+from jaxmodels.plan import memory, splash
 from jaxmodels.plan.chips import Chip
 from jaxmodels.plan.estimate import PARTS, Collective, Estimate
 from jaxmodels.plan.flops import operation_flops
@@ -36,7 +37,7 @@ from jaxmodels.training.step import DTYPES
 PRODUCT_SHARE = {"gpu": 0.85, "tpu": 0.95}
 # Of the memory's bandwidth that kernels reach that copy.
 BANDWIDTH_SHARE = 0.9
-# Attention kernels wait for what is between their products: cuDNN's on an H100 reach 0.5 to 0.6 of the peak, splash attention as much of a TPU's.
+# cuDNN's attention kernels wait for what is between their products: on an H100 they reach 0.5 to 0.6 of the peak. A TPU's: `plan.splash`.
 ATTENTION_SHARE = 0.5
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -206,9 +207,10 @@ def product_seconds(chip: Chip, flops: float, size: float, itemsize: int = 2) ->
     return computing + moving if chip.platform == "gpu" else max(computing, moving)
 
 
-def attention_seconds(chip: Chip, flops: float) -> float:
-    """The time of a fused attention kernel on a device, by the FLOPs of its products."""
-    return flops / (chip.flops_per_device * ATTENTION_SHARE)
+def attention_seconds(chip: Chip, flops: float, kernel: str = "fwd", head_width: int = 128) -> float:
+    """The time of a fused attention kernel on a device, by the FLOPs of its products; of a TPU's, which it is, as in `plan.splash`, and for what heads."""
+    share = splash.reached(chip, kernel, head_width) if chip.platform == "tpu" else ATTENTION_SHARE
+    return flops / (chip.flops_per_device * share)
 
 
 def other_seconds(chip: Chip, size: float) -> float:
@@ -240,8 +242,9 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) 
         elif op.name == "pallas_call":
             flops = _flops(op)
             work.flops += flops
-            if "splash" in str(op.params["name"]):
-                work.attention += attention_seconds(chip, flops * share)
+            if kernel := re.match(r"splash_m[hq]a_(fwd|dkv|dq)", str(op.params["name"])):
+                width = max(op.inputs, key=lambda x: math.prod(x.shape)).shape[-1]
+                work.attention += attention_seconds(chip, flops * share, kernel[1], width)
             else:
                 work.products += product_seconds(chip, flops, moved, op.inputs[-1].itemsize)
         elif op.name == "scan":

@@ -1,0 +1,148 @@
+"""What splash attention's kernels take on TPUs that are not here, by the compiler's own schedule of them: the table of `jaxmodels/plan/splash.py`.
+
+    python benchmarks/attention_kernels.py                          # every chip: the table, and heads of 4,096 and 8,192 tokens in blocks of two sizes
+    python benchmarks/attention_kernels.py --chips=v5p --json=FILE  # one, and each kernel's figures
+
+Needs `pip install 'jaxmodels[plan]'`; 20 to 60 seconds a chip on two cores. A TPU's core executes one bundle of instructions a cycle, and waits where
+something is not there yet: in a schedule the compiler has put what waits behind what it waits for, but for the matrix units, which may be given more
+than they can take. So a block takes as many cycles as its instructions or its products do, whichever are more; what else a core may wait for (its
+memory, as blocks come and go beside the products) is not in it.
+
+Of a schedule, the loop over the grid is read: a branch inside it that holds matrix products is the block, those beside it are the beginning and
+end of a row of blocks, and what is left is around every block.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+TOPOLOGIES = {"v4": "v4-8", "v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
+SIZES = ((512, 128), (1024, 128), (512, 256))  # of a block, and of a head
+COMPUTE = 512  # keys that a block multiplies at once, as in `models.fused`
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles:
+    """Of one kernel: instructions of a block, around it, and of a row's beginning and end."""
+
+    chip: str
+    kernel: str
+    block: int
+    head_width: int
+    computed: int
+    step: int
+    row: int
+
+
+def compile_kernels(chip: str, block: int, head_width: int, fused: bool) -> None:
+    """The forward and backward pass of causal attention of two rows and two heads, two blocks long."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from jaxmodels.plan import topology
+
+    backward = {"use_fused_bwd_kernel": True} if fused else {"block_q_dq": block, "block_kv_dq": block}
+    sizes = {f"block_{side}{of}": block for side in ("q", "kv") for of in ("", "_dkv")}
+    sizes |= {f"block_kv{of}_compute": min(block, COMPUTE) for of in ("", "_dkv")}
+    length = 2 * block
+
+    def forward_and_backward(q, k, v, gradient):
+        mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length, length))])
+        kernel = kernel_lib.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=kernel_lib.BlockSizes(**sizes, **backward))
+        y, vjp = jax.vjp(jax.vmap(jax.vmap(kernel)), q, k, v)
+        return y, vjp(gradient)
+
+    mesh = Mesh(np.array(topology.devices(topology.parse(TOPOLOGIES[chip]))[:1]), ("x",))
+    x = jax.ShapeDtypeStruct((2, 2, 1, length, head_width), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    jax.jit(forward_and_backward).lower(x, x, x, x).compile()
+
+
+def read_schedule(text: str) -> tuple[int, int, int]:
+    """Bundles of the final schedule of a kernel: of its block, around it, of a row's beginning and end."""
+    found = re.findall(r"(?ms)^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(.*?)(?=^\s*0x[0-9a-f]+\s+(?:[A-Z]{2})?\s*:|\Z)", text)
+    bundles = [instructions for _, instructions in found]  # their numbers count on from 0
+    starts = {}
+    for i, instructions in enumerate(bundles):
+        for region in re.findall(r"(?:Start|Start/End empty) region (\d+)", instructions):
+            starts.setdefault(int(region), i)
+    jumps = [(i, starts[int(region)]) for i, instructions in enumerate(bundles) for region in re.findall(r"sbr\.rel.*?region(\d+)", instructions) if int(region) in starts]
+    end, start = max(((at, to) for at, to in jumps if to < at), key=lambda jump: jump[0] - jump[1])
+    branches = [(at, to) for at, to in jumps if start <= at < to <= end]
+    multiplies = [any("vmatmul." in bundles[i] for i in range(at, to)) for at, to in branches]
+    block = min((branch for branch, does in zip(branches, multiplies, strict=True) if does), key=lambda branch: branch[1] - branch[0])
+    rows = [(at, to) for (at, to), does in zip(branches, multiplies, strict=True) if not does and not block[0] < at < block[1]]
+    row = sum(to - at for at, to in rows)
+    return block[1] - block[0], end - start - (block[1] - block[0]) - row, row
+
+
+def measure(chip: str, folder: Path) -> list[Bundles]:
+    """All kernels of a chip; the compiler writes down its schedules in that folder."""
+    found = []
+    for block, head_width in SIZES:
+        for fused in (False, True):
+            compile_kernels(chip, block, head_width, fused)
+            for file in folder.glob("*splash*-final_bundles.txt"):
+                kernel = re.search(r"splash_mha_(fwd|dkv|dq)", file.name)[1]
+                if "schedule-analysis" not in file.name and (kernel != "fwd" or not fused):
+                    found.append(Bundles(chip, "fused" if fused else kernel, block, head_width, *read_schedule(file.read_text())))
+            for file in folder.iterdir():
+                file.unlink()
+    return found
+
+
+def table(found: list[Bundles]) -> str:
+    """As `jaxmodels/plan/splash.py` has it."""
+    lines = []
+    for chip in dict.fromkeys(each.chip for each in found):
+        lines.append(f'    "{chip}": {{')
+        for kernel in ("fwd", "dq", "dkv", "fused"):
+            block, large, wide = (next(x for x in found if (x.chip, x.kernel, x.block, x.head_width) == (chip, kernel, *size)) for size in SIZES)
+            lines.append(f'        "{kernel}": Schedule({block.computed}, {large.computed}, {wide.computed}, {large.step}, {block.row}),')
+        lines.append("    },")
+    return "\n".join(lines)
+
+
+def compare(chip: str) -> None:
+    """Prints what a causal head takes in blocks of two sizes, its backward pass in two kernels or one; by the table that is there."""
+    from jaxmodels.plan import splash
+    from jaxmodels.plan.chips import CHIPS
+
+    for length in (1024, 2048, 4096, 8192):
+        for size in (512, 1024):
+            rows = length // size
+            times = {"computed": rows * (rows + 1) // 2, "shape": (length, length), "block": (size, size), "head_width": 128, "heads": 1}
+            fwd, dq, dkv, fused = (1e6 * splash.seconds(CHIPS[chip], kernel, **times) for kernel in ("fwd", "dq", "dkv", "fused"))
+            print(f"| {chip} | {length:,} | {size:,} | {fwd:.1f} | {dq + dkv:.1f} | {fused:.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="of " + ", ".join(TOPOLOGIES))
+    parser.add_argument("--json", help="a file for each kernel's figures")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # libtpu reads it once, when it is loaded.
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        found = [each for chip in options.chips.split(",") for each in measure(chip, Path(folder))]
+    print(table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps([dataclasses.asdict(each) for each in found]))
+    print("\n| chip | tokens | block | forward, µs a head | backward, two kernels | one |\n|---|---|---|---|---|---|")
+    for chip in options.chips.split(","):
+        compare(chip)
+
+
+if __name__ == "__main__":
+    main()
