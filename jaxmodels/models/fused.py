@@ -72,27 +72,29 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
     # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
-    ways = _ways(layout, N)
-    groups = k_BSGK.shape[2] // ways
+    heads, rows = N // _ways(layout, "heads", N), q_BTNK.shape[0] // _ways(layout, "batch", q_BTNK.shape[0])
+    # The two cores of a chip share out rows, which are mapped, and nothing else of the backward pass. Of an odd number of rows heads are mapped too, in
+    # groups of the same keys; else they are not, since XLA then copies more for it.
+    groups = k_BSGK.shape[2] // _ways(layout, "heads", N) if rows % 2 else 1
     block = _block(filled_T // parts, K, most=1024), _block(filled_S, K)
-    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, N // ways // groups, causal, window, block, interpret)
+    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads // groups, causal, window, block, interpret)
     scale = 1 / np.sqrt(K) if scale is None else scale
 
     def attend(q, k, v, *rest):
         numbers, masks = rest[: len(rest) - len(mask_names)], rest[len(rest) - len(mask_names) :]
         k, v, *key_numbers = _all_keys(layout, filled_S, k, v, *numbers[1:])
-        q = q * jnp.asarray(scale, q.dtype)
-        heads_first = [x.swapaxes(1, 2).reshape(x.shape[0], groups, -1, x.shape[1], K) for x in (q, k, v)]  # those of the same keys together
+        heads_first = [x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]
         run = kernel(masks)
 
         def of_row(q, k, v, *numbers):
             segments = kernel_lib.SegmentIds(*numbers) if numbers else None
-            # Chips of two cores share out what is mapped, and nothing else of the backward pass; a device's only row is not enough.
-            return jax.vmap(lambda q, k, v: run(q, k, v, segments))(q, k, v)
+            if groups == 1:
+                return run(q, k, v, segments)
+            grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)]
+            return jax.vmap(lambda q, k, v: run(q, k, v, segments))(*grouped).reshape(q.shape)
 
         with jax.named_scope(blocks):
-            y = jax.vmap(of_row)(*heads_first, *numbers[:1], *key_numbers)
-        return y.reshape(y.shape[0], -1, *y.shape[3:]).swapaxes(1, 2)
+            return jax.vmap(of_row)(*heads_first, *numbers[:1], *key_numbers).swapaxes(1, 2)
 
     # A mask is told as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
     mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
@@ -168,10 +170,10 @@ def _band_mask() -> type:
     return BandMask
 
 
-def _ways(layout: Layout | None, heads: int) -> int:
-    """Parts that the heads are in on the devices: one where they do not divide."""
-    ways = 1 if layout is None else layout.size("heads")
-    return 1 if heads % ways else ways
+def _ways(layout: Layout | None, name: str, length: int) -> int:
+    """Parts that heads, or rows, are in on the devices: one where they do not divide."""
+    ways = 1 if layout is None else layout.size(name)
+    return 1 if length % ways else ways
 
 
 def _all_keys(layout: Layout | None, length: int, *parts: jax.Array) -> list[jax.Array]:
