@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
@@ -23,7 +23,7 @@ from jaxmodels.training.step import flatten
 
 def layout(**sizes):
     shape = dataclasses.asdict(MeshSizes(data=1)) | sizes
-    return Layout(AbstractMesh(tuple(shape.values()), tuple(shape)))
+    return Layout(AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
 
 
 def test_one_axis_takes_what_the_others_leave():
@@ -169,7 +169,8 @@ def test_an_axis_that_cuts_a_last_layer_alone_repeats_the_rest():
     where = layout(tensor=2)
     sharding_lib.place_state(build_experiment(small.config(small.CNN)).state_shapes(), Sharding(), where)
     assert any("mesh.tensor=2" in note for note in sharding_lib.notes(where))
-    sharding_lib.place_state(build_experiment(small.config(small.GPT)).state_shapes(), Sharding(), where)
+    data = {"source": "synthetic", "vocab_size": 103, "sequence_length": 16, "examples": 64, "batch_size": 8}
+    sharding_lib.place_state(build_experiment(small.config(small.GPT, data=data, task__sample_length=0)).state_shapes(), Sharding(), where)
     assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it stays whole on each of their devices"]
 
 

@@ -269,7 +269,7 @@ def test_a_step_that_needs_more_than_jax_takes_is_told_how_to_have_it():
 def test_sums_of_what_all_devices_have_alike_need_no_network():
     """As in the gradient of what is the same on all devices of an axis."""
     mesh, where = sizes(data=2, tensor=2), jax.sharding.PartitionSpec
-    devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(jax.sharding.AxisType.Auto,) * len(mesh))
 
     def alike(x):
         return jax.shard_map(lambda x: jax.lax.psum(x / 2, "tensor"), mesh=devices, in_specs=where("data"), out_specs=where("data"), check_vma=False)(x)

@@ -147,7 +147,7 @@ class _Builder:
             return given
         bodies = ()
         if name == "scan":
-            bodies = (params["jaxpr"].jaxpr,)
+            bodies, params = (params["jaxpr"].jaxpr,), dict(params) | _scan_counts(params)
         elif name == "while":
             bodies = (params["body_jaxpr"].jaxpr,)
         elif name == "cond":
@@ -161,6 +161,14 @@ class _Builder:
             value.op = op
         ops.append(op)
         return op.outputs
+
+
+def _scan_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """How many of a loop's arguments are the same in each turn, and how many are carried on. From jax 0.12 on they are in trees."""
+    if "num_carry" in params:
+        return {}
+    consts, carried, _ = params["ft_in"].unpack()
+    return {"num_consts": len(list(consts)), "num_carry": len(list(carried))}
 
 
 def _platforms(index: Value) -> tuple[tuple[str, ...] | None, ...] | None:
