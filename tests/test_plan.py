@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import small
 from jax.experimental.pallas.ops.tpu.megablox import gmm
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
@@ -41,7 +41,7 @@ def test_flops_of_kernels_and_of_devices_parts_are_those_of_the_whole():
     q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
     products = 2 * (2 * 2 * 4 * 512 * 512 * 64)
     assert count_flops(lambda q: attend(q, q, q, causal=True, implementation="splash"), q) == products
-    rows, mesh = jax.ShapeDtypeStruct((8, 16), jnp.float32), AbstractMesh((4,), ("data",))
+    rows, mesh = jax.ShapeDtypeStruct((8, 16), jnp.float32), AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     parts = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
     assert count_flops(parts, rows) == 4 * 2 * 2 * 2 * 16
 
@@ -67,7 +67,26 @@ def test_flops_of_a_gpt_step_are_six_for_each_weight_and_token_and_attention(sca
     attention = layers * 2 * 2 * time * width  # scores and their products with values, a token
     expected = 3 * batch * time * (2 * weights + attention)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    assert count_flops(experiment.step_function(), shapes, experiment.batch_shapes(batch), key) == expected
+    step = experiment.step_function(), shapes, experiment.batch_shapes(batch), key
+    assert count_flops(*step) == expected
+    # A causal mask leaves query t the keys 0..t.
+    assert count_flops(*step, attended=True) == 3 * batch * time * (2 * weights + attention * (time + 1) // (2 * time))
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 5}, {"causal": True, "window": 5}, {}])
+@pytest.mark.parametrize("queries, keys", [(12, 12), (12, 16)])
+def test_attended_products_are_those_that_a_mask_leaves(options, queries, keys):
+    q, k = (jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32) for length in (queries, keys))
+    window = options.get("window", 99)
+    seen = sum(abs(t - s) < window and (s <= t or not options.get("causal")) for t in range(queries) for s in range(keys))
+
+    def loss(q, k):
+        return jax.checkpoint(lambda q, k: attend(q, k, k, **options).sum())(q, k)
+
+    whole, attended = (count_flops(loss, q, k, attended=attended) for attended in (False, True))
+    assert whole == 2 * 2 * 2 * 4 * 8 * queries * keys and attended == whole * seen // (queries * keys)
+    whole, attended = (count_flops(jax.grad(loss, (0, 1)), q, k, attended=attended) for attended in (False, True))
+    assert attended == whole * seen // (queries * keys)
 
 
 def test_bytes_are_those_of_the_arrays():

@@ -70,6 +70,9 @@ def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, wi
     check_sums(plan)
     # 3 × 2 FLOPs for each weight and token, and attention's products.
     assert plan["model_flops_per_step"] == 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 16)
+    attended = 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 17 // 2)
+    assert plan["mfu_attended"] == pytest.approx(plan["mfu"] * attended / plan["model_flops_per_step"])
+    assert f"{plan['mfu_attended']:.1%} by those that masks leave" in output
     assert [each["kind"] for each in plan["collectives"]] == ["all-reduce"]
 
 

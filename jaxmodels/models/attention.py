@@ -3,12 +3,14 @@
 Shapes: B batch, T queries, S keys, N heads, G key-value heads (N is a multiple of G), K width of a head, D width.
 """
 
+import contextlib
 import functools
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmodels.models import cache as cache_lib
@@ -88,9 +90,17 @@ def attend(
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
-    return jax.nn.dot_product_attention(
-        q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
-    )
+    with jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}") if causal or local else contextlib.nullcontext():
+        return jax.nn.dot_product_attention(
+            q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
+        )
+
+
+def _attended(T: int, S: int, causal: bool, window: int | None) -> int:
+    """Pairs of queries and keys that a causal mask and a window leave: those who count operations are told (`plan.flops`)."""
+    t, window = np.arange(T), window or max(T, S)
+    first, last = np.maximum(t - window + 1, 0), np.minimum(t if causal else t + window - 1, S - 1)
+    return int(np.maximum(last - first + 1, 0).sum())
 
 
 def _by_heads(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, layout: Layout, segments, **options: Any) -> jax.Array:

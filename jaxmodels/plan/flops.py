@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.extend import core as jax_core
 from jaxmodels.experiment import build_model
 
 
-def count_flops(function: Callable, *args) -> int:
+def count_flops(function: Callable, *args, attended: bool = False) -> int:
     """Operations in the matrix products and convolutions of one call: two for each multiply and add.
 
     Loops count as often as they turn, where that is known (`scan`), both branches of a condition as the
@@ -21,23 +22,33 @@ def count_flops(function: Callable, *args) -> int:
     Args:
       function: traceable.
       args: arrays or ShapeDtypeStructs.
+      attended: of the products of queries and keys, count the share that causal masks and windows leave, not all.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, attended)
 
 
-def _jaxpr_flops(jaxpr) -> int:
+def _jaxpr_flops(jaxpr, attended: bool = False) -> int:
     def shapes(variables):
         return [getattr(x.aval, "shape", ()) for x in variables]  # a token has none
 
-    return sum(operation_flops(each.primitive.name, each.params, shapes(each.invars), shapes(each.outvars)) for each in jaxpr.eqns)
+    total = 0
+    for each in jaxpr.eqns:
+        # `models.attention` states the share in the name of a scope.
+        stated = re.findall(r"attended=(\d+)of(\d+)", str(each.source_info.name_stack)) if attended else None
+        flops = operation_flops(each.primitive.name, each.params, shapes(each.invars), shapes(each.outvars), attended and not stated)
+        total += flops * int(stated[0][0]) // int(stated[0][1]) if stated else flops
+    return total
 
 
-def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]) -> int:
+def operation_flops(
+    name: str, params: Mapping[str, Any], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]], attended: bool = False
+) -> int:
     """As `count_flops`, of one operation with all that it calls.
 
     Args:
       name, params: of the primitive.
       inputs, outputs: shapes.
+      attended: as of `count_flops`.
     """
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
@@ -53,9 +64,9 @@ def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple
         per_output = math.prod(inputs[1]) // inputs[1][params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(outputs[0]) * per_output
     if name == "scan":
-        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr)
+        return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr, attended)
     if name == "shard_map":
-        return params["mesh"].size * _jaxpr_flops(params["jaxpr"])  # every device runs it, on its own part
+        return params["mesh"].size * _jaxpr_flops(params["jaxpr"], attended)  # every device runs it, on its own part
     if name == "pallas_call":
         # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
         grid, estimate = params["grid_mapping"].grid, params["cost_estimate"]
@@ -65,19 +76,20 @@ def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple
             raise ValueError(f"{params['name']}: a kernel whose grid depends on values, and that says no cost")
         return estimate.flops  # how often it runs is known when it runs alone; its author says for how much
     if name == "cond":
-        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
-    return sum(_jaxpr_flops(inner) for inner in jax_core.jaxprs_in_params(params))
+        return max(_jaxpr_flops(branch.jaxpr, attended) for branch in params["branches"])
+    return sum(_jaxpr_flops(inner, attended) for inner in jax_core.jaxprs_in_params(params))
 
 
-def model_flops(experiment: Any) -> int:
+def model_flops(experiment: Any, attended: bool = False) -> int:
     """Operations in the matrix products and convolutions of one train step, over all devices; what is computed again in the backward pass counts once.
 
     Args:
       experiment: on its devices or not: the step is counted as it is on one, where nothing waits in a pipeline.
+      attended: as of `count_flops`.
     """
     policy = {key: value for key, value in {"remat": "none", "offload": ()}.items() if key in experiment.config["model"]}
     config = experiment.config | {"model": experiment.config["model"] | policy}
     task, build = build_model(config, experiment.dataset.info)
     plain = dataclasses.replace(experiment, config=config, task=task, build=build, platform=None, layout=None)
     batch, key = plain.batch_shapes(plain.loading.batch_size), jax.eval_shape(lambda: jax.random.key(0))
-    return count_flops(plain.step_function(), plain.state_shapes(), batch, key)
+    return count_flops(plain.step_function(), plain.state_shapes(), batch, key, attended=attended)

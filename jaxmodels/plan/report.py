@@ -46,6 +46,7 @@ class Plan:
       time: of a step.
       time_by: `compiler`, or `analytic`.
       model_flops: of a step, over all devices; what is computed again in the backward pass counts once.
+      attended_flops: the same without the pairs of queries and keys that causal masks and windows leave out.
       notes: what a reader of the figures has to know.
       step: compiled; None where there is no compiler.
     """
@@ -59,6 +60,7 @@ class Plan:
     time: Estimate
     time_by: str
     model_flops: int
+    attended_flops: int
     notes: Sequence[str]
     step: CompiledStep | None = None
 
@@ -89,6 +91,11 @@ class Plan:
     def mfu(self) -> float:
         """The share of the chips' peak (of bfloat16 products) that the model's operations are."""
         return self.flops_per_device / (self.time.seconds * self.topology.chip.flops_per_device)
+
+    @property
+    def mfu_attended(self) -> float:
+        """The same of what masks leave."""
+        return self.mfu * self.attended_flops / self.model_flops if self.model_flops else 0.0
 
     @property
     def rates(self) -> dict[str, float]:
@@ -132,6 +139,7 @@ class Plan:
             "cycles": self.time.cycles,
             "parts": dict(self.time.parts),
             "mfu": self.mfu,
+            "mfu_attended": self.mfu_attended,
             "model_flops_per_device": self.flops_per_device,
             "model_flops_per_step": self.model_flops,
             "device_flops_per_second": chip.flops_per_device,
@@ -285,6 +293,7 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
         time=found,
         time_by="analytic" if time is None else "compiler",
         model_flops=model_flops(experiment),
+        attended_flops=model_flops(experiment, attended=True),
         notes=notes,
         step=step,
     )
@@ -318,6 +327,7 @@ def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
         time=time,
         time_by="analytic",
         model_flops=model_flops(experiment),
+        attended_flops=model_flops(experiment, attended=True),
         notes=[why, *(note for note in time.notes if "no compiler" not in note)],
     )
 
@@ -392,6 +402,8 @@ def _lines(plan: Plan) -> dict[str, str]:
     lines["step"] = f"{_seconds(time.seconds)}, {by[plan.time_by]}{cycles}"
     lines["  parts"] = ", ".join(f"{part} {_seconds(value)} ({value / time.seconds:.0%})" for part, value in time.parts.items() if value)
     lines["MFU"] = f"{plan.mfu:.1%} of {chip.flops_per_device / 1e12:g} TFLOP/s a device: {plan.flops_per_device:.4g} FLOPs of the model in a step"
+    if plan.attended_flops != plan.model_flops:
+        lines["MFU"] += f"; {plan.mfu_attended:.1%} by those that masks leave"
     lines["speed"] = ", ".join(f"{rate:,.4g} {name.partition('_')[0]}/s a chip" for name, rate in plan.rates.items())
     accumulated = f", {experiment.training.accumulate} parts added up" if experiment.training.accumulate > 1 else ""
     lines["run"] = f"{experiment.steps:,} steps of {experiment.loading.batch_size:,} examples{accumulated}: {_duration(plan.run_seconds)}, {plan.chip_hours:,.4g} chip-hours"
