@@ -90,7 +90,8 @@ def attend(
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
-    with jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}") if causal or local else contextlib.nullcontext():
+    known = isinstance(T, int) and isinstance(S, int)  # not where a program for any length is traced (jax.export)
+    with jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}") if known and (causal or local) else contextlib.nullcontext():
         return jax.nn.dot_product_attention(
             q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
         )
