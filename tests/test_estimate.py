@@ -653,7 +653,10 @@ def test_a_scanned_and_an_unrolled_llama_take_the_same():
     for plan in plans:
         print(f"\n{plan.time.cycles} cycles, {plan.time.seconds * 1e3:.1f} ms, {plan.time.parts}")
     scanned, unrolled = (plan.time for plan in plans)
-    assert scanned.cycles == pytest.approx(unrolled.cycles, rel=0.03) and scanned.seconds == pytest.approx(unrolled.seconds, rel=0.03)
+    assert scanned.cycles == pytest.approx(unrolled.cycles, rel=0.03)
+    # What a turn begins with has nothing of the turn before it beside; the programs do differ there.
+    computing, other = (time.seconds - time.parts["exposed collectives"] for time in (scanned, unrolled))
+    assert computing == pytest.approx(other, rel=0.03) and scanned.seconds == pytest.approx(unrolled.seconds, rel=0.04)
     kinds = [{(c.kind, c.axes): (c.count, c.bytes) for c in time.collectives if c.bytes > 1e7} for time in (scanned, unrolled)]
     assert kinds[0] == kinds[1] and len(kinds[0]) == 2
     assert [(k.name, k.count) for k in scanned.kernels] == [(k.name, k.count) for k in unrolled.kernels]
