@@ -64,6 +64,11 @@ class Chip:
         return self.flops_per_second / self.devices_per_chip
 
     @property
+    def cores_per_device(self) -> int:
+        """Two on chips of which a program sees both as one device."""
+        return self.cores_per_chip // self.devices_per_chip
+
+    @property
     def memory_per_device(self) -> int:
         """Bytes."""
         return self.memory_bytes // self.devices_per_chip

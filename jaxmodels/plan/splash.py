@@ -79,14 +79,14 @@ def seconds(chip: Chip, kernel: str, *, computed: float, shape: tuple[int, int],
       head_width: of queries and keys.
       heads: of all rows.
     """
-    schedule, cores = SCHEDULES[chip.name][kernel], chip.cores_per_chip // chip.devices_per_chip
+    schedule = SCHEDULES[chip.name][kernel]
     rows, columns = (math.ceil(length / size) for length, size in zip(shape, block, strict=True))
     if kernel in ("dkv", "fused"):
         across, along = block[1], columns
     else:
         across, along = block[0], rows
     around = rows * columns * schedule.step + along * schedule.row * across / 512
-    return heads * (computed * block_cycles(chip, kernel, block, head_width) + around) / (cores * chip.clock_hz)
+    return heads * (computed * block_cycles(chip, kernel, block, head_width) + around) / (chip.cores_per_device * chip.clock_hz)
 
 
 def block_cycles(chip: Chip, kernel: str, block: tuple[int, int], head_width: int) -> float:
@@ -99,13 +99,11 @@ def block_cycles(chip: Chip, kernel: str, block: tuple[int, int], head_width: in
         instructions = schedule.large * area / 1024**2
     else:
         instructions = schedule.block * area / 512**2
-    cores = chip.cores_per_chip // chip.devices_per_chip
     products = 2 * PRODUCTS[kernel] * area * max(128, head_width)
-    return max(instructions, products * chip.clock_hz * cores / chip.flops_per_device)
+    return max(instructions, products * chip.clock_hz * chip.cores_per_device / chip.flops_per_device)
 
 
 def reached(chip: Chip, kernel: str, head_width: int) -> float:
     """The share of the chip's peak that a kernel reaches in large blocks, of the products in those that it computes."""
-    cores = chip.cores_per_chip // chip.devices_per_chip
-    cycles = 2 * PRODUCTS[kernel] * 1024**2 * head_width * chip.clock_hz * cores / chip.flops_per_device
+    cycles = 2 * PRODUCTS[kernel] * 1024**2 * head_width * chip.clock_hz * chip.cores_per_device / chip.flops_per_device
     return cycles / block_cycles(chip, kernel, (1024, 1024), head_width)

@@ -49,7 +49,7 @@ def _on_sparse_cores(*kinds: str, why: str) -> tuple[Option, ...]:
 # By the names of `plan.chips`. `xla_tpu_scoped_vmem_limit_kib` is the room that a fused operation may use of the vector memory on the chip: with more of
 # it, products work in larger tiles. An option stands here because a step was measured with it and without; `why` says what came of it.
 OPTIONS: dict[str, tuple[Option, ...]] = {
-    "v4": (),  # 24 MB for tiles instead of 16: the same cycles for a block of Llama-2-7B (libtpu 0.0.42.1)
+    "v4": (),  # 24 MB for tiles instead of 16: the same cycles for a block of Llama-2-7B (libtpu 0.0.52)
     "v5e": (
         Option(
             "xla_tpu_scoped_vmem_limit_kib",
