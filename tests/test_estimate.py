@@ -442,7 +442,6 @@ def test_no_attention_kernel_is_faster_than_the_chip(chip, kernel):
         products = 4 * 10 * 2 * splash.PRODUCTS[kernel] * math.prod(block) * head_width
         assert seconds > products / chip.flops_per_device
         assert seconds < splash.seconds(chip, kernel, computed=11, **options)
-    assert 0.1 < splash.reached(chip, kernel, 128) <= 1.0
 
 
 def test_scopes_tell_what_shapes_do_not():

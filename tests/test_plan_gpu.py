@@ -13,6 +13,7 @@ import small
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import build_experiment
+from jaxmodels.models.attention import attend
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.plan import gpu, network, report, roofline, topology
 from jaxmodels.plan import graph as graph_lib
@@ -32,7 +33,7 @@ def of_function(function, *args, chip=H100, mesh=None):
     mesh = mesh or dict.fromkeys(AXES, 1)
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in args]
     graph = graph_lib.build(jax.make_jaxpr(function)(*args), [((),) * len(x.shape) for x in args], mesh, "tpu")
-    return roofline.graph_work(graph, mesh, chip, 1.0)
+    return roofline.graph_work(graph, mesh, chip)
 
 
 def sizes(**axes) -> dict:
@@ -72,6 +73,24 @@ def test_what_is_computed_value_by_value_takes_the_bytes_it_reads_and_writes():
     assert both.other == pytest.approx(3 * 4 * (8 << 20) / (0.9 * H100.memory_bandwidth))
     loop = of_function(lambda x: jax.lax.scan(lambda c, _: (c + 1, None), x, None, length=5)[0], x)
     assert loop.other == pytest.approx(5 * 2 * 4 * (8 << 20) / (0.9 * H100.memory_bandwidth))
+
+
+@pytest.mark.parametrize("window, blocks, pairs", [(None, 10, 4096 * 4097 // 2), (1500, 9, 4096 * 1500 - 1500 * 1499 // 2)])
+def test_attention_takes_what_its_mask_leaves(window, blocks, pairs):
+    """Blocks of 1,024 on a TPU, of which each of 12 heads in 3 rows has 4 × 4; pairs of queries and keys on a GPU."""
+
+    def loss(q, k, v):
+        return attend(q, k, v, causal=True, window=window, implementation="splash").astype(jnp.float32).sum()
+
+    q, kv = ((3, 4096, 12, 128), jnp.bfloat16), ((3, 4096, 4, 128), jnp.bfloat16)
+    heads, gradient = 3 * 12, jax.grad(loss, (0, 1, 2))
+    product = 2 * 1024**2 * 128 / (V5P.flops_per_second / (2 * V5P.clock_hz))  # of a block, in the matrix units of one of two cores
+    cycles = {"fwd": 4776 * blocks + 392 * 16 + 701 * 8, "dq": 3 * product * blocks + 260 * 16 + 172 * 8, "dkv": 4 * product * blocks + 364 * 16 + 334 * 8}
+    forward = of_function(loss, q, kv, kv, chip=V5P)
+    assert forward.attention == pytest.approx(heads * cycles["fwd"] / (2 * V5P.clock_hz))
+    assert of_function(gradient, q, kv, kv, chip=V5P).attention == pytest.approx(heads * sum(cycles.values()) / (2 * V5P.clock_hz))
+    # Two products forward, and five for the gradients.
+    assert of_function(gradient, q, kv, kv).attention == pytest.approx(heads * pairs * 128 * 2 * 7 / (0.5 * H100.flops_per_second))
 
 
 @pytest.mark.parametrize("base", [GPT, small.config(GPT, model__scan=True, training__accumulate=2), small.CNN, small.LSTM], ids=["gpt", "scan", "cnn", "lstm"])

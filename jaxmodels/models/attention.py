@@ -85,20 +85,28 @@ def attend(
             scale = 1 / math.sqrt(K) if scale is None else scale
             return ring_attend(q_BTNK, k_BSGK, v_BSGK, layout=layout, **options | {"scale": scale})
         fuse = {"cudnn": fused.cudnn, "splash": fused.splash}[implementation]
-        return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
+        with _stated(T, S, causal, window):
+            return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
     # Parts of a sequence see all of its keys.
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
-    known = isinstance(T, int) and isinstance(S, int)  # not where a program for any length is traced (jax.export)
-    with jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}") if known and (causal or local) else contextlib.nullcontext():
+    with _stated(T, S, causal, window):
         return jax.nn.dot_product_attention(
             q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
         )
 
 
+def _stated(T: int, S: int, causal: bool, window: int | None) -> contextlib.AbstractContextManager:
+    """A scope whose name tells those who count operations (`plan.flops`, `plan.roofline`) how many pairs of queries and keys are left; none
+    where all are, nor where a program for any length is traced (jax.export)."""
+    if not (causal or window) or not (isinstance(T, int) and isinstance(S, int)):
+        return contextlib.nullcontext()
+    return jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}")
+
+
 def _attended(T: int, S: int, causal: bool, window: int | None) -> int:
-    """Pairs of queries and keys that a causal mask and a window leave: those who count operations are told (`plan.flops`)."""
+    """Pairs of queries and keys that a causal mask and a window leave."""
     t, window = np.arange(T), window or max(T, S)
     first, last = np.maximum(t - window + 1, 0), np.minimum(t if causal else t + window - 1, S - 1)
     return int(np.maximum(last - first + 1, 0).sum())

@@ -54,7 +54,7 @@ class Op:
       params: of the primitive.
       inputs, outputs: values.
       bodies: of loops and branches.
-      backward: it belongs to the gradient.
+      scopes: names of the scopes and transformations that it is in, from the outermost on.
     """
 
     name: str
@@ -62,7 +62,12 @@ class Op:
     inputs: list[Value]
     outputs: list[Value]
     bodies: "tuple[Graph, ...]" = ()
-    backward: bool = False
+    scopes: str = ""
+
+    @property
+    def backward(self) -> bool:
+        """Whether it belongs to the gradient."""
+        return "transpose(" in self.scopes
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,7 +89,7 @@ def build(jaxpr: jax_core.ClosedJaxpr, specs: Sequence[Spec], mesh: Mapping[str,
       platform: of what functions do differently on each, what they do there.
     """
     inputs = [dataclasses.replace(_value(var.aval), spec=spec, fixed=True) for var, spec in zip(jaxpr.jaxpr.invars, specs, strict=True)]
-    graph = _Builder(platform, mesh).graph(jaxpr.jaxpr, inputs, False)
+    graph = _Builder(platform, mesh).graph(jaxpr.jaxpr, inputs, "")
     _drop_unused(graph)
     for _ in range(2):
         _forward(graph, mesh)
@@ -108,11 +113,11 @@ class _Builder:
     def __init__(self, platform: str, mesh: Mapping[str, int]):
         self.platform, self.mesh = platform, mesh
 
-    def graph(self, jaxpr, inputs: list[Value], backward: bool) -> Graph:
+    def graph(self, jaxpr, inputs: list[Value], scopes: str) -> Graph:
         ops: list[Op] = []
-        return Graph(inputs, ops, self.run(jaxpr, inputs, ops, backward))
+        return Graph(inputs, ops, self.run(jaxpr, inputs, ops, scopes))
 
-    def run(self, jaxpr, inputs: list[Value], ops: list[Op], backward: bool) -> list[Value]:
+    def run(self, jaxpr, inputs: list[Value], ops: list[Op], scopes: str) -> list[Value]:
         """Adds the operations of a function. Returns its results."""
         values = dict(zip(jaxpr.invars, inputs, strict=True))
         values |= {var: _value(var.aval, True) for var in jaxpr.constvars}
@@ -122,27 +127,27 @@ class _Builder:
 
         for equation in jaxpr.eqns:
             given = [read(var) for var in equation.invars]
-            later = backward or "transpose(" in str(equation.source_info.name_stack)
-            for var, value in zip(equation.outvars, self.one(equation, given, ops, later), strict=True):
+            inside = f"{scopes}/{equation.source_info.name_stack}"
+            for var, value in zip(equation.outvars, self.one(equation, given, ops, inside), strict=True):
                 values[var] = value
         return [read(var) for var in jaxpr.outvars]
 
-    def one(self, equation, given: list[Value], ops: list[Op], backward: bool) -> list[Value]:
+    def one(self, equation, given: list[Value], ops: list[Op], scopes: str) -> list[Value]:
         name, params = equation.primitive.name, equation.params
         if name in _CALLS:
             inner = params.get("jaxpr") or params.get("call_jaxpr") or params.get("call")
-            return self.run(getattr(inner, "jaxpr", inner), given[len(given) - len(getattr(inner, "jaxpr", inner).invars) :], ops, backward)
+            return self.run(getattr(inner, "jaxpr", inner), given[len(given) - len(getattr(inner, "jaxpr", inner).invars) :], ops, scopes)
         if name == "shard_map":
             inner = params["jaxpr"]
-            parts = [self.add(ops, "local", {"spec": _spec_of(s, len(x.shape))}, [x], [v.aval], backward)[0] for x, s, v in zip(given, params["in_specs"], inner.invars, strict=True)]
-            results = self.run(inner, parts, ops, backward)
+            parts = [self.add(ops, "local", {"spec": _spec_of(s, len(x.shape))}, [x], [v.aval], scopes)[0] for x, s, v in zip(given, params["in_specs"], inner.invars, strict=True)]
+            results = self.run(inner, parts, ops, scopes)
             whole = zip(results, params["out_specs"], equation.outvars, strict=True)
-            return [self.add(ops, "whole", {"spec": _spec_of(s, len(v.aval.shape))}, [x], [v.aval], backward)[0] for x, s, v in whole]
+            return [self.add(ops, "whole", {"spec": _spec_of(s, len(v.aval.shape))}, [x], [v.aval], scopes)[0] for x, s, v in whole]
         if name == "cond" and (choice := _platforms(given[0])) is not None:
             own = next(i for i, names in enumerate(choice) if names is None or self.platform in names)
-            return self.run(params["branches"][own].jaxpr, given[1:], ops, backward)
+            return self.run(params["branches"][own].jaxpr, given[1:], ops, scopes)
         if name == "optimization_barrier":  # what goes in comes out, each by itself
-            return [self.add(ops, name, params, [x], [var.aval], backward)[0] for x, var in zip(given, equation.outvars, strict=True)]
+            return [self.add(ops, name, params, [x], [var.aval], scopes)[0] for x, var in zip(given, equation.outvars, strict=True)]
         if name == "psum" and ways(params["axes"], self.mesh) == 1:  # of one device
             return given
         bodies = ()
@@ -152,11 +157,11 @@ class _Builder:
             bodies = (params["body_jaxpr"].jaxpr,)
         elif name == "cond":
             bodies = tuple(branch.jaxpr for branch in params["branches"])
-        graphs = tuple(self.graph(body, [_value(var.aval) for var in body.invars], backward) for body in bodies)
-        return self.add(ops, name, params, given, [var.aval for var in equation.outvars], backward, graphs)
+        graphs = tuple(self.graph(body, [_value(var.aval) for var in body.invars], scopes) for body in bodies)
+        return self.add(ops, name, params, given, [var.aval for var in equation.outvars], scopes, graphs)
 
-    def add(self, ops, name, params, given, avals, backward, bodies=()) -> list[Value]:
-        op = Op(name, params, given, [_value(aval) for aval in avals], bodies, backward)
+    def add(self, ops, name, params, given, avals, scopes, bodies=()) -> list[Value]:
+        op = Op(name, params, given, [_value(aval) for aval in avals], bodies, scopes)
         for value in op.outputs:
             value.op = op
         ops.append(op)
@@ -514,7 +519,7 @@ def _gather_operands(op: Op, ops: list[Op], together: dict) -> None:
         if tuple(spec) != x.spec and not x.constant:
             key = (id(x), tuple(spec))
             if key not in together:
-                gathered = Op("gathered", {}, [x], [Value(x.shape, x.itemsize, tuple(spec), fixed=True)], backward=op.backward)
+                gathered = Op("gathered", {}, [x], [Value(x.shape, x.itemsize, tuple(spec), fixed=True)], scopes=op.scopes)
                 gathered.outputs[0].op = gathered
                 ops.append(gathered)
                 together[key] = gathered.outputs[0]

@@ -55,9 +55,9 @@ def _splash_seconds(chip: Chip, which: str, kernel: Instruction, operands: Seque
     shape = (length, _sequence_first(keys, kernel, "k")[-2])
     mask = next((array for array in operands if array.dtype in ("s8", "s32") and len(array.shape) == 3), None)
     cells = (1, 1) if mask is None else mask.shape[-2:]
-    block = _block(which, kernel, shape, cells)
+    block = noted_block(which, kernel.attributes) or tuple(-(-length // n) for length, n in zip(shape, cells, strict=True))
     rows, columns = (-(-n // of) for n, of in zip(shape, block, strict=True))
-    share, note = _stated(kernel, "blocks"), None
+    share, note = stated(kernel.attributes, "blocks"), None
     if share is None and mask is not None:
         visible = _visible(block, rows, columns, cells)
         share = visible / (rows * columns)
@@ -68,9 +68,9 @@ def _splash_seconds(chip: Chip, which: str, kernel: Instruction, operands: Seque
     return splash.seconds(chip, "fused" if one else which, **times), note
 
 
-def _stated(kernel: Instruction, what: str) -> float | None:
-    """The share that a scope around a kernel states, `blocks=36of64`: that nearest to it, None where there is none."""
-    found = re.findall(rf"{what}=(\d+)of(\d+)", kernel.attributes)
+def stated(scopes: str, what: str) -> float | None:
+    """The share that a scope states, `blocks=36of64`: the innermost, None where there is none."""
+    found = re.findall(rf"{what}=(\d+)of(\d+)", scopes)
     return int(found[-1][0]) / int(found[-1][1]) if found else None
 
 
@@ -79,11 +79,11 @@ def _sequence_first(shape: tuple[int, ...], kernel: Instruction, which: str) -> 
     return (*shape[:-2], shape[-1], shape[-2]) if re.search(rf'{which}_layout\\*": 2', kernel.attributes) else shape
 
 
-def _block(which: str, kernel: Instruction, shape: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int]:
-    """Queries and keys in a block: as the kernel's own notes say, else as many as its mask has cells for."""
-    noted = {key: int(size) for key, size in re.findall(r'(block_\w+)\\*": (\d+)', kernel.attributes)}
+def noted_block(which: str, notes: str) -> tuple[int, int] | None:
+    """Queries and keys in a block of a splash attention kernel, as what it notes of itself says."""
+    noted = {key: int(size) for key, size in re.findall(r'(block_\w+)\\*": (\d+)', notes)}
     names = {"fwd": ("block_q", "block_kv"), "dkv": ("block_q_dkv", "block_kv_dkv"), "dq": ("block_q_dq", "block_kv_dq")}[which]
-    return tuple(noted.get(name, -(-length // n)) for name, length, n in zip(names, shape, cells, strict=True))
+    return tuple(noted[name] for name in names) if all(name in noted for name in names) else None
 
 
 def _visible(block: tuple[int, int], rows: int, columns: int, cells: tuple[int, int]) -> float:
@@ -100,7 +100,7 @@ def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) ->
     all experts have as much to do.
     """
     left, right = [array for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 2][:2]
-    result, share = arrays(kernel.shape)[0], _stated(kernel, "rows")
+    result, share = arrays(kernel.shape)[0], stated(kernel.attributes, "rows")
     if name == "gmm":  # [m, k] and [groups, k, n], to [m, n]
         flops = 2.0 * math.prod(left.shape) * result.shape[-1]
     else:  # [groups, k, n], of [k, m] and [m, n]

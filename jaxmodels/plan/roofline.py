@@ -6,7 +6,8 @@ The step is traced as `plan.memory` does, and every operation takes as long as i
   blocks load before they compute, both one after the other.
 - Everything else: the arrays it reads and writes, at a share of the memory's bandwidth (`BANDWIDTH_SHARE`). What is computed value by value is
   part of what reads it, as in the memory model; what is written at the same stage from the same array reads it once.
-- Attention kernels: their products; of causal ones half, since blocks that the mask covers are left out. They write no scores.
+- Attention kernels: on a TPU as many cycles as its compiler schedules for the blocks that the mask leaves (`plan.splash`); on a GPU their products,
+  of pairs that the mask leaves. They write no scores.
 - Collectives: bytes over the bandwidth of the network that the axis lies on, in rings. Those that gather parameters and add up gradients run beside the rest, the
   others are waited for.
 """
@@ -23,7 +24,7 @@ from flax import nnx
 from jaxmodels.experiment import Experiment
 from jaxmodels.models import rnn
 from jaxmodels.models.attention import Attention, settle
-from jaxmodels.plan import memory, splash
+from jaxmodels.plan import kernels, memory, splash
 from jaxmodels.plan.chips import Chip
 from jaxmodels.plan.estimate import PARTS, Collective, Estimate
 from jaxmodels.plan.flops import operation_flops
@@ -37,8 +38,10 @@ from jaxmodels.training.step import DTYPES
 PRODUCT_SHARE = {"gpu": 0.85, "tpu": 0.95}
 # Of the memory's bandwidth that kernels reach that copy.
 BANDWIDTH_SHARE = 0.9
-# cuDNN's attention kernels wait for what is between their products: on an H100 they reach 0.5 to 0.6 of the peak. A TPU's: `plan.splash`.
+# cuDNN's attention kernels wait for what is between their products: on an H100 they reach 0.5 to 0.6 of the peak.
 ATTENTION_SHARE = 0.5
+# Its products forward, and for gradients: it computes these in one kernel, which multiplies queries by keys once for all.
+_CUDNN_PRODUCTS = {"fwd": 2, "dq": 1, "dkv": 4}
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _KINDS = {
@@ -117,7 +120,7 @@ def traced_roofline(experiment: Experiment, step: memory.TracedStep, topology: A
 
 def traced_estimate(experiment: Experiment, step: memory.TracedStep, topology: Any) -> Estimate:
     """The same with collectives; without cycles, which no compiler has counted, and with attention kernels as a part alone."""
-    work = traced_work(experiment, step, topology.chip)
+    work = graph_work(step.graph, step.mesh, topology.chip)
     computing = work.products + work.attention + work.other
     times = [collective_time(each, step.mesh, topology) for each in work.collectives]
     beside = sum(time for time, each in zip(times, work.collectives, strict=True) if not each.waits)
@@ -146,12 +149,7 @@ def collective_time(collective: Exchange, mesh: Mapping[str, int], topology: Any
 def step_work(experiment: Experiment, devices: int, chip: Chip) -> tuple[Work, dict[str, int]]:
     """What a device does in a train step, and the sizes of the mesh's axes."""
     step = trace(experiment, devices, chip)
-    return traced_work(experiment, step, chip), step.mesh
-
-
-def traced_work(experiment: Experiment, step: memory.TracedStep, chip: Chip) -> Work:
-    """What a device does in a traced step."""
-    return graph_work(step.graph, step.mesh, chip, attended_share(experiment, step.mesh))
+    return graph_work(step.graph, step.mesh, chip), step.mesh
 
 
 def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep:
@@ -184,15 +182,6 @@ def traceable(experiment: Experiment, platform: str) -> Experiment:
     return dataclasses.replace(experiment, build=build)
 
 
-def attended_share(experiment: Experiment, mesh: Mapping[str, int]) -> float:
-    """The share of pairs of queries and keys that attention kernels compute: of causal ones half; of sequences in parts what the device
-    with the last part does, if it is given the keys of all (`sharding.context="gather"`): the others wait for it."""
-    parts = mesh["context"] if experiment.sharding.context == "gather" else 1
-    model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
-    shares = [1 - 0.5 / parts if module.causal else 1.0 for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
-    return sum(shares) / len(shares) if shares else 1.0
-
-
 def product_seconds(chip: Chip, flops: float, size: float, itemsize: int = 2) -> float:
     """The time of a matrix product or convolution on a device.
 
@@ -207,10 +196,22 @@ def product_seconds(chip: Chip, flops: float, size: float, itemsize: int = 2) ->
     return computing + moving if chip.platform == "gpu" else max(computing, moving)
 
 
-def attention_seconds(chip: Chip, flops: float, kernel: str = "fwd", head_width: int = 128) -> float:
-    """The time of a fused attention kernel on a device, by the FLOPs of its products; of a TPU's, which it is, as in `plan.splash`, and for what heads."""
-    share = splash.reached(chip, kernel, head_width) if chip.platform == "tpu" else ATTENTION_SHARE
-    return flops / (chip.flops_per_device * share)
+def attention_seconds(chip: Chip, flops: float) -> float:
+    """The time of a fused attention kernel of a GPU, by the FLOPs of its products."""
+    return flops / (chip.flops_per_device * ATTENTION_SHARE)
+
+
+def splash_seconds(chip: Chip, which: str, op: Op) -> float:
+    """The time of a splash attention kernel on a device; on a GPU, of cuDNN's in its place."""
+    first = op.params["grid_mapping"].num_index_operands  # before them, which blocks the mask leaves
+    (*heads, length, width), keys = (x.shape for x in op.inputs[first : first + 2])
+    shape, heads = (length, keys[-2]), math.prod(heads)
+    if chip.platform == "gpu":
+        left = math.prod(shape) * (kernels.stated(op.scopes, "attended") or 1.0)
+        return attention_seconds(chip, 2 * _CUDNN_PRODUCTS[which] * heads * left * width)
+    block = kernels.noted_block(which, str(op.params["metadata"]))
+    computed = math.prod(-(-n // of) for n, of in zip(shape, block, strict=True)) * (kernels.stated(op.scopes, "blocks") or 1.0)
+    return splash.seconds(chip, which, computed=computed, shape=shape, block=block, head_width=width, heads=heads)
 
 
 def other_seconds(chip: Chip, size: float) -> float:
@@ -218,7 +219,7 @@ def other_seconds(chip: Chip, size: float) -> float:
     return size * chip.devices_per_chip / (chip.memory_bandwidth * BANDWIDTH_SHARE)
 
 
-def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) -> Work:
+def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
     """Of a program, or of one turn of a loop's body."""
     work, written = Work(), memory.written(graph, mesh)
     size = functools.cache(lambda value: _bytes(value, mesh))
@@ -243,14 +244,13 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip, share: float) 
             flops = _flops(op)
             work.flops += flops
             if kernel := re.match(r"splash_m[hq]a_(fwd|dkv|dq)", str(op.params["name"])):
-                width = max(op.inputs, key=lambda x: math.prod(x.shape)).shape[-1]
-                work.attention += attention_seconds(chip, flops * share, kernel[1], width)
+                work.attention += splash_seconds(chip, kernel[1], op)
             else:
                 work.products += product_seconds(chip, flops, moved, op.inputs[-1].itemsize)
         elif op.name == "scan":
-            work.add(graph_work(op.bodies[0], mesh, chip, share), op.params["length"])
+            work.add(graph_work(op.bodies[0], mesh, chip), op.params["length"])
         elif op.bodies:  # of a condition's branches the longest; a loop without a known end, once
-            work.add(max((graph_work(body, mesh, chip, share) for body in op.bodies), key=lambda each: each.products + each.attention + each.other))
+            work.add(max((graph_work(body, mesh, chip) for body in op.bodies), key=lambda each: each.products + each.attention + each.other))
         elif op.name == "gather":
             work.other += other_seconds(chip, 2 * sum(map(size, op.outputs)))
         elif op.name in ("scatter", "scatter-add", "scatter_add", "dynamic_update_slice"):

@@ -101,9 +101,3 @@ def block_cycles(chip: Chip, kernel: str, block: tuple[int, int], head_width: in
         instructions = schedule.block * area / 512**2
     products = 2 * PRODUCTS[kernel] * area * max(128, head_width)
     return max(instructions, products * chip.clock_hz * chip.cores_per_device / chip.flops_per_device)
-
-
-def reached(chip: Chip, kernel: str, head_width: int) -> float:
-    """The share of the chip's peak that a kernel reaches in large blocks, of the products in those that it computes."""
-    cycles = 2 * PRODUCTS[kernel] * 1024**2 * head_width * chip.clock_hz * chip.cores_per_device / chip.flops_per_device
-    return cycles / block_cycles(chip, kernel, (1024, 1024), head_width)
