@@ -45,6 +45,18 @@ def test_what_the_compiler_does_not_take_is_left_out_and_named(cpu_table):
     assert chosen.rejected == {"xla_cpu_no_such_thing": "No such compile option: 'xla_cpu_no_such_thing'"}
 
 
+def test_an_option_that_is_not_for_convolutions_is_left_to_other_models(cpu_table, monkeypatch):
+    only = dataclasses.replace(FAST_MATH, convolutions=False)
+    monkeypatch.setitem(compiler_options.OPTIONS, "cpu", (only,))
+    device, vit = jax.devices()[0], {"name": "vit", "patch": 2, "layers": 1, "heads": 2, "width": 16}  # whose first layer is a convolution
+    for config in (small.GPT, small.LSTM, small.config(small.CNN, model=vit)):
+        assert choose({}, device, build_experiment(config).build) == compiler_options.Chosen({only.name: True}, {})
+    for model in ({"name": "resnet18"}, {"name": "cnn", "features": (64, 64), "hidden": 16}):
+        build = build_experiment(small.config(small.CNN, model=model)).build
+        assert choose({}, device, build) == compiler_options.Chosen({}, {})
+        assert choose({only.name: False}, device, build).options == {only.name: False}
+
+
 def test_a_config_changes_drops_and_adds(cpu_table):
     asked = {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_thing": None, "xla_cpu_parallel_codegen_split_count": 2}
     chosen = choose(asked, jax.devices()[0])

@@ -145,7 +145,7 @@ def compile_train_step(
       ConfigError: the compiler does not take one of the config's `compiler_options`.
     """
     rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
-    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh))
+    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), experiment.build)
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     if mapped:
         batch = {k: jax.ShapeDtypeStruct((mesh.size, s.shape[0] // mesh.size, *s.shape[1:]), s.dtype) for k, s in batch.items()}
