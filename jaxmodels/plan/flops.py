@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jax_core
@@ -80,12 +80,18 @@ def operation_flops(
     return sum(_jaxpr_flops(inner, attended) for inner in jax_core.jaxprs_in_params(params))
 
 
-def model_flops(experiment: Any, attended: bool = False) -> int:
-    """Operations in the matrix products and convolutions of one train step, over all devices; what is computed again in the backward pass counts once.
+class ModelFlops(NamedTuple):
+    """Operations of a train step over all devices: all, and without the pairs of queries and keys that causal masks and windows leave out."""
+
+    all: int
+    attended: int
+
+
+def model_flops(experiment: Any) -> ModelFlops:
+    """Operations in the matrix products and convolutions of one train step; what is computed again in the backward pass counts once.
 
     Args:
       experiment: on its devices or not: the step is counted as it is on one, where nothing waits in a pipeline.
-      attended: as of `count_flops`.
     """
     policy = {"remat": "none", "offload": (), "attention": "xla"}  # kernels leave out some of what masks cover
     policy = {key: value for key, value in policy.items() if key in experiment.config["model"]}
@@ -93,4 +99,5 @@ def model_flops(experiment: Any, attended: bool = False) -> int:
     task, build = build_model(config, experiment.dataset.info)
     plain = dataclasses.replace(experiment, config=config, task=task, build=build, platform=None, layout=None)
     batch, key = plain.batch_shapes(plain.loading.batch_size), jax.eval_shape(lambda: jax.random.key(0))
-    return count_flops(plain.step_function(), plain.state_shapes(), batch, key, attended=attended)
+    jaxpr = jax.make_jaxpr(plain.step_function())(plain.state_shapes(), batch, key).jaxpr
+    return ModelFlops(_jaxpr_flops(jaxpr), _jaxpr_flops(jaxpr, attended=True))

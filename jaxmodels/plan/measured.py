@@ -37,7 +37,7 @@ class Usage:
     def __init__(self, experiment: Any, mesh: jax.sharding.Mesh):
         chip = chip_of(mesh.devices.flat[0].device_kind)
         self._mesh, self._peak_flops = mesh, chip.flops_per_device * mesh.size if chip else None
-        self.record = {"chip": chip.name, "model_flops_per_step": model_flops(experiment)} if chip else {}
+        self.record = {"chip": chip.name, "model_flops_per_step": model_flops(experiment).all} if chip else {}
 
     def rates(self, steps_per_second: float) -> dict[str, float]:
         """`mfu`, the model's FLOPs over what all chips can do in that time (of bfloat16 products), and `memory_peak_bytes`.

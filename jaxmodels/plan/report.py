@@ -23,7 +23,7 @@ from jaxmodels.plan import memory as memory_lib
 from jaxmodels.plan import roofline
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.estimate import Estimate, estimate
-from jaxmodels.plan.flops import model_flops
+from jaxmodels.plan.flops import ModelFlops, model_flops
 from jaxmodels.plan.memory import MemoryEstimate
 from jaxmodels.plan.topology import CompiledStep, Topology
 from jaxmodels.training.run_folder import write_json
@@ -45,8 +45,7 @@ class Plan:
       memory_model: the analytic model's own figures.
       time: of a step.
       time_by: `compiler`, or `analytic`.
-      model_flops: of a step, over all devices; what is computed again in the backward pass counts once.
-      attended_flops: the same without the pairs of queries and keys that causal masks and windows leave out.
+      flops: of a step, over all devices.
       notes: what a reader of the figures has to know.
       step: compiled; None where there is no compiler.
     """
@@ -59,8 +58,7 @@ class Plan:
     memory_model: MemoryEstimate
     time: Estimate
     time_by: str
-    model_flops: int
-    attended_flops: int
+    flops: ModelFlops
     notes: Sequence[str]
     step: CompiledStep | None = None
 
@@ -85,7 +83,7 @@ class Plan:
     @property
     def flops_per_device(self) -> float:
         """Of the model, in a step."""
-        return self.model_flops / self.topology.devices
+        return self.flops.all / self.topology.devices
 
     @property
     def mfu(self) -> float:
@@ -95,7 +93,7 @@ class Plan:
     @property
     def mfu_attended(self) -> float:
         """The same of what masks leave."""
-        return self.mfu * self.attended_flops / self.model_flops if self.model_flops else 0.0
+        return self.mfu * self.flops.attended / self.flops.all if self.flops.all else 0.0
 
     @property
     def rates(self) -> dict[str, float]:
@@ -141,7 +139,7 @@ class Plan:
             "mfu": self.mfu,
             "mfu_attended": self.mfu_attended,
             "model_flops_per_device": self.flops_per_device,
-            "model_flops_per_step": self.model_flops,
+            "model_flops_per_step": self.flops.all,
             "device_flops_per_second": chip.flops_per_device,
             "batch_size": experiment.loading.batch_size,
             "accumulate": experiment.training.accumulate,
@@ -292,8 +290,7 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
         memory_model=memory_lib.peak(traced),
         time=found,
         time_by="analytic" if time is None else "compiler",
-        model_flops=model_flops(experiment),
-        attended_flops=model_flops(experiment, attended=True),
+        flops=model_flops(experiment),
         notes=notes,
         step=step,
     )
@@ -326,8 +323,7 @@ def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
         memory_model=modelled,
         time=time,
         time_by="analytic",
-        model_flops=model_flops(experiment),
-        attended_flops=model_flops(experiment, attended=True),
+        flops=model_flops(experiment),
         notes=[why, *(note for note in time.notes if "no compiler" not in note)],
     )
 
@@ -402,7 +398,7 @@ def _lines(plan: Plan) -> dict[str, str]:
     lines["step"] = f"{_seconds(time.seconds)}, {by[plan.time_by]}{cycles}"
     lines["  parts"] = ", ".join(f"{part} {_seconds(value)} ({value / time.seconds:.0%})" for part, value in time.parts.items() if value)
     lines["MFU"] = f"{plan.mfu:.1%} of {chip.flops_per_device / 1e12:g} TFLOP/s a device: {plan.flops_per_device:.4g} FLOPs of the model in a step"
-    if plan.attended_flops != plan.model_flops:
+    if plan.flops.attended != plan.flops.all:
         lines["MFU"] += f"; {plan.mfu_attended:.1%} by those that masks leave"
     lines["speed"] = ", ".join(f"{rate:,.4g} {name.partition('_')[0]}/s a chip" for name, rate in plan.rates.items())
     accumulated = f", {experiment.training.accumulate} parts added up" if experiment.training.accumulate > 1 else ""
