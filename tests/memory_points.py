@@ -67,5 +67,7 @@ POINTS = {
 }
 
 # How far the model may be off: a tenth; of these, which are known to be further off, this much. Why sharded encoders take more than it says
-# is not known; of a deep residual network the compiler orders the backward pass so that more is in memory.
-TOLERANCE = {"bert unrolled": 0.14, "vit full": 0.16, "resnet50": 0.13}
+# is not known; of a deep residual network the compiler orders the backward pass so that more is in memory. Collectives on SparseCores are what the
+# mixture's rest is: without these options (`training/compiler_options.py`) the compiler takes 2.69 GB, not 3.28, and 5.00, not 5.40, for the residual
+# network.
+TOLERANCE = {"bert unrolled": 0.14, "vit full": 0.16, "resnet50": 0.18, "moe full": 0.16}
