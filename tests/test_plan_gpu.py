@@ -36,6 +36,12 @@ def of_function(function, *args, chip=H100, mesh=None):
     return roofline.graph_work(graph, mesh, chip)
 
 
+def of_step(experiment, devices: int) -> roofline.Work:
+    """The work of a device in a train step on GPUs."""
+    step = roofline.trace(experiment, devices, H100)
+    return roofline.graph_work(step.graph, step.mesh, H100)
+
+
 def sizes(**axes) -> dict:
     return {axis: axes.get(axis, 1) for axis in AXES}
 
@@ -43,7 +49,7 @@ def sizes(**axes) -> dict:
 def collectives(**mesh) -> dict[tuple[str, tuple[str, ...]], int]:
     """Bytes of a GPT's step, by kind and axes, without those of a few values (norms, losses, biases)."""
     experiment = build_experiment(small.config(GPT, mesh=sizes(data=1) | mesh))
-    work, _ = roofline.step_work(experiment, math.prod(mesh.values()), H100)
+    work = of_step(experiment, math.prod(mesh.values()))
     found: dict = {}
     for each in work.collectives:
         if each.bytes >= 2 * WIDTH * WIDTH // math.prod(mesh.values()):
@@ -96,7 +102,7 @@ def test_attention_takes_what_its_mask_leaves(window, blocks, pairs):
 @pytest.mark.parametrize("base", [GPT, small.config(GPT, model__scan=True, training__accumulate=2), small.CNN, small.LSTM], ids=["gpt", "scan", "cnn", "lstm"])
 def test_flops_are_those_that_are_counted(base):
     experiment = build_experiment(base)
-    work, _ = roofline.step_work(experiment, 1, H100)
+    work = of_step(experiment, 1)
     run = roofline.traceable(experiment, "gpu").on("tpu")
     key = jax.eval_shape(lambda: jax.random.key(0))
     counted = count_flops(run.step_function(), run.state_shapes(), run.batch_shapes(experiment.loading.batch_size), key)
@@ -108,7 +114,7 @@ def test_parts_add_up_and_a_device_of_several_has_its_part():
     seconds, parts = roofline.roofline(one, topology.parse("h100x1"))
     assert tuple(parts) == PARTS and seconds == pytest.approx(sum(parts.values()))
     assert all(parts[name] > 0 for name in PARTS[:3]) and parts["exposed collectives"] == 0
-    assert roofline.step_work(many, 8, H100)[0].flops == pytest.approx(roofline.step_work(one, 1, H100)[0].flops / 8)
+    assert of_step(many, 8).flops == pytest.approx(of_step(one, 1).flops / 8)
     on_tpu, _ = roofline.roofline(one, topology.parse("v5e:1x1"))
     assert on_tpu > 0
 

@@ -146,12 +146,6 @@ def collective_time(collective: Exchange, mesh: Mapping[str, int], topology: Any
     return collective.count * collective_seconds(collective.kind, collective.bytes, collective.axes, mesh, topology)
 
 
-def step_work(experiment: Experiment, devices: int, chip: Chip) -> tuple[Work, dict[str, int]]:
-    """What a device does in a train step, and the sizes of the mesh's axes."""
-    step = trace(experiment, devices, chip)
-    return graph_work(step.graph, step.mesh, chip), step.mesh
-
-
 def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep:
     """The train step as operations, with kernels that can be traced anywhere.
 
