@@ -84,7 +84,7 @@ class Checkpointing:
 
     Attributes:
       every: steps between checkpoints.
-      keep: the last so many are kept.
+      keep: number of the latest checkpoints to keep, of those at multiples of `every` and the very latest.
       best: a metric; the checkpoint that is best by it on the validation split is kept too, and tested at the end.
     """
 

@@ -1,7 +1,10 @@
 """Exact resume: killed at any moment, the same command ends where an uninterrupted run ends, to the bit."""
 
+import io
 import json
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +15,17 @@ import numpy as np
 import pytest
 import small
 from conftest import ROOT
+from rich.console import Console
 
+import jaxmodels
+from jaxmodels.errors import ConfigError, Interrupted
+from jaxmodels.experiment import build_experiment
+from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.checkpoint import Checkpoints
 from jaxmodels.training.run_folder import RunFolder
+from jaxmodels.training.summary import print_summary
 
+RATES = {"cnn": 6.0, "lstm": 45.0, "gpt": 6.0}  # learning rates of best_in_the_middle
 TIMES = {"seconds", "steps_per_second", "examples_per_second", "data_wait"}
 
 
@@ -34,6 +44,30 @@ def finish(process, status=0):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output
     return output
+
+
+def best_in_the_middle(name, **changes):
+    """A config whose learning rate rises until it destroys the model: the validation loss is best in the middle of 60 steps, as `whole` checks."""
+    return small.config(
+        small.ALL[name],
+        training={"steps": 60, "accumulate": 2, "ema": 0.9},
+        optimizer={"name": "sgd", "learning_rate": RATES[name], "schedule": {"warmup": 59}, "clip_norm": 1.0},
+        evaluation__every=10,
+        checkpoint={"every": 10, "keep": 2, "best": "loss"},
+        log__every=1,
+        **changes,
+    )
+
+
+def kept(workdir):
+    """The steps whose checkpoints a run keeps."""
+    return sorted(int(path.name) for path in RunFolder(workdir).checkpoints.iterdir() if path.name.isdigit())
+
+
+def summary(output, workdir):
+    """What a finished run printed at its end, without times and its own folder."""
+    output = re.sub(r"^(finished: step \d+ in ).*", r"\1TIME", output[output.index("finished: step") :])
+    return output.replace(str(workdir), "RUN")
 
 
 def final_state(workdir):
@@ -60,15 +94,16 @@ def assert_same(one, other):
         assert arrays[key].dtype == arrays_2[key].dtype
         np.testing.assert_array_equal(arrays[key], arrays_2[key], err_msg=key)
     assert metrics == metrics_2
+    assert kept(one) == kept(other)
 
 
 @pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "lstm")), "gpt"])
 def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
     # 1259 training digits in batches of 32 are 39.3 steps an epoch, so that a resume falls into the middle of one;
     # checkpoints are close enough together that kills fall into saves as well.
-    config = small.config(small.ALL[name], training__accumulate=2, training__ema=0.9, checkpoint__every=3, checkpoint__best="loss")
+    config = small.config(best_in_the_middle(name), checkpoint__every=3)
     path = write_config(tmp_path, config)
-    finish(train(path, tmp_path / "whole"))
+    whole = finish(train(path, tmp_path / "whole"))
     generator = random.Random(name)
     kills = 0
     for _ in range(3):
@@ -85,7 +120,9 @@ def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
         if _latest(checkpoints) >= config["training"]["steps"]:
             break
     assert kills
-    assert "resumed from" in finish(train(path, tmp_path / "killed"))
+    output = finish(train(path, tmp_path / "killed"))
+    assert "resumed from" in output
+    assert summary(output, tmp_path / "killed") == summary(whole, tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -149,3 +186,148 @@ def test_a_damaged_checkpoint_is_moved_aside_and_said(tmp_path):
     assert before[1] == after[1]
     for key in before[0]:
         np.testing.assert_array_equal(before[0][key], after[0][key])
+
+
+# The best checkpoint of a run that is stopped
+
+
+def train_here(monkeypatch, config, workdir, stop=None):
+    """Train in this process, which gets a signal when the line of metrics `stop`, (step, split), is written.
+
+    Returns:
+      What a finished run prints at its end; None if it was stopped.
+    """
+    output = io.StringIO()
+    experiment, console = build_experiment(config), Console(file=output, width=200)
+    add_metrics = RunFolder.add_metrics
+
+    def add_and_stop(folder, step, split, values):
+        add_metrics(folder, step, split, values)
+        if (step, split) == stop:
+            signal.raise_signal(signal.SIGINT if step % 20 else signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add_metrics", add_and_stop)
+        try:
+            print_summary(trainer_lib.train(experiment, str(workdir), console=console), experiment, console)
+        except Interrupted:
+            assert stop is not None
+            return None
+    assert stop is None
+    return summary(output.getvalue(), workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Name of a family -> its uninterrupted run with the best checkpoint in the middle, what it printed at its end, and its best step."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            workdir = tmp_path_factory.mktemp(name) / "whole"
+            printed = train_here(pytest.MonkeyPatch(), best_in_the_middle(name), workdir)
+            losses = {line["step"]: line["loss"] for line in RunFolder(workdir).metrics("validation")}
+            best = min(losses, key=losses.get)
+            assert 10 < best < 50 and kept(workdir) == [best, 50, 60]
+            assert [line["step"] for line in RunFolder(workdir).metrics("test")] == ([best] if name == "cnn" else [])  # text has no test split
+            runs[name] = workdir, printed, best
+        return runs[name]
+
+    return run
+
+
+# The lines of metrics at which a run gets a signal: steps counted from the best one, or the last.
+STOPS = {
+    "before the best": [(-7, "train")],
+    "at the best, before its evaluation": [(0, "train")],
+    "at the best, after its evaluation": [(0, "validation")],
+    "after the best": [(13, "train")],
+    "several": [(-12, "train"), (0, "train"), (0, "validation"), (13, "train"), (18, "train"), ("last", "train")],
+    "before the test": [("last", "validation")],
+}
+ALL_STOPS = [(name, stops) for name in small.ALL for stops in STOPS if name == "cnn" or stops != "before the test"]
+QUICK = [("cnn", stops) for stops in STOPS] + [("gpt", "several")]
+
+
+@pytest.mark.parametrize("name, stops", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL_STOPS])
+def test_a_stopped_run_keeps_tests_and_prints_the_same(name, stops, whole, tmp_path, monkeypatch):
+    whole, printed, best = whole(name)
+    config, workdir = best_in_the_middle(name), tmp_path / "stopped"
+    for step, split in STOPS[stops]:
+        assert train_here(monkeypatch, config, workdir, (60 if step == "last" else best + step, split)) is None
+    assert train_here(monkeypatch, config, workdir) == printed
+    assert_same(whole, workdir)
+    assert jaxmodels.evaluate(f"{workdir}@best", split="validation")["step"] == best
+
+
+def test_a_best_checkpoint_between_two_scheduled_ones_is_kept(tmp_path, monkeypatch):
+    """Stopped while the best is the latest, and again after; checkpoints of stops do not push scheduled ones out."""
+    config = small.config(best_in_the_middle("cnn"), checkpoint__every=15, checkpoint__keep=3)
+    printed = train_here(monkeypatch, config, tmp_path / "whole")
+    assert kept(tmp_path / "whole") == [20, 30, 45, 60]
+    for stop in [(23, "train"), (27, "train"), (30, "train"), (51, "train"), (58, "train")]:
+        train_here(monkeypatch, config, tmp_path / "stopped", stop)
+        assert 20 in kept(tmp_path / "stopped")
+    assert train_here(monkeypatch, config, tmp_path / "stopped") == printed
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_killed_after_a_save_and_before_old_checkpoints_were_deleted(whole, tmp_path, monkeypatch):
+    whole, printed, best = whole("cnn")
+    assert best == 20
+    config, workdir = best_in_the_middle("cnn"), tmp_path / "killed"
+    train_here(monkeypatch, config, workdir, (33, "train"))
+    assert kept(workdir) == [20, 30, 34]
+    shutil.copytree(workdir / "checkpoints", tmp_path / "before")
+    assert train_here(monkeypatch, config, workdir) == printed
+    for step in ("30", "34"):
+        shutil.copytree(tmp_path / "before" / step, workdir / "checkpoints" / step)
+    shutil.rmtree(workdir / "checkpoints" / "30" / "progress")  # as a kill in the middle of deleting leaves it
+    assert train_here(monkeypatch, config, workdir) == printed
+    assert_same(whole, workdir)
+
+
+def test_resumed_from_before_a_damaged_checkpoint_a_finished_run_is_tested_again(whole, tmp_path, monkeypatch):
+    whole, printed, best = whole("cnn")
+    assert best == 20
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    for file in (workdir / "checkpoints" / "60" / "state" / "d").iterdir():
+        file.write_bytes(b"")
+    assert train_here(monkeypatch, best_in_the_middle("cnn"), workdir) == printed
+    assert_same(whole, workdir)
+
+
+def test_a_run_that_lost_its_best_checkpoint_says_so_and_ends(whole, tmp_path, monkeypatch):
+    whole, printed, best = whole("cnn")
+    assert best == 20
+    config, workdir = best_in_the_middle("cnn"), tmp_path / "run"
+    train_here(monkeypatch, config, workdir, (33, "train"))
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    output = train_here(monkeypatch, config, workdir)
+    assert "tested: step" not in output and "test accuracy" in output and output != printed
+    assert [line["step"] for line in RunFolder(workdir).metrics("test")] == [60]
+    (warning,) = RunFolder(workdir).manifest()["fallbacks"]
+    assert re.search("the checkpoint of the best step, 20, is gone from .*: the latest, of step 60, is tested", warning)
+    for reference in (workdir, f"{workdir}@best"):
+        with pytest.raises(ConfigError, match=r"the checkpoint of its best step, 20, is gone; it has steps \[50, 60\]"):
+            jaxmodels.evaluate(str(reference))
+    values = jaxmodels.evaluate(f"{workdir}@latest")
+    assert values["step"] == 60 and values["loss"] == RunFolder(workdir).metrics("test")[0]["loss"]
+    assert train_here(monkeypatch, config, workdir) == output
+    # A run that was tested before its best checkpoint went stays as it was tested.
+    shutil.copytree(whole, tmp_path / "tested")
+    shutil.rmtree(tmp_path / "tested" / "checkpoints" / "20")
+    assert train_here(monkeypatch, config, tmp_path / "tested") == printed
+
+
+def test_best_where_nothing_was_evaluated_yet(tmp_path, monkeypatch):
+    train_here(monkeypatch, best_in_the_middle("cnn"), tmp_path / "run", (4, "train"))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert checkpoints.find(None) == 5
+    with pytest.raises(ConfigError, match=r"has no best checkpoint: .*nothing was evaluated yet; it has steps \[5\]"):
+        checkpoints.find("best")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5" / "progress")
+    with pytest.raises(jaxmodels.errors.RunError, match="checkpoints/5 cannot be read"):
+        checkpoints.find(None)
+    checkpoints.close()

@@ -316,7 +316,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path):
     message = error(init_from=parent, model__features=(4, 8, 8))
     assert "convolutions/2/kernel (3, 3, 8, 8): not in the other run" in message
     assert "has no checkpoint '7'; it has steps" in error(init_from=parent + "@7")
-    assert "tracks no best" in error(init_from=parent + "@best")
+    assert "has no best checkpoint" in error(init_from=parent + "@best")
     assert "'nothing' matches no parameter" in error(init_from={"run": parent, "skip": ["nothing"]})
     assert "is not the folder of a run" in error(init_from=str(tmp_path / "no"))
 

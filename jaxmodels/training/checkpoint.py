@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.parallel import session
-from jaxmodels.training.metrics import HIGHER_IS_BETTER
 from jaxmodels.training.run_folder import RunFolder
 from jaxmodels.training.step import TrainState
 
@@ -49,7 +48,7 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int = 1,
-        best: str | None = None,
+        every: int = 1,
         parents: Callable[[], set[int]] = set,
         save_frozen: bool = True,
         read_only: bool = False,
@@ -58,24 +57,14 @@ class Checkpoints:
         """
         Args:
           folder: `checkpoints` of the run.
-          keep: how many of the latest are kept.
-          best: a metric; the checkpoint best by it is kept besides.
+          keep: number of the latest checkpoints to keep. The best one, by the progress saved with the latest, is kept besides.
+          every: steps between scheduled checkpoints. Others count towards `keep` only while they are the latest.
           parents: steps that other runs started from; these are never deleted.
           save_frozen: whether frozen parameters are saved; they are not where they lie in a parent run.
           read_only: looks, never deletes or writes.
           at_once: bytes that are copied to be written at a time, for which saving then waits; no array is larger. All unless given.
         """
-        policies = [ocp.checkpoint_managers.LatestN(keep), _Parents(parents)]
-        if best is not None:
-            policies.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    reverse=not HIGHER_IS_BETTER[best],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self.folder, self.best = folder, best
+        self.folder, self._policy = folder, _Kept(keep, every, parents)
         self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
             self._put_back()
@@ -84,7 +73,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                preservation_policy=self._policy,
                 read_only=read_only,
                 create=not read_only,
             ),
@@ -109,14 +98,13 @@ class Checkpoints:
                 if session.is_first():
                     (self.folder / str(step)).rename(replaced)
             self._manager.reload()
-        scored = self.best is not None and progress.evaluated_at == step and progress.best_step == step
+        self._policy.best_step = progress.best_step
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=self._saved(self._as_dict(state)),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
-            metrics={self.best: progress.best} if scored else None,
             force=True,
         )
         if replaces:
@@ -173,16 +161,29 @@ class Checkpoints:
                 continue
             for bad, _ in problems:
                 (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
-            if problems:
-                self._manager.reload()
+            self._policy.best_step = progress.best_step
+            self._delete_old()
             return state, progress, [message for _, message in problems]
         if problems:
             raise RunError("; ".join(message for _, message in problems) + ". Nothing was changed; --overwrite starts anew.")
         return None
 
+    def _delete_old(self) -> None:
+        """Delete the checkpoints that a process killed after saving a newer one left behind."""
+        with session.first_goes_first("delete old"):
+            if session.is_first():
+                self._manager.reload()
+                steps = self.steps()
+                for step in set(steps) - self._policy.kept(steps):
+                    shutil.rmtree(self.folder / str(step))
+        self._manager.reload()
+
     def progress(self, step: int) -> Progress:
-        """The progress stored at a step."""
-        return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+        """Return the progress stored at a step; RunError if it cannot be read."""
+        try:
+            return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+        except Exception as error:  # noqa: BLE001  Orbax raises many types for a damaged file
+            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def shapes(self, step: int, *parts: str) -> dict:
         """Shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) as stored at a step; RunError if they cannot be read."""
@@ -206,26 +207,29 @@ class Checkpoints:
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def find(self, which: str | None) -> int:
-        """The step that `best`, `latest`, or a number means; the best if one is tracked and else the latest, for None.
+        """Return the step that `best`, `latest` or a number names; for None the best if there is one, else the latest.
 
         Raises:
-          ConfigError: no such checkpoint; lists those there are.
+          ConfigError: there is no such checkpoint; the message lists the steps that there are.
+          RunError: the progress of the latest checkpoint, which names the best, cannot be read.
         """
-        steps = self.steps()
+        run, steps = self.folder.parent, self.steps()
         if not steps:
-            raise ConfigError(f"{self.folder.parent} has no checkpoint yet.")
+            raise ConfigError(f"{run} has no checkpoint yet.")
         if which == "latest":
             return steps[-1]
         if which in (None, "best"):
             best = self.progress(steps[-1]).best_step
             if best in steps:
                 return best
+            if best is not None:
+                raise ConfigError(f"{run}: the checkpoint of its best step, {best}, is gone; it has steps {steps}. Name one: {run}@latest or {run}@STEP.")
             if which is None:
                 return steps[-1]
-            raise ConfigError(f"{self.folder.parent} tracks no best checkpoint (checkpoint.best); it has steps {steps}.")
+            raise ConfigError(f"{run} has no best checkpoint: checkpoint.best is not set, or nothing was evaluated yet; it has steps {steps}.")
         if which.isdigit() and int(which) in steps:
             return int(which)
-        raise ConfigError(f"{self.folder.parent} has no checkpoint {which!r}; it has steps {steps}, or say best or latest.")
+        raise ConfigError(f"{run} has no checkpoint {which!r}; it has steps {steps}, or say best or latest.")
 
     def wait(self) -> None:
         """Waits until the last save is on disk; raises what went wrong in it."""
@@ -258,14 +262,26 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
     return folder, checkpoints, checkpoints.find(which)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parents(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoints that other runs started from."""
+@dataclasses.dataclass
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The checkpoints to keep: the latest, the best, and those that other runs started from.
 
-    steps: Callable[[], set[int]]
+    The best step comes from our own progress, since Orbax does not read metrics back when it opens a folder. The rule depends only on the
+    steps and on the progress, so that a run that was stopped keeps the same checkpoints as one that was not.
+    """
+
+    keep: int
+    every: int
+    parents: Callable[[], set[int]]
+    best_step: int | None = None
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Return the steps to keep of `steps`, which are in order."""
+        counted = [step for step in steps if step % self.every == 0 or step == steps[-1]]
+        return {*counted[-self.keep :], *self.parents(), self.best_step}
 
     def should_preserve(self, checkpoints, *, context):
-        kept = self.steps()
+        kept = self.kept([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

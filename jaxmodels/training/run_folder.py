@@ -181,14 +181,16 @@ class RunFolder:
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(_metrics_line({"step": step, "split": split} | dict(values)))
 
-    def rewind(self, step: int, evaluated_at: int) -> None:
-        """Drops the lines and samples of what a run that goes on from `step` will do again.
+    def rewind(self, step: int, evaluated_at: int, finished: bool) -> None:
+        """Drop the lines and samples that a run resumed from `step` will write again.
 
         Args:
           step: of the checkpoint.
           evaluated_at: the last step whose evaluation that checkpoint knows of.
+          finished: whether training ended there; the test, whose line may carry an earlier step, comes after.
         """
-        kept = [line for line in self.metrics() if line["step"] <= (evaluated_at if line["split"] == "validation" else step)]
+        until = {"validation": evaluated_at, "test": step if finished else -1}
+        kept = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
         if self.metrics_file.is_file():
             _replace(self.metrics_file, "".join(map(_metrics_line, kept)))
         if self.samples_file.is_file():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxmodels.errors import RunError
 from jaxmodels.parallel import session
+from jaxmodels.training.checkpoint import Progress
 from jaxmodels.training.run_folder import RunFolder
 
 # A network's file system may go on for a while saying that a new file is not there.
@@ -41,9 +42,9 @@ def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> None:
         )
 
 
-def rewind(folder: RunFolder, step: int, evaluated_at: int) -> list[dict]:
+def rewind(folder: RunFolder, step: int, progress: Progress) -> list[dict]:
     """The metrics so far, in every process, without what the run will do again; see `RunFolder.rewind`."""
     with session.first_goes_first("rewind"):
         if session.is_first():
-            folder.rewind(step, evaluated_at)
+            folder.rewind(step, progress.evaluated_at, progress.finished)
         return folder.metrics()

@@ -142,7 +142,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=options.keep,
-            best=options.best,
+            every=options.every,
             parents=lambda: {child["step"] for child in self.folder.children()},
             save_frozen=not self.experiment.frozen_in_parent,
         )
@@ -152,7 +152,7 @@ class Trainer:
         for line in lines:
             self.log.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
-        for line in shared_folder.rewind(self.folder, step, self.progress.evaluated_at):
+        for line in shared_folder.rewind(self.folder, step, self.progress):
             self.lines.append((line.pop("step"), line.pop("split"), line))
         self._write_manifest(step)
         if record is not None:
@@ -345,24 +345,34 @@ class Trainer:
         return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. {again}"
 
     def _finish(self) -> Result:
-        """Tests the best weights, or the last, once; sums up."""
+        """Test the best weights, or the last, once, and return the final metrics."""
         step = int(self.state.step)
         self.checkpoints.wait()
         source = self.experiment.dataset.splits.get("test")
-        tested = step
-        if self.experiment.checkpoint.best is not None and self.progress.best_step is not None:
-            tested = self.progress.best_step
-        if source is not None and not any(split == "test" for _, split, _ in self.lines):
-            params, stats = self.state.weights, self.state.stats
-            if tested != step:
-                located = weights_lib.locate(f"{self.folder.path}@{tested}")
-                params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats)
-            self._write(tested, "test", self.evaluator.run(params, stats, source))
+        tested = next((at for at, split, _ in self.lines if split == "test"), None)
+        if tested is None:
+            tested = self._step_to_test(step)
+            if source is not None:
+                params, stats = self.state.weights, self.state.stats
+                if tested != step:
+                    located = weights_lib.locate(f"{self.folder.path}@{tested}")
+                    params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats)
+                self._write(tested, "test", self.evaluator.run(params, stats, source))
         final = {}
         for at, split, values in self.lines:
             if split != "validation" or at == tested:
                 final[split] = values
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
+
+    def _step_to_test(self, latest: int) -> int:
+        """Return the best step, or the latest where none is tracked or where the best one's checkpoint is gone, which is a warning."""
+        best = self.progress.best_step
+        if best is None:
+            return latest
+        if best in self.checkpoints.steps():
+            return best
+        self._warn(f"the checkpoint of the best step, {best}, is gone from {self.checkpoints.folder}: the latest, of step {latest}, is tested in its place")
+        return latest
 
     def close(self) -> None:
         """Ends writers and threads; what is being saved is finished first."""
