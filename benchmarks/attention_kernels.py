@@ -73,7 +73,12 @@ def read_schedule(text: str) -> tuple[int, int, int]:
     for i, instructions in enumerate(bundles):
         for region in re.findall(r"(?:Start|Start/End empty) region (\d+)", instructions):
             starts.setdefault(int(region), i)
-    jumps = [(i, starts[int(region)]) for i, instructions in enumerate(bundles) for region in re.findall(r"sbr\.rel.*?region(\d+)", instructions) if int(region) in starts]
+    jumps = [
+        (i, starts[int(region)])
+        for i, instructions in enumerate(bundles)
+        for region in re.findall(r"sbr\.rel.*?region(\d+)", instructions)
+        if int(region) in starts
+    ]
     end, start = max(((at, to) for at, to in jumps if to < at), key=lambda jump: jump[0] - jump[1])
     branches = [(at, to) for at, to in jumps if start <= at < to <= end]
     multiplies = [any("vmatmul." in bundles[i] for i in range(at, to)) for at, to in branches]
@@ -112,8 +117,8 @@ def table(found: list[Bundles]) -> str:
 
 def compare(chip: str) -> None:
     """Prints what a causal head takes in blocks of two sizes, its backward pass in two kernels or one; by the table that is there."""
+    from jaxmodels.hardware.chips import CHIPS
     from jaxmodels.plan import splash
-    from jaxmodels.plan.chips import CHIPS
 
     for length in (1024, 2048, 4096, 8192):
         for size in (512, 1024):

@@ -42,7 +42,7 @@ class Ours:
         import jax
 
         from jaxmodels.config import set_at
-        from jaxmodels.experiment import build_experiment
+        from jaxmodels.experiment.build import build_experiment
 
         config = {section: dict(values) for section, values in CONFIG.items()}
         config["data"]["batch_size"] = len(data["label"])
@@ -113,7 +113,7 @@ def main():
     options = parser.parse_args()
     import torch
 
-    from jaxmodels.allocator import keep_freed_memory
+    from jaxmodels.hardware.malloc import keep_freed_memory
 
     keep_freed_memory()
     data = batch(options.rows, options.length)

@@ -30,7 +30,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.interop import safetensors
+from jaxmodels.models import functional
+from jaxmodels.pretrained import safetensors
 
 WAYS = ("load_model", "import_run", "init_from")
 WIDTH, MLP, HEADS, VOCABULARY = 4096, 11008, 32, 32000
@@ -84,14 +85,14 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmodels.allocator import keep_freed_memory
-    from jaxmodels.experiment import build_experiment
-    from jaxmodels.interop.as_run import import_run
-    from jaxmodels.interop.published import load_model
+    from jaxmodels.experiment.build import build_experiment
+    from jaxmodels.hardware.malloc import keep_freed_memory
+    from jaxmodels.inference.pretrained import import_run
     from jaxmodels.parallel import mesh, sharding
-    from jaxmodels.training import state, step
-    from jaxmodels.training.checkpoint import Checkpoints
-    from jaxmodels.training.run_folder import RunFolder
+    from jaxmodels.pretrained.weights import load_model
+    from jaxmodels.runs.checkpoint import Checkpoints
+    from jaxmodels.runs.folder import RunFolder
+    from jaxmodels.training import initialize as state
 
     if way == "init_from":
         keep_freed_memory()  # as `jaxmodels train` does
@@ -99,7 +100,7 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     reference, before, start, processor = f"hf:{folder}", peak(), time.perf_counter(), time.process_time()
     if way == "load_model":
         kept = load_model(reference)
-        jax.block_until_ready(jax.tree.leaves(step.split(kept)[1]))
+        jax.block_until_ready(jax.tree.leaves(functional.split(kept)[1]))
     elif way == "import_run":
         kept = import_run(reference, output)
     else:

@@ -11,7 +11,7 @@ import sys
 import time
 
 from jaxmodels.config import load_config
-from jaxmodels.experiment import build_experiment
+from jaxmodels.experiment.build import build_experiment
 from jaxmodels.plan import memory, topology
 
 STEPS = (

@@ -7,7 +7,7 @@ The two run in turn, each in a process of its own, ROUNDS times; a figure is the
 a run, without the first, and the ratio is the median over the rounds. The plain loop is the shortest one that trains
 the same: one jitted, donated step on plain arrays, batches cut from arrays in memory with NumPy, the loss read once a
 window. It is run as a plain program would be, and again with the allocator setting that `jaxmodels` makes
-(`jaxmodels/allocator.py`), since that alone changes the time of a step.
+(`jaxmodels/hardware/malloc.py`), since that alone changes the time of a step.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def run_plain(name: str, data_dir: str | None, allocator: bool) -> list[float]:
     from flax import nnx
 
     if allocator:
-        from jaxmodels.allocator import keep_freed_memory
+        from jaxmodels.hardware.malloc import keep_freed_memory
 
         keep_freed_memory()
     model, loss, optimizer, batches = {"gpt_shakespeare": plain_gpt, "cnn_digits": plain_cnn}[name](data_dir)

@@ -7,7 +7,7 @@ A stage works at every turn, in the bubble on rows that nothing counts. So what 
 also on simulated devices that share a few cores, where no device can be seen to wait. The columns:
 
     predicted    (S - 1) / (M + S - 1)
-    operations   1 - (operations without a pipeline / operations with it): matrix products of the traced step, by plan/flops.py;
+    operations   1 - (operations without a pipeline / operations with it): matrix products of the traced step, by hardware/flops.py;
                  those outside the blocks are counted too, and are few
     work         1 - (processor seconds of a step spread over `data` / those of a step as a pipeline), on the same devices: medians
                  of steps taken in turn. It holds what else differs: sizes of products, loops, copies. Of simulated devices alone.
@@ -64,10 +64,10 @@ def _step(arguments, devices, sizes: dict, microbatches: int):
     import jax
 
     from jaxmodels.data.loader import TrainingBatches
-    from jaxmodels.experiment import build_experiment
+    from jaxmodels.experiment.build import build_experiment
+    from jaxmodels.hardware.flops import count_flops
     from jaxmodels.parallel import mesh as mesh_lib
     from jaxmodels.parallel import sharding
-    from jaxmodels.plan.flops import count_flops
 
     model = {"name": "gpt", "layers": 2 * arguments.stages, "heads": 4, "width": arguments.width, "context": arguments.length, "scan": True}
     config = {

@@ -3,7 +3,7 @@
     python benchmarks/plan_gpu.py
     python benchmarks/plan_gpu.py --steps=50 --models=gpt2
 
-Needs JAX with CUDA (`pip install 'jaxmodels[cuda]'`) and a GPU of `jaxmodels/plan/chips.py`. `jaxmodels plan` is asked of one such GPU in a process of
+Needs JAX with CUDA (`pip install 'jaxmodels[cuda]'`) and a GPU of `jaxmodels/hardware/chips.py`. `jaxmodels plan` is asked of one such GPU in a process of
 its own, which sees no device; then the same config's step runs in another process, on one batch again and again: the median of STEPS steps after three that
 are not counted, and the most bytes that JAX had in use. The targets are 5% of memory and 15% of time. Exit status 1 if one is missed.
 
@@ -55,11 +55,11 @@ def measure(config: dict, steps: int) -> dict:
     import numpy as np
 
     from jaxmodels.data.source import take
-    from jaxmodels.experiment import build_experiment
+    from jaxmodels.experiment.build import build_experiment
     from jaxmodels.parallel import mesh as mesh_lib
     from jaxmodels.parallel import sharding as sharding_lib
-    from jaxmodels.plan.measured import peak_memory
     from jaxmodels.training.compile import compile_train_step
+    from jaxmodels.training.throughput import peak_memory
 
     experiment = build_experiment(config)
     mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
@@ -90,7 +90,9 @@ def compare(name: str, predicted: dict, measured: dict) -> bool:
         within &= abs(off) <= target
         scale, unit = (1e9, "GB") if figure == "peak_bytes_per_device" else (1e-3, "ms")
         verdict = "within" if abs(off) <= target else "MISSED:"
-        print(f"{name:<10} {figure:<22} predicted {predicted[figure] / scale:8.2f} {unit}  measured {measured[figure] / scale:8.2f} {unit}  {off:+7.1%}  {verdict} {target:.0%}")
+        print(
+            f"{name:<10} {figure:<22} predicted {predicted[figure] / scale:8.2f} {unit}  measured {measured[figure] / scale:8.2f} {unit}  {off:+7.1%}  {verdict} {target:.0%}"
+        )
     return within
 
 
@@ -104,12 +106,14 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(CONFIGS[options.measure], options.steps)))
         return 0
-    kind = subprocess.run([sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    from jaxmodels.plan.chips import chip_of
+    kind = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()[-1]
+    from jaxmodels.hardware.chips import chip_of
 
     chip = chip_of(kind)
     if chip is None or chip.platform != "gpu":
-        parser.error(f"the first device is {kind!r}, and no GPU of jaxmodels/plan/chips.py")
+        parser.error(f"the first device is {kind!r}, and no GPU of jaxmodels/hardware/chips.py")
     good = True
     for name in options.models.split(","):
         predicted = predict(CONFIGS[name], f"{chip.name}x1")

@@ -26,14 +26,26 @@ LEARNING_RATE = {"pretrained": 5e-3, "scratch": 1.5e-3}
 def get_config(start="pretrained"):
     c = ConfigDict()
     c.model = {
-        "name": "encoder", "layers": 2, "heads": 4, "width": 128, "context": 128, "post_norm": False,
-        "positions": "rotary", "pool": "mean", "dropout": 0.1,
+        "name": "encoder",
+        "layers": 2,
+        "heads": 4,
+        "width": 128,
+        "context": 128,
+        "post_norm": False,
+        "positions": "rotary",
+        "pool": "mean",
+        "dropout": 0.1,
     }
     c.task = {"name": "classify_text"}
     c.data = {
-        "source": "python_packages", "lines": 8, "sequence_length": 96, "tokenizer": "runs/bert_text",
-        "examples": 192, "test_examples": 50,
-        "batch_size": 32, "eval_batch_size": 64,
+        "source": "python_packages",
+        "lines": 8,
+        "sequence_length": 96,
+        "tokenizer": "runs/bert_text",
+        "examples": 192,
+        "test_examples": 50,
+        "batch_size": 32,
+        "eval_batch_size": 64,
     }
     c.optimizer = {
         "name": "adamw",

@@ -9,7 +9,7 @@ warm-up are the paper's; it had rows of 128 tokens for the first nine tenths.
 
 Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
     operations it takes there, says
-    pytest -m tpu_compiler -n 0 -s -k bert_large tests/test_tpu_compiler.py
+    pytest -m tpu_compiler -n 0 -s -k bert_large tests/plan/test_tpu_compiler.py
 Time: not measured: no such machine was at hand.
 """
 

@@ -14,8 +14,14 @@ from ml_collections import ConfigDict
 def get_config():
     c = ConfigDict()
     c.model = {
-        "name": "encoder", "layers": 2, "heads": 4, "width": 128, "context": 48, "post_norm": False,
-        "positions": "rotary", "pool": "mean",
+        "name": "encoder",
+        "layers": 2,
+        "heads": 4,
+        "width": 128,
+        "context": 48,
+        "post_norm": False,
+        "positions": "rotary",
+        "pool": "mean",
     }
     c.task = {"name": "masked_lm", "rate": 0.3}
     c.data = {"source": "mixture", "tokenizer": "bpe:6000", "batch_size": 32, "eval_batch_size": 64}

@@ -24,8 +24,15 @@ def get_config(start="pretrained"):
         raise ValueError(f"start is 'pretrained' or 'scratch', not {start!r}")
     c = ConfigDict()
     c.model = {
-        "name": "encoder", "layers": 2, "heads": 4, "width": 128, "context": 48, "post_norm": False,
-        "positions": "rotary", "pool": "mean", "dropout": 0.2,
+        "name": "encoder",
+        "layers": 2,
+        "heads": 4,
+        "width": 128,
+        "context": 48,
+        "post_norm": False,
+        "positions": "rotary",
+        "pool": "mean",
+        "dropout": 0.2,
     }
     c.task = {"name": "classify_text"}
     c.data = {"source": "tsv:sst2", "sequence_length": 48, "tokenizer": "runs/bert_mlm_sst2", "batch_size": 32, "eval_batch_size": 64}

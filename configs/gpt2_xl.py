@@ -8,7 +8,7 @@ settings were not published; these are those of GPT-3's model of this size (Brow
 
 Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
     operations it takes there, says
-    pytest -m tpu_compiler -n 0 -s -k gpt2_xl tests/test_tpu_compiler.py
+    pytest -m tpu_compiler -n 0 -s -k gpt2_xl tests/plan/test_tpu_compiler.py
 Time: not measured: no such machine was at hand.
 """
 

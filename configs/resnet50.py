@@ -8,7 +8,7 @@ al. 2017): a learning rate of 0.1 for each 256 images, after five epochs of warm
 
 Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
     operations it takes there, says
-    pytest -m tpu_compiler -n 0 -s -k resnet50 tests/test_tpu_compiler.py
+    pytest -m tpu_compiler -n 0 -s -k resnet50 tests/plan/test_tpu_compiler.py
 Time: not measured: no such machine was at hand.
 """
 

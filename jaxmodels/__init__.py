@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load_config": "jaxmodels.config",
-    "resolve": "jaxmodels.sections",
+    "resolve": "jaxmodels.experiment.sections",
     "train": "jaxmodels.api",
-    "evaluate": "jaxmodels.api",
-    "load": "jaxmodels.api",
-    "Run": "jaxmodels.api",
+    "evaluate": "jaxmodels.inference.evaluate",
+    "load": "jaxmodels.inference.load",
+    "Run": "jaxmodels.inference.run",
     "Result": "jaxmodels.training.trainer",
     "ConfigError": "jaxmodels.errors",
     "Diverged": "jaxmodels.errors",

@@ -1,4 +1,4 @@
-from jaxmodels.cli import main
+from jaxmodels.cli.main import main
 
 if __name__ == "__main__":
     main()

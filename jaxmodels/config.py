@@ -1,7 +1,7 @@
 """Config files: load one, override values, check them against constructors, compare two.
 
 A config is a nested dictionary. Every section of it is the keyword-only arguments of one constructor
-(`jaxmodels.experiment` says which), so what a section may hold is read from a signature, and a wrong
+(`jaxmodels.experiment.experiment` says which), so what a section may hold is read from a signature, and a wrong
 key or type is one error that names the key.
 """
 
@@ -147,9 +147,7 @@ def positional(constructor: Callable) -> list[str]:
     """Names of a constructor's positional parameters, `self` left out."""
     call = constructor.__init__ if inspect.isclass(constructor) else constructor
     names = [
-        name
-        for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        name for name, parameter in inspect.signature(call).parameters.items() if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return names[1:] if inspect.isclass(constructor) else names
 

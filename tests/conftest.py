@@ -16,6 +16,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 
 
 def pytest_unconfigure(config):
@@ -28,9 +29,7 @@ def jaxmodels_command():
     """Runs `python -m jaxmodels ARGS` from the repository; returns the finished process."""
 
     def run(*args, **options):
-        return subprocess.run(
-            [sys.executable, "-m", "jaxmodels", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
-        )
+        return subprocess.run([sys.executable, "-m", "jaxmodels", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
     return run
 
@@ -47,13 +46,13 @@ def data_dir():
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """Name of a config that starts from a published model -> a folder with such a model in small, of random weights."""
-    import published_models
+    import pretrained_folders
 
     made = {}
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = published_models.RECIPES[name](tmp_path_factory.mktemp("published") / name)
+            made[name] = pretrained_folders.RECIPES[name](tmp_path_factory.mktemp("published") / name)
         return made[name]
 
     return folder

@@ -4,13 +4,13 @@ import json
 from typing import Literal
 
 import pytest
-import small
+import small_configs
 
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import build_experiment
+from jaxmodels.experiment.build import build_experiment
+from jaxmodels.experiment.sections import resolve
 from jaxmodels.models import remat
-from jaxmodels.sections import resolve
 
 FILE = """
 from ml_collections import ConfigDict
@@ -58,7 +58,7 @@ def test_the_loaded_config_is_locked_and_plain_dicts_will_do(file):
     with pytest.raises((KeyError, AttributeError)):
         config.trainnig = {}
     assert resolve(config)["training"]["steps"] == 7
-    assert resolve(small.CNN)["training"]["steps"] == 60
+    assert resolve(small_configs.CNN)["training"]["steps"] == 60
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_what_is_wrong_is_one_clear_error(what):
     changes, message = BAD[what]
-    config = small.config(small.CNN)
+    config = small_configs.config(small_configs.CNN)
     with pytest.raises(ConfigError) as caught:
         for key, value in changes.items():
             config_lib.set_at(config, key, value)
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_one_clear_error(what):
 def test_text_sources_say_what_is_wrong(tmp_path):
     def error(**changes):
         with pytest.raises(ConfigError) as caught:
-            build_experiment(small.config(small.GPT, **changes), data_dir=str(tmp_path))
+            build_experiment(small_configs.config(small_configs.GPT, **changes), data_dir=str(tmp_path))
         return str(caught.value)
 
     assert f"there is no file no.txt nor {tmp_path}/no.txt" in error(data__source="text:no.txt")
@@ -172,7 +172,7 @@ BAD_ARRAYS = {
 @pytest.mark.parametrize("what", BAD_ARRAYS)
 def test_what_is_wrong_with_arrays_is_one_clear_error(what):
     data, message = BAD_ARRAYS[what]
-    config = small.config(small.CNN, data={"source": "arrays", "batch_size": 4}, model={"name": "cnn", "features": []})
+    config = small_configs.config(small_configs.CNN, data={"source": "arrays", "batch_size": 4}, model={"name": "cnn", "features": []})
     with pytest.raises(ConfigError) as caught:
         build_experiment(config, data=data)
     assert message in str(caught.value)
@@ -220,7 +220,7 @@ def test_differences_name_keys_of_either_side():
 
 
 def test_own_models_and_sources_are_named_by_module():
-    resolved = resolve(small.config(small.CNN, model={"name": "jaxmodels.models.cnn:CNN", "hidden": 8}))
+    resolved = resolve(small_configs.config(small_configs.CNN, model={"name": "jaxmodels.models.cnn:CNN", "hidden": 8}))
     assert resolved["model"]["hidden"] == 8
     with pytest.raises(ConfigError, match="cannot import"):
-        resolve(small.config(small.CNN, model={"name": "no_such_package.module:Model"}))
+        resolve(small_configs.config(small_configs.CNN, model={"name": "no_such_package.module:Model"}))

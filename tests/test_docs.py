@@ -9,9 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxmodels import cli
+from jaxmodels.cli import main as cli
 from jaxmodels.config import load_config, parse_override, set_at
-from jaxmodels.sections import resolve
+from jaxmodels.experiment.sections import resolve
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADERS = sorted((ROOT / "configs").glob("*.py"))
@@ -19,7 +19,11 @@ HEADERS = sorted((ROOT / "configs").glob("*.py"))
 
 def commands(page):
     """Every line that begins a shell command of ours, comments cut off."""
-    lines = re.findall(r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)", page.read_text().replace("    jaxmodels", "jaxmodels"), re.M)
+    lines = re.findall(
+        r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)",
+        page.read_text().replace("    jaxmodels", "jaxmodels"),
+        re.M,
+    )
     return [line.split("  #")[0] for line in lines]
 
 
@@ -27,7 +31,7 @@ def commands(page):
 def test_commands_parse_and_name_what_exists(page, monkeypatch, published):
     monkeypatch.chdir(ROOT)
     for command in commands(page):
-        arguments, overrides = cli._split(shlex.split(command)[1:])
+        arguments, overrides = cli.split_overrides(shlex.split(command)[1:])
         options = cli.parser().parse_args(arguments)  # exits where a command cannot be typed
         assert callable(options.function)
         if hasattr(options, "config") and options.config.startswith("configs/"):

@@ -81,8 +81,7 @@ def find_files(paths: str, data_dir: str | None, key: str = "config.data.source"
             if folder is not None:
                 raise ConfigError(f"{key}: {folder} is a folder; give a pattern of its files: {os.path.join(path, '**', '*.txt')}")
             raise ConfigError(
-                f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
-                "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
+                f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
             )
         found += files
     return list(dict.fromkeys(found))

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxmodels import config as config_lib
-from jaxmodels import data as data_lib
+from jaxmodels.data import registry as data_lib
+from jaxmodels.data.loader import Loading
 from jaxmodels.data.source import Dataset, DataSource, take
-from jaxmodels.sections import Loading
 
 TEXTS = ("tokens", "source", "target")  # arrays of tokens, padded with -1
 _CHUNK = 256  # examples read in one call

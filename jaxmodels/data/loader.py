@@ -4,6 +4,7 @@ The batch of step s is a pure function of (seed, s). To resume is to seek.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.source import DataSource, take
 
 Batch = dict[str, np.ndarray]
@@ -203,3 +205,28 @@ class DeviceFeed:
         if not self._queue:
             raise StopIteration
         return self._queue.popleft()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The part of the `data` section that every source shares.
+
+    Attributes:
+      batch_size: examples in one step, over all devices and accumulation steps.
+      eval_batch_size: in one step of evaluation; `batch_size` unless given.
+      shuffle: a new order every epoch; otherwise the source's own.
+      threads: that read ahead; unless given, none for sources that lie in memory, else 16.
+      workers: processes that read ahead instead of threads.
+      buffer: batches read ahead.
+      memory_gb: a split that takes no more is decoded once and kept; not with `workers`.
+      rand_augment: random operations on every training image, on the host (Cubuk et al. 2020); a section, {} for its defaults.
+    """
+
+    batch_size: int
+    eval_batch_size: int | None = None
+    shuffle: bool = True
+    threads: int | None = None
+    workers: int = 0
+    buffer: int = 4
+    memory_gb: float = 1.0
+    rand_augment: RandAugment | None = None

@@ -164,8 +164,7 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
     """
     if given is None:
         raise ConfigError(
-            "config.data.source='arrays' needs the arrays: jaxmodels.train(config, workdir, "
-            "data={'train': {'image': ..., 'label': ...}, 'test': ...})."
+            "config.data.source='arrays' needs the arrays: jaxmodels.train(config, workdir, data={'train': {'image': ..., 'label': ...}, 'test': ...})."
         )
     if not isinstance(given, Mapping) or not all(isinstance(part, Mapping) for part in given.values()):
         raise ConfigError("data= must be arrays by split: {'train': {'image': ..., 'label': ...}, 'test': ...}.")

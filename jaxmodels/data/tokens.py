@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.data.tokenizers import Tokenizer, from_json
 from jaxmodels.errors import ConfigError
+from jaxmodels.tokenizers.base import Tokenizer
+from jaxmodels.tokenizers.factory import from_json
 
 VERSION = 2
 _BLOCK = 1 << 24  # bytes that a checksum reads at once

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from jaxmodels.data.documents import read_documents, survey
 from jaxmodels.data.files import find_files
 from jaxmodels.data.skipping import Policy, Skipping
-from jaxmodels.data.tokenizers import SMALLEST_BPE, make_tokenizer
+from jaxmodels.data.sources.documents import read_documents, survey
 from jaxmodels.errors import ConfigError
+from jaxmodels.tokenizers.factory import SMALLEST_BPE, make_tokenizer
 
 _MEASURED = 10_000_000  # characters that the summary is measured on, at most
 
@@ -63,6 +63,5 @@ def train_tokenizer(
     source = f"{documents:,} document{'s' * (documents > 1)} in {len(files):,} file{'s' * (len(files) > 1)}"
     return (
         f"{target}: {tokenizer.vocab_size:,} tokens{fewer}, from {source}. "
-        f"{characters:,} characters are {tokens:,} tokens: {characters / tokens:.2f} characters a token."
-        + "".join(f"\n{note}" for note in skipping.notes())
+        f"{characters:,} characters are {tokens:,} tokens: {characters / tokens:.2f} characters a token." + "".join(f"\n{note}" for note in skipping.notes())
     )

@@ -54,9 +54,7 @@ def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array) -> d
     return {"key": put(layer["key"], k_BTGK), "value": put(layer["value"], v_BTGK)}
 
 
-def append(
-    layer: dict[str, jax.Array], slot: jax.Array, k_BG1K: jax.Array, v_BG1K: jax.Array, index: jax.Array | None = None
-) -> dict[str, jax.Array]:
+def append(layer: dict[str, jax.Array], slot: jax.Array, k_BG1K: jax.Array, v_BG1K: jax.Array, index: jax.Array | None = None) -> dict[str, jax.Array]:
     """The layer with keys and values of one slot more; of stacked layers that of number `index`."""
 
     def put(slots, x):

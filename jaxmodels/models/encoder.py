@@ -10,24 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.attention import Implementation
-from jaxmodels.models.layers import (
-    ACTIVATIONS,
-    GATED,
-    Activation,
-    Embed,
-    check_rate,
-    check_sizes,
-    dropout,
-)
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
 from jaxmodels.models.remat import Remat
-from jaxmodels.models.transformer import (
-    Block,
-    Norm,
-    apply_blocks,
-    make_blocks,
-    make_norm,
-)
+from jaxmodels.models.transformer import Block, Norm, apply_blocks, make_blocks, make_norm
 
 _ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
 
@@ -48,9 +34,7 @@ SIZES = {name: {"context": 512, "types": 2, "dropout": 0.1, **size} for name, si
 class Head(nnx.Module):
     """What an encoder says of a sequence (`class`, `value`) or of each token (`tokens`, `tags`)."""
 
-    def __init__(
-        self, kind: str, size: int, width: int, *, pool: str, dropout: float, activation: Activation, norm: Norm, epsilon: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, kind: str, size: int, width: int, *, pool: str, dropout: float, activation: Activation, norm: Norm, epsilon: float, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         if kind not in ("tokens", "tags", "class", "value"):
             raise ValueError(f"a head is 'tokens', 'tags', 'class' or 'value', not {kind!r}")
@@ -178,9 +162,7 @@ class Encoder(nnx.Module):
             x_BTD = jnp.take_along_axis(x_BTD, positions[:, :, None], axis=1)
         return self.head(x_BTD, tokens >= 0, self.embed, rngs)
 
-    def states(
-        self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
+    def states(self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The last block's output, [B, T, D]: what the head is given. Arguments as of a call."""
         T = tokens.shape[1]
         if T > self.context:

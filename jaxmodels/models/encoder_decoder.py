@@ -14,16 +14,7 @@ from jaxmodels.models.attention import Implementation
 from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import RelativePositions, sinusoids
 from jaxmodels.models.remat import Remat
-from jaxmodels.models.transformer import (
-    Activation,
-    Block,
-    Norm,
-    apply_blocks,
-    extend_blocks,
-    make_blocks,
-    make_layers,
-    make_norm,
-)
+from jaxmodels.models.transformer import Activation, Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm
 
 _T5 = {
     "positions": "relative",
@@ -52,7 +43,9 @@ SIZES = {
 class Side(nnx.Module):
     """One half: positions, blocks, and where these do not end in one a normalisation."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat | tuple[str, ...], rngs: nnx.Rngs, **block):
+    def __init__(
+        self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat | tuple[str, ...], rngs: nnx.Rngs, **block
+    ):
         init = nnx.initializers.normal(width**-0.5)
         norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None

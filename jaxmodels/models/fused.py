@@ -38,9 +38,7 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
         k, v, *numbers = _all_keys(layout, k_BSGK.shape[1], k, v, *segments[1:])
         mask = (segments[0][:, :, None] == numbers[0][:, None, :])[:, None] if segments else None
         local = None if window is None else (window - 1, 0 if causal else window - 1)
-        return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn")
 
     numbers = segments or ()
     return on_each_device(attend, [ROWS] * 3 + [NUMBERS] * len(numbers), ROWS)(q_BTNK, k_BSGK, v_BSGK, *numbers)

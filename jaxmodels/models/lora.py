@@ -3,6 +3,7 @@
 Shapes: D width in, F width out, R rank, V rows of an embedding; a stack of layers has further axes in front.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -120,3 +121,22 @@ def merge_adapters(params: dict, scale: float) -> dict:
             matrix = layer + ("kernel" if layer + "kernel" in params else "embedding")
             merged[matrix] = params[matrix] + scale * jnp.matmul(a, params[layer + ADAPTERS[1]], precision="highest")
     return merged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The `lora` section: low-rank adapters beside linear layers and embeddings, trained in their place (Hu et al. 2021).
+
+    Attributes:
+      rank: of an adapter's two matrices.
+      targets: patterns on paths of linear layers and embeddings (anywhere in them).
+      alpha: an adapter's output is multiplied by alpha / rank; `rank` unless given.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank

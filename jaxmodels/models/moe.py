@@ -140,9 +140,7 @@ class MoE(nnx.Module):
         self.router = nnx.Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
         self.experts = Experts(width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Routes each token to its experts.
 
         Args:

@@ -68,9 +68,7 @@ def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | No
     return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies, 0.1 * math.log(scaling.factor) + 1.0
 
 
-def rotary_table(
-    positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
+def rotary_table(positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for `rotate` at int positions [1 or B, T]: float32 [1 or B, T, 1, K / 2] each."""
     frequencies, factor = rotary_frequencies(head_width, base, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)

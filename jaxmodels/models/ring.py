@@ -185,9 +185,7 @@ def _backward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, y_BTNK, dy_BTNK, log_sum_BTN,
             def of_queries(change, inputs):
                 (q, dy, log_sum, mean, q_at, q_number), dq = inputs
                 sees = functools.partial(_sees, ring, q_at, k_at, q_number, k_number)
-                return _where_seen(
-                    ring, q_at, k_at, lambda sums: _join_backward(ring, *sums, q, k, v, dy, log_sum, mean, sees()), (change, dq)
-                )
+                return _where_seen(ring, q_at, k_at, lambda sums: _join_backward(ring, *sums, q, k, v, dy, log_sum, mean, sees()), (change, dq))
 
             change, dq = jax.lax.scan(of_queries, change, (queries, dq))
             return dq, change

@@ -186,10 +186,7 @@ def run_layer(cells, x, states, valid, restart, kernel: str):
             raise ValueError("kernel='cudnn' cannot restart within a row, as packed sequences need; use kernel='xla'")
         return cudnn.lstm(cells, x, states, valid)
     states = (None,) * len(cells) if states is None else states
-    done = [
-        cell(x, state, valid=valid, restart=restart, reverse=reverse)
-        for cell, state, reverse in zip(cells, states, (False, True), strict=False)
-    ]
+    done = [cell(x, state, valid=valid, restart=restart, reverse=reverse) for cell, state, reverse in zip(cells, states, (False, True), strict=False)]
     outputs = done[0][0] if len(done) == 1 else jnp.concatenate([outputs for outputs, _ in done], axis=-1)
     return outputs, tuple(last for _, last in done)
 

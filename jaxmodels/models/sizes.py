@@ -1,4 +1,4 @@
-"""Published sizes of decoders, as options of `transformer.Decoder`. `tests/test_transformer.py` holds their parameter counts."""
+"""Published sizes of decoders, as options of `transformer.Decoder`. `tests/models/test_transformer.py` holds their parameter counts."""
 
 _GPT2 = {"context": 1024}
 _LLAMA = {"positions": "rotary", "norm": "rms", "epsilon": 1e-5, "activation": "swiglu", "bias": False, "tie_embeddings": False}

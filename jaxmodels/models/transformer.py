@@ -16,32 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models import cache as cache_lib
-from jaxmodels.models.attention import Attention, Implementation
-from jaxmodels.models.layers import (
-    ACTIVATIONS,
-    GATED,
-    Activation,
-    Embed,
-    check_rate,
-    check_sizes,
-    dropout,
-)
-from jaxmodels.models.moe import Mixture, MoE, statistics
-from jaxmodels.models.positions import (
-    RotaryScaling,
-    positions_in,
-    rotary_table,
-    sinusoids,
-)
 from jaxmodels.models import remat as remat_lib
+from jaxmodels.models.attention import Attention, Implementation
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.moe import Mixture, MoE, statistics
+from jaxmodels.models.positions import RotaryScaling, positions_in, rotary_table, sinusoids
 from jaxmodels.models.remat import Remat, kept
 from jaxmodels.models.sizes import DECODERS
-from jaxmodels.parallel.layout import (
-    constrain,
-    gathered,
-    row_major,
-    sum_over_devices,
-)
+from jaxmodels.parallel.layout import constrain, gathered, row_major, sum_over_devices
 from jaxmodels.parallel.pipeline import over_layers
 
 Norm = Literal["layer", "rms"]
@@ -431,9 +413,7 @@ class Decoder(nnx.Module):
         """
         return self.with_auxiliary(tokens, segments=segments, rngs=rngs)[0]
 
-    def with_auxiliary(
-        self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def with_auxiliary(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits, and what the blocks' feed-forwards tell of themselves: {} unless they are mixtures of experts.
 
         Of that, `loss` is the sum over layers; all else is the mean.
@@ -441,9 +421,7 @@ class Decoder(nnx.Module):
         x_BTD, told = self.features(tokens, segments=segments, rngs=rngs)
         return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), told
 
-    def features(
-        self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def features(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What the blocks make of tokens, [B, T, D], and what these tell: `with_auxiliary` without the output, which `head` is."""
         T = tokens.shape[1]
         if T > self.context:

@@ -256,7 +256,5 @@ def replicated_notes(shapes: Any, section: Sharding, layout: Layout) -> list[str
     found = ((path, x) for part in (shapes.params, shapes.frozen) for path, x in _leaves(part) if x.sharding.is_fully_replicated)
     sizes = ((path, x.size * x.dtype.itemsize / 2**20) for path, x in found)
     return [
-        f"{path} ({size:.3g} MiB) is whole on every device: see config.sharding for what could spread it"
-        for path, size in sizes
-        if size >= section.warn_mb
+        f"{path} ({size:.3g} MiB) is whole on every device: see config.sharding for what could spread it" for path, size in sizes if size >= section.warn_mb
     ]

@@ -12,15 +12,16 @@ from flax import nnx
 from jaxmodels import config as config_lib
 from jaxmodels import models
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import Experiment, build_model
+from jaxmodels.experiment.build import build_model
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.experiment.sections import Training, resolve
+from jaxmodels.hardware.flops import operation_flops
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.plan import memory
-from jaxmodels.plan.flops import operation_flops
 from jaxmodels.plan.graph import Graph, Op, Value, ways
-from jaxmodels.sections import Training, resolve
 
 Changes = dict[str, Any]  # dotted key of a config -> value
 

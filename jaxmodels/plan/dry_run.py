@@ -10,12 +10,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.hardware.flops import count_flops
+from jaxmodels.models import functional
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan.flops import count_flops
-from jaxmodels.training import step
 
 
 def summarize(experiment: Experiment) -> dict:
@@ -36,7 +36,7 @@ def summarize(experiment: Experiment) -> dict:
     placed = experiment.on(mesh.devices.flat[0].platform, dataclasses.replace(layout, axis=None))
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = step.flatten(shapes.params) | step.flatten(shapes.frozen)
+    params = functional.flatten(shapes.params) | functional.flatten(shapes.frozen)
     jax.eval_shape(placed.step_function(), shapes, batch, key)  # tells the layout what is left whole
     stages = mesh.shape["pipeline"]
     return {
@@ -78,7 +78,7 @@ def active_parameters(params, model: Mapping) -> int:
     """
     moe = model.get("moe")
     share = Fraction(moe["top_k"], moe["experts"]) if moe else 1
-    return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in step.flatten(params).items()))
+    return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in functional.flatten(params).items()))
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:

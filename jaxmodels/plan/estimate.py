@@ -20,9 +20,7 @@ from jaxmodels.plan.program import Array, Computation, Instruction, Program
 PARTS = ("matrix products", "attention kernels", "other", "exposed collectives", "exposed host transfers")
 
 # That take no time of their own: names of values, and both ends of what runs beside the rest, such as copies between a chip's memories.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split()
-)
+_FREE = frozenset("parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split())
 _ENDS = re.compile(r".*-(start|update|done)")
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound", "Sharding")
 _HOST = re.compile(r"S\(5\)")  # the host's memory, in a layout
@@ -140,9 +138,7 @@ def estimate(text: str, topology: Any, mesh: Mesh) -> Estimate:
             (Collective(kind, axes, *figures, network) for (kind, axes, network), figures in total.transfers.items() if network != "host"),
             key=lambda collective: -collective.seconds,
         ),
-        host_transfers=[
-            HostTransfer(direction, *figures) for (direction, _, network), figures in sorted(total.transfers.items()) if network == "host"
-        ],
+        host_transfers=[HostTransfer(direction, *figures) for (direction, _, network), figures in sorted(total.transfers.items()) if network == "host"],
         notes=total.list_notes(topology.chip),
     )
 
@@ -314,9 +310,7 @@ class _Reader:
         computation = self.program.computations[outer.body]
         if computation.instructions.get(wanted.name) is wanted:
             return computation
-        return next(
-            found for each in computation.instructions.values() if wanted in self.program.inside(each) for found in (self.where(each, wanted),)
-        )
+        return next(found for each in computation.instructions.values() if wanted in self.program.inside(each) for found in (self.where(each, wanted),))
 
     def operands(self, computation: Computation, instruction: Instruction) -> list[Array]:
         """Types of an instruction's operands."""

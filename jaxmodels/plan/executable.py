@@ -20,10 +20,10 @@ import jax
 from jax.experimental import serialize_executable
 
 from jaxmodels import config as config_lib
+from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
-from jaxmodels.parallel import session
-from jaxmodels.plan.chips import chip_of
-from jaxmodels.training.run_folder import now, write_json
+from jaxmodels.hardware.chips import chip_of
+from jaxmodels.runs.folder import now, write_json
 
 PAGE, PROGRAM = "executable.json", "executable.bin"
 
@@ -32,7 +32,18 @@ _PACKAGES = ("jaxmodels", "jax", "jaxlib")
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
 
 # Parts of a config that leave the step's program as it is.
-_ELSEWHERE = ("seed", "evaluation", "checkpoint", "init_from", "log.tensorboard", "data.threads", "data.workers", "data.buffer", "data.memory_gb", "data.shuffle")
+_ELSEWHERE = (
+    "seed",
+    "evaluation",
+    "checkpoint",
+    "init_from",
+    "log.tensorboard",
+    "data.threads",
+    "data.workers",
+    "data.buffer",
+    "data.memory_gb",
+    "data.shuffle",
+)
 
 
 def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> dict:

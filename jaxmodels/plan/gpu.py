@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.plan import program as program_lib
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan import torus
@@ -95,7 +95,9 @@ def devices(topology: Topology) -> list:
     try:
         return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target_config(topology.chip.name)).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"JAX's CUDA plugin makes no topology {topology.name!r}: {_first_line(error)}. JAX_PLATFORMS=cpu keeps it from looking for a GPU; and it is of JAX's own version: {INSTALL}") from error
+        raise ConfigError(
+            f"JAX's CUDA plugin makes no topology {topology.name!r}: {_first_line(error)}. JAX_PLATFORMS=cpu keeps it from looking for a GPU; and it is of JAX's own version: {INSTALL}"
+        ) from error
 
 
 def compile_step(experiment: Experiment, topology: Topology) -> CompiledStep:
@@ -116,7 +118,9 @@ def compile_step(experiment: Experiment, topology: Topology) -> CompiledStep:
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
-        raise ConfigError(f"to compile attention by cuDNN, cuDNN must be installed ({_first_line(error)}): {INSTALL}; or --config.model.attention=xla") from error
+        raise ConfigError(
+            f"to compile attention by cuDNN, cuDNN must be installed ({_first_line(error)}): {INSTALL}; or --config.model.attention=xla"
+        ) from error
 
 
 def compiler_options(topology: Topology) -> dict[str, bool]:

@@ -139,7 +139,10 @@ class _Builder:
             return self.run(getattr(inner, "jaxpr", inner), given[len(given) - len(getattr(inner, "jaxpr", inner).invars) :], ops, scopes)
         if name == "shard_map":
             inner = params["jaxpr"]
-            parts = [self.add(ops, "local", {"spec": _spec_of(s, len(x.shape))}, [x], [v.aval], scopes)[0] for x, s, v in zip(given, params["in_specs"], inner.invars, strict=True)]
+            parts = [
+                self.add(ops, "local", {"spec": _spec_of(s, len(x.shape))}, [x], [v.aval], scopes)[0]
+                for x, s, v in zip(given, params["in_specs"], inner.invars, strict=True)
+            ]
             results = self.run(inner, parts, ops, scopes)
             whole = zip(results, params["out_specs"], equation.outvars, strict=True)
             return [self.add(ops, "whole", {"spec": _spec_of(s, len(v.aval.shape))}, [x], [v.aval], scopes)[0] for x, s, v in whole]

@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from jaxmodels.hardware.chips import Chip
 from jaxmodels.plan import splash
-from jaxmodels.plan.chips import Chip
 from jaxmodels.plan.program import Array, Instruction, arrays
 
 # Of grouped products (megablox, and the compiler's own): they pad groups to tiles of rows, and lay tiles out as a dense product does.
@@ -107,4 +107,7 @@ def _grouped_flops(name: str, kernel: Instruction, operands: Sequence[Array]) ->
         flops = 2.0 * math.prod(right.shape) * result.shape[-2]
     if share is None:
         return flops, None
-    return flops * share, f"grouped products: experts are taken to have as much to do as each other, so that {share:.0%} of the rows there is room for are computed"
+    return (
+        flops * share,
+        f"grouped products: experts are taken to have as much to do as each other, so that {share:.0%} of the rows there is room for are computed",
+    )

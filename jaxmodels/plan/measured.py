@@ -12,9 +12,9 @@ import jax
 
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
-from jaxmodels.plan.chips import chip_of
+from jaxmodels.hardware.chips import chip_of
 from jaxmodels.plan.executable import PAGE, Saved, open_saved
-from jaxmodels.plan.flops import model_flops
+from jaxmodels.training.throughput import peak_memory
 
 # Steps that are not timed, as devices and caches warm up; then those whose median is taken.
 WARM_UP, TIMED = 3, 7
@@ -25,36 +25,6 @@ FAR = {"step_seconds": 1.25, "peak_bytes_per_device": 1.10}
 # Parts of a config that decide what a step takes; `mesh` is compared as it came out.
 _DECIDING = ("model", "task", "lora", "data.batch_size", "optimizer.name", "training.accumulate", "training.precision", "training.ema")
 _DECIDING += ("training.trainable", "training.freeze", "sharding", "partition", "compiler_options")
-
-
-class Usage:
-    """What a run takes of its chips, where they are known.
-
-    Attributes:
-      record: for the manifest: the chip, and the model's FLOPs in a step; empty for chips that are not known.
-    """
-
-    def __init__(self, experiment: Any, mesh: jax.sharding.Mesh):
-        chip = chip_of(mesh.devices.flat[0].device_kind)
-        self._mesh, self._peak_flops = mesh, chip.flops_per_device * mesh.size if chip else None
-        self.record = {"chip": chip.name, "model_flops_per_step": model_flops(experiment).all} if chip else {}
-
-    def rates(self, steps_per_second: float) -> dict[str, float]:
-        """`mfu`, the model's FLOPs over what all chips can do in that time (of bfloat16 products), and `memory_peak_bytes`.
-
-        Nothing for chips that are not known.
-        """
-        if not self.record:
-            return {}
-        memory = peak_memory(self._mesh)
-        mfu = self.record["model_flops_per_step"] * steps_per_second / self._peak_flops
-        return {"mfu": mfu} | ({"memory_peak_bytes": memory} if memory is not None else {})
-
-
-def peak_memory(mesh: jax.sharding.Mesh) -> int | None:
-    """The most bytes that were in use at a time since this process began, on that of its devices where they were most; None where JAX does not tell."""
-    told = [device.memory_stats() or {} for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    return max((stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +53,10 @@ class Planned:
         changed = config_lib.differences(there, here)
         named = (key for key in changed if not key.startswith("config.") or any(f"{key}.".startswith(f"config.{part}.") for part in _DECIDING))
         return "; ".join(f"{key} is {changed[key][0]!r} there, {changed[key][1]!r} here" for key in named)
+
+    def comparison(self, mesh: jax.sharding.Mesh) -> "Comparison":
+        """The comparison of a run on `mesh` with this plan."""
+        return Comparison(self, mesh)
 
 
 def open_plan(path: str | os.PathLike) -> Planned:

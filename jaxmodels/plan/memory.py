@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan import graph as graph_lib
@@ -277,7 +277,12 @@ def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Va
         return roots.setdefault(value, frozenset())  # constants are from nothing
 
     def passes_on(value: Value, by: list[Op]) -> bool:
-        return value not in results and len(by) == 1 and by[0].name in ELEMENTWISE and all(math.prod(x.shape) * x.itemsize <= math.prod(value.shape) * value.itemsize for x in by[0].outputs)
+        return (
+            value not in results
+            and len(by) == 1
+            and by[0].name in ELEMENTWISE
+            and all(math.prod(x.shape) * x.itemsize <= math.prod(value.shape) * value.itemsize for x in by[0].outputs)
+        )
 
     for op in graph.ops:
         below = frozenset().union(*(rooted(value) for value in op.inputs))
@@ -342,7 +347,5 @@ def bytes_of(value: Value, mesh: Mapping[str, int]) -> int:
         return exact
     rows = 8 * max(1, 4 // value.itemsize)
     rest = math.prod(sizes)
-    padded = min(
-        rest // (sizes[i] * sizes[j]) * -(-sizes[i] // rows) * rows * -(-sizes[j] // _LANES) * _LANES for i in large for j in large if i != j
-    )
+    padded = min(rest // (sizes[i] * sizes[j]) * -(-sizes[i] // rows) * rows * -(-sizes[j] // _LANES) * _LANES for i in large for j in large if i != j)
     return padded * value.itemsize

@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmodels.errors import ConfigError, RunError
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.experiment.flops import ModelFlops, model_flops
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan import memory as memory_lib
 from jaxmodels.plan import roofline
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.estimate import Estimate, estimate
-from jaxmodels.plan.flops import ModelFlops, model_flops
 from jaxmodels.plan.memory import MemoryEstimate
 from jaxmodels.plan.topology import CompiledStep, Topology
-from jaxmodels.training.run_folder import write_json
+from jaxmodels.runs.folder import write_json
 
 PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 BY_MODELS = "memory and time are those of the analytic models"
@@ -391,7 +391,9 @@ def _lines(plan: Plan) -> dict[str, str]:
         "memory": f"{_gb(size)} of {_gb(room)} GB a device ({size / room:.0%}), {by[plan.memory_by]}: {parts}",
     }
     if plan.memory_by == "compiler":
-        lines["  model"] = f"{_gb(plan.memory_model.total)} GB by the analytic model, temporaries apart: {', '.join(f'{part} {_gb(value)}' for part, value in modelled.items())}"
+        lines["  model"] = (
+            f"{_gb(plan.memory_model.total)} GB by the analytic model, temporaries apart: {', '.join(f'{part} {_gb(value)}' for part, value in modelled.items())}"
+        )
     if plan.host_bytes:
         lines["  host"] = f"{_gb(plan.host_bytes)} GB of the host's memory for each device"
     cycles = f", {time.cycles / 1e6:,.{0 if time.cycles > 1e9 else 2}f} M cycles in instructions that it estimates" if time.cycles is not None else ""
@@ -402,11 +404,15 @@ def _lines(plan: Plan) -> dict[str, str]:
         lines["MFU"] += f"; {plan.mfu_attended:.1%} by those that masks leave"
     lines["speed"] = ", ".join(f"{rate:,.4g} {name.partition('_')[0]}/s a chip" for name, rate in plan.rates.items())
     accumulated = f", {experiment.training.accumulate} parts added up" if experiment.training.accumulate > 1 else ""
-    lines["run"] = f"{experiment.steps:,} steps of {experiment.loading.batch_size:,} examples{accumulated}: {_duration(plan.run_seconds)}, {plan.chip_hours:,.4g} chip-hours"
+    lines["run"] = (
+        f"{experiment.steps:,} steps of {experiment.loading.batch_size:,} examples{accumulated}: {_duration(plan.run_seconds)}, {plan.chip_hours:,.4g} chip-hours"
+    )
     if plan.step is not None:
         record = plan.step.record
         options = ", ".join(f"{name}={value}" for name, value in record.options.items())
-        lines["compiled"] = f"in {record.seconds:.0f} s by {', '.join(f'{name} {version}' for name, version in versions().items())}{' with ' + options if options else ''}"
+        lines["compiled"] = (
+            f"in {record.seconds:.0f} s by {', '.join(f'{name} {version}' for name, version in versions().items())}{' with ' + options if options else ''}"
+        )
         for name, reason in record.rejected.items():
             lines[f"  {name}"] = f"is left out: this compiler says: {reason}"
         for part, used in plan.step.experiment.kernels.items():

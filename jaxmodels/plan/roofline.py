@@ -21,17 +21,17 @@ from typing import Any
 
 from flax import nnx
 
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.hardware.chips import Chip
+from jaxmodels.hardware.flops import operation_flops
 from jaxmodels.models import rnn
 from jaxmodels.models.attention import Attention, settle
+from jaxmodels.models.functional import DTYPES
 from jaxmodels.plan import kernels, memory, splash
-from jaxmodels.plan.chips import Chip
 from jaxmodels.plan.estimate import PARTS, Collective, Estimate
-from jaxmodels.plan.flops import operation_flops
 from jaxmodels.plan.graph import Graph, Op, Spec, Value, ways
 from jaxmodels.plan.network import collective_seconds, network
 from jaxmodels.plan.torus import SENT
-from jaxmodels.training.step import DTYPES
 
 # Of the peak that products reach. GPU: with their bytes beside it, within 15% of what XLA's table of measured products on an H100 says of
 # 4096³, 8192³ and GPT-2's (docs/estimates_gpu.md). TPU: what its compiler's estimates of large products come to.

@@ -31,14 +31,15 @@ from rich.table import Table
 import jaxmodels
 from jaxmodels.config import load_config, parse_override, split_spec
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import Experiment, build_experiment
+from jaxmodels.experiment.build import build_experiment
+from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.plan import candidates as candidates_lib
 from jaxmodels.plan import gpu, memory, roofline
 from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.candidates import Changes, changed, mesh_changes
 from jaxmodels.training.compile import cache_folder
 
-# The memory model is within a tenth of the compiler (tests/test_memory_model.py): what is further above than that is not compiled.
+# The memory model is within a tenth of the compiler (tests/plan/test_memory_model.py): what is further above than that is not compiled.
 MARGIN = 1.1
 # The share of the budget in which settings are modelled; the compiler has the rest.
 MODEL_SHARE = 0.3
@@ -238,7 +239,11 @@ def _own_changes(experiment: Experiment, topology: Any) -> Changes:
 
 def _worth_a_look(policy: Changes, count: int, base: Setting, settings: Sequence[Setting], room: int) -> bool:
     """Whether a variant may be better than those of its mesh that are known to fit: it is not, where it does more of what costs time."""
-    same = [each for each in settings if each.state == "modelled" and each.memory <= room and all(each.changes[k] == v for k, v in base.changes.items() if k.startswith("mesh."))]
+    same = [
+        each
+        for each in settings
+        if each.state == "modelled" and each.memory <= room and all(each.changes[k] == v for k, v in base.changes.items() if k.startswith("mesh."))
+    ]
     offload = bool(policy.get("model.offload"))
     # More parts only cost time where fewer fit with the same policy; what goes to the host's memory, where it fits on the device.
     fewer = [each for each in same if each.changes.get("model.remat") == policy.get("model.remat") and each.changes["training.accumulate"] < count]
@@ -409,7 +414,11 @@ def slower(setting: Setting, best: Setting) -> str:
         before, this, that = "", setting.step_seconds, best.step_seconds
         parts = {name: setting.parts[name] - best.parts.get(name, 0.0) for name in setting.parts}
     if this is None or that is None or this <= that * 1.0005:
-        return before + ("takes as long" if not before else "not faster by the model") + (f", and {(setting.bytes - best.bytes) / 1e9:.1f} GB more" if setting.bytes > best.bytes else "")
+        return (
+            before
+            + ("takes as long" if not before else "not faster by the model")
+            + (f", and {(setting.bytes - best.bytes) / 1e9:.1f} GB more" if setting.bytes > best.bytes else "")
+        )
     grown = sorted(((seconds, name) for name, seconds in parts.items() if seconds > 0.1 * (this - that)), reverse=True)
     named = ", ".join(f"{_said(name, setting, best)} +{1e3 * seconds:.3g} ms" for seconds, name in grown)
     return f"{before}{this / that - 1:.1%} slower" + (f": {named}" if named else " by the model" if before else "")
@@ -480,7 +489,7 @@ def write_config(path: str, spec: str, overrides: Mapping[str, str], found: Foun
         "",
         "",
         "def get_config():",
-        f"    return load_config(f\"{{Path(__file__).parent / {relative!r}}}{suffix}\", CHANGES)",
+        f'    return load_config(f"{{Path(__file__).parent / {relative!r}}}{suffix}", CHANGES)',
         "",
     ]
     Path(path).write_text("\n".join(lines))

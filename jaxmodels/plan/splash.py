@@ -7,7 +7,7 @@ many there are; `python benchmarks/attention_kernels.py` compiles the kernels an
 import dataclasses
 import math
 
-from jaxmodels.plan.chips import Chip
+from jaxmodels.hardware.chips import Chip
 
 # Products of queries × keys × a head's size in a block. `fused` gives the gradients of queries, keys and values at once; `dq` and `dkv` apart.
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}

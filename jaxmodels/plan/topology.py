@@ -21,11 +21,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxmodels.errors import ConfigError, RunError
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.hardware.chips import CHIPS, Chip
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.layout import Layout
-from jaxmodels.plan.chips import CHIPS, Chip
 from jaxmodels.training.compile import CompileRecord, compile_train_step
 
 FORMS = "v5p-128 (Google's name of a slice), v5p:4x4x4 (its chips), 4xv5p-128 (four slices), h100x8 (a node of GPUs), 2xh100x8 (two nodes)"
@@ -159,7 +159,11 @@ def _grid(name: str, chip: Chip, grid: tuple[int, ...]) -> tuple[int, ...]:
 def _node(name: str, chip: Chip, count: int) -> tuple[int, ...]:
     """The number of GPUs of `h100x8`."""
     if not 1 <= count <= _GPUS_PER_NODE:
-        several = f": {count // _GPUS_PER_NODE}x{chip.name}x{_GPUS_PER_NODE}" if count and count % _GPUS_PER_NODE == 0 else f", such as 2x{chip.name}x{_GPUS_PER_NODE}"
+        several = (
+            f": {count // _GPUS_PER_NODE}x{chip.name}x{_GPUS_PER_NODE}"
+            if count and count % _GPUS_PER_NODE == 0
+            else f", such as 2x{chip.name}x{_GPUS_PER_NODE}"
+        )
         raise ConfigError(f"--topology={name}: a node has 1 to {_GPUS_PER_NODE} GPUs; several nodes have their number in front{several}.")
     return (count,)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmodels.errors import RunError
-from jaxmodels.plan.chips import Chip
+from jaxmodels.hardware.chips import Chip
 
 HOP_SECONDS = 1e-6  # scaling book, "Sharded matrices": what one hop takes at least
 DIE_LINKS = 6  # between the two dies of a chip, in links of the torus: docs.cloud.google.com/tpu/docs/tpu7x, "Dual-chiplet architecture"

@@ -113,9 +113,7 @@ class Classify:
         image = self._scaled(image)
         if not (self.mixup or self.cutmix):
             return image, label
-        mixed, share = augment.mix(
-            rngs.dropout(), image, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, probability=self.mix_probability
-        )
+        mixed, share = augment.mix(rngs.dropout(), image, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, probability=self.mix_probability)
         counts = augment.partners(batch["weight"]) > 0  # a row that stands for a bad example is mixed into no other
         image, share = jnp.where(counts[:, None, None, None], mixed, image), jnp.where(counts, share, 1.0)
         target = jax.nn.one_hot(label, self.provides["num_classes"])

@@ -15,9 +15,7 @@ class Forecast:
     Batches: `past` float [B, L, V], `future` float [B, H, V], `weight` float [B].
     """
 
-    def __init__(
-        self, info: Mapping, *, instance_norm: bool = True, loss: Literal["mse", "mae", "huber"] = "mse", delta: float = 1.0
-    ):
+    def __init__(self, info: Mapping, *, instance_norm: bool = True, loss: Literal["mse", "mae", "huber"] = "mse", delta: float = 1.0):
         """
         Args:
           info: of the data set: `lookback`, `horizon`, `variables`.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.inference import decoding
+from jaxmodels.generation import decoding
 from jaxmodels.parallel.layout import current
 from jaxmodels.tasks.losses import cross_entropy
 

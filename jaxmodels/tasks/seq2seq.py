@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.inference import decoding
+from jaxmodels.generation import decoding
 from jaxmodels.tasks import require
 from jaxmodels.tasks.losses import cross_entropy
 

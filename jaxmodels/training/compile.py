@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+from jaxmodels.hardware import compiler_options
+from jaxmodels.models.convolution import Conv
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.training import compiler_options
 
 
 @dataclasses.dataclass
@@ -127,9 +130,7 @@ def own_device(mesh: jax.sharding.Mesh) -> Any:
     return next((device for device in mesh.devices.flat if device in here), mesh.devices.flat[0])
 
 
-def compile_train_step(
-    experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any, saved: Any = None
-) -> tuple[Callable, CompileRecord]:
+def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any, saved: Any = None) -> tuple[Callable, CompileRecord]:
     """The train step of an experiment: (state, batch, key) -> (state, metrics).
 
     The state is donated and stays where it lies; metrics are scalars on every device.
@@ -145,7 +146,7 @@ def compile_train_step(
       ConfigError: the compiler does not take one of the config's `compiler_options`.
     """
     rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
-    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), experiment.build)
+    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), _convolutional(experiment.build))
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     if mapped:
         batch = {k: jax.ShapeDtypeStruct((mesh.size, s.shape[0] // mesh.size, *s.shape[1:]), s.dtype) for k, s in batch.items()}
@@ -166,3 +167,10 @@ def compile_train_step(
         compiled = lowered.compile(compiler_options=chosen.options)
     seconds = round(time.perf_counter() - started, 3)
     return compiled, CompileRecord("train_step", seconds, _hits > before, chosen.options, chosen.rejected, program, loaded, not_loaded)
+
+
+def _convolutional(build: Callable[[nnx.Rngs], nnx.Module]) -> bool:
+    """Whether most of a model's parameters are kernels of convolutions."""
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+    kernels = sum(math.prod(module.kernel.shape) for _, module in nnx.iter_modules(model) if isinstance(module, (nnx.Conv, Conv)))
+    return 2 * kernels > sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

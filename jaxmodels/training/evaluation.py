@@ -11,9 +11,9 @@ import numpy as np
 from jaxmodels import tasks
 from jaxmodels.data import loader
 from jaxmodels.data.source import DataSource
-from jaxmodels.experiment import Experiment
+from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.training import metrics as metrics_lib
+from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.signals import StopSignals
 
@@ -21,9 +21,7 @@ from jaxmodels.training.signals import StopSignals
 class Evaluator:
     """Evaluates splits of an experiment on a mesh; compiles once, when first used, and tells `on_compile`."""
 
-    def __init__(
-        self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None
-    ):
+    def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None):
         self.experiment, self.mesh, self.stop, self.on_compile = experiment, mesh, stop, on_compile
         self._step = None  # compiled when first used
         self._sums = None  # shapes of the metrics

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from jaxmodels.distributed import session
 from jaxmodels.errors import Interrupted
-from jaxmodels.parallel import session
 
 
 class StopSignals:

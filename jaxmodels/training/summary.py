@@ -5,8 +5,8 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from jaxmodels.experiment import Experiment
-from jaxmodels.training.logging import SHOWN, duration
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.training.log import SHOWN, duration
 from jaxmodels.training.trainer import Result
 
 
@@ -38,6 +38,7 @@ def _print(result: Result, experiment: Experiment, console: Console) -> None:
         f"  jaxmodels evaluate --workdir={folder} --split={split}\n"
         f"  jaxmodels train --config={folder} --workdir={folder}_2 --config.seed=1\n"
         f"  python -c \"import jaxmodels; run = jaxmodels.load('{folder}'); print(run.model)\"",
-        highlight=False, markup=False,
+        highlight=False,
+        markup=False,
         soft_wrap=True,
     )

@@ -7,37 +7,34 @@ import platform
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from jaxmodels.data import loader
 from jaxmodels.errors import ConfigError, Diverged, Interrupted
-from jaxmodels.experiment import Experiment
-from jaxmodels.interop.folder import is_published
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.experiment.sections import MACHINE_KEYS, resolve
+from jaxmodels.hardware import compiler_options
+from jaxmodels.models.functional import evaluation_model
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import pipeline
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan import measured
-from jaxmodels.sections import MACHINE_KEYS, resolve
-from jaxmodels.training import compiler_options, shared_folder
-from jaxmodels.training import metrics as metrics_lib
-from jaxmodels.training import state as state_lib
-from jaxmodels.training import weights as weights_lib
-from jaxmodels.training.checkpoint import Checkpoints, Progress, parse_run
-from jaxmodels.training.compile import (
-    CompileRecord,
-    compile_ahead,
-    compile_train_step,
-    own_device,
-    use_persistent_cache,
-)
+from jaxmodels.pretrained.folder import is_published
+from jaxmodels.runs import shared_folder
+from jaxmodels.runs import weights as weights_lib
+from jaxmodels.runs.checkpoint import Checkpoints, Progress, parse_run
+from jaxmodels.runs.folder import RunFolder, now
+from jaxmodels.step import metrics as metrics_lib
+from jaxmodels.training import initialize as state_lib
+from jaxmodels.training import throughput
+from jaxmodels.training.clock import Clock, time_when_ready
+from jaxmodels.training.compile import CompileRecord, compile_ahead, compile_train_step, own_device, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator
-from jaxmodels.training.logging import Log
-from jaxmodels.training.run_folder import RunFolder, now
+from jaxmodels.training.log import Log
 from jaxmodels.training.signals import StopSignals
-from jaxmodels.training.step import evaluation_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +56,24 @@ class Result:
     seconds: float
 
 
-def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, plan: str | None = None, console: Console | None = None) -> Result:
+def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, planned: Any = None, console: Console | None = None) -> Result:
     """Trains an experiment in a folder, from where the folder's run stands to its end.
 
     Args:
       experiment: as `build_experiment` gives.
       workdir: the run's folder: made, or taken up again if it holds a run of the same config.
       overwrite: delete the run that is there.
-      plan: what `jaxmodels plan` wrote for this config and these devices: its JSON, or the folder of its executable, which is loaded
+      planned: a plan of this config for these devices, as `plan.measured.open_plan` returns: compared with the run; its executable is loaded
         in place of compiling where it is of this very step.
       console: where to print.
 
     Raises:
       ConfigError: the folder belongs to another config, `init_from` does not fit, the batch does not divide
-        over the devices, or `plan` is none.
+        over the devices.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
     folder = RunFolder(workdir)
-    planned = measured.open_plan(plan) if plan is not None else None
     changed = {}
     if overwrite:
         folder.check_writable()
@@ -105,7 +101,7 @@ def train(experiment: Experiment, workdir: str, *, overwrite: bool = False, plan
 class Trainer:
     """One start of a run."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console, planned: measured.Planned | None = None):
+    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console, planned: Any = None):
         """Finds the devices and lays out the state on them; makes no array of it yet."""
         self.mesh = mesh_lib.make_mesh(experiment.mesh)
         layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
@@ -123,10 +119,10 @@ class Trainer:
         self.checkpoints: Checkpoints | None = None
         self.state = None
         self.progress = Progress()
-        self.clock: _Clock | None = None
+        self.clock: Clock | None = None
         self.planned = planned
-        self.usage: measured.Usage | None = None
-        self.comparison: measured.Comparison | None = None
+        self.usage: throughput.Usage | None = None
+        self.comparison = None
         self.lines = []  # (step, split, metrics) of all starts
         self._sampler = None  # compiled when first used
         self._pending = None  # a training line whose numbers the device may not have reached
@@ -146,9 +142,7 @@ class Trainer:
             parents=lambda: {child["step"] for child in self.folder.children()},
             save_frozen=not self.experiment.frozen_in_parent,
         )
-        self.state, self.progress, lines, record = self.stop.run(
-            state_lib.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key
-        )
+        self.state, self.progress, lines, record = self.stop.run(state_lib.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key)
         for line in lines:
             self.log.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
@@ -174,13 +168,13 @@ class Trainer:
         if step == total or self.progress.finished:
             return
         train_step = self._compile_step()
-        self.usage = measured.Usage(experiment, self.mesh)
+        self.usage = throughput.Usage(experiment, self.mesh)
         self._record_start(**self.usage.record)
         if self.planned is not None:
             if other := self.planned.differences(experiment.config, self.mesh):
                 self._warn(f"this run is not compared with {self.planned.path}, which is the plan of another: {other}")
             else:
-                self.comparison = measured.Comparison(self.planned, self.mesh)
+                self.comparison = self.planned.comparison(self.mesh)
         batches = loader.TrainingBatches(
             source,
             experiment.loading.batch_size,
@@ -192,7 +186,7 @@ class Trainer:
         )
         stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
         feed = loader.DeviceFeed(stream, lambda batch: self._place(batch, sharding))
-        self.clock = _Clock(step, self.progress.seconds)
+        self.clock = Clock(step, self.progress.seconds)
         metrics = None
         with contextlib.closing(stream), _short_collections():
             while step < total and not self.progress.finished:
@@ -201,7 +195,7 @@ class Trainer:
                 started = time.perf_counter()
                 self.state, metrics = train_step(self.state, batch, self.step_key)
                 step += 1
-                if self.comparison is not None and self.comparison.add(_until_ready(metrics) - started):
+                if self.comparison is not None and self.comparison.add(time_when_ready(metrics) - started):
                     self._compare()
                 self._flush()  # the line before this step: its numbers are ready by now, or nearly
                 if step % experiment.log.every == 0 or step == total:
@@ -327,8 +321,7 @@ class Trainer:
             good = self.checkpoints.steps()
             where = f"the latest good checkpoint is step {good[-1]}" if good else "no checkpoint was written before"
             raise Diverged(
-                f"diverged at step {at}: loss, gradients or update are not finite; {where}. "
-                "Try a lower learning_rate, a longer schedule.warmup, or clip_norm.",
+                f"diverged at step {at}: loss, gradients or update are not finite; {where}. Try a lower learning_rate, a longer schedule.warmup, or clip_norm.",
                 at,
             )
 
@@ -452,12 +445,6 @@ class Trainer:
         self.log.say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self.folder.path}")
 
 
-def _until_ready(output) -> float:
-    """The time when the devices have made it."""
-    jax.block_until_ready(output)
-    return time.perf_counter()
-
-
 @contextlib.contextmanager
 def _short_collections():
     """Inside, Python's garbage collector leaves alone what exists now: the traces of compiling are many objects, and a
@@ -468,49 +455,6 @@ def _short_collections():
         yield
     finally:
         gc.unfreeze()
-
-
-class _Clock:
-    """Rates between log lines, and the length of the run, without the time that evaluating and saving take."""
-
-    def __init__(self, step: int, seconds_before: float):
-        self._step, self._before = step, seconds_before
-        self._first = self._last = time.perf_counter()
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self, last_output):
-        """What is done inside is a wait for data if the devices, which made `last_output`, have nothing left to do at its end."""
-        started = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - started
-        if last_output is not None and jax.tree.leaves(last_output)[0].is_ready():
-            self._waited += elapsed
-
-    @contextlib.contextmanager
-    def paused(self):
-        """What is done inside does not count."""
-        started = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - started
-        self._first, self._last = self._first + elapsed, self._last + elapsed
-
-    def rates(self, step: int, batch_size: int) -> dict[str, float]:
-        """Steps and examples per second since the last line, and the share of that time in which devices waited for data (at most)."""
-        elapsed = max(time.perf_counter() - self._last, 1e-9)
-        rate = (step - self._step) / elapsed
-        waited, self._waited = self._waited, 0.0
-        self._step, self._last = step, time.perf_counter()
-        return {
-            "steps_per_second": rate,
-            "examples_per_second": rate * batch_size,
-            "data_wait": min(1.0, waited / elapsed),
-            "seconds": round(self.total(), 3),
-        }
-
-    def total(self) -> float:
-        """Seconds of training, over all starts."""
-        return self._before + time.perf_counter() - self._first
 
 
 def _check_parent(experiment: Experiment, folder: RunFolder) -> None:

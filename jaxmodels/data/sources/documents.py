@@ -1,0 +1,112 @@
+"""Documents: text by text from files, checked once, and cut in two where a share of them validates."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from jaxmodels.data.skipping import Skipping
+from jaxmodels.data.sources.rows import read_jsonl
+from jaxmodels.data.tokens import Piece
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text as it is read.
+
+    Attributes:
+      where: file, and line where it is one of many.
+      text: of the document.
+      problem: why it cannot be used, if it cannot.
+    """
+
+    where: str
+    text: str = ""
+    problem: str | None = None
+
+
+def read_documents(files: Sequence[str], text_column: str) -> Iterator[Document]:
+    """Each file as a document; of files of JSON lines, the text of each line."""
+    for path in files:
+        if path.endswith(JSON_LINES):
+            for row in read_jsonl(path, {"text_column": text_column}):
+                yield _checked(row.where, *row.values, problem=row.problem)
+        else:
+            with open(path, "rb") as file:
+                content = file.read()
+            try:
+                yield _checked(path, content.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield Document(path, problem=f"not UTF-8 text: byte {error.start}: {error.reason}.")
+
+
+def _checked(where: str, text="", problem: str | None = None) -> Document:
+    if problem is None:
+        problem = _problem(text)
+    return Document(where, text) if problem is None else Document(where, problem=problem)
+
+
+def _problem(text) -> str | None:
+    if not isinstance(text, str):
+        return f"the text is {text!r}, not a string."
+    if not text or text.isspace():
+        return "the text is empty."
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "the text is not UTF-8."
+    return None
+
+
+class Corpus:
+    """The usable documents of one split, as many times as they are asked for."""
+
+    def __init__(self, documents: Callable[[], Iterable[Document]], start: int = 0, stop: int | None = None):
+        """
+        Args:
+          documents: reads them.
+          start, stop: the characters that belong to the split, counted over all documents.
+        """
+        self.documents, self.start, self.stop = documents, start, stop
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece.text for piece in self.pieces())
+
+    def pieces(self) -> Iterator[Piece]:
+        """The texts; of a document on the cut, either side has a part."""
+        position = 0
+        for document in self.documents():
+            if document.problem is not None:
+                continue
+            first, position = position, position + len(document.text)
+            if self.stop is not None and first >= self.stop:
+                return
+            begin, end = max(self.start - first, 0), len(document.text) if self.stop is None else min(self.stop - first, len(document.text))
+            if begin < end:
+                yield Piece(document.where, document.text[begin:end], end == len(document.text))
+
+
+def survey(documents: Mapping[str, Callable[[], Iterable[Document]]], holdout: float, skipping: Skipping) -> dict[str, Corpus]:
+    """Reads all documents once, and divides them into splits.
+
+    Args:
+      documents: by split.
+      holdout: share of the training characters, at their end, that validates, where no documents do; 0 for none.
+      skipping: what becomes of documents that cannot be used.
+
+    Raises:
+      ConfigError: by the policy of `skipping`, or nothing is left of a split.
+    """
+    corpora = {}
+    for split, read in documents.items():
+        characters = 0
+        for document in read():
+            if document.problem is not None:
+                skipping.bad(split, document.where, document.problem)
+            characters += len(document.text)
+        skipping.check_rest(split, characters)
+        corpora[split] = Corpus(read)
+        if split == "train" and holdout and "validation" not in documents:
+            cut = int(characters * (1 - holdout))
+            corpora |= {"train": Corpus(read, 0, cut), "validation": Corpus(read, cut)}
+    return corpora

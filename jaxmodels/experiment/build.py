@@ -1,0 +1,154 @@
+"""Build the data, task, model and optimizer of a config."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxmodels import config as config_lib
+from jaxmodels import models, tasks
+from jaxmodels.data import registry as data_lib
+from jaxmodels.data.loader import Loading
+from jaxmodels.data.rand_augment import RandAugment
+from jaxmodels.data.source import Dataset, Remembered
+from jaxmodels.experiment.checks import agreed_info, check_fit, check_skip, check_train_split, check_trained, is_trained
+from jaxmodels.experiment.experiment import Experiment, as_config_error
+from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
+from jaxmodels.models import functional
+from jaxmodels.models.lora import Lora, add_lora
+from jaxmodels.parallel.mesh import MeshSizes
+from jaxmodels.parallel.sharding import Sharding, check_patterns, check_stages
+from jaxmodels.pretrained.folder import find as find_published
+from jaxmodels.pretrained.folder import is_published
+from jaxmodels.step import optimizer
+
+
+def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None, trained_info: Mapping | None = None) -> Experiment:
+    """Resolves a config, opens its data, and checks that data, task, model and optimizer fit each other.
+
+    Args:
+      config: as `load_config` gives.
+      data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
+      data: arrays by split, for the source `arrays`.
+      trained_info: what the data said of itself when a run was trained, to evaluate that run: model and task are
+        made from it, the data must agree with it, and no train split is needed.
+
+    Raises:
+      ConfigError: anything that is wrong, before a device starts.
+    """
+    c = resolve(config)
+    loading = _loading(c["data"])
+    dataset = _open(c["data"], loading, data_dir, data)
+    if trained_info is None:
+        dataset = dataclasses.replace(dataset, info=_with_published_vocabulary(dataset.info, c["init_from"]))
+        check_train_split(dataset, c["data"])
+        if loading.rand_augment is not None:
+            loading.rand_augment.check(dataset.splits["train"][0])
+    else:
+        dataset = dataclasses.replace(dataset, info=agreed_info(dataset.info, trained_info))
+    task, build = build_model(c, dataset.info)
+    training = Training(**c["training"])
+    steps = training.steps or max(1, round(training.epochs * len(dataset.splits.get("train", [])) / loading.batch_size))
+    options, own = _split_optimizer(c["optimizer"])
+    with as_config_error("config.model"):
+        params = jax.eval_shape(lambda: functional.split(build(nnx.Rngs(params=0)))[1])
+    shapes = {path: x.shape for path, x in functional.flatten(params).items()}
+    check_stages(shapes, c["mesh"]["pipeline"], Sharding(**c["sharding"]))
+    check_patterns(shapes, Sharding(**c["sharding"]))
+    if trained_info is None:
+        check_trained(c, optimizer.paths(params))
+        optimizer.check(options, own, steps, functional.divide(params, functools.partial(is_trained, c))[0])
+        check_skip(c["init_from"], params)
+    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + max(1, options.schedule.decay or 0)))
+    experiment = Experiment(
+        config=c,
+        dataset=dataset,
+        task=task,
+        build=build,
+        trained=functools.partial(is_trained, c),
+        loading=loading,
+        training=training,
+        evaluation=Evaluation(**c["evaluation"]),
+        checkpoint=Checkpointing(**c["checkpoint"]),
+        log=Logging(**c["log"]),
+        mesh=MeshSizes(**c["mesh"]),
+        sharding=Sharding(**c["sharding"]),
+        init_from=InitFrom(**c["init_from"]) if c["init_from"] else None,
+        steps=steps,
+        optimizer=optimizer.make_optimizer(options, own, schedule),
+        schedule=schedule,
+    )
+    check_fit(experiment)
+    return experiment
+
+
+def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs], nnx.Module]]:
+    """The task of a resolved config, and a function that makes its model.
+
+    Args:
+      config: resolved.
+      info: what the data set says of itself.
+    """
+    task_name, model_name = config["task"]["name"], config["model"]["name"]
+    task = tasks.find(task_name)(info, **_without_name(config["task"]))
+    constructor, _ = models.find(model_name)
+    arguments = tasks.model_arguments(constructor, task.provides, model_name, task_name)
+    options = _without_name(config["model"])
+    lora = Lora(**config["lora"]) if config["lora"] is not None else None
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        model = constructor(*arguments, **options, rngs=rngs)
+        if lora is not None:
+            add_lora(model, rank=lora.rank, alpha=lora.scale * lora.rank, targets=lora.targets, rngs=rngs)
+        return model
+
+    return task, build
+
+
+def _loading(section: dict) -> Loading:
+    values = {key: section[key] for key in config_lib.fields(Loading)}
+    if values["rand_augment"] is not None:
+        values["rand_augment"] = RandAugment(**values["rand_augment"])
+    return Loading(**values)
+
+
+def _without_name(section: dict) -> dict:
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def _split_optimizer(section: dict) -> tuple[optimizer.Optimizer, dict]:
+    ours = config_lib.fields(optimizer.Optimizer)
+    values = {key: section[key] for key in ours}
+    values["schedule"] = optimizer.Schedule(**values["schedule"])
+    if values["layer_decay"] is not None:
+        values["layer_decay"] = optimizer.LayerDecay(**values["layer_decay"])
+    return optimizer.Optimizer(**values), {key: value for key, value in section.items() if key not in ours}
+
+
+def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None) -> Dataset:
+    shared = config_lib.fields(Loading)
+    options = {key: value for key, value in section.items() if key not in shared and key != "source"}
+    dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+    return dataclasses.replace(dataset, splits={name: _remember(part, loading) for name, part in dataset.splits.items()})
+
+
+def _with_published_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:
+    """Arrays of tokens tell of no tokenizer, and hold maybe not all tokens there are: then a published model's own number is what counts."""
+    if init_from is None or not is_published(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
+        return info
+    return dict(info) | {"vocab_size": max(info["vocab_size"], find_published(init_from["run"]).config.get("vocab_size", 0))}
+
+
+def _remember(source, loading: Loading):
+    """The source, kept in memory once decoded where it is small enough."""
+    if getattr(source, "in_memory", False) or loading.workers or not len(source):
+        return source
+    size = Remembered.size(source)
+    return source if size is None or size > loading.memory_gb * 2**30 else Remembered(source)
+
+
+Arrays = Mapping[str, Mapping[str, np.ndarray]]

@@ -1,0 +1,178 @@
+"""The data, task, model and optimizer that a config makes, checked against each other.
+
+Everything here happens on the host, before any device is touched.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmodels.data.loader import Loading
+from jaxmodels.data.source import Dataset, take
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training
+from jaxmodels.models import attention, functional, rnn
+from jaxmodels.parallel import layout as layout_lib
+from jaxmodels.parallel.layout import Layout
+from jaxmodels.parallel.mesh import MeshSizes
+from jaxmodels.parallel.sharding import Sharding
+from jaxmodels.step import gradients, state, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config with its data opened: all that a run needs, and no device yet.
+
+    Attributes:
+      config: the resolved config.
+      dataset: opened.
+      task: constructed with the data set's info.
+      build: makes the module from `nnx.Rngs`.
+      trained: whether the parameter of a path is trained; the others are frozen.
+      loading, training, evaluation, checkpoint, log, mesh, sharding, init_from: the sections.
+      steps: length of the run.
+      optimizer: as Optax has it.
+      schedule: the learning rate over steps.
+      platform: where it runs; None while that is not known.
+      layout: how it is spread over devices; None for one.
+    """
+
+    config: dict
+    dataset: Dataset
+    task: Any
+    build: Callable[[nnx.Rngs], nnx.Module]
+    trained: Callable[[str], bool]
+    loading: Loading
+    training: Training
+    evaluation: Evaluation
+    checkpoint: Checkpointing
+    log: Logging
+    mesh: MeshSizes
+    sharding: Sharding
+    init_from: InitFrom | None
+    steps: int
+    optimizer: Any
+    schedule: Any
+    platform: str | None = None
+    layout: Layout | None = None
+
+    def on(self, platform: str, layout: Layout | None = None) -> "Experiment":
+        """The experiment as it runs on a platform, spread over devices by a layout.
+
+        Raises:
+          ConfigError: the attention, or the recurrent kernel, that is asked for cannot run there.
+        """
+        placed = dataclasses.replace(self, platform=platform, layout=layout)
+        _ = placed.graph
+        return placed
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.loading.eval_batch_size or self.loading.batch_size
+
+    @functools.cached_property
+    def frozen_in_parent(self) -> bool:
+        """Whether frozen parameters lie in a parent run, so that checkpoints need not hold them."""
+        return self.init_from is not None and bool(self.state_shapes().frozen)
+
+    @property
+    def graph(self):
+        """The module's graph, as `training.step.split` gives."""
+        return self._graph_and_kernels[0]
+
+    @property
+    def kernels(self) -> dict[str, dict[str, str]]:
+        """Of `attention` and `recurrent` layers, where the model has such: which implementation runs, and why."""
+        return self._graph_and_kernels[1]
+
+    @functools.cached_property
+    def _graph_and_kernels(self):
+        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        dtype, kernels = functional.DTYPES[self.training.precision], {}
+        with as_config_error("config.model.attention"):
+            kernels["attention"] = attention.settle(model, self.platform, dtype, self.layout)
+        with as_config_error("config.model.kernel"):
+            kernels["recurrent"] = rnn.settle(model, self.platform, dtype)
+        return functional.split(model)[0], {part: used for part, used in kernels.items() if used}
+
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch."""
+        example = take(next(iter(self.dataset.splits.values())), np.array([0]))
+        shapes = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in example.items()}
+        return shapes | {"weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
+
+    def reading(self, source) -> dict[str, int]:
+        """How a source is read ahead, as arguments of `data.loader.read_ahead`."""
+        threads = self.loading.threads
+        if threads is None:
+            threads = 0 if getattr(source, "in_memory", False) and self.loading.rand_augment is None else 16
+        return {"threads": threads, "workers": self.loading.workers, "buffer": self.loading.buffer}
+
+    @property
+    def transform(self) -> Callable | None:
+        """What changes the rows of training batches on the host, as an argument of `data.loader.TrainingBatches`."""
+        augment = self.loading.rand_augment
+        return None if augment is None else functools.partial(augment.batch, seed=self.config["seed"])
+
+    def init_function(self) -> Callable[[jax.Array], state.TrainState]:
+        """key -> TrainState; see training.step."""
+        return step.make_init(self.build, self.trained, self.optimizer, self._metric_shapes, self.training.ema is not None)
+
+    def step_function(self, shardings: Any = None) -> Callable:
+        """(state, batch, key) -> (state, metrics); see training.step. `shardings`: of parameters, and so of their gradients."""
+        options = step.StepOptions(
+            ema=self.training.ema,
+            log_every=self.log.every,
+            layout=self.layout,
+            shardings=shardings,
+            gather_updates=self.sharding.optimizer == "data",
+        )
+        count = self.training.accumulate
+        gradient_function = gradients.plain(self._loss) if count == 1 else gradients.accumulated(self._loss, count, shardings)
+        return step.make_train_step(gradient_function, self.optimizer, self.schedule, options)
+
+    def eval_function(self) -> Callable:
+        """(params, stats, batch, sums) -> sums, outputs; see training.step."""
+        return step.make_eval_step(self.task, self.graph, self.training.precision, self.evaluation_layout)
+
+    def eval_metric_shapes(self, params, stats, batch) -> dict:
+        """Shapes of the metrics that the evaluation step sums up."""
+
+        def metrics(params, stats, batch):
+            with layout_lib.use(self.evaluation_layout):
+                return dict(self.task.metrics(functional.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
+
+        return jax.eval_shape(metrics, params, stats, batch)
+
+    def state_shapes(self) -> state.TrainState:
+        """Shapes of the train state."""
+        return jax.eval_shape(lambda: self.init_function()(jax.random.key(0)))
+
+    @property
+    def evaluation_layout(self) -> Layout | None:
+        """Evaluation is one program over all devices, also where training is not."""
+        return None if self.layout is None else dataclasses.replace(self.layout, axis=None)
+
+    @property
+    def _loss(self):
+        return step.make_loss(self.task, self.graph, self.training.precision)
+
+    def _metric_shapes(self, params, frozen, stats):
+        rows = self.loading.batch_size // self.training.accumulate
+        return step.training_metrics(self._loss, params, frozen, stats, self.batch_shapes(rows))
+
+
+@contextlib.contextmanager
+def as_config_error(where: str):
+    """What a model says of its own arguments, as an error of the config."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,220 @@
+"""A run's adapters as PEFT keeps them; see `peft.py` for the format.
+
+Shapes: R rank, D width in, F width out.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.models.lora import ADAPTERS, Lora
+from jaxmodels.pretrained import architecture as architecture_lib
+from jaxmodels.pretrained import mapping, safetensors
+from jaxmodels.pretrained.architecture import Architecture
+from jaxmodels.pretrained.folder import is_published, whole_folder
+from jaxmodels.pretrained.mapping import Link
+from jaxmodels.pretrained.peft import CONFIG, KINDS, MATRIX, PREFIX, TABLE, WEIGHTS
+from jaxmodels.runs import weights as weights_lib
+from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.weights import Stored
+
+_TASKS = {"gpt": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}  # an encoder's would have PEFT save its head, trained or not
+_INSTEAD = "Export the run with its adapters merged: jaxmodels export without --format=peft."
+
+
+@dataclasses.dataclass
+class _Content:
+    """What is written.
+
+    Attributes:
+      tensors: by name.
+      modules: those with an adapter -> its rank.
+      saved: modules that were trained whole.
+      turned: matrices there lie as ours do.
+      tied: the embedding is the output layer too, whose adapter says the same again.
+    """
+
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    modules: dict[str, int] = dataclasses.field(default_factory=dict)
+    saved: list[str] = dataclasses.field(default_factory=list)
+    turned: bool = False
+    tied: bool = False
+
+
+def export_adapters(run: str, output: str) -> Path:
+    """Writes the adapters of a run that began with published weights, for `peft.PeftModel.from_pretrained` on that model.
+
+    Other modules that it trained, such as a head, come with them whole (`modules_to_save`).
+
+    Args:
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
+      output: a folder that is not there yet, or empty. It appears when it is whole.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ConfigError: no such run; it has no adapters; it did not begin with published weights; PEFT cannot say what was trained, and why; the
+        folder is taken.
+    """
+    located = weights_lib.locate(run)
+    folder = located.folder
+    config = folder.config()
+    if config["lora"] is None:
+        raise ConfigError(f"{folder.path} has no adapters (config.lora): export it without --format=peft.")
+    lora, base = Lora(**config["lora"]), _base(folder)
+    architecture = architecture_lib.load(base["model_type"])
+    head = architecture.head_in(located.arrays)
+    model = config["model"]
+    links = mapping.expand(architecture.entries(model, head), architecture.sizes(model), stacked=bool(model.get("scan")))
+    with whole_folder(output) as target:
+        content = _content(architecture, links, located, lora)
+        tensors = {name: safetensors.ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in content.tensors.items()}
+        safetensors.write(target / WEIGHTS, tensors, {"format": "pt"})
+        values = _config(architecture, links, content, lora, base["name"])
+        (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return Path(output).expanduser().absolute()
+
+
+def _base(folder: RunFolder) -> dict[str, str]:
+    """The published model that a run began with, itself or through an import of it: its `name` and `model_type`."""
+    parents = folder.manifest().get("parents", [])
+    entry = parents[0] if parents else {}
+    if len(parents) == 2 and entry.get("step") == 0 and parents[1].get("weights") == "published":
+        entry = parents[1]  # a run that jaxmodels import made
+    if not is_published(entry.get("run")):
+        problem = "did not begin with published weights (init_from=hf:…), so there is no model that PEFT could add adapters to"
+        raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
+    name = entry["run"].removeprefix("hf:")
+    path = entry.get("path") or os.path.abspath(os.path.expanduser(name))
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        problem = f"began with {entry['run']}, which is adapters merged into a model: that model alone is not what these adapters are for"
+        raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
+    return {"name": path if os.path.isdir(os.path.expanduser(name)) else name, "model_type": entry["model_type"]}
+
+
+def _content(architecture: Architecture, links: Sequence[Link], located: weights_lib.Located, lora: Lora) -> _Content:
+    own = [path for path, stored in located.arrays.items() if isinstance(stored, Stored) and stored.checkpoints == located.folder.checkpoints]
+    own += [path for path in located.arrays if path.endswith(ADAPTERS) and path not in own]
+    arrays = _read(located, own)
+    adapted = {path.rpartition("/")[0] for path in own if path.endswith(ADAPTERS)}
+    content = _Content(tied="output/kernel" not in located.arrays and not any(path.startswith("head/output") for path in located.arrays))
+    found = set()
+    for name, parts in mapping.by_theirs(links).items():
+        layers = [link.ours.rpartition("/")[0] for link in parts]
+        if not parts[0].ours.endswith(KINDS) or not adapted & set(layers):
+            continue
+        found.update(layers)
+        if parts[0].form not in ("same", "transposed") or layers[0].endswith("/router"):
+            raise ConfigError(f"{located.name}: {layers[0]} has an adapter, and {name} is no layer that PEFT adapts. {_INSTEAD}")
+        module = name.removesuffix(".weight")
+        if parts[0].ours.endswith("/embedding"):
+            _add_table(content, architecture, module, layers[0], arrays, located.name)
+        else:
+            content.turned |= parts[0].form == "same"
+            a, b = _matrices(parts, layers, arrays, lora.rank)
+            content.modules[module] = len(a)
+            content.tensors |= {PREFIX + module + end: x for end, x in zip(MATRIX, (a, b), strict=True)}
+    if lost := sorted(adapted - found):
+        raise ConfigError(f"{located.name}: {lost[0]} has an adapter, and there is no such layer in {architecture.name}. {_INSTEAD}")
+    _add_saved(content, links, {path: arrays[path] for path in own if not path.endswith(ADAPTERS)}, located.name)
+    return content
+
+
+def _read(located: weights_lib.Located, paths: Iterable[str]) -> dict[str, np.ndarray]:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = {path: jax.ShapeDtypeStruct(located.arrays[path].shape, np.float32, sharding=here) for path in paths}
+    return {path: np.asarray(x) for path, x in weights_lib.read(located.arrays, shapes).items()}
+
+
+def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two matrices [R, D] and [F, R] of a module, which is one of our layers, or several side by side."""
+    pairs = []
+    for link, layer in zip(parts, layers, strict=True):
+        pairs.append(tuple(arrays[path][link.index].T if path in arrays else None for path in (f"{layer}/{name}" for name in ADAPTERS)))
+    first = next(a for a, _ in pairs if a is not None)
+    if all(a is not None and a.tobytes() == first.tobytes() for a, _ in pairs):
+        return first, np.concatenate([b for _, b in pairs])
+    width = next(b.shape[0] for _, b in pairs if b is not None)
+    whole = np.zeros((len(pairs) * width, len(pairs) * rank), np.float32)
+    for i, (_, b) in enumerate(pairs):
+        if b is not None:
+            whole[i * width : (i + 1) * width, i * rank : (i + 1) * rank] = b
+    return np.concatenate([np.zeros_like(first) if a is None else a for a, _ in pairs]), whole
+
+
+def _add_table(content: _Content, architecture: Architecture, module: str, layer: str, arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """An embedding's adapter; and the output layer's, where that is the embedding."""
+    if architecture.model == "encoder_decoder":
+        raise ConfigError(f"{where}: {layer} has an adapter, and {module} is shared by several modules there, whose adapters are not. {_INSTEAD}")
+    a, b = (arrays[f"{layer}/{name}"].T for name in ADAPTERS)
+    content.modules[module] = len(a)
+    content.tensors |= {PREFIX + module + end: x for end, x in zip(TABLE, (a, b), strict=True)}
+    if content.tied and layer == "embed":
+        if architecture.model != "gpt":
+            problem = f"{layer} has an adapter, and is the output layer too, which PEFT does not adapt in {architecture.name}"
+            raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
+        content.modules["lm_head"] = len(a)
+        content.tensors |= {f"{PREFIX}lm_head{end}": x for end, x in zip(MATRIX, (b.T, a.T), strict=True)}
+
+
+def _add_saved(content: _Content, links: Sequence[Link], arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Modules of which something was trained beside the adapters, each whole."""
+    theirs = mapping.by_theirs(links)
+    modules = dict.fromkeys(link.theirs.rpartition(".")[0] for link in links if link.ours in arrays)
+    for module in modules:
+        inside = [name for name in theirs if name.startswith(module + ".")]
+        parts = [link for name in inside for link in theirs[name]]
+        bad = next((link for link in parts if link.ours not in arrays or link.part is not None or link.ours.endswith("/embedding")), None)
+        if bad is not None or any("." in name.removeprefix(module + ".") for name in inside) or module in content.modules:
+            trained = next(link.ours for link in links if link.ours in arrays and link.theirs.rpartition(".")[0] == module)
+            problem = f"{trained} was trained beside the adapters, which PEFT keeps by whole modules, and {module} is none that was"
+            raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
+        content.saved.append(module)
+        content.tensors |= {PREFIX + name: mapping.tensor_of(theirs[name], arrays) for name in inside}
+
+
+def _config(architecture: Architecture, links: Sequence[Link], content: _Content, lora: Lora, base: str) -> dict[str, Any]:
+    """The adapter_config.json."""
+    alpha = lora.scale * lora.rank
+    larger = {module: rank // lora.rank for module, rank in content.modules.items() if rank != lora.rank}
+    every = {link.theirs.removesuffix(".weight") for link in links if link.ours.endswith(KINDS)}
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASKS.get(architecture.model),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": shortest(content.modules, every),
+        "rank_pattern": {module: times * lora.rank for module, times in larger.items()},
+        "alpha_pattern": {module: _whole(times * alpha) for module, times in larger.items()},
+        "modules_to_save": content.saved or None,
+        "fan_in_fan_out": content.turned,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+def _whole(x: float) -> float | int:
+    return int(x) if x == int(x) else x
+
+
+def shortest(chosen: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The ends of modules' names that mean all of `chosen`, and none else of `every`."""
+    chosen, ends = set(chosen), {}
+    for module in sorted(chosen):
+        names = module.split(".")
+        tails = (".".join(names[-count:]) for count in range(1, len(names) + 1))
+        ends[next(end for end in tails if all(other in chosen for other in every if f".{other}".endswith(f".{end}")))] = None
+    return list(ends)

@@ -1,0 +1,252 @@
+"""A run as a published model: safetensors, config.json, tokenizer and a model card, which `transformers` loads as they are."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxmodels import models
+from jaxmodels.errors import ConfigError
+from jaxmodels.export import tokenizer_files
+from jaxmodels.export.model_card import model_card
+from jaxmodels.models.lora import ADAPTERS, Lora, merge_adapters
+from jaxmodels.pretrained import architecture as architecture_lib
+from jaxmodels.pretrained import mapping, safetensors
+from jaxmodels.pretrained.architecture import ARCHITECTURES, Architecture, Keys
+from jaxmodels.pretrained.folder import whole_folder
+from jaxmodels.pretrained.safetensors import ToWrite
+from jaxmodels.pretrained.weights import FREE, resolve_options
+from jaxmodels.runs import weights as weights_lib
+from jaxmodels.runs.folder import RunFolder
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_AT_ONCE = 1 << 30  # bytes of parameters that are read together
+
+
+def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: float = 5.0) -> Path:
+    """Writes a run's weights (their moving average, where it kept one; adapters merged) as `transformers` lays them out.
+
+    Args:
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
+      output: a folder that is not there yet, or empty. It appears when it is whole.
+      dtype: of the weights: `float32`, `bfloat16` or `float16`; that of the files they were imported from if nothing was trained since,
+        else float32, unless given.
+      shard_gb: size of a file at most, in 10^9 bytes, where no tensor is larger.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ConfigError: no such run; the folder is taken; `transformers` has no such model, and why.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype={dtype}: there are {', '.join(DTYPES)}.")
+    if not shard_gb > 0:
+        raise ConfigError(f"--shard_gb must be above 0, got {shard_gb}.")
+    located = weights_lib.locate(run)
+    folder = located.folder
+    config, manifest = folder.config(), folder.manifest()
+    architecture, notes = choose(config["model"], manifest)
+    head = architecture.head_in(located.arrays)
+    stacked = bool(config["model"].get("scan"))
+    links = mapping.expand(architecture.entries(config["model"], head), architecture.sizes(config["model"]), stacked=stacked)
+    _check_covered(links, located, folder)
+    types = _types(located, manifest, dtype)
+    tensors = _tensors(links, located, Lora(**config["lora"]).scale if config["lora"] else None, types)
+    tensors |= {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in architecture.constants(config["model"]).items()}
+    with whole_folder(output) as target:
+        _write_weights(target, tensors, int(shard_gb * 1e9))
+        values = _config_json(architecture, head, folder, tokenizer_files.tokenizer_of(folder), sorted({t.name for t in types.values()}))
+        _write_json(target / "config.json", values)
+        notes += tokenizer_files.write(folder, target)
+        _write_processor(target, config, manifest["info"])
+        (target / "README.md").write_text(model_card(folder, located.step, architecture, values, notes), encoding="utf-8")
+    return Path(output).expanduser().absolute()
+
+
+def choose(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[Architecture, list[str]]:
+    """The architecture that a model is, and notes on what it does otherwise there.
+
+    Args:
+      model: the `model` section of a resolved config.
+      manifest: of the run: what it started from is tried first.
+
+    Raises:
+      ConfigError: there is none; says what stands in the way of the nearest.
+    """
+    first = [parent["model_type"] for parent in manifest.get("parents", []) if "model_type" in parent]
+    constructor = models.find(model["name"])[0]
+    misfits: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*first, *ARCHITECTURES]):
+        architecture = architecture_lib.load(name)
+        if models.find(architecture.model)[0] is not constructor:
+            continue
+        misfits[name] = _misfits(architecture, model)
+        if not misfits[name]:
+            return architecture, _notes(model)
+    if not misfits:
+        raise ConfigError(
+            f"{model['name']!r} is no model that `transformers` has: there are {', '.join(ARCHITECTURES)}. "
+            "--format=stablehlo exports the forward pass of any model."
+        )
+    nearest = min(misfits, key=lambda name: len(misfits[name]))
+    raise ConfigError(
+        f"`transformers` has no such model. The nearest is {nearest}, which has not {', '.join(misfits[nearest])}. "
+        "--format=stablehlo exports the forward pass of any model."
+    )
+
+
+def _misfits(architecture: Architecture, model: Mapping) -> list[str]:
+    """What of a model's options an architecture cannot say, found by saying it and reading it back."""
+    try:
+        keys = Keys(architecture.config(model) | {"model_type": architecture.name}, "config.json")
+        back = architecture.options(keys, lambda: [] if model.get("tie_embeddings") else ["lm_head.weight"])
+        keys.finish()
+    except StopIteration:  # no such activation there
+        return [f"activation={model['activation']!r}", *_misfits(architecture, dict(model) | {"activation": "gelu"})]
+    except (ConfigError, KeyError, TypeError) as error:
+        return [str(error)]
+    back = _canonical(resolve_options(architecture.model, back))
+    own = _canonical(model)
+    ignored = FREE - {"context", "moe"} | {"name"}
+    return [f"{key}={model[key]!r}" for key in own if key not in ignored and own[key] != back.get(key)]
+
+
+def _canonical(model: Mapping) -> dict:
+    """Options with what None stands for filled in."""
+    result = {key: list(value) if isinstance(value, tuple) else value for key, value in model.items()}
+    for key, value in (("kv_heads", model.get("heads")), ("mlp_width", 4 * model.get("width", 0)), ("qkv_bias", model.get("bias"))):
+        if key in result and result[key] is None:
+            result[key] = value
+    if "head_width" in result and result["head_width"] is None:
+        result["head_width"] = model["width"] // model["heads"]
+    if "types" in result:
+        result["types"] = max(1, result["types"])
+    if result.get("moe"):
+        result["moe"] = {key: result["moe"].get(key) for key in ("experts", "top_k", "normalize")}
+    return result
+
+
+def _notes(model: Mapping) -> list[str]:
+    if model.get("moe") and model["moe"]["dispatch"] == "capacity":
+        return ["The experts of this model took a limited number of tokens each (dispatch='capacity'); in `transformers` they take all."]
+    return []
+
+
+def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, folder: RunFolder) -> None:
+    wanted = {link.ours for link in links}
+    missing = sorted(wanted - set(located.arrays))
+    left = sorted(path for path in set(located.arrays) - wanted if not path.endswith(ADAPTERS))
+    if missing or left:
+        raise ConfigError(f"{folder.path}: {(missing + left)[0]} is {'not in the run' if missing else 'nothing that `transformers` has'}.")
+
+
+def _types(located: weights_lib.Located, manifest: Mapping, asked: str | None) -> dict[str, np.dtype]:
+    """path -> type of its tensors."""
+    imported = next((parent for parent in manifest.get("parents", [])[:1] if "dtypes" in parent and "taken" not in parent), None)
+    if asked is None and imported is not None:
+        return {path: np.dtype(imported["dtypes"].get(path, imported["dtypes"][""])) for path in located.arrays}
+    return dict.fromkeys(located.arrays, DTYPES[asked or "float32"])
+
+
+def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale: float | None, types: Mapping[str, np.dtype]) -> dict[str, ToWrite]:
+    """name -> tensor. Parameters are read when a tensor of theirs is written, some at once, and let go of after."""
+    shapes = {path: tuple(stored.shape) for path, stored in located.arrays.items()}
+    reader = _Reader(located, scale)
+    tensors: dict[str, ToWrite] = {}
+    for number, group in enumerate(_batches(mapping.components(links), shapes)):
+        paths = sorted({link.ours for link in group})
+        for name, parts in mapping.by_theirs(group).items():
+            dtype = types[parts[0].ours]
+            values = functools.partial(reader.tensor, number, paths, parts, dtype)
+            tensors[name] = ToWrite(mapping.tensor_shape(parts, shapes), dtype, values)
+    return tensors
+
+
+def _batches(groups: Iterable[Sequence[mapping.Link]], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[list[mapping.Link]]:
+    """Components together, up to so many bytes of parameters."""
+    batch, size = [], 0
+    for group in groups:
+        own = 4 * sum(int(np.prod(shapes[path])) for path in {link.ours for link in group})
+        if batch and size + own > _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch = [*batch, *group]
+        size += own
+    yield batch
+
+
+class _Reader:
+    """Parameters of a run in memory, those of one batch at a time."""
+
+    def __init__(self, located: weights_lib.Located, scale: float | None):
+        """`scale` is that of the run's adapters, which are merged; None where it has none."""
+        self.located, self.scale = located, scale
+        self.batch: int | None = None
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def tensor(self, batch: int, paths: Sequence[str], parts: Sequence[mapping.Link], dtype: np.dtype) -> np.ndarray:
+        """A tensor of a batch, whose parameters are `paths`."""
+        if batch != self.batch:
+            self.arrays, self.batch = {}, batch  # the last ones go before others come
+            self.arrays = self._read(paths)
+        return mapping.tensor_of(parts, self.arrays).astype(dtype)
+
+    def _read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        stored = self.located.arrays
+        layers = {path.rpartition("/")[0] for path in paths}
+        beside = [path for path in stored if path.endswith(ADAPTERS) and path.rpartition("/")[0] in layers]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {path: jax.ShapeDtypeStruct(stored[path].shape, np.float32, sharding=here) for path in [*paths, *beside]}
+        arrays = weights_lib.read(stored, wanted)
+        arrays = arrays if self.scale is None else merge_adapters(arrays, self.scale)
+        return {path: np.asarray(x) for path, x in arrays.items()}
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, ToWrite], largest: int) -> None:
+    files = list(safetensors.in_files(tensors, largest))
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] if len(files) > 1 else ["model.safetensors"]
+    for name, group in zip(names, files, strict=True):
+        safetensors.write(folder / name, group, {"format": "pt"})
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {tensor: name for name, group in zip(names, files, strict=True) for tensor in group}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _config_json(architecture: Architecture, head: str, folder: RunFolder, tokenizer: Any, dtypes: list[str]) -> dict[str, Any]:
+    config, info = folder.config(), folder.manifest()["info"]
+    values = {"architectures": [architecture.class_of(head)], "model_type": architecture.name} | architecture.config(config["model"])
+    if "vocab_size" in info:
+        values["vocab_size"] = info["vocab_size"]
+    if "image_shape" in info and architecture.name == "vit":
+        values["image_size"] = info["image_shape"][0]
+    labels = info.get("tags") or info.get("labels") or [str(i) for i in range(info.get("num_classes", 0))]
+    if config["task"]["name"] == "regress_text":
+        values |= {"num_labels": 1, "problem_type": "regression"}
+    elif labels and head != "tokens":
+        values |= {"id2label": {str(i): str(name) for i, name in enumerate(labels)}, "label2id": {str(name): i for i, name in enumerate(labels)}}
+    imported = [parent["token_ids"] for parent in folder.manifest().get("parents", []) if "token_ids" in parent]
+    values |= tokenizer_files.special_ids(tokenizer, architecture) if tokenizer is not None else imported[0] if imported else {}
+    values["torch_dtype"] = dtypes[0] if len(dtypes) == 1 else "float32"
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _write_processor(folder: Path, config: Mapping, info: Mapping) -> None:
+    """How images are prepared, where it is images."""
+    if "image_shape" not in info:
+        return
+    height, width, channels = info["image_shape"]
+    mean, std = config["task"].get("mean"), config["task"].get("std")
+    values = {"do_resize": True, "size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255}
+    values |= {"do_normalize": bool(mean or std), "image_mean": list(mean or [0.0] * channels), "image_std": list(std or [1.0] * channels)}
+    _write_json(folder / "preprocessor_config.json", values | {"image_processor_type": "ViTImageProcessor"})
+
+
+def _write_json(path: Path, values: Mapping) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

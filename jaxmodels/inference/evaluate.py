@@ -1,0 +1,48 @@
+"""Evaluate a run's weights on a split of its data."""
+
+import dataclasses
+from typing import Any
+
+from jaxmodels.errors import ConfigError, Interrupted
+from jaxmodels.experiment.build import Arrays, build_experiment
+from jaxmodels.inference.load import fitting_mesh, portable_config, trained_info_of
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.runs import weights as weights_lib
+from jaxmodels.training.evaluation import Evaluator
+from jaxmodels.training.signals import StopSignals
+
+
+def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """Metrics of a run's weights (their moving average, where it kept one) on a split.
+
+    Args:
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest.
+      split: of the run's data.
+      data, data_dir: as for `train`.
+
+    Returns:
+      The metrics, with the `step` of the weights and the `seconds` it took.
+
+    Raises:
+      ConfigError: no such run, checkpoint or split.
+    """
+    located = weights_lib.locate(run)
+    folder = located.folder
+    try:
+        experiment = build_experiment(portable_config(folder.config()), data_dir=data_dir, data=data, trained_info=trained_info_of(folder))
+        if split not in experiment.dataset.splits:
+            raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
+        # All devices there are, however many trained it; a padded batch may be larger than asked.
+        mesh = fitting_mesh(experiment.mesh, experiment.sharding, experiment.state_shapes())
+        layout = sharding_lib.make_layout(mesh, experiment.sharding)
+        ways = mesh_lib.batch_ways(mesh) * layout.microbatches
+        loading = dataclasses.replace(experiment.loading, eval_batch_size=-(-experiment.eval_batch_size // ways) * ways)
+        experiment = dataclasses.replace(experiment, loading=loading).on(mesh.devices.flat[0].platform, layout)
+        shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
+        with StopSignals() as stop:
+            params, stats = stop.run(weights_lib.read_model, located, shapes.weights, shapes.stats)
+            values = Evaluator(experiment, mesh, stop).run(params, stats, experiment.dataset.splits[split])
+    except Interrupted as error:
+        raise Interrupted(f"{error}: stopped evaluating; there is nothing to save.") from None
+    return {"step": located.step} | values | experiment.dataset.skipped_metric(split)

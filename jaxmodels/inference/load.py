@@ -1,0 +1,114 @@
+"""Open a run or pretrained weights, and load the model."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.build import build_model
+from jaxmodels.inference.pretrained import as_run
+from jaxmodels.inference.run import Run
+from jaxmodels.models import functional
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.pretrained.folder import is_published
+from jaxmodels.runs import weights as weights_lib
+from jaxmodels.runs.checkpoint import parse_run
+from jaxmodels.runs.folder import RunFolder
+from jaxmodels.step import state
+from jaxmodels.tokenizers import factory as tokenizers
+
+
+def load(run: str, *, spread: bool = False) -> Run:
+    """A run, or a published model, ready to predict and to make texts; needs no data.
+
+    Args:
+      run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
+      spread: over all devices, as the run's own mesh says; otherwise it lies on the first.
+    """
+    opened = open_run(run)
+    graph, params, stats = functional.split(opened.model)
+    if spread:
+        shapes, sharding = state.weights_alone(params, stats), sharding_lib.Sharding(**opened.config["sharding"])
+        mesh = fitting_mesh(mesh_lib.MeshSizes(**opened.config["mesh"]), sharding, shapes)
+        layout = sharding_lib.make_layout(mesh, sharding)
+        shapes = sharding_lib.place_state(shapes, sharding, layout)
+        params, stats = shapes.params, shapes.stats
+    else:
+        layout, here = None, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
+    params, stats = weights_lib.read_model(opened.located, params, stats)
+    model = functional.evaluation_model(graph, params, stats)
+    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run, or a published model, none of whose weights are read yet.
+
+    Attributes:
+      config: resolved, without a wish for kernels that this machine may not have.
+      info: what its data said of itself.
+      task: what it learned.
+      model: the module, of shapes instead of arrays.
+      located: where its weights lie.
+    """
+
+    config: dict[str, Any]
+    info: Mapping[str, Any]
+    task: Any
+    model: nnx.Module
+    located: weights_lib.Located
+
+
+def open_run(run: str) -> Opened:
+    """What `load` makes a `Run` of, for those that read the weights in their own way; arguments and errors as there."""
+    if is_published(run):
+        config, info = as_run(run)
+    else:
+        folder = RunFolder(parse_run(run)[0])
+        config, info = portable_config(folder.config()), trained_info_of(folder)
+    task, build = build_model(config, info)
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+    _, params, stats = functional.split(model)
+    if is_published(run):
+        located = weights_lib.locate_whole(run, config["model"], functional.flatten(params) | functional.flatten(stats))
+    else:
+        located = weights_lib.locate(run)
+    return Opened(config, info, task, model, located)
+
+
+def fitting_mesh(sizes: mesh_lib.MeshSizes, sharding: sharding_lib.Sharding, shapes: state.TrainState) -> jax.sharding.Mesh:
+    """The run's own mesh, where it fits the devices that are here; else each of them has the whole model, which is said."""
+    try:
+        mesh = mesh_lib.make_mesh(sizes)
+        sharding_lib.place_state(shapes, sharding, sharding_lib.make_layout(mesh, sharding))
+        return mesh
+    except ConfigError as error:
+        mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
+        print(f"jaxmodels: the run's mesh does not fit here ({error}) Each of the {mesh.size} devices has the whole model.", file=sys.stderr)
+        return mesh
+
+
+def portable_config(config: dict) -> dict:
+    """A run's config without its wish for an accelerator's own attention or recurrent kernel, which this machine may not have."""
+    model = dict(config["model"])
+    if model.get("attention") in ("cudnn", "splash"):
+        model["attention"] = "auto"
+    if model.get("kernel") == "cudnn":
+        model["kernel"] = "xla"
+    return config | {"model": model}
+
+
+def trained_info_of(folder: RunFolder) -> dict[str, Any]:
+    """What the data said of itself when the run was trained, with the run's own tokenizer."""
+    info = folder.manifest().get("info")
+    if info is None:
+        raise ConfigError(f"{folder.manifest_file} is missing or says nothing of the data: the run cannot be loaded.")
+    if folder.tokenizer_file.is_file():
+        info["tokenizer"] = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
+    return info

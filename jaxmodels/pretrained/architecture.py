@@ -1,0 +1,182 @@
+"""What is known of each published architecture, and reading a `config.json` without overlooking anything in it."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError
+from jaxmodels.pretrained.mapping import Entry
+
+# `model_type` of a config.json -> where its architecture is described.
+ARCHITECTURES = {
+    "bert": "jaxmodels.pretrained.bert:BERT",
+    "roberta": "jaxmodels.pretrained.bert:ROBERTA",
+    "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
+    "llama": "jaxmodels.pretrained.llama:LLAMA",
+    "mistral": "jaxmodels.pretrained.llama:MISTRAL",
+    "qwen2": "jaxmodels.pretrained.llama:QWEN2",
+    "qwen3": "jaxmodels.pretrained.llama:QWEN3",
+    "mixtral": "jaxmodels.pretrained.llama:MIXTRAL",
+    "qwen3_moe": "jaxmodels.pretrained.llama:QWEN3_MOE",
+    "t5": "jaxmodels.pretrained.t5:T5",
+    "vit": "jaxmodels.pretrained.vit:VIT",
+    "resnet": "jaxmodels.pretrained.resnet:RESNET",
+}
+
+# Keys of a config.json that say nothing of what a model computes: names, token numbers, how to train or to generate.
+HARMLESS = {
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "tokenizer_class"),
+    *("use_cache", "initializer_range", "initializer_factor", "gradient_checkpointing", "torchscript", "return_dict", "output_past"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "use_return_dict", "is_encoder_decoder"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "classifier_dropout"),
+    *("vocab_size", "chunk_size_feed_forward", "language", "prefix", "name_or_path", "_attn_implementation_autoset", "attn_implementation"),
+    *("max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
+    *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "early_stopping"),
+    *("num_beam_groups", "diversity_penalty", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "return_dict_in_generate", "output_scores", "tf_legacy_loss", "use_bfloat16"),
+}
+
+
+class Keys:
+    """The keys of a config.json: each is read, known to mean nothing, or refused.
+
+    Attributes:
+      notes: what a model does otherwise than the file says, where that is no matter of what it computes.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        """`where` names the file, for errors."""
+        self.values, self.where = values, where
+        self.notes: list[str] = []
+        self._read: set[str] = set()
+
+    def get(self, key: str, *default: Any) -> Any:
+        """A key's value; without a default it must be there."""
+        self._read.add(key)
+        if key not in self.values and not default:
+            raise ConfigError(f"{self.where} lacks {key!r}, which sets a size of the model.")
+        return self.values.get(key, *default)
+
+    def must(self, key: str, default: Any, *allowed: Any) -> Any:
+        """A key whose other values would change what the model computes."""
+        value = self.get(key, default)
+        if value not in allowed:
+            shown = " or ".join(repr(a) for a in allowed)
+            raise ConfigError(f"{self.where}: {key}={value!r} changes what the model computes, and is not supported; only {shown} is.")
+        return value
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that mean nothing here."""
+        self._read.update(keys)
+
+    def not_applied(self, key: str, what: str) -> None:
+        """A rate of dropout that our models do not have: it matters in training only."""
+        if self.get(key, 0.0):
+            self.notes.append(f"{key}={self.values[key]} is not applied in training: {what}")
+
+    def finish(self) -> None:
+        """Raises ConfigError for keys that nobody read."""
+        unknown = [key for key, value in self.values.items() if key not in self._read | HARMLESS and value not in (None, False)]
+        if unknown:
+            shown = ", ".join(f"{key}={self.values[key]!r}"[:80] for key in unknown)
+            raise ConfigError(f"{self.where} sets {shown}: this is not known, and may change what the model computes. If it does not, delete it from the file.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A published architecture.
+
+    Attributes:
+      name: its `model_type`.
+      model: the name of our model.
+      options: (keys of a config.json, what gives the names of the tensors) -> our model's options.
+      config: our model's options -> keys of a config.json.
+      table: our model's options -> the table of all but the head.
+      heads: kind of head -> its table: `tokens`, `class`, `tags`; "" for models without a choice.
+      classes: name of a class in `architectures` -> kind of its head; None for none.
+      sizes: our model's options -> how many values `{layer}` and `{expert}` have.
+      prefix: of the base model's tensors, which are saved without it where that is saved alone.
+      renames: (pattern, replacement) on names of tensors, for what older files call them.
+      ignored: patterns on names of tensors that hold nothing of their own: copies, and constants.
+      others: pattern on names of tensors of heads, which are left out where the model here has another head.
+      head_paths: where our head's parameters lie.
+      constants: our model's options -> tensors that `transformers` wants to find, and our model does not have.
+    """
+
+    name: str
+    model: str
+    options: Callable[[Keys, Callable[[], Sequence[str]]], dict]
+    config: Callable[[Mapping], dict]
+    table: Callable[[Mapping], list[Entry]]
+    heads: Mapping[str, list[Entry]]
+    classes: Mapping[str, str | None]
+    sizes: Callable[[Mapping], dict[str, int]]
+    prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    others: str = r"^$"
+    head_paths: tuple[str, ...] = ("head/",)
+    constants: Callable[[Mapping], dict[str, np.ndarray]] = lambda options: {}
+
+    def entries(self, options: Mapping, head: str) -> list[Entry]:
+        """The whole table for a model with a kind of head."""
+        return self.table(options) + list(self.heads[head])
+
+    def class_of(self, head: str) -> str:
+        """The class in `architectures` that has such a head."""
+        return next(name for name, kind in self.classes.items() if kind == head)
+
+    def head_in(self, paths: Iterable[str]) -> str:
+        """The kind of head that a model with these parameters has."""
+        if "" in self.heads:
+            return ""
+        names = {path.split("/")[1] for path in paths if path.startswith("head/")}
+        return "tokens" if "norm" in names else "class" if "dense" in names else "tags"
+
+
+def find(config: Mapping, where: str) -> Architecture:
+    """The architecture of a config.json.
+
+    Raises:
+      ConfigError: it is not known; lists those that are.
+    """
+    name = config.get("model_type")
+    if name not in ARCHITECTURES:
+        hint = config_lib.suggest(str(name), ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type={name!r} is not supported; there are {', '.join(ARCHITECTURES)}.{hint}")
+    return load(name)
+
+
+def load(name: str) -> Architecture:
+    """A known architecture."""
+    module, _, attribute = ARCHITECTURES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+
+
+def activation(keys: Keys, key: str, default: str) -> str:
+    """Our name of an activation without a gate."""
+    return ACTIVATIONS[keys.must(key, default, *ACTIVATIONS)]
+
+
+def their_activation(name: str) -> str:
+    """The name of an activation there."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True, form: str = "transposed") -> list[Entry]:
+    """A linear layer: matrix and bias."""
+    entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", form)]
+    return entries + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Entry]:
+    """A normalisation: scale and bias."""
+    return [Entry(f"{ours}/scale", f"{theirs}.weight")] + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])

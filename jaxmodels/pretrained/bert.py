@@ -1,0 +1,139 @@
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019), as `transformers` lays them out."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from jaxmodels.pretrained.architecture import Architecture, Keys, activation, linear, norm, their_activation
+from jaxmodels.pretrained.mapping import Entry
+
+_SIZES = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size", "mlp_width": "intermediate_size"}
+
+
+def _options(keys: Keys, names: Callable[[], Sequence[str]], offset: int) -> dict:
+    keys.must("is_decoder", False, False)
+    keys.must("add_cross_attention", False, False)
+    keys.must("position_embedding_type", "absolute", "absolute")
+    keys.must("tie_word_embeddings", True, True)
+    keys.not_applied("attention_probs_dropout_prob", "no attention weights are dropped")
+    keys.ignore("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type")
+    return {ours: keys.get(theirs) for ours, theirs in _SIZES.items()} | {
+        "context": keys.get("max_position_embeddings") - offset,
+        "position_offset": offset,
+        "types": keys.get("type_vocab_size", 2),
+        "positions": "learned",
+        "norm": "layer",
+        "epsilon": keys.get("layer_norm_eps", 1e-12),
+        "post_norm": True,
+        "activation": activation(keys, "hidden_act", "gelu"),
+        "bias": True,
+        "pool": "first",
+        "dropout": keys.get("hidden_dropout_prob", 0.1),
+    }
+
+
+def _config(options: Mapping) -> dict:
+    return {theirs: options[ours] for ours, theirs in _SIZES.items()} | {
+        "intermediate_size": options["mlp_width"] or 4 * options["width"],
+        "max_position_embeddings": options["context"] + options["position_offset"],
+        "type_vocab_size": max(1, options["types"]),
+        "layer_norm_eps": options["epsilon"],
+        "hidden_act": their_activation(options["activation"]),
+        "hidden_dropout_prob": options["dropout"],
+        "attention_probs_dropout_prob": 0.0,
+        "tie_word_embeddings": True,
+    }
+
+
+def _constants(prefix: str, options: Mapping) -> dict[str, np.ndarray]:
+    """A model without kinds of tokens is one whose only kind adds nothing."""
+    name = f"{prefix}.embeddings.token_type_embeddings.weight"
+    return {} if options["types"] else {name: np.zeros((1, options["width"]), np.float32)}
+
+
+def _table(prefix: str, options: Mapping) -> list[Entry]:
+    block, layer = "blocks/{layer}", f"{prefix}.encoder.layer.{{layer}}"
+    embeddings = f"{prefix}.embeddings"
+    entries = [
+        Entry("embed/embedding", f"{embeddings}.word_embeddings.weight"),
+        Entry("positions/embedding", f"{embeddings}.position_embeddings.weight"),
+        *([Entry("types/embedding", f"{embeddings}.token_type_embeddings.weight")] if options["types"] else []),
+        *norm("embedding_norm", f"{embeddings}.LayerNorm"),
+    ]
+    for name in ("query", "key", "value"):
+        entries += linear(f"{block}/attention/{name}", f"{layer}.attention.self.{name}")
+    entries += linear(f"{block}/attention/out", f"{layer}.attention.output.dense")
+    entries += norm(f"{block}/attention_norm", f"{layer}.attention.output.LayerNorm")
+    entries += linear(f"{block}/mlp/up", f"{layer}.intermediate.dense")
+    entries += linear(f"{block}/mlp/down", f"{layer}.output.dense")
+    return entries + norm(f"{block}/mlp_norm", f"{layer}.output.LayerNorm")
+
+
+def _bert_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
+    return _options(keys, names, 0)
+
+
+def _roberta_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
+    keys.must("hidden_act", "gelu", "gelu")  # the head for tokens has it whatever the blocks have
+    return _options(keys, names, keys.get("pad_token_id", 1) + 1)
+
+
+def _layers(options: Mapping) -> dict[str, int]:
+    return {"layer": options["layers"]}
+
+
+BERT = Architecture(
+    name="bert",
+    model="encoder",
+    options=_bert_options,
+    config=lambda options: _config(options) | {"pad_token_id": 0},
+    table=functools.partial(_table, "bert"),
+    constants=functools.partial(_constants, "bert"),
+    heads={
+        "tokens": [
+            *linear("head/dense", "cls.predictions.transform.dense"),
+            *norm("head/norm", "cls.predictions.transform.LayerNorm"),
+            Entry("head/bias", "cls.predictions.bias"),
+        ],
+        "class": [*linear("head/dense", "bert.pooler.dense"), *linear("head/output", "classifier")],
+        "tags": linear("head/output", "classifier"),
+    },
+    classes={
+        "BertForMaskedLM": "tokens",
+        "BertForPreTraining": "tokens",
+        "BertForSequenceClassification": "class",
+        "BertForTokenClassification": "tags",
+        "BertModel": None,
+    },
+    sizes=_layers,
+    prefix="bert.",
+    renames=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+    ignored=(r"position_ids$", r"^cls\.predictions\.decoder\."),
+    others=r"^(cls|classifier|bert\.pooler)\.",
+)
+
+ROBERTA = Architecture(
+    name="roberta",
+    model="encoder",
+    options=_roberta_options,
+    config=lambda options: _config(options) | {"pad_token_id": options["position_offset"] - 1},
+    table=functools.partial(_table, "roberta"),
+    constants=functools.partial(_constants, "roberta"),
+    heads={
+        "tokens": [*linear("head/dense", "lm_head.dense"), *norm("head/norm", "lm_head.layer_norm"), Entry("head/bias", "lm_head.bias")],
+        "class": [*linear("head/dense", "classifier.dense"), *linear("head/output", "classifier.out_proj")],
+        "tags": linear("head/output", "classifier"),
+    },
+    classes={
+        "RobertaForMaskedLM": "tokens",
+        "RobertaForSequenceClassification": "class",
+        "RobertaForTokenClassification": "tags",
+        "RobertaModel": None,
+    },
+    sizes=_layers,
+    prefix="roberta.",
+    renames=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+    ignored=(r"position_ids$", r"^lm_head\.decoder\."),
+    others=r"^(lm_head|classifier|roberta\.pooler)\.",
+)

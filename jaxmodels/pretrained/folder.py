@@ -1,0 +1,181 @@
+"""A published model on disk: a folder with a `config.json`, safetensors files and a tokenizer's files."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.errors import ConfigError, optional_import
+from jaxmodels.pretrained import safetensors
+from jaxmodels.pretrained.safetensors import Tensor
+
+PREFIX = "hf:"
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
+_HUB_ID = r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A published model.
+
+    Attributes:
+      reference: as it was asked for: `hf:PATH_OR_ID`.
+      path: the folder.
+      config: what its `config.json` holds.
+      adapters: the folder of adapters to merge into its weights, where that is what was asked for.
+    """
+
+    reference: str
+    path: Path
+    config: Mapping[str, Any]
+    adapters: Path | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights, by name; only headers are read.
+
+        Raises:
+          ConfigError: there are none in safetensors, a file is missing, outside the folder, or damaged.
+        """
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            single = self.path / "model.safetensors"
+            if not single.is_file():
+                raise ConfigError(_no_weights(self.path))
+            return safetensors.read_header(single)
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ConfigError(f"{index} has no weight_map from tensors to files. Copy or download it anew.")
+        found: dict[str, Tensor] = {}
+        for file in sorted(set(names.values())):
+            if file != os.path.basename(file) or file in ("", ".", ".."):
+                raise ConfigError(f"{index} names the file {file!r}, which leaves the folder. Nothing outside of it is read.")
+            if not (self.path / file).is_file():
+                raise ConfigError(f"{self.path} lacks {file}, one of its {len(set(names.values()))} files of weights. Copy or download it.")
+            found |= safetensors.read_header(self.path / file)
+        if missing := [name for name, file in names.items() if name not in found or found[name].file.name != file]:
+            raise ConfigError(f"{index} promises {missing[0]} in {names[missing[0]]}, which does not hold it. Copy or download both anew.")
+        return found
+
+
+def is_published(reference: Any) -> bool:
+    """Whether this names a published model (`hf:PATH_OR_ID`), and not a run."""
+    return isinstance(reference, str) and reference.startswith(PREFIX)
+
+
+def find(reference: str, *, weights: bool = False) -> Folder:
+    """The folder that `hf:PATH_OR_ID` means.
+
+    Args:
+      reference: `hf:` and a folder, or else the id of a model on the Hugging Face hub, maybe with `@REVISION`; what was downloaded
+        before is found without a network. Where there are LoRA adapters alone, it is the model that their config names, with these.
+      weights: download those too; small files only unless asked.
+
+    Raises:
+      ConfigError: no such folder or model, or no `config.json` in it.
+    """
+    path = place(reference, weights=weights)
+    whole = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    alone = not (path / "config.json").is_file() or (not whole and any(path.glob("adapter_model.*")))
+    if (path / "adapter_config.json").is_file() and alone:
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
+            raise ConfigError(f"{path / 'adapter_config.json'} names no model that its adapters are for (base_model_name_or_path). Set it there.")
+        below = place(PREFIX + base, weights=weights)
+        if not (below / "config.json").is_file():
+            raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a published model's folder.")
+        return Folder(reference, below, read_json(below / "config.json"), path)
+    config = path / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{reference}: {path} has no config.json, so it is not a published model's folder.")
+    return Folder(reference, path, read_json(config))
+
+
+def place(reference: str, *, weights: bool = False) -> Path:
+    """The folder that lies, or was downloaded, where `hf:PATH_OR_ID` says, whatever is in it; arguments as of `find`."""
+    if not is_published(reference) or reference == PREFIX:
+        raise ConfigError(f"{reference!r}: a published model is named hf:FOLDER or hf:OWNER/NAME.")
+    name = reference.removeprefix(PREFIX)
+    path = Path(name).expanduser().absolute()
+    if not path.is_dir():
+        if path.exists() or not re.fullmatch(_HUB_ID, name):
+            raise ConfigError(f"{reference}: there is no folder {path}, and {name!r} is no id of a model on the hub (OWNER/NAME).")
+        path = _download(name, weights)
+    return path
+
+
+@functools.lru_cache
+def _download(name: str, weights: bool) -> Path:
+    hub = optional_import("huggingface_hub", "huggingface")
+    model, _, revision = name.partition("@")
+    wanted = [*_SMALL, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(hub.snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # noqa: BLE001  the hub's client raises its own, its HTTP library's and the system's
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"hf:{name}: there is no folder of that name here, and the hub did not give the model ({type(error).__name__}: {reason}). "
+            "Without a network, name a folder: hf:/path/to/folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(output: str) -> Iterator[Path]:
+    """A folder to write to, which gets its name `output` when all went well, and is gone when something did not.
+
+    Raises:
+      ConfigError: the name is taken by something that is not an empty folder, or cannot be written.
+    """
+    path = Path(output).expanduser().absolute()
+    try:
+        taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+        if taken:
+            raise ConfigError(f"{path} is there already, and is no empty folder. Choose another one.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}). Choose another folder.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return values
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    if pickles:
+        return (
+            f"{path} has its weights in {pickles[0]}, a pickle, which may run any code when it is read; only safetensors files are. Save it "
+            "anew with safe_serialization=True, or take a revision of the model that has model.safetensors."
+        )
+    return f"{path} has neither model.safetensors nor model.safetensors.index.json: there are no weights in it."

@@ -1,0 +1,73 @@
+"""ResNet v1.5 (He et al. 2015), as `transformers` lays it out."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.pretrained.architecture import Architecture, Keys, linear
+from jaxmodels.pretrained.mapping import Entry
+
+_WIDER = {"basic": 1, "bottleneck": 4}  # than its width a block's output is
+
+
+def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
+    keys.must("hidden_act", "relu", "relu")
+    keys.must("num_channels", 3, 3)
+    keys.must("downsample_in_first_stage", False, False)
+    keys.must("downsample_in_bottleneck", False, False)
+    keys.ignore("out_features", "out_indices", "stage_names")
+    block = keys.must("layer_type", "bottleneck", *_WIDER)
+    width, widths = keys.get("embedding_size"), keys.get("hidden_sizes")
+    if widths != [width * _WIDER[block] * 2**stage for stage in range(len(widths))]:
+        wanted = f"embedding_size={width} times {_WIDER[block]}, doubled at each stage"
+        raise ConfigError(f"{keys.where}: hidden_sizes={widths} are not {wanted}; no others are supported.")
+    return {"stages": tuple(keys.get("depths")), "block": block, "width": width, "stem": "imagenet"}
+
+
+def _config(options: Mapping) -> dict:
+    widths = [options["width"] * _WIDER[options["block"]] * 2**stage for stage in range(len(options["stages"]))]
+    config = {"depths": list(options["stages"]), "layer_type": options["block"], "embedding_size": options["width"], "hidden_sizes": widths}
+    return config | {"hidden_act": "relu", "num_channels": 3, "downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+
+
+def _layers(options: Mapping) -> list[tuple[str, str]]:
+    """(ours, theirs) of each convolution with its normalisation."""
+    pairs = [("first", "resnet.embedder.embedder")]
+    names = {"basic": ("first", "second"), "bottleneck": ("first", "second", "third")}[options["block"]]
+    number = 0
+    for stage, count in enumerate(options["stages"]):
+        for layer in range(count):
+            home = f"resnet.encoder.stages.{stage}.layers.{layer}"
+            pairs += [(f"blocks/{number}/{name}", f"{home}.layer.{i}") for i, name in enumerate(names)]
+            # The first block of a stage changes its input's size or width; that of the first stage, its width if it is a bottleneck.
+            if layer == 0 and (stage > 0 or options["block"] == "bottleneck"):
+                pairs.append((f"blocks/{number}/shortcut", f"{home}.shortcut"))
+            number += 1
+    return pairs
+
+
+def _table(options: Mapping) -> list[Entry]:
+    entries = []
+    for ours, theirs in _layers(options):
+        entries.append(Entry(f"{ours}/conv/kernel", f"{theirs}.convolution.weight", "convolution"))
+        for side, name in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):
+            entries.append(Entry(f"{ours}/norm/{side}", f"{theirs}.normalization.{name}"))
+    return entries
+
+
+RESNET = Architecture(
+    name="resnet",
+    model="resnet50",
+    options=_options,
+    config=_config,
+    table=_table,
+    heads={"": linear("output", "classifier.1")},
+    classes={"ResNetForImageClassification": "", "ResNetModel": None},
+    sizes=lambda options: {},
+    prefix="resnet.",
+    ignored=(r"num_batches_tracked$",),
+    others=r"^classifier\.",
+    head_paths=("output/",),
+    constants=lambda options: {f"{theirs}.normalization.num_batches_tracked": np.zeros((), np.int64) for _, theirs in _layers(options)},
+)

@@ -1,0 +1,229 @@
+"""A published model as a part of a run: its sizes, its weights under our names, and the module itself."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxmodels import config as config_lib
+from jaxmodels import models
+from jaxmodels.errors import ConfigError
+from jaxmodels.models.lora import ADAPTERS
+from jaxmodels.pretrained import architecture as architecture_lib
+from jaxmodels.pretrained import folder as folder_lib
+from jaxmodels.pretrained import mapping, peft
+from jaxmodels.pretrained.architecture import Architecture, Keys
+from jaxmodels.pretrained.folder import Folder
+from jaxmodels.pretrained.mapping import Assembled, Link
+
+# Options that change nothing of what a model computes when it is evaluated, or only where its parameters lie.
+FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model's weights, as parameters of a model here.
+
+    Attributes:
+      folder: where they lie.
+      architecture: of the model.
+      arrays: path of a parameter or statistic -> how it is read.
+      fresh: paths of a head that the folder does not hold.
+      dropped: tensors of heads that the model here does not have.
+      notes: what is otherwise here than there.
+      fingerprint: of the files' headers; other weights of the same shapes have the same.
+      links: which tensor belongs to which parameter.
+    """
+
+    folder: Folder
+    architecture: Architecture
+    arrays: Mapping[str, Assembled]
+    fresh: tuple[str, ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+    links: Sequence[Link]
+
+    @property
+    def path(self) -> Path:
+        """The folder that was asked for."""
+        return self.folder.adapters or self.folder.path
+
+
+def describe(reference: str) -> tuple[Folder, Architecture, dict[str, Any], list[str]]:
+    """What a published model is: its folder, architecture, our model's options, and what of its config.json is not applied.
+
+    Raises:
+      ConfigError: there is no such model, its architecture is not supported, or an option of it is not.
+    """
+    folder = folder_lib.find(reference)
+    where = str(folder.path / "config.json")
+    architecture = architecture_lib.find(folder.config, where)
+    keys = Keys(folder.config, where)
+    options = architecture.options(keys, lambda: list(folder_lib.find(reference, weights=True).tensors()))
+    keys.finish()
+    return folder, architecture, options, keys.notes
+
+
+def model_section(reference: str) -> dict[str, Any]:
+    """The `model` section of a published model: our model's name and options."""
+    _, architecture, options, _ = describe(reference)
+    return {"name": architecture.model} | options
+
+
+def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Published:
+    """The weights of a published model under our names; only headers are read.
+
+    Args:
+      reference: `hf:PATH_OR_ID`.
+      model: the `model` section, resolved, of the model they are for.
+      paths: of its parameters and statistics.
+
+    Raises:
+      ConfigError: the model here is of another kind; tensors are missing, left over or damaged.
+    """
+    _, architecture, options, notes = describe(reference)
+    folder = folder_lib.find(reference, weights=True)
+    if models.find(model["name"])[0] is not models.find(architecture.model)[0]:
+        raise ConfigError(
+            f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out, and it is made from its config.json."
+        )
+    paths = list(paths)
+    notes = [*notes, *_differences(reference, model, options)]
+    head = architecture.head_in(paths)
+    published_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
+    entries = architecture.table(options)
+    # An output layer means the classes, or tags, that it was trained for.
+    entries += [entry for entry in architecture.heads[head] if published_head == head or not entry.ours.startswith("head/output/")]
+    tensors = mapping.renamed(folder.tensors(), architecture.renames)
+    adapters = peft.read(str(folder.adapters)) if folder.adapters else None
+    read = tensors | (adapters.tensors if adapters else {})
+    fingerprint = hashlib.sha256("".join(f"{name}{t.dtype}{t.shape}{t.offset}" for name, t in sorted(read.items())).encode()).hexdigest()[:32]
+    if mapping.unprefixed(tensors, architecture.prefix):
+        tensors = {architecture.prefix + name: tensor for name, tensor in tensors.items()}
+    links = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
+    arrays, missing = {}, []
+    for ours, group in mapping.by_ours(links).items():
+        lacking = [link.theirs for link in group if link.theirs not in tensors]
+        if not lacking:
+            arrays[ours] = Assembled.of(group, tensors)
+        elif not ours.startswith(architecture.head_paths):
+            missing += lacking
+    used = {link.theirs for link in links}
+    rest = [name for name in tensors if name not in used and not any(re.search(pattern, name) for pattern in architecture.ignored)]
+    dropped = [name for name in rest if re.search(architecture.others, name)]
+    _check_complete(folder, missing, [name for name in rest if name not in dropped])
+    if adapters:
+        arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links))
+    fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays and not path.endswith(ADAPTERS))
+    return Published(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
+
+
+def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """The `lora` section that adapters for a published model mean.
+
+    Args:
+      reference: `hf:PATH_OR_ID`, the model.
+      model: the `model` section, resolved.
+      directory: of the adapters.
+
+    Raises:
+      ConfigError: as `describe`, `peft.read` and `peft.under_our_names`.
+    """
+    _, architecture, options, _ = describe(reference)
+    entries = [*architecture.table(options), *(entry for table in architecture.heads.values() for entry in table)]
+    links = mapping.expand(dict.fromkeys(entries), architecture.sizes(options), stacked=bool(model.get("scan")))
+    return peft.section(peft.read(directory), architecture, links)
+
+
+def _differences(reference: str, model: Mapping, options: Mapping) -> list[str]:
+    """What a config says of the model that its publisher does not."""
+    resolved = resolve_options(model["name"], options)
+    return [
+        f"config.model.{key}={model[key]!r}, where {reference} has {resolved[key]!r}" for key in options if key not in FREE and model.get(key) != resolved[key]
+    ]
+
+
+def resolve_options(name: str, options: Mapping) -> dict:
+    """A model's options as a resolved config has them."""
+    return config_lib.check_section("model", dict(options), config_lib.fields(models.find(name)[0]), f"the model {name!r}")
+
+
+def _check_complete(folder: Folder, missing: list[str], left: list[str]) -> None:
+    problems = [f"{name}: missing" for name in missing] + [f"{name}: left over, nothing here is made of it" for name in left]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ConfigError(f"{folder.path}: its tensors are not those that its config.json describes:\n  {shown}\nCopy or download the folder anew.")
+
+
+def load_model(reference: str, *arguments: Any, dtype: Any = np.float32, **options: Any) -> nnx.Module:
+    """A published model as a plain module with its weights, for research code.
+
+    Args:
+      reference: `hf:PATH_OR_ID`.
+      arguments: the positional ones of our model's constructor; by default what the config.json says: the vocabulary, the head
+        of the class that was published, the image's size.
+      dtype: of the parameters.
+      options: further options of our model, such as `scan=True`, over those of the config.json.
+
+    Raises:
+      ConfigError: as `locate`; or the folder holds no weights for the head.
+    """
+    folder, architecture, own, _ = describe(reference)
+    section = {"name": architecture.model} | resolve_options(architecture.model, own | options)
+    constructor, _ = models.find(architecture.model)
+    given = arguments or published_arguments(folder, architecture)
+    keywords = {key: value for key, value in section.items() if key != "name"}
+    abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    published = locate(reference, section, flat)
+    if published.fresh:
+        raise ConfigError(f"{reference} has no weights for {published.fresh[0]}: it was published without that head.")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for path, leaf in flat.items():
+        stored = published.arrays[path]
+        if tuple(stored.shape) != tuple(leaf.shape):
+            raise ConfigError(f"{reference}: {path}: shape differs: {tuple(leaf.shape)} by its config.json, {stored.shape} in its files.")
+        leaf.set_value(stored.read(np.dtype(dtype), here))
+    return nnx.merge(graph, state)
+
+
+def published_arguments(folder: Folder, architecture: Architecture) -> tuple:
+    """The positional arguments of our model, as a config.json says them."""
+    config = folder.config
+    head = published_head(folder, architecture)
+    if architecture.model in ("vit", "resnet50"):
+        size = config.get("image_size", 224)
+        return (size, size, config.get("num_channels", 3)), number_of_labels(config)
+    if architecture.model == "encoder":
+        sizes = {"tokens": config["vocab_size"], "class": number_of_labels(config), "tags": number_of_labels(config)}
+        return config["vocab_size"], (head, sizes[head])
+    return (config["vocab_size"],)
+
+
+def published_head(folder: Folder, architecture: Architecture) -> str:
+    """The kind of head that was published.
+
+    Raises:
+      ConfigError: none was.
+    """
+    names = folder.config.get("architectures") or []
+    kinds = [architecture.classes[name] for name in names if name in architecture.classes]
+    if not kinds or kinds[0] is None:
+        raise ConfigError(
+            f"{folder.path}: architectures={names} has no head that is known here: there are "
+            f"{', '.join(name for name, kind in architecture.classes.items() if kind is not None)}. Fine-tune it with config.init_from instead."
+        )
+    return kinds[0]
+
+
+def number_of_labels(config: Mapping) -> int:
+    """Classes, or tags, of a config.json; two where it says nothing, as `transformers` has it."""
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)

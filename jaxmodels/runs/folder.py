@@ -1,0 +1,250 @@
+"""A run's folder: whose it is, its config, its manifest, and its metrics.
+
+config.json     the resolved config
+manifest.json   versions, devices, parents, fallbacks, one entry per start
+metrics.jsonl   one object a line
+children.jsonl  runs that started from this one
+samples.txt     text made up during language modelling
+tokenizer.json  of a text run
+tensorboard/    the metrics as event files
+checkpoints/    Orbax, one folder a step
+"""
+
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels import config as config_lib
+from jaxmodels.errors import ConfigError
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
+
+
+class RunFolder:
+    """The folder of one run. Making one touches nothing."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).absolute()
+        self.config_file = self.path / "config.json"
+        self.manifest_file = self.path / "manifest.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.children_file = self.path / "children.jsonl"
+        self.samples_file = self.path / "samples.txt"
+        self.tokenizer_file = self.path / "tokenizer.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+
+    def config(self) -> dict:
+        """The resolved config of the run that lives here.
+
+        Raises:
+          ConfigError: no run lives here.
+        """
+        if not self.config_file.is_file():
+            hint = "" if self.path.is_dir() else " (there is no such folder)"
+            raise ConfigError(f"{self.path} is not the folder of a run: it has no config.json{hint}.")
+        config = read_json(self.config_file)
+        if not isinstance(config, dict):
+            raise ConfigError(f"{self.config_file} does not hold a config.")
+        return config
+
+    def check(self, config: Mapping, resolve, machine_keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        """Whether a run of `config` may go on here: the folder is free, or holds a run of the same config.
+
+        Args:
+          config: resolved.
+          resolve: fills in a stored config the way `config` was, so that keys added since do not count.
+          machine_keys: dotted keys, or sections, that may differ.
+
+        Returns:
+          The machine keys that do differ: key -> (there, now).
+
+        Raises:
+          ConfigError: the folder cannot be written, or belongs to another config (names the differing keys).
+        """
+        self.check_writable()
+        if not self.config_file.is_file():
+            taken = [name for name in OURS if (self.path / name).exists()]
+            if taken:
+                raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json: not a run to go on with. Choose another --workdir.")
+            return {}
+        stored = self.config()
+        try:
+            stored = resolve(stored)
+        except ConfigError:
+            pass  # written by a version with other keys: compare what is there
+        now = json.loads(json.dumps(config))
+        changed = config_lib.differences(json.loads(json.dumps(stored)), now)
+        allowed = {key: pair for key, pair in changed.items() if any(key == m or key.startswith(m + ".") for m in machine_keys)}
+        refused = {key: pair for key, pair in changed.items() if key not in allowed}
+        if refused:
+            lines = "".join(f"\n  {key}: {there!r} there, {here!r} now" for key, (there, here) in refused.items())
+            raise ConfigError(
+                f"{self.path} belongs to a run of another config:{lines}\nChoose another --workdir, or --overwrite to delete that run and start anew."
+            )
+        return allowed
+
+    def check_writable(self) -> None:
+        """Raises ConfigError if the folder cannot be made or written."""
+        place = self.path
+        try:
+            while not place.exists() and not place.is_symlink():
+                place = place.parent
+            if not place.is_dir():
+                raise ConfigError(f"--workdir={self.path}: {place} is not a folder.")
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
+
+    def clear(self) -> None:
+        """Deletes the run that lives here, and nothing else that may lie in the folder."""
+        for name in OURS:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()
+
+    def write_config(self, config: Mapping) -> None:
+        """Writes `config.json`, making the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, config)
+
+    # The manifest
+
+    def manifest(self) -> dict:
+        """The manifest as far as it is written."""
+        return read_json(self.manifest_file) if self.manifest_file.is_file() else {}
+
+    def update_manifest(self, **values) -> None:
+        """Sets top-level keys of the manifest."""
+        write_json(self.manifest_file, self.manifest() | values)
+
+    def add_to_manifest(self, key: str, value: Any) -> None:
+        """Appends to a list of the manifest, unless its last entry is the same."""
+        entries = self.manifest().get(key, [])
+        if not entries or entries[-1] != value:
+            self.update_manifest(**{key: [*entries, value]})
+
+    def identify(self) -> str:
+        """The run's id, which its manifest gets at its first start: what children know it by."""
+        if "id" not in self.manifest():
+            self.update_manifest(id=uuid.uuid4().hex)
+        return self.manifest()["id"]
+
+    # Children
+
+    def add_child(self, child: Mapping[str, Any]) -> None:
+        """Appends to `children.jsonl`: the `run`, its `id`, the `step` it began at, and whether it `needed` the weights to stay here."""
+        if child not in self.children():
+            # On a line of its own, also after one that was cut off.
+            cut = self.children_file.is_file() and not self.children_file.read_bytes().endswith(b"\n")
+            with open(self.children_file, "a", encoding="utf-8") as file:
+                file.write("\n" * cut + json.dumps(dict(child)) + "\n")
+
+    def children(self) -> list[dict]:
+        """The lines of `children.jsonl`. Lines that were cut off are left out."""
+        return _json_lines(self.children_file, go_on=True)
+
+    def find_child(self, line: Mapping[str, Any]) -> "RunFolder | None":
+        """The run that a line of `children.jsonl` means, where it was or in the same place seen from here; None if it is neither."""
+        places = [Path(line["run"])] + ([self.path / line["relative"]] if "relative" in line else [])
+        found = (RunFolder(os.path.normpath(place)) for place in places)
+        return next((f for f in found if f.config_file.is_file() and f.manifest().get("id") == line["id"]), None)
+
+    def dependents(self) -> list[Path]:
+        """Folders of runs that are still there and whose weights lie here in part."""
+        return [child.path for line in self.children() if line["needed"] and (child := self.find_child(line))]
+
+    # Metrics
+
+    def metrics(self, split: str | None = None) -> list[dict]:
+        """The lines of `metrics.jsonl`, of one split if given. A last line that was cut off is left out."""
+        return [
+            {key: float(value) if value in _NOT_FINITE else value for key, value in line.items()}
+            for line in _json_lines(self.metrics_file)
+            if split in (None, line["split"])
+        ]
+
+    def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends a line to `metrics.jsonl`."""
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(_metrics_line({"step": step, "split": split} | dict(values)))
+
+    def rewind(self, step: int, evaluated_at: int, finished: bool) -> None:
+        """Drop the lines and samples that a run resumed from `step` will write again.
+
+        Args:
+          step: of the checkpoint.
+          evaluated_at: the last step whose evaluation that checkpoint knows of.
+          finished: whether training ended there; the test, whose line may carry an earlier step, comes after.
+        """
+        until = {"validation": evaluated_at, "test": step if finished else -1}
+        kept = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
+        if self.metrics_file.is_file():
+            _replace(self.metrics_file, "".join(map(_metrics_line, kept)))
+        if self.samples_file.is_file():
+            text = self.samples_file.read_text(encoding="utf-8", errors="replace")
+            samples = re.finditer(r"(?ms)^--- step (\d+) ---$.*?(?=^--- step \d+ ---$|\Z)", text)
+            _replace(self.samples_file, "".join(sample[0] for sample in samples if int(sample[1]) <= evaluated_at))
+
+
+def _metrics_line(line: Mapping) -> str:
+    """As JSON, which has no way to write numbers that are not finite but as strings."""
+    odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(dict(line) | odd) + "\n"
+
+
+def _json_lines(path: Path, *, go_on: bool = False) -> list[dict]:
+    """Lines up to the first that is no JSON, one that was cut off; or all the others."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            if not go_on:
+                break
+    return lines
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file; ConfigError names the file if it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
+
+
+def write_json(path: Path, values: Mapping) -> None:
+    """Writes a JSON file whole or not at all."""
+    _replace(path, json.dumps(values, indent=2, default=_plain, ensure_ascii=False) + "\n")
+
+
+def _plain(value):
+    """NumPy's numbers and arrays, as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} cannot be written as JSON")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def now() -> str:
+    """The time, for manifests: ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,61 @@
+"""What a tokenizer is, and helpers that all tokenizers share."""
+
+from typing import Protocol
+
+import numpy as np
+
+SPECIAL = ("<unknown>", "<start>", "<end>", "<mask>")
+
+
+# What published tokenizers call the four, in the order they are looked for.
+KNOWN_SPECIAL = {
+    "unknown": ("<unknown>", "<unk>", "[UNK]"),
+    "start": ("<start>", "<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
+    "end": ("<end>", "</s>", "[SEP]", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "mask": ("<mask>", "[MASK]"),
+}
+
+
+class Tokenizer(Protocol):
+    """What a text source and a task need.
+
+    `encode` gives int32 [tokens] and adds no special tokens, nor reads any: the text `<end>` is five characters.
+    `decode` leaves out padding (-1), shows special tokens by name, and raises ValueError on other numbers that are no tokens.
+    `special` gives the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` gives what `from_json` reads.
+    """
+
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def decode(self, tokens) -> str: ...
+
+    def special(self, name: str) -> int | None: ...
+
+    def to_json(self) -> str: ...
+
+
+def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The special tokens that a published tokenizer puts before and after a text of its own accord, int32; none of any other."""
+    none = np.zeros(0, np.int32)
+    return getattr(tokenizer, "frame", (none, none))
+
+
+def checked_ids(tokens, vocab_size: int) -> list[int]:
+    """Tokens as a list, without padding."""
+    tokens = np.asarray(tokens)
+    tokens = tokens[tokens != -1]
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{wrong[0]} is not a token: the tokenizer has {vocab_size}, from 0 on")
+    return tokens.astype(np.int64).tolist()
+
+
+def check_special(name: str) -> None:
+    if name not in KNOWN_SPECIAL:
+        raise ValueError(f"there is no special token {name!r}; there are {', '.join(KNOWN_SPECIAL)}")
+
+
+def own_special(name: str, names: tuple[str, ...]) -> int | None:
+    check_special(name)
+    return names.index(f"<{name}>") if names else None

@@ -1,0 +1,82 @@
+"""Tokenizers of the library `tokenizers`."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import tokenizers as library
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, check_special, checked_ids
+
+_PIECE, _PIECES = 1 << 18, 16  # characters of a piece, where a text may be cut, and pieces that are encoded at once
+
+
+class TokenizersTokenizer:
+    """A tokenizer of the `tokenizers` library; its JSON is that library's own."""
+
+    def __init__(self, serialized: str):
+        """serialized: as `tokenizers.Tokenizer.to_str` gives."""
+        self._tokenizer = library.Tokenizer.from_str(serialized)
+        self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._cuttable = _is_plain_byte_level(serialized)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> "TokenizersTokenizer":
+        """Byte-level BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) with `size` tokens: the four special, 256 bytes, merges.
+
+        The same texts give the same tokenizer.
+        """
+        tokenizer = library.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [number of tokens]."""
+        if not self._cuttable or len(text) <= _PIECE:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        pieces, parts = _pieces(text), []
+        while few := list(itertools.islice(pieces, _PIECES)):  # over all cores
+            parts += [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(few, add_special_tokens=False)]
+        return np.concatenate(parts)
+
+    def decode(self, tokens) -> str:
+        return self._tokenizer.decode(checked_ids(tokens, self.vocab_size), skip_special_tokens=False)
+
+    def special(self, name: str) -> int | None:
+        check_special(name)
+        ids = (self._tokenizer.token_to_id(token) for token in KNOWN_SPECIAL[name])
+        return next((i for i in ids if i is not None), None)
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
+
+def _is_plain_byte_level(serialized: str) -> bool:
+    """Whether a text may be cut before a space that follows a letter, and the pieces encoded one by one."""
+    values = json.loads(serialized)
+    pre = values.get("pre_tokenizer") or {}
+    return values.get("normalizer") is None and pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of some `_PIECE` characters, cut between a letter and a space before a letter: no token of byte-level BPE spans that."""
+    start = 0
+    while start < len(text):
+        cut = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])").search(text, start + _PIECE)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,327 @@
+"""Tokenizers of published models: the files that lie beside the weights, in the format of the `transformers` library.
+
+`tokenizer.json` is a file of the `tokenizers` library; older models have a SentencePiece model, `vocab.txt` (WordPiece), or `vocab.json` and
+`merges.txt` (byte-level BPE) in its place. `tokenizer_config.json` and `special_tokens_map.json` name the special tokens, and the first of
+them, or `chat_template.jinja`, has the template of conversations.
+"""
+
+import base64
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.pretrained.folder import Folder, find
+from jaxmodels.tokenizers.files import make_coder
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+CHAT_TEMPLATE = "chat_template.jinja"
+_KEPT = ("model_type", "vocab_size", "is_encoder_decoder", "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+
+# Our names for special tokens, and theirs, in the order they are looked for.
+NAMES = {
+    "unknown": ("unk_token",),
+    "start": ("bos_token", "cls_token"),
+    "end": ("eos_token", "sep_token"),
+    "mask": ("mask_token",),
+    "pad": ("pad_token",),
+}
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# What a model type's tokenizer calls its special tokens where no file says: the format's own defaults, which files may leave out.
+_BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+_ROBERTA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+DEFAULTS = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "t5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "qwen3_moe": _QWEN,
+}
+
+
+class PublishedTokenizer:
+    """A tokenizer as it was published, with its files whole, so that it can be handed on byte for byte.
+
+    Special tokens have the names of every tokenizer here, and `pad`; which they are is what the files say. Of an encoder–decoder, `start` is
+    what its targets start with.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], where: str = "the tokenizer"):
+        """
+        Args:
+          files: name -> content, of those in `FILES` that there are.
+          config: the model's `config.json`; some keys of it are kept.
+          where: it comes from, for errors.
+
+        Raises:
+          ConfigError: there is none that can be read, or it has more tokens than the model has rows for them.
+        """
+        self._files = {name: bytes(files[name]) for name in sorted(files) if name in FILES}
+        self.config = {key: config[key] for key in _KEPT if config.get(key) is not None}
+        self._settings = self._object("tokenizer_config.json")
+        self._named = self._named_tokens()
+        try:
+            self._coder = make_coder(self._files, self._kind, self._settings, self._named, self._added())
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001  the libraries raise bare Exception
+            raise ConfigError(f"config.data.tokenizer: {where} has files of a tokenizer that cannot be read: {error}") from error
+        if self._coder is None:
+            raise ConfigError(f"config.data.tokenizer: {where} has no tokenizer that is understood here: {_missing(self._files, self._kind)}")
+        self.tokens = self._coder.vocab_size
+        self.vocab_size = max(self.tokens, int(self.config.get("vocab_size", 0)))
+        rows = self.config.get("vocab_size", self.tokens)
+        if self.tokens > rows:
+            raise ConfigError(
+                f"config.data.tokenizer: {where} has {self.tokens:,} tokens, its model rows for {rows:,} (vocab_size in config.json): they do not "
+                "belong together. Bring the tokenizer files that were published with these weights."
+            )
+        self._special = {name: self._find_special(name) for name in NAMES}
+
+    @property
+    def _kind(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [number of tokens], without special tokens; text that looks like one stays text."""
+        return self._coder.encode(text)
+
+    def read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a text in which special tokens stand by name, as in a rendered chat template; none are added.
+
+        Returns:
+          int32 [tokens], and int32 [tokens, 2], the characters that each stands for: from, to.
+
+        Raises:
+          ConfigError: only a SentencePiece model is there, which knows no special tokens in text.
+        """
+        return self._coder.read(text)
+
+    def decode(self, tokens) -> str:
+        """Text; special tokens by name, and nothing for rows of the embedding that no token has."""
+        tokens = np.asarray(tokens)
+        wrong = tokens[(tokens < -1) | (tokens >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(f"{wrong.flat[0]} is not a token: the tokenizer has {self.vocab_size}, from 0 on")
+        return self._coder.decode(tokens[(tokens >= 0) & (tokens < self.tokens)])
+
+    def special(self, name: str) -> int | None:
+        """The id of `unknown`, `start`, `end`, `mask` or `pad`, or None."""
+        if name not in NAMES:
+            raise ValueError(f"there is no special token {name!r}; there are {', '.join(NAMES)}")
+        return self._special[name]
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """`bos_token`, `eos_token` and so on as the files name them: what chat templates are given."""
+        return {key: token for key, token in self._named.items() if token is not None and self._coder.token_to_id(token) is not None}
+
+    @property
+    def special_texts(self) -> list[str]:
+        """All special tokens by name, those without a role too."""
+        return self._coder.special_texts()
+
+    @functools.cached_property
+    def frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """The special tokens that the tokenizer puts before and after a text, both int32."""
+        return _around(self._coder.frame.single)
+
+    def wrap(self, text: str, pair: str | None = None, *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A text, or two, with the special tokens that the tokenizer adds by itself: `[CLS] text [SEP]` of BERT.
+
+        Args:
+          text: the first.
+          pair: the second.
+          length: tokens at most: the text is cut at its end, of two the longer one first; special tokens are kept.
+
+        Returns:
+          Tokens and their types (0 of the first text, 1 of the second, where the model tells them apart): both int32 [tokens].
+
+        Raises:
+          ValueError: `length` has no room for a token of the text.
+        """
+        frame = self._coder.frame.single if pair is None else self._coder.frame.pair
+        parts = [self.encode(text)] + ([] if pair is None else [self.encode(pair)])
+        if length is not None:
+            room = length - sum(not isinstance(token, str) for token, _ in frame)
+            if room < len(parts):
+                raise ValueError(f"{length} tokens leave no room for a text between {length - room} special tokens")
+            parts = _cut(parts, room)
+        texts = dict(zip("AB", parts, strict=False))
+        pieces = [texts[token] if isinstance(token, str) else [token] for token, _ in frame]
+        types = [np.full(len(piece), kind) for piece, (_, kind) in zip(pieces, frame, strict=True)]
+        return np.concatenate([[], *pieces]).astype(np.int32), np.concatenate([[], *types]).astype(np.int32)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations, or None."""
+        if CHAT_TEMPLATE in self._files:
+            return self._files[CHAT_TEMPLATE].decode("utf-8")
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {part.get("name"): part.get("template") for part in template if isinstance(part, dict)}.get("default")
+        return template if isinstance(template, str) else None
+
+    def with_chat_template(self, template: str) -> "PublishedTokenizer":
+        """The same with another template of conversations."""
+        return PublishedTokenizer(self._files | {CHAT_TEMPLATE: template.encode("utf-8")}, self.config)
+
+    def files(self) -> dict[str, bytes]:
+        """The files it was made from, byte for byte."""
+        return dict(self._files)
+
+    def has_tokens_of(self, files: Mapping[str, bytes]) -> bool:
+        """Whether text becomes the same tokens with these files of a tokenizer: settings and templates may differ."""
+        return _vocabulary(self._files) == _vocabulary(files)
+
+    def to_json(self) -> str:
+        files = {name: _as_json(content) for name, content in self._files.items()}
+        return json.dumps({"kind": "published", "config": self.config, "files": files}, ensure_ascii=False)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "PublishedTokenizer":
+        """Of what `to_json` wrote, parsed."""
+        return cls({name: _from_json(content) for name, content in values["files"].items()}, values["config"])
+
+    def _object(self, name: str) -> dict:
+        """A JSON object in a file, {} where there is none."""
+        if name not in self._files:
+            return {}
+        try:
+            values = json.loads(self._files[name].decode("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"config.data.tokenizer: {name} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config.data.tokenizer: {name} holds no JSON object.")
+        return values
+
+    def _named_tokens(self) -> dict[str, str | None]:
+        """What each special token is called: by the tokenizer's own files, else by the defaults of its kind. An explicit null is none."""
+        named: dict[str, str | None] = dict(DEFAULTS.get(self._kind, {}))
+        for source in (self._object("special_tokens_map.json"), self._settings):
+            named |= {key: _content(source[key]) for key in _NAMED if key in source}
+        return named
+
+    def _added(self) -> dict[int, dict]:
+        """Tokens that files beside `tokenizer.json` add to the vocabulary, by id, as keywords of `tokenizers.AddedToken`."""
+        names = {name for name in self._named.values() if name}
+        added = {}
+        for name, number in self._object("added_tokens.json").items():
+            added[int(number)] = {"content": name, "special": name in names, "normalized": False}
+        for number, token in (self._settings.get("added_tokens_decoder") or {}).items():
+            keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            added[int(number)] = {key: token[key] for key in keys if key in token} if isinstance(token, dict) else {"content": token}
+        return dict(sorted(added.items()))
+
+    def _find_special(self, name: str) -> int | None:
+        if name == "start" and (self.config.get("is_encoder_decoder") or self._kind == "t5"):
+            # Where config.json does not say, a target starts with padding, as T5's.
+            return self.config.get("decoder_start_token_id", self._find_special("pad"))
+        for key in NAMES[name]:
+            token, number = self._named.get(key, ""), self.config.get(f"{key}_id")
+            if token is None:
+                continue  # the files say that there is none
+            found = self._coder.token_to_id(token)
+            if found is None and isinstance(number, int) and 0 <= number < self.tokens:
+                found = number
+            if found is not None:
+                return found
+        return None
+
+
+def from_reference(reference: str, data_dir: str | None) -> PublishedTokenizer:
+    """The tokenizer of a published model.
+
+    Args:
+      reference: `hf:PATH_OR_ID`.
+      data_dir: where a relative path is looked for after the working directory.
+
+    Raises:
+      ConfigError: no such model, or it has no tokenizer that can be read.
+    """
+    name = reference.removeprefix("hf:")
+    if data_dir and not os.path.isdir(name) and os.path.isdir(os.path.join(data_dir, name)):
+        reference = f"hf:{os.path.join(data_dir, name)}"
+    return from_folder(find(reference))
+
+
+def from_folder(folder: Folder) -> PublishedTokenizer:
+    """The tokenizer in the folder of a published model; ConfigError where there is none that can be read."""
+    return PublishedTokenizer(files_in(folder), folder.config, folder.reference)
+
+
+def files_in(folder: Folder) -> dict[str, bytes]:
+    """The files of a tokenizer that lie in the folder of a published model."""
+    return {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
+
+
+def _vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name not in ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)}
+
+
+def _missing(files: Mapping[str, bytes], kind: str) -> str:
+    there = [name for name in files if name not in ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)]
+    shown = f"it has {', '.join(there)}, and its model_type is {kind!r}" if there else "it has none of its files"
+    return (
+        f"{shown}. Bring its tokenizer.json; models without one are read from spiece.model or tokenizer.model (T5, Llama, Mistral), "
+        "vocab.txt (BERT), or vocab.json and merges.txt (GPT-2, RoBERTa, Qwen)."
+    )
+
+
+def _content(token: Any) -> str | None:
+    """A special token's name: written as it is, or as an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _as_json(content: bytes) -> dict[str, str]:
+    try:
+        return {"text": content.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
+
+
+def _from_json(content: Mapping[str, str]) -> bytes:
+    return content["text"].encode("utf-8") if "text" in content else base64.b64decode(content["base64"])
+
+
+def _around(single: Sequence[tuple[int | str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens before and after "A"."""
+    tokens = [token for token, _ in single]
+    place = tokens.index("A")
+    return np.array(tokens[:place], np.int32), np.array(tokens[place + 1 :], np.int32)
+
+
+def _cut(parts: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
+    """Parts that together have at most `room` tokens: the longer one is cut first."""
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    short, long = sorted((len(parts[0]), len(parts[1])))
+    if short + long > room:
+        long = max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    first, second = (long, short) if len(parts[0]) > len(parts[1]) else (short, long)
+    return [parts[0][:first], parts[1][:second]]

@@ -1,0 +1,503 @@
+"""Several processes: who they are, how they meet, how they notice each other's end, and how they stop together."""
+
+import itertools
+import json
+import random
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from jaxmodels.distributed import processes as processes_lib
+from jaxmodels.distributed.member import Member, meet
+from jaxmodels.distributed.processes import Processes, expand_hosts, find
+from jaxmodels.errors import ConfigError, Interrupted, RunError
+
+# Finding out
+
+
+def test_one_process_where_nothing_says_otherwise():
+    assert find(environment={}) is None
+    assert find(processes="1", environment={}) is None
+    # In a batch script before srun, and with a single task, there is one process.
+    batch = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert find(environment=batch) is None
+    assert find(environment=batch | {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert find(environment={"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) is None
+    assert find(environment={"JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+
+
+def test_arguments_and_their_environment():
+    found = find("10.0.0.1:1234", "4", "2", environment={})
+    assert (found.coordinator, found.jax_coordinator, found.count, found.index) == ("10.0.0.1:1234", "10.0.0.1:1235", 4, 2)
+    environment = {"JAXMODELS_COORDINATOR": "[::1]:99", "JAXMODELS_PROCESSES": "3", "JAXMODELS_PROCESS": "1"}
+    found = find(environment=environment)
+    assert (found.host, found.coordinator, found.count, found.index) == ("::1", "[::1]:99", 3, 1)
+    assert find(process="2", environment=environment).index == 2  # an argument comes before the environment
+    # All three given count more than what started the process.
+    assert find("h:1", "4", "2", environment=slurm(3)).source == "arguments"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("h:1", None, None), "--coordinator=h:1 needs --processes=N and --process=I"),
+        ((None, "2", None), "--processes=2 needs --coordinator=HOST:PORT and --process=I"),
+        (("h:1", "2", None), "needs --process=I"),
+        ((None, None, "1"), "needs --coordinator=HOST:PORT and --processes=N"),
+        (("h:1", "2", "2"), "--process=2: the 2 processes are numbered from 0 to 1"),
+        (("h", "2", "1"), "--coordinator must be HOST:PORT"),
+        (("h:65535", "2", "1"), "between 1 and 65534"),
+        (("h:1", "two", "1"), "--processes must be a whole number of at least 1 (or tpu), got 'two'"),
+        (("h:1", "0", "0"), "--processes must be a whole number of at least 1"),
+        (("h:1", "2", "-1"), "--process must be a whole number of at least 0, got '-1'"),
+        (("h:1", "1", "1"), "--process=1: the 1 process"),
+    ],
+)
+def test_arguments_that_make_no_sense(given, message):
+    with pytest.raises(ConfigError) as error:
+        find(*given, environment={})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def slurm(task, **changes):
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "gpu[09-10],login",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": str(task % 2),
+        "SLURMD_NODENAME": ["gpu09", "gpu10", "login"][task // 2],
+    } | changes
+
+
+def test_slurm():
+    found = [find(environment=slurm(task)) for task in range(5)]
+    assert [p.index for p in found] == [0, 1, 2, 3, 4] and {p.count for p in found} == {5}
+    assert {p.host for p in found} == {"gpu09"} and len({p.port for p in found}) == 1
+    assert found[0].hosts == ("gpu09", "gpu09", "gpu10", "gpu10", "login")
+    assert [p.local_device for p in found] == [0, 1, 0, 1, None]  # alone on its host: all that is there
+    assert find(environment=slurm(3, CUDA_VISIBLE_DEVICES="1")).local_device is None  # SLURM gave each its own
+    other = find(environment=slurm(0, SLURM_JOB_ID="4712"))
+    assert abs(other.port - found[0].port) >= 2 and 61000 <= other.port < 65534
+    assert find("elsewhere:5", environment=slurm(1)).coordinator == "elsewhere:5"
+    assert find(environment=slurm(1, SLURM_DISTRIBUTION="cyclic")).hosts == ()
+    with pytest.raises(ConfigError, match="--processes=4 contradicts SLURM, which says 5"):
+        find(processes="4", environment=slurm(1))
+    with pytest.raises(ConfigError, match="SLURM_PROCID"):
+        find(environment=slurm(0, SLURM_PROCID="x"))
+
+
+@pytest.mark.parametrize(
+    "text, hosts",
+    [
+        ("node001", ["node001"]),
+        ("a,b", ["a", "b"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[08-11,7],m", ["n08", "n09", "n10", "n11", "n7", "m"]),
+        ("r[1-2]c[0-1]-ib", ["r1c0-ib", "r1c1-ib", "r2c0-ib", "r2c1-ib"]),
+    ],
+)
+def test_slurm_node_lists(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+def test_open_mpi():
+    rank = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    four = find(environment=rank | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"})
+    assert (four.host, four.count, four.index, four.local_device) == ("10.96.0.1", 4, 3, 1)
+    six = find(environment=rank | {"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp6://[fe80::b9b:ac5d:9cf0:b858,2620:10d::2]:43370"})
+    assert six.host == "fe80::b9b:ac5d:9cf0:b858" and six.coordinator.startswith("[fe80::")
+    five = find(environment=rank | {"PMIX_NAMESPACE": "prterun-node-07-5123@1", "PMIX_SERVER_URI41": "prterun-node-07-5123@0.1;tcp4://10.0.0.2:40001"})
+    assert five.host == "node-07"
+    with pytest.raises(ConfigError, match="Open MPI started 4 processes but does not say where .* add --coordinator"):
+        find(environment=rank)
+    assert find("h:7", environment=rank).coordinator == "h:7"
+
+
+def test_gke():
+    tpu = {"JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "run-w-0-0.run,run-w-0-1.run", "TPU_WORKER_ID": "1"}
+    found = find(environment=tpu)
+    assert (found.coordinator, found.count, found.index) == ("run-w-0-0.run:8482", 2, 1) and found.hosts[1] == "run-w-0-1.run"
+    slices = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "run-w-0-0.run:8080"}
+    found = find(environment=tpu | slices)
+    assert (found.host, found.count, found.index) == ("run-w-0-0.run", 6, 5)
+    gpu = {"JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "w", "JOB_COMPLETION_INDEX": "1", "JOB_INDEX": "1", "JOBSET_JOBS": "2", "JAXMODELS_PROCESSES": "4"}
+    found = find(environment=gpu)
+    assert (found.coordinator, found.count, found.index) == ("run-w-0-0.run:8482", 4, 3) and found.hosts[3] == "run-w-1-1.run"
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """A Cloud VM's metadata server."""
+
+    attributes = {}
+
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        value = self.attributes.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
+        self.send_response(404 if value is None else 200)
+        self.end_headers()
+        self.wfile.write((value or "none").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(Metadata, "attributes", {})
+    yield Metadata.attributes
+    server.shutdown()
+    server.server_close()
+
+
+def test_cloud_tpu(metadata):
+    with pytest.raises(ConfigError, match="--processes=tpu: this machine tells nothing"):
+        find(processes="tpu", environment={})
+    metadata |= {"worker-network-endpoints": "a:1:10.0.0.4,b:2:10.0.0.5", "agent-worker-number": "1", "tpu-env": "ZONE: 'x'\n"}
+    found = find(processes="tpu", environment={})
+    assert (found.coordinator, found.count, found.index, found.hosts) == ("10.0.0.4:8482", 2, 1, ("10.0.0.4", "10.0.0.5"))
+    metadata["worker-network-endpoints"] = "host-a,host-b"
+    metadata["tpu-env"] = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9:8080'\n"
+    found = find(processes="tpu", environment={})
+    assert (found.host, found.count, found.index) == ("10.9.9.9", 4, 3)
+    with pytest.raises(ConfigError, match="--process=0 contradicts the TPU's metadata, which says 3"):
+        find(processes="tpu", process="0", environment={})
+
+
+def test_no_metadata_server(monkeypatch):
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match="--processes=tpu: there is no metadata server"):
+        find(processes="tpu", environment={})
+
+
+# Meeting
+
+
+def free_port() -> int:
+    """A port that is free, as is the next."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+class Crowd:
+    """Members in threads of this process, each with what became of it."""
+
+    def __init__(self, count, hosts=(), start_limit=5.0, hang_limit=1.5, stall_limit=60.0):
+        self.count, self.port, self.hosts, limits = count, free_port(), hosts, {"start_limit": start_limit, "hang_limit": hang_limit}
+        self.limits = limits | {"stall_limit": stall_limit}
+        self.members: dict[int, Member] = {}
+        self.errors: dict[int, Exception] = {}
+        self.left: dict[int, tuple[int, str]] = {}
+        self.threads = []
+
+    def join(self, index, *, key=None, config=None, versions=None, error=None, count=None):
+        """Starts the process `index`."""
+        key = index if key is None else key
+
+        def meet_others():
+            processes = Processes("127.0.0.1", self.port, count or self.count, index, "arguments", self.hosts)
+            leave = lambda status, reason: self.left.__setitem__(key, (status, reason))  # noqa: E731
+            try:
+                self.members[key] = meet(processes, config or {"config.seed": 0}, versions or {"jax": "1"}, error=error, leave=leave, **self.limits)
+            except RunError as error_:
+                self.errors[key] = error_
+
+        thread = threading.Thread(target=meet_others, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        return self
+
+    def met(self):
+        """Waits for all."""
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive(), "hangs"
+        return self
+
+    def wait_for_left(self, *keys, seconds=10):
+        end = time.monotonic() + seconds
+        while not all(key in self.left for key in keys):
+            assert time.monotonic() < end, self.left
+            time.sleep(0.01)
+
+    def end(self):
+        """All finish."""
+        everyone = [threading.Thread(target=member.bye, args=(0,), kwargs={"agreed": True}) for member in self.members.values()]
+        for thread in everyone:
+            thread.start()
+        for thread in everyone:
+            thread.join(20)
+        for member in self.members.values():
+            member._line.close()
+
+
+def everybody(count, **options):
+    crowd = Crowd(count, **options)
+    for index in reversed(range(count)):  # in any order
+        crowd.join(index)
+    return crowd.met()
+
+
+def test_all_meet_exchange_values_and_part_without_alarm():
+    crowd = everybody(4)
+    assert not crowd.errors and sorted(crowd.members) == [0, 1, 2, 3]
+    assert crowd.members[2].hosts == [socket.gethostname()] * 4
+    results = {}
+
+    def exchange(index):
+        results[index] = [crowd.members[index].gather("a", {"from": index}), crowd.members[index].gather("b")]
+
+    threads = [threading.Thread(target=exchange, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert results == {index: [[{"from": i} for i in range(4)], [None] * 4] for index in range(4)}
+    time.sleep(2)  # more than the hang limit: pings keep them together
+    crowd.end()
+    time.sleep(0.5)
+    assert not crowd.left
+
+
+def test_processes_that_do_not_come_are_named():
+    crowd = Crowd(4, hosts=("a", "b", "c", "d"), start_limit=1.0).join(0).join(2).met()
+    assert not crowd.members
+    for error in crowd.errors.values():
+        assert error.exit_status == 1 and "\n" not in str(error)
+        assert "processes 1 and 3 of 4 (on b, d) did not come within 1 s" in str(error)
+
+
+def test_a_coordinator_that_cannot_be_reached():
+    started = time.monotonic()
+    crowd = Crowd(2, start_limit=0.7).join(1).met()
+    assert time.monotonic() - started < 5
+    assert crowd.errors[1].exit_status == 1
+    assert f"process 1 cannot reach the coordinator 127.0.0.1:{crowd.port}" in str(crowd.errors[1]) and "Connection refused" in str(crowd.errors[1])
+    crowd = Crowd(2, start_limit=0.5)
+    processes = Processes("no-such-host.invalid", crowd.port, 2, 1, "arguments")
+    with pytest.raises(RunError, match="cannot reach the coordinator no-such-host.invalid"):
+        meet(processes, {}, {}, start_limit=0.5, hang_limit=1)
+
+
+def test_a_port_that_is_taken():
+    port = free_port()
+    for taken in (port, port + 1):
+        with socket.create_server(("127.0.0.1", taken)), pytest.raises(RunError, match=f"cannot listen on port {taken}"):
+            meet(Processes("127.0.0.1", port, 2, 0, "arguments"), {}, {}, start_limit=1, hang_limit=1)
+
+
+def test_different_configs_and_versions():
+    same = {"config.seed": 1, "config.model.width": 8, "--workdir": "runs/x"}
+    crowd = Crowd(3).join(0, config=same).join(1, config=same | {"config.seed": 2}).join(2, config={**same, "config.data.buffer": [3]}).met()
+    for error in crowd.errors.values():
+        assert isinstance(error, ConfigError) and error.exit_status == 2
+        assert "config.seed is 1 in processes 0 and 2, 2 in process 1" in str(error)
+        assert "config.data.buffer is (absent) in processes 0 and 1, [3] in process 2" in str(error)
+        assert "width" not in str(error) and "\n" not in str(error)
+    assert len(crowd.errors) == 3
+    crowd = Crowd(2).join(0, versions={"jax": "0.10.2", "jaxmodels": "1"}).join(1, versions={"jax": "0.12.0", "jaxmodels": "1"}).met()
+    assert {e.exit_status for e in crowd.errors.values()} == {2}
+    assert "different packages: jax is '0.10.2' in process 0, '0.12.0' in process 1" in str(crowd.errors[0])
+
+
+def test_a_difference_is_said_before_the_last_has_come():
+    started = time.monotonic()
+    crowd = Crowd(3, start_limit=60.0).join(0).join(1, config={"config.seed": 5}).met()
+    assert time.monotonic() - started < 20 and "config.seed is 0 in process 0, 5 in process 1" in str(crowd.errors[1])
+
+
+def test_two_processes_with_one_number_and_another_count():
+    crowd = Crowd(3).join(0).join(1).join(1, key="other").met()
+    assert len(crowd.errors) == 3 and {e.exit_status for e in crowd.errors.values()} == {2}
+    assert "two processes say that they are process 1" in str(crowd.errors[0]) and "pid" in str(crowd.errors["other"])
+    crowd = Crowd(3).join(0).join(1, count=4).met()
+    assert "process 1" in str(crowd.errors[0]) and "as one of 4 processes, process 0 as one of 3" in str(crowd.errors[1])
+
+
+def test_an_error_before_the_start_reaches_all():
+    crowd = Crowd(2, start_limit=60.0).join(0).join(1, error=ConfigError("there is no file x.py.")).met()
+    assert crowd.errors[0].exit_status == 2 and str(crowd.errors[0]).endswith("left: there is no file x.py.")
+
+
+def test_strangers_are_left_alone():
+    crowd = Crowd(2).join(0)
+    time.sleep(0.3)
+    with socket.create_connection(("127.0.0.1", crowd.port)) as one, socket.create_connection(("127.0.0.1", crowd.port)) as two:
+        one.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        two.sendall(b'{"kind": "hello", "index": "0"}\n[1]\n')
+        crowd.join(1).met()
+    assert not crowd.errors
+    crowd.end()
+
+
+# Leaving
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_dies_is_noticed_by_all_others(victim):
+    crowd = everybody(3)
+    killed = crowd.members[victim]
+    if victim == 0:  # with it goes the hub
+        for peer in killed.hub._peers.values():
+            peer.line.socket.shutdown(socket.SHUT_RDWR)
+    else:
+        killed._line.socket.shutdown(socket.SHUT_RDWR)
+    others = [index for index in range(3) if index != victim]
+    crowd.wait_for_left(*others)
+    for index in others:
+        status, reason = crowd.left[index]
+        assert status == 1 and f"process {victim} ({socket.gethostname()}) died; leaving. The same command goes on from the last checkpoint." == reason
+
+
+def silence(member):
+    """The member does nothing any more, as if it was stopped."""
+    member._line.send = lambda **_: True
+    if member.hub is not None:
+        for peer in member.hub._peers.values():
+            peer.line.send = lambda **_: True
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_process_that_is_silent_is_given_up(victim):
+    crowd = everybody(3)
+    started = time.monotonic()
+    silence(crowd.members[victim])
+    others = [index for index in range(3) if index != victim]
+    crowd.wait_for_left(*others)
+    assert 1 < time.monotonic() - started < 8
+    for index in others:
+        assert crowd.left[index][0] == 1 and f"process {victim} ({socket.gethostname()}) has been silent for 1.5 s" in crowd.left[index][1]
+    if victim:  # it learns of it too, once it goes on
+        crowd.wait_for_left(victim)
+
+
+def test_a_main_thread_that_hangs_is_given_up_in_the_end():
+    crowd = everybody(3, stall_limit=3.0)
+    time.sleep(4)
+    assert not crowd.left, "before the first step there is compiling, which takes as long as it takes"
+    for member in crowd.members.values():
+        member.check()
+    for index in (0, 2):  # process 1 hangs, and the others wait for it in what comes next
+        crowd.members[index].check()
+    crowd.wait_for_left(0, 1, 2)
+    for status, reason in crowd.left.values():
+        assert status == 1
+        assert reason.startswith(f"no process has passed a step for 3 s (--stall_limit); process 1 ({socket.gethostname()}) is behind the others; leaving.")
+
+
+def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():
+    crowd = everybody(3)
+    crowd.members[1].bye(3, "diverged at step 7", agreed=False)
+    crowd.wait_for_left(0, 2)
+    assert set(crowd.left.values()) == {(3, f"process 1 ({socket.gethostname()}) left: diverged at step 7")}
+    assert 1 not in crowd.left
+
+
+def test_others_may_end_by_themselves_after_an_error():
+    crowd = everybody(2)
+    crowd.members[1].bye(3, "diverged", agreed=False)
+    crowd.members[0].bye(3, "diverged", agreed=False)
+    time.sleep(1)
+    assert not crowd.left  # neither was made to
+
+
+# Stopping together
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_all_stop_at_the_same_check_wherever_they_are(seed):
+    """Every process waits in 'collectives' for the others, as real ones do: a stop may not need a main thread that is held there."""
+    draw = random.Random(seed)
+    count, steps = draw.choice([1, 2, 3, 5]), 400
+    crowd = everybody(count)
+    collectives = [threading.Barrier(count) for _ in range(steps)]
+    every = draw.choice([1, 1, 2, 7, 1000])  # steps between reads from the device: until then a process runs ahead
+    stopped, passed = {}, dict.fromkeys(range(count), 0)
+    pauses = {index: draw.choice([0, 0.0005, 0.004]) for index in range(count)}
+
+    def main(index):
+        try:
+            for step in range(steps):
+                time.sleep(pauses[index] * draw.random())
+                if step % every == every - 1:
+                    collectives[step].wait(20)
+                crowd.members[index].check()
+                passed[index] += 1
+            stopped[index] = "finished"
+        except Interrupted as error:
+            stopped[index] = str(error)
+        except threading.BrokenBarrierError:
+            stopped[index] = "dead-lock"
+
+    threads = [threading.Thread(target=main, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(draw.random() * 0.1)
+    signalled = draw.sample(range(count), draw.randint(1, count))
+    for index in signalled:
+        crowd.members[index].request_stop("SIGTERM")
+    for thread in threads:
+        thread.join(30)
+    assert len(set(passed.values())) == 1, passed
+    assert set(stopped) == set(range(count)) and "dead-lock" not in stopped.values()
+    if stopped[0] == "finished":
+        assert set(stopped.values()) == {"finished"} and passed[0] == steps
+    else:
+        assert all(text.startswith("SIGTERM") for text in stopped.values()) and sum("(at process" not in text for text in stopped.values()) == 1
+    crowd.end()
+    assert not crowd.left
+
+
+def test_a_stop_before_the_first_check_waits_for_it():
+    crowd = everybody(2)
+    crowd.members[1].request_stop("SIGINT")
+    time.sleep(0.3)
+    for index in range(2):
+        with pytest.raises(Interrupted):
+            crowd.members[index].check()
+    assert crowd.members[0].agreed and not crowd.left
+    crowd.end()
+
+
+def test_a_stop_after_the_last_check_changes_nothing():
+    crowd = everybody(2)
+    for member, _ in itertools.product(crowd.members.values(), range(3)):
+        member.check()
+    crowd.members[0].request_stop("SIGTERM")
+    time.sleep(0.3)
+    crowd.end()
+    assert not crowd.left and not any(member.agreed for member in crowd.members.values())
+
+
+def test_messages_are_json_lines_over_the_given_port():
+    """The hello holds a checksum of the config beside it, so that agreement costs a comparison."""
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(
+            target=lambda: pytest.raises(RunError, meet, Processes("127.0.0.1", port, 2, 1, "x"), {"a": 1}, {}, start_limit=5, hang_limit=1)
+        )
+        thread.start()
+        connection = server.accept()[0]
+        hello = json.loads(connection.makefile().readline())
+        connection.close()
+    thread.join(10)
+    assert hello["kind"] == "hello" and hello["config"] == {"a": 1} and len(hello["digests"]["config"]) == 64
+
+
+def test_ports_of_the_module():
+    assert processes_lib.address("::1", 5) == "[::1]:5" and processes_lib.parse_address("h:5") == ("h", 5)

@@ -1,0 +1,79 @@
+"""Every config in configs/ is whole: it resolves, opens its data, and makes its model and state by shape."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT
+
+from jaxmodels.config import load_config
+from jaxmodels.experiment.build import build_experiment
+from jaxmodels.experiment.sections import resolve
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+NEEDS_RUN = ("bert_classify", "bert_sst2", "lora_sst2")  # their tokenizer is that of a run which is trained first: here they get another
+NEEDS_DATA = (
+    "bert_hf_ner",
+    "bert_hf_sst2",
+    "bert_mlm_sst2",
+    "bert_sst2",
+    "cnn_mnist",
+    "forecast_linear",
+    "forecast_lstm",
+    "forecast_transformer",
+    "gpt2_hf_text",
+    "gpt_shakespeare",
+    "lora_sst2",
+    "lstm_shakespeare",
+    "lstm_sst2",
+    "resnet_cifar10",
+    "tagger_wikiann",
+    "vit_cifar10",
+    "vit_hf_cifar10",
+)
+NEEDS_CHATS = ("llama_hf_sft_lora",)  # of the user's own: tests/pretrained/test_pretrained_recipes.py trains it
+
+
+def load(path, published):
+    """A config; where it starts from a published model, from one of random weights."""
+    argument = f":{published(path.stem)}" if "_hf_" in path.stem else ""
+    return load_config(f"{path}{argument}", {"data.tokenizer": "byte+special"} if path.stem in NEEDS_RUN else None)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_resolves_and_says_what_it_reaches(path, published):
+    resolve(load(path, published))
+    header = path.read_text().split('"""')[1]
+    assert f"jaxmodels train --config=configs/{path.name}" in header, "the header gives the command"
+    assert "Reached" in header and "Time" in header, "the header gives the result and the time"
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in NEEDS_DATA + NEEDS_CHATS], ids=lambda p: p.stem)
+def test_config_builds(path, published):
+    assert jax.tree.leaves(build_experiment(load(path, published)).state_shapes().params)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem in NEEDS_DATA], ids=lambda p: p.stem)
+def test_config_builds_on_real_data(path, data_dir, published):
+    assert jax.tree.leaves(build_experiment(load(path, published), data_dir=data_dir).state_shapes().params)
+
+
+def test_no_device_is_started_by_building():
+    """Devices of several processes wait for each other at their start, which only `train` knows to be the time for."""
+    names = ("lstm_text", "seq2seq_transformer", "mixtral_8x7b", "vit_g14")
+    program = f"""
+from jaxmodels.config import load_config
+from jaxmodels.experiment.build import build_experiment
+for name in {names}:
+    assert build_experiment(load_config(f"configs/{{name}}.py")).state_shapes().params
+import jax
+try:
+    jax.devices()
+except RuntimeError:
+    print("none could have been")
+"""
+    env = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "none could have been\n"), done.stderr

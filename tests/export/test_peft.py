@@ -1,0 +1,319 @@
+"""LoRA adapters in PEFT's format, against PEFT itself on the same models. The rest of it: pytest -m slow tests/export/test_peft.py"""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import peft
+import pytest
+import random_pretrained
+import torch
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from untrained_runs import begun_run, untrained_run
+
+import jaxmodels
+from jaxmodels.cli import main as cli
+from jaxmodels.errors import ConfigError
+from jaxmodels.export.peft import export_adapters, shortest
+from jaxmodels.models.functional import flatten, split, unflatten
+from jaxmodels.pretrained.peft import read
+from jaxmodels.pretrained.weights import load_model
+from jaxmodels.runs.checkpoint import Checkpoints, Progress, open_run
+from jaxmodels.runs.merge import merge
+from jaxmodels.step.state import TrainState
+
+TOKENS = np.random.default_rng(0).integers(3, random_pretrained.VOCABULARY, (4, 13)).astype(np.int32)
+TOKENS[0, 0] = random_pretrained.VOCABULARY - 1  # a source of arrays goes by its largest token
+LABELS = np.arange(4, dtype=np.int32) % 3
+# Names of modules there; what of them they mean here.
+TARGETS = {
+    "llama": (["q_proj", "down_proj", "embed_tokens"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/down$", "^embed$"]),
+    "gpt2": (["c_attn", "c_fc"], [*(rf"^blocks/\d+/attention/{name}$" for name in ("key", "query", "value")), r"^blocks/\d+/mlp/up$"]),
+    "bert_classes": (["query", "intermediate.dense"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/up$"]),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """name -> folder of a published model, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            random_pretrained.make(name).save_pretrained(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """name -> folder of adapters that PEFT made for a model, and its logits with them."""
+    made = {}
+
+    def get(name, **options):
+        key = (name, str(options))
+        if key not in made:
+            torch.manual_seed(1)
+            model = _model(name, base(name))
+            config = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS[name][0]} | options
+            adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
+            with torch.no_grad():
+                for key_, parameter in adapted.named_parameters():
+                    if "lora_" in key_:
+                        parameter.copy_(0.3 * torch.randn_like(parameter))
+                named = dict(adapted.named_parameters())
+                for key_ in named:
+                    if "lm_head.lora_A" in key_ and name == "gpt2":  # what is one matrix there has adapters that say the same
+                        a, b = (next(x for other, x in named.items() if f"lora_embedding_{side}" in other) for side in "AB")
+                        named[key_].copy_(b.T)
+                        named[key_.replace("lora_A", "lora_B")].copy_(a.T)
+            folder = tmp_path_factory.mktemp("adapters")
+            adapted.save_pretrained(folder, save_embedding_layers=False)
+            _set(folder, base_model_name_or_path=str(base(name)))
+            made[key] = (folder, random_pretrained.logits(adapted.eval(), (TOKENS,)))
+        return made[key]
+
+    return get
+
+
+def _model(name, path):
+    return type(random_pretrained.make(name)).from_pretrained(path).eval()
+
+
+def _set(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def config_of(name, init_from, **changes):
+    classes = name == "bert_classes"
+    config = {
+        "init_from": init_from,
+        "task": "classify_text" if classes else {"name": "language_model", "sample_length": 0},
+        "data": {"source": "arrays", "batch_size": 4},
+        "optimizer": {"name": "sgd", "learning_rate": 1e-30},
+        "training": {"steps": 1},
+        "log": {"tensorboard": False},
+    }
+    return config | changes
+
+
+def begin(config, workdir):
+    return begun_run(config, {"train": {"tokens": TOKENS, "label": LABELS} if config["task"] == "classify_text" else {"tokens": TOKENS}}, workdir)
+
+
+def run(model, tokens=TOKENS):
+    graph, state = nnx.split(model)
+    return np.asarray(_run(graph, state, tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, state, tokens):
+    return nnx.merge(graph, state)(tokens)
+
+
+@pytest.mark.parametrize(("name", "scan"), [("llama", True), ("gpt2", False), pytest.param("bert_classes", False, marks=pytest.mark.slow)])
+def test_adapters_come_in_and_go_out_as_they_were(base, adapters, tmp_path, name, scan):
+    """Their tensors back bitwise; the logits of the run, of the merged model, and of PEFT with what comes out are PEFT's with what went in."""
+    folder, expected = adapters(name)
+    config = config_of(name, {"run": f"hf:{base(name)}", "adapters": str(folder)}, **({"model": {"scan": True}} if scan else {}))
+    loaded = jaxmodels.load(begin(config, tmp_path / "run"))
+    targets = [target.replace(r"\d+/", "") if scan else target for target in TARGETS[name][1]]
+    lora = loaded.config["lora"]
+    assert sorted(lora["targets"]) == sorted(targets) and (lora["rank"], lora["alpha"]) == (3, 6.0)
+    np.testing.assert_allclose(run(loaded.model), expected, atol=1e-4)
+    if name != "bert_classes":  # whose task wants a tokenizer
+        np.testing.assert_allclose(run(jaxmodels.load(f"hf:{folder}").model), expected, atol=1e-4)
+    assert np.abs(run(load_model(f"hf:{base(name)}")) - expected).max() > 1e-2
+    out = export_adapters(str(tmp_path / "run"), str(tmp_path / "out"))
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, out))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.tobytes() == after[key].tobytes() and value.shape == after[key].shape, key
+    again = peft.PeftModel.from_pretrained(_model(name, base(name)), out)
+    np.testing.assert_allclose(random_pretrained.logits(again.eval(), (TOKENS,)), expected, atol=1e-6)
+    values = json.loads((out / "adapter_config.json").read_text())
+    assert sorted(values["target_modules"]) == sorted(TARGETS[name][0]) and values["base_model_name_or_path"] == str(base(name))
+
+
+def there(name, path, out):
+    """PEFT's logits with adapters."""
+    model = peft.PeftModel.from_pretrained(_model(name, path), out)
+    return random_pretrained.logits(model.eval(), (TOKENS,))
+
+
+def drawn(path):
+    """The run with every adapter drawn anew, which zeros would not tell apart."""
+    opened = jaxmodels.load(path)
+    folder, checkpoints, step = open_run(path)
+    checkpoints.close()
+    flat = {name: x for name, x in flatten(split(opened.model)[1]).items() if "lora_" in name or name.startswith("head/")}
+    random = np.random.default_rng(2)
+    flat = {name: jax.numpy.asarray(0.2 * random.standard_normal(x.shape, np.float32)) for name, x in flat.items()}
+    state = TrainState(jax.numpy.int32(step + 1), unflatten(flat), {}, {}, {}, {}, {}, jax.numpy.zeros((), jax.numpy.int32))
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.save(state, Progress(finished=True))
+    checkpoints.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    "targets", [("attention/(query|key|value)", "mlp/up"), pytest.param(("attention/(query|value)", "attention/out"), marks=pytest.mark.slow)]
+)
+def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_path, targets):
+    """GPT-2's, which are trained apart here: exactly, and back again bitwise."""
+    lora = {"rank": 2, "alpha": 3.0, "targets": targets}
+    path = drawn(begin(config_of("gpt2", f"hf:{base('gpt2')}", lora=lora), tmp_path / "run"))
+    out = tmp_path / "out"
+    assert cli.run(["export", path, str(out), "--format=peft"]) == 0
+    assert cli.run(["export", path, str(out), "--format=peft"]) == cli.run(["export", path, str(out)]) == 2  # the folder is taken
+    values = json.loads((out / "adapter_config.json").read_text())
+    for key, value in {"rank_pattern": 6, "alpha_pattern": 9}.items():
+        assert values[key] == {f"transformer.h.{i}.attn.c_attn": value for i in range(2)}
+    expected = run(jaxmodels.load(path).model)
+    np.testing.assert_allclose(there("gpt2", base("gpt2"), out), expected, atol=1e-4)
+    merge(path, str(tmp_path / "merged"))  # with the published weights that it borrows
+    np.testing.assert_allclose(run(jaxmodels.load(str(tmp_path / "merged")).model), expected, atol=1e-4)
+    again = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(out)}), tmp_path / "again")
+    before, after = (flatten(split(jaxmodels.load(one).model)[1]) for one in (path, again))
+    assert before.keys() == after.keys() and sum("lora_" in name for name in before) == 2 * 2 * (4 if "up" in targets[1] else 3)
+    for name, x in before.items():
+        np.testing.assert_array_equal(x, after[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_an_embedding_that_is_the_output_layer_too(base, adapters, tmp_path):
+    """PEFT adapts each of the two: both alike are one here, one alone is refused."""
+    folder, expected = adapters("gpt2", target_modules=["wte", "lm_head", "c_fc"])
+    path = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(folder)}), tmp_path / "run")
+    np.testing.assert_allclose(run(jaxmodels.load(path).model), expected, atol=1e-4)
+    out = export_adapters(path, str(tmp_path / "out"))
+    np.testing.assert_allclose(there("gpt2", base("gpt2"), out), expected, atol=1e-4)
+    assert load_file(out / "adapter_model.safetensors").keys() == load_file(folder / "adapter_model.safetensors").keys()
+    np.testing.assert_allclose(run(load_model(f"hf:{folder}")), expected, atol=1e-4)
+    apart, _ = adapters("gpt2", target_modules=["wte"])
+    other = config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(apart)})
+    for use in (lambda: load_model(f"hf:{apart}"), lambda: begin(other, tmp_path / "other")):
+        with pytest.raises(ConfigError, match="transformer.wte has an adapter of its own, but is embedding and output layer in one here"):
+            use()
+
+
+@pytest.mark.slow
+def test_a_head_trained_beside_the_adapters_goes_out_whole(base, tmp_path):
+    path = base("bert_classes")
+    config = config_of("bert_classes", {"run": f"hf:{path}", "skip": ("head/",)}, lora={"rank": 2, "targets": ("attention/value",)})
+    config["training"] = {"steps": 1, "trainable": ("head/",)}
+    out = export_adapters(drawn(begin(config, tmp_path / "run")), str(tmp_path / "out"))
+    assert sorted(json.loads((out / "adapter_config.json").read_text())["modules_to_save"]) == ["bert.pooler.dense", "classifier"]
+    np.testing.assert_allclose(there("bert_classes", path, out), run(jaxmodels.load(str(tmp_path / "run")).model), atol=1e-4)
+    config["training"]["trainable"] = ("head/", "^embed/")
+    with pytest.raises(ConfigError, match="embed/embedding was trained beside the adapters"):
+        export_adapters(begin(config, tmp_path / "more"), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_root_of_the_rank_as_scale(base, adapters, tmp_path):
+    folder, expected = adapters("llama", use_rslora=True, target_modules=["up_proj", "lm_head"])
+    loaded = jaxmodels.load(begin(config_of("llama", {"run": f"hf:{base('llama')}", "adapters": str(folder)}), tmp_path / "run"))
+    assert loaded.config["lora"]["alpha"] == pytest.approx(6 * 3**0.5)
+    np.testing.assert_allclose(run(loaded.model), expected, atol=1e-4)
+    np.testing.assert_allclose(there("llama", base("llama"), export_adapters(str(tmp_path / "run"), str(tmp_path / "out"))), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"use_dora": True}, "use_dora=True changes what the adapters compute"),
+        ({"bias": "all"}, "bias='all' changes"),
+        ({"lora_bias": True}, "lora_bias=True changes"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] changes"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] changes"),
+        ({"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 1}}, r"rank_pattern={'up_proj': 3}: adapters of several ranks or scales"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has the rank 2, but .* is .3, 32."),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the model's own weights"),
+        ({"some_new_option": 1}, "some_new_option=1 changes"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; only LORA is"),
+        ({"r": "three"}, "r='three' and lora_alpha=6 are no rank and scale"),
+    ],
+)
+def test_options_that_mean_something_else_are_refused_by_name(adapters, tmp_path, values, problem):
+    copy = tmp_path / "copy"
+    shutil.copytree(adapters("llama")[0], copy)
+    _set(copy, **values)
+    with pytest.raises(ConfigError, match=problem):
+        read(str(copy))
+
+
+def test_bad_adapters_are_refused(base, adapters, tmp_path):
+    folder, _ = adapters("llama")
+
+    def error(change, *, init_from=None, **config):
+        copy = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(folder, copy)
+        change(copy)
+        with pytest.raises(ConfigError) as raised:
+            begin(config_of("llama", {"run": init_from or f"hf:{base('llama')}", "adapters": str(copy)}, **config), copy / "run")
+        assert not (copy / "run").exists()
+        return str(raised.value)
+
+    def rewrite(copy, change):
+        tensors = load_file(copy / "adapter_model.safetensors")
+        save_file(change(tensors), copy / "adapter_model.safetensors")
+
+    def pickled(copy):
+        (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
+
+    query = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    assert "adapter_model.bin, a pickle" in error(pickled)
+    assert "has no adapter_model.safetensors" in error(lambda copy: (copy / "adapter_model.safetensors").unlink())
+    assert "it has no adapter_config.json" in error(lambda copy: (copy / "adapter_config.json").unlink())
+    assert "cut off" in error(lambda copy: (copy / "adapter_model.safetensors").write_bytes((copy / "adapter_model.safetensors").read_bytes()[:-4]))
+    assert f"has {query}A.weight, and no {query}B.weight" in error(
+        lambda copy: rewrite(copy, lambda t: {k: v for k, v in t.items() if k != f"{query}B.weight"})
+    )
+    assert f"tensors that are no adapters: {query}magnitude" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}magnitude": np.zeros(2, np.float32)}))
+    assert "is [3, 32] and" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}B.weight": np.zeros((32, 2), np.float32)}))
+    narrow = error(lambda copy: rewrite(copy, lambda t: t | {f"{query}A.weight": np.zeros((3, 30), np.float32)}))
+    assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) here, (30, 3) there" in narrow
+    strange = {
+        "base_model.model.model.strange.lora_A.weight": np.zeros((3, 4), np.float32),
+        "base_model.model.model.strange.lora_B.weight": np.zeros((4, 3), np.float32),
+    }
+    assert "there are no adapters here for model.strange of llama" in error(lambda copy: rewrite(copy, lambda t: t | strange))
+    targets = ("attention/query", "mlp/down", "^embed$")
+    assert "config.lora.rank=2, but" in error(lambda copy: None, lora={"rank": 2, "targets": targets})
+    assert "alpha / rank = 1 here, by 2 in" in error(lambda copy: None, lora={"rank": 3, "targets": targets})
+    differs = error(lambda copy: None, lora={"rank": 3, "alpha": 6.0, "targets": ("attention/query", "mlp/up")})
+    assert "blocks/0/mlp/up has an adapter here, none in" in differs and "embed has an adapter in" in differs
+    assert "config.init_from.adapters=" in error(lambda copy: None, init_from=str(tmp_path), model={"name": "gpt"})
+    with pytest.raises(ConfigError, match="names no model that its adapters are for"):
+        _set(tmp_path / "0", base_model_name_or_path=None)
+        load_model(f"hf:{tmp_path / '0'}")
+    with pytest.raises(ConfigError, match="adapter_model.bin, a pickle"):
+        _set(tmp_path / "0", base_model_name_or_path=str(base("llama")))
+        load_model(f"hf:{tmp_path / '0'}")
+
+
+def test_runs_without_adapters_or_a_published_start_are_refused(base, tmp_path):
+    plain = begin(config_of("llama", f"hf:{base('llama')}"), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="has no adapters"):
+        export_adapters(plain, str(tmp_path / "out"))
+    model = {"name": "gpt", "layers": 1, "heads": 2, "width": 8, "context": 16}
+    own = untrained_run({**config_of("gpt2", None), "model": model}, {"vocab_size": random_pretrained.VOCABULARY}, tmp_path / "own")
+    on_a_run = begin(config_of("gpt2", own, model=model, lora={"rank": 2, "targets": ("query",)}), tmp_path / "on_a_run")
+    with pytest.raises(ConfigError, match="did not begin with published weights"):
+        export_adapters(on_a_run, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_modules_are_as_short_as_they_can_be():
+    every = ["a.0.up", "a.1.up", "a.0.out.dense", "a.1.out.dense", "pool.dense"]
+    assert shortest(["a.0.up", "a.1.up"], every) == ["up"]
+    assert shortest(["a.0.out.dense", "a.1.out.dense"], every) == ["out.dense"]
+    assert shortest(["a.1.up", "pool.dense"], every) == ["1.up", "pool.dense"]

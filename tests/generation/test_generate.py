@@ -1,0 +1,295 @@
+"""Texts made with a cache are those that the whole model makes: it reads every text anew here, and is asked for its likeliest token.
+
+`pytest -m slow tests/generation/test_generate.py -n 0` runs more kinds of models.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_models import drawn
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.generation import decoding
+from jaxmodels.generation.generate import Generator, bucket, generate
+from jaxmodels.models.functional import merge, split
+from jaxmodels.models.transformer import Decoder
+from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer
+
+V = 29
+SIZE = {"layers": 2, "heads": 4, "width": 16, "context": 64}
+LLAMA = SIZE | {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "tie_embeddings": False, "kv_heads": 2}
+MOE = {"moe": {"experts": 4, "top_k": 2}}
+SEQ2SEQ = SIZE | {"mlp_width": 24}
+T5 = SEQ2SEQ | {"positions": "relative", "norm": "rms", "post_norm": False, "activation": "geglu", "bias": False}
+T5 |= {"scale_attention": False, "head_width": 8}
+TEXTS = {
+    "learned": ("gpt", SIZE),
+    "mixtral": ("gpt", LLAMA | MOE | {"window": 5, "scan": True}),
+    "lstm": ("lstm", {"layers": 2, "width": 16}),
+}
+MORE = {
+    "llama": ("gpt", LLAMA),
+    "llama, stacked": ("gpt", LLAMA | {"scan": True}),
+    "mistral": ("gpt", LLAMA | {"window": 5}),
+    "qwen": ("gpt", LLAMA | {"query_key_norm": True, "qkv_bias": True, "rotary_scaling": {"kind": "yarn", "factor": 2.0, "original_context": 32}}),
+    "sinusoidal": ("gpt", SIZE | {"positions": "sinusoidal", "scan": True}),
+    "no positions": ("gpt", SIZE | {"positions": "none", "post_norm": True}),
+    "experts, unrolled": ("gpt", LLAMA | MOE),
+    "gru": ("gru", {"layers": 1, "width": 16, "embedding": 8}),
+}
+TARGETS = {"t5": ("encoder_decoder", T5 | {"scan": True})}
+MORE_TARGETS = {
+    "lstm_seq2seq": ("lstm_seq2seq", {"layers": 2, "width": 16}),
+    "original": ("encoder_decoder", SEQ2SEQ),
+    "learned positions": ("encoder_decoder", SEQ2SEQ | {"positions": "learned", "post_norm": False, "kv_heads": 2}),
+    "t5, unrolled": ("encoder_decoder", T5),
+    "gru_seq2seq": ("gru_seq2seq", {"layers": 1, "width": 16}),
+}
+
+
+def both(few, more):
+    return [*few, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
+
+
+class Plain(nnx.Module):
+    """A model without a cache: a mean over the tokens so far."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.table, self.output = (nnx.Param(jnp.asarray(rng.normal(0, 3, shape), jnp.float32)) for shape in ((V, 8), (8, V)))
+
+    def __call__(self, tokens):
+        x = jnp.cumsum(self.table[...][tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
+        return (x + self.table[...][tokens]) @ self.output[...]
+
+
+def prompts(*lengths):
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, V, length).tolist() for length in lengths]
+
+
+def assert_likeliest(logits, begun, made, apart=1e-4):
+    """Of each row: that each token made is the likeliest after what comes before it, and by how much more than rounding."""
+    for row, before, after in zip(logits, begun, made, strict=True):
+        at = np.asarray(row)[len(before) - 1 : len(before) + len(after) - 1]
+        np.testing.assert_array_equal(at.argmax(-1), after)
+        best = np.sort(at, axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > apart
+
+
+def filled(rows):
+    result = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = row
+    return result
+
+
+@pytest.mark.parametrize("name", both(TEXTS, MORE))
+def test_texts_of_several_prompts_at_once_are_those_of_the_whole_model(name):
+    model_name, options = (TEXTS | MORE)[name]
+    model, given = drawn(model_name, V, **options), prompts(3, 19, 1)
+    made = [c.tokens for c in generate(model, None, given, max_tokens=20)]
+    assert [len(tokens) for tokens in made] == [20, 20, 20]
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, filled([a + b for a, b in zip(given, made, strict=True)]))
+    assert_likeliest(logits, given, made)
+    if name == "learned" or name in MORE:  # alone, with other padding
+        assert generate(model, None, given[0], max_tokens=20)[0].tokens == made[0]
+
+
+@pytest.mark.parametrize("name", both(TARGETS, MORE_TARGETS))
+def test_targets_are_those_of_the_whole_model(name):
+    model_name, options = (TARGETS | MORE_TARGETS)[name]
+    model, sources, begun = drawn(model_name, V, **options), prompts(5, 2, 11), [[7]] * 3
+    made = [c.tokens for c in generate(model, None, sources, max_tokens=18, start=7)]
+    targets = filled([a + b for a, b in zip(begun, made, strict=True)])
+    logits = nnx.jit(lambda model, source, target: model(source, target))(model, filled(sources), targets)
+    assert_likeliest(logits, begun, made)
+    if name in MORE_TARGETS:  # alone
+        assert generate(model, None, sources[1], max_tokens=18, start=7)[0].tokens == made[1]
+
+
+@pytest.mark.parametrize("name", both([*TEXTS, *TARGETS], [*MORE, *MORE_TARGETS]))
+def test_half_precision_keeps_its_types(name):
+    """Traced only: a loop whose cache came back in another type would be refused."""
+    model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS)[name]
+    generator = Generator(drawn(model_name, V, **options), dtype=jnp.bfloat16, start=7)
+    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": generator._ends_E}
+    inputs = generator._inputs([np.arange(3), np.arange(5)])
+    state = jax.eval_shape(functools.partial(generator._programs.start, room=16, key=jax.random.key(0), **how), *generator.weights, *inputs)
+    state = jax.eval_shape(functools.partial(generator._programs.advance, **how), *generator.weights, state, np.int32(3), np.zeros(2, bool))
+    floats = {x.dtype for x in jax.tree.leaves(state["cache"]) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_model_without_a_cache_reads_anew():
+    model, given = Plain(), prompts(4, 9)
+    with pytest.warns(UserWarning, match="Plain keeps no cache.*reads the whole text anew"):
+        made = [c.tokens for c in generate(model, None, given, max_tokens=10)]
+    assert_likeliest(model(filled([a + b for a, b in zip(given, made, strict=True)])), given, made)
+
+
+def test_a_window_keeps_as_many_places_however_long_a_text_is():
+    model = nnx.eval_shape(lambda: drawn("gpt", V, **LLAMA, window=5))
+    for room in (3, 20, 2000):
+        cache = jax.eval_shape(lambda room=room: model.make_cache(2, room))
+        assert [x.shape for x in jax.tree.leaves(cache["layers"])] == [(2, 2, min(room, 5), 4)] * 4
+    states = jax.eval_shape(lambda: drawn("lstm", V, layers=1, width=6).make_cache(2, 2000))
+    assert [x.shape for x in jax.tree.leaves(states)] == [(2, 6)] * 2
+
+
+COUNTS = {"traced": 0}
+
+
+class Counted(Decoder):
+    """Counts how often it is traced."""
+
+    def prefill(self, *args):
+        COUNTS["traced"] += 1
+        return super().prefill(*args)
+
+    def extend(self, *args):
+        COUNTS["traced"] += 1
+        return super().extend(*args)
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = Counted(V, **SIZE, rngs=nnx.Rngs(0))
+    graph, params, stats = split(model)
+    rng = np.random.default_rng(1)
+    return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), params), stats)
+
+
+def test_a_call_compiles_twice_and_the_next_ones_not_at_all(small):
+    generator = Generator(small)
+    programs = (generator._programs.start, generator._programs.advance)
+    generator.generate(prompts(3, 9), max_tokens=30)
+    first = COUNTS["traced"]
+    assert [f._cache_size() for f in programs] == [1, 1] and first <= 4
+    for given, options in ((prompts(1, 14), {"max_tokens": 17}), (prompts(16, 2), {"max_tokens": 32, "seed": 5})):
+        generator.generate(given, **options)
+    assert [f._cache_size() for f in programs] == [1, 1] and COUNTS["traced"] == first
+    # Numbers of a kind of drawing are no part of what is compiled.
+    drawn_by = [generator.generate(prompts(3, 9), max_tokens=30, temperature=t, seed=1)[0].tokens for t in (0.5, 2.0)]
+    assert [f._cache_size() for f in programs] == [2, 2] and drawn_by[0] != drawn_by[1]
+    # Calls on a bare model share them too: a generator of the same graph has the same programs.
+    assert Generator(nnx.clone(small))._programs is generator._programs
+
+
+def test_the_cache_is_written_in_place(small):
+    """Neither a step nor a call copies keys and values: the compiled loop has no copy of their shape, and its result lies where they lay.
+
+    One row is where compilers are led to copy (see `models.cache.Packed`).
+    """
+    generator = Generator(small)
+    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(1, np.int32)}
+    start = functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how)
+    state = jax.eval_shape(start, *generator.weights, np.zeros((1, 16), np.int32))
+    compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(1, bool), **how).compile()
+    whole = r"= f32\[(\d+,)*4,48,4\]\S* "
+    lines = compiled.as_text().splitlines()
+    assert any(re.search(whole + "(fusion|dynamic-update-slice)", line) for line in lines)
+    assert not [line for line in lines if re.search(whole + "copy", line)]
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * 2 * 4 * 48 * 4
+
+
+def test_seeds_temperature_and_ends(small):
+    generator = Generator(small)
+    draw = lambda **options: [c.tokens for c in generator.generate(prompts(3, 9), max_tokens=30, temperature=1.0, **options)]  # noqa: E731
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    greedy = generator.generate(prompts(3, 9), max_tokens=30)
+    end = greedy[0].tokens[4]
+    cut = [c.tokens[: c.tokens.index(end)] if end in c.tokens else c.tokens for c in greedy]
+    ended = Generator(small, ends=(end,)).generate(prompts(3, 9), max_tokens=30)
+    assert [c.tokens for c in ended] == cut and ended[0].finish == "end" and greedy[0].finish == "length"
+
+
+def test_wrong_arguments_are_one_line_each(small):
+    letters = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.")
+    generator = Generator(small, letters)
+    for given, options, message in (
+        ("", {}, "prompt 1 is empty"),
+        ([], {}, "no prompt"),
+        (["abc", "A"], {}, "prompt 2: character 'A'"),
+        ([[1, 2], [V]], {}, f"whole numbers from 0 to {V - 1}"),
+        ("a" * 64, {}, "prompt 1 has 64 tokens, and the model's context holds 64 .* shorten it to 63"),
+        ("a" * 60, {"max_tokens": 9}, "max_tokens=9 is more than prompt 1 of 60 tokens leaves .*: max_tokens=4 fits"),
+        ("a", {"max_tokens": 0}, "max_tokens must be at least 1"),
+        ("a", {"temperature": -0.1}, "temperature must be 0"),
+        ("a", {"temperature": 1.0, "top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ("a", {"temperature": 1.0, "top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
+        ("a", {"temperature": 1.0, "min_p": -0.5}, "min_p must lie"),
+        ("a", {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
+        ("a", {"top_k": 5}, "top_k means nothing where the likeliest token is taken"),
+        ("a", {"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ("a", {"beams": 0}, "beams must be at least 1"),
+        ("a", {"beams": 2, "temperature": 1.0}, "beams search .* temperature draws"),
+        ("a", {"beams": 2, "stop": "."}, "leave out stop, or beams"),
+        ("a", {"length_penalty": 2.0}, "of beam search"),
+        ("a", {"stop": ["", "b"]}, "an empty string would end"),
+        ("a", {"stop": "A"}, "stop='A' can never come: character 'A'"),
+        ("a", {"seed": -1}, "seed must be"),
+        ("a", {"tok_k": 5}, "takes no 'tok_k'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generator.generate(given, **options)
+    bare = Generator(small)
+    for given, options, message in (
+        ("a", {}, "there is no tokenizer: give token numbers"),
+        ([1], {"stop": "b"}, "no tokenizer, so there are no texts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            bare.generate(given, **options)
+    with pytest.raises(ConfigError, match="leave out streaming, or beams"):
+        generator.stream("a", beams=2)
+    with pytest.raises(ConfigError, match="no tokenizer, so there is no text to stream"):
+        bare.stream([1])
+    with pytest.raises(ConfigError, match="token that a target begins with"):
+        Generator(drawn("lstm_seq2seq", V, width=8), letters)
+
+
+def test_sizes_that_share_a_program():
+    assert [bucket(n) for n in (1, 16, 17, 33, 49, 65, 97, 129, 1000)] == [16, 16, 32, 48, 64, 96, 128, 192, 1024]
+
+
+class Says(nnx.Module):
+    """Goes on with given bytes, whatever it read: byte i after position i - 1 of a prompt of one token."""
+
+    def __init__(self, text: bytes):
+        self.next = nnx.Param(jnp.asarray(list(text), jnp.int32))
+
+    def __call__(self, tokens):
+        return jax.nn.one_hot(jnp.broadcast_to(self.next[...][: tokens.shape[1]], tokens.shape), 256)
+
+
+def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
+    said = "Grün 😀, 漢字. END of it".encode()
+    model = Says(said + bytes(64 - len(said)))
+    with pytest.warns(UserWarning, match="keeps no cache"):
+        generator = Generator(model, ByteTokenizer())
+    pieces = list(generator.stream("x", max_tokens=len(said)))
+    assert "".join(pieces) == said.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
+    # A string over several tokens; what might be its beginning is held back until it is not.
+    pieces = list(generator.stream("x", max_tokens=len(said), stop=("END", "zzz")))
+    assert "".join(pieces) == "Grün 😀, 漢字. " and pieces[-1] == " "
+    (whole,) = generator.generate("x", max_tokens=len(said), stop=["of", "END"])
+    assert (whole.text, whole.finish) == ("Grün 😀, 漢字. ", "stop") and bytes(whole.tokens).endswith(b"END")
+    (cut,) = generator.generate("x", max_tokens=8)
+    assert (cut.text, cut.finish) == ("Grün \ufffd", "length")
+
+
+def test_a_sample_goes_on_from_the_second_half_of_a_full_context():
+    model = drawn("gpt", 30, layers=2, heads=2, width=16, context=9, tie_embeddings=False, norm="rms", seed=4)
+    tokens = decoding.sample(model, 3, 21, jax.random.key(0), temperature=0)
+    logits = jax.jit(lambda tokens: model(tokens[None])[0])  # of one shape: what lies behind is not seen
+    text, seen = [3], [3]
+    while len(text) < 22:
+        text.append(int(jnp.argmax(logits(jnp.array(seen + [0] * (9 - len(seen))))[len(seen) - 1])))
+        seen = text[-4:] if len(text) in (9, 13, 17, 21) else [*seen, text[-1]]
+    np.testing.assert_array_equal(tokens, text[1:])
+    assert len(set(text)) > 5

@@ -1,0 +1,124 @@
+"""Published models generate the same tokens here as in `transformers`, 200 of them, with a cache and without; beam search too.
+
+`pytest -m slow tests/generation/test_generate_pretrained.py -n 0` runs the other architectures.
+"""
+
+import numpy as np
+import pytest
+import tokenizer_folders as folders
+from flax import nnx
+
+import jaxmodels
+from jaxmodels.generation.generate import generate
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+torch.set_num_threads(1)  # of models this small, several threads wait for each other longer than they compute
+V, NEW = 384, 200
+_SIZE = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+_LLAMA = _SIZE | {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+_T5 = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+MODELS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_LLAMA, sliding_window=24)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**_T5, tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    ),
+}
+BY_DEFAULT = ("mistral",)
+
+
+class Uncached(nnx.Module):
+    """A model of which only the forward pass is known."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, tokens):
+        return self.model(tokens)
+
+
+class UncachedPair(nnx.Module):
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, source):
+        return self.model.encode(source)
+
+    def decode(self, target, memory):
+        return self.model.decode(target, memory)
+
+
+def made(name, folder, scale=0.4):
+    """The model of `transformers`, its matrices drawn so that logits lie apart; and ours, loaded from the folder that it saves."""
+    torch.manual_seed(0)
+    theirs = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.75 * scale if name == "t5" else scale)
+    theirs.save_pretrained(folder)
+    if name == "t5":
+        (folder / "tokenizer.json").write_text(folders.byte_level(["<pad>", "</s>"]).to_str())
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=None, decoder_start_token_id=0)
+    return theirs, jaxmodels.load(f"hf:{folder}")
+
+
+def theirs_of(model, prompts, **options):
+    """What `transformers` makes of prompts, filled up with padding that its mask tells of, and what it scores the steps."""
+    longest = max(map(len, prompts))
+    left = not model.config.is_encoder_decoder
+    tokens, mask = np.zeros((2, len(prompts), longest), int)
+    for i, prompt in enumerate(prompts):
+        at = slice(longest - len(prompt), None) if left else slice(0, len(prompt))
+        tokens[i, at], mask[i, at] = prompt, 1
+    with torch.inference_mode():
+        given = {"attention_mask": torch.tensor(mask), "max_new_tokens": NEW, "do_sample": False}
+        given |= {"return_dict_in_generate": True, "output_logits": True}
+        result = model.generate(torch.tensor(tokens), **(given | options))
+    return result.sequences[:, longest if left else 1 :].numpy(), result
+
+
+@pytest.mark.filterwarnings("ignore:.*keeps no cache")
+@pytest.mark.parametrize("name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+def test_the_likeliest_tokens_are_those_of_transformers(name, tmp_path):
+    theirs, ours = made(name, tmp_path)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, V, length).tolist() for length in (5, 31)]
+    expected, result = theirs_of(theirs, prompts)
+    logits = torch.stack(result.logits).topk(2).values
+    assert expected.shape == (2, NEW) and (logits[..., 0] - logits[..., 1]).min() > 1e-4 and len(np.unique(expected)) > 20
+    options = {"max_tokens": NEW}
+    np.testing.assert_array_equal([c.tokens for c in generate(ours.model, None, prompts, start=0, **options)], expected)
+    uncached = (UncachedPair if name == "t5" else Uncached)(ours.model)
+    np.testing.assert_array_equal([c.tokens for c in generate(uncached, None, prompts, start=0, **options)], expected)
+
+
+SEARCHES = [(3, 1.0, False, True), (3, 0.0, "never", True), (3, 1.5, "never", False), (2, 0.7, False, True)]
+SEARCHES += [(4, 2.0, True, True), (3, -1.0, False, True)]
+
+
+@pytest.mark.parametrize(
+    "name, beams, penalty, early, ending",
+    [("gpt2", 3, 2.0, True, True), *(pytest.param(name, *search, marks=pytest.mark.slow) for name in ("gpt2", "t5") for search in SEARCHES)],
+)
+def test_beams_are_those_of_transformers(name, beams, penalty, early, ending, tmp_path):
+    """The best text and its score: with a token that ends texts and without, for each way to end the search."""
+    theirs, ours = made(name, tmp_path, scale=0.2)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, V, 7).tolist() for _ in range(3)]
+    first = theirs_of(theirs, prompts, max_new_tokens=8)[0]
+    ends = first[:, 5].tolist() if ending else []  # some that do come
+    options = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early, "max_new_tokens": 16}
+    expected, result = theirs_of(theirs, prompts, **options, eos_token_id=ends or None, output_scores=True, pad_token_id=V - 1)
+    got = generate(ours.model, None, prompts, max_tokens=16, start=0, ends=ends, beams=beams, length_penalty=penalty, early_stopping=early)
+    rows = [row[: row.index(V - 1)] if V - 1 in row else row for row in expected.tolist()]
+    assert [c.tokens for c in got] == [row[:-1] if row[-1] in ends else row for row in rows]
+    np.testing.assert_allclose([c.score for c in got], result.sequences_scores.numpy(), rtol=1e-4)
+    assert not ending or any(len(row) < 16 for row in rows)

@@ -1,0 +1,71 @@
+"""Sources that write down which training examples each process read, call by call: the loader asks for one batch at a time."""
+
+import json
+import os
+
+import numpy as np
+
+from jaxmodels.data.source import Arrays, Dataset
+from jaxmodels.data.sources import text as text_lib
+from jaxmodels.errors import RunError
+
+
+class Watched:
+    """Another source in memory; every `take` appends the indices to `$WATCH/process-I.jsonl`."""
+
+    in_memory = True  # read when asked for, in order
+
+    def __init__(self, source):
+        self.source = source
+        self.path = os.path.join(os.environ["WATCH"], f"process-{os.environ.get('JAXMODELS_PROCESS', 0)}.jsonl")
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+    def take(self, indices):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(np.asarray(indices).tolist()) + "\n")
+        return self.source.take(indices)
+
+
+def _watch(dataset: Dataset) -> Dataset:
+    return Dataset(dataset.splits | {"train": Watched(dataset.splits["train"])}, dataset.info)
+
+
+def shakespeare(data_dir, *, sequence_length: int, stride: int | None = None) -> Dataset:
+    return _watch(text_lib.text("tinyshakespeare/input.txt", data_dir, sequence_length=sequence_length, stride=stride))
+
+
+def numbers(*, size: int = 960) -> Dataset:
+    """Small images whose class is easy to see."""
+    draw = np.random.default_rng(0)
+    labels = (np.arange(size) % 4).astype(np.int32)
+    images = draw.normal(size=(size, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
+    part = Arrays({"image": images, "label": labels})
+    return _watch(Dataset({"train": part, "validation": Arrays({"image": images[:50], "label": labels[:50]})}, {"image_shape": (8, 8, 1), "num_classes": 4}))
+
+
+class Failing(Watched):
+    """Fails in process 1, in its 30th batch."""
+
+    reads = 0
+
+    def take(self, indices):
+        self.reads += len(indices) > 1
+        if self.reads == 30 and os.environ.get("JAXMODELS_PROCESS") == "1":
+            raise RunError("file 7 of the data cannot be read.")
+        return super().take(indices)
+
+
+def failing() -> Dataset:
+    dataset = numbers()
+    return Dataset(dataset.splits | {"train": Failing(dataset.splits["train"].source)}, dataset.info)
+
+
+def batches(folder, rows: int) -> list[list[list[int]]]:
+    """What each process asked for, by process and call; calls for another number of rows are those that look at an example."""
+    files = sorted(folder.glob("process-*.jsonl"))
+    return [[call for line in open(file) if len(call := json.loads(line)) == rows] for file in files]

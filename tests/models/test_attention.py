@@ -1,0 +1,176 @@
+"""Attention against plain computations, its implementations against each other, and the choice between them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_configs
+from flax import nnx
+
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.build import build_experiment
+from jaxmodels.inference import load
+from jaxmodels.models import create, fused
+from jaxmodels.models.attention import attend, choose, settle
+from jaxmodels.parallel.layout import Layout
+
+
+def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
+    """Query by query, in float64, as the paper's formula reads."""
+    B, T, N, K = q.shape
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    y = np.zeros(q.shape)
+    for b, n, t in np.ndindex(B, N, T):
+        group = n // (N // k.shape[2])
+        seen = [s for s in range(k.shape[1]) if not (causal and s > t) and not (window and abs(s - t) >= window)]
+        seen = [s for s in seen if segments is None or segments[0][b, t] == segments[1][b, s]]
+        scores = k[b, seen, group] @ q[b, t, n] * (K**-0.5 if scale is None else scale)
+        scores = scores if bias is None else scores + np.asarray(bias, np.float64)[0, n, t, seen]
+        weights = np.exp(scores - scores.max())
+        y[b, t, n] = weights / weights.sum() @ v[b, seen, group]
+    return y
+
+
+def arrays(T=7, N=4, G=2, K=4, B=2):
+    draw = np.random.default_rng(0).normal
+    return tuple(draw(size=(B, T, heads, K)).astype(np.float32) for heads in (N, G, G))
+
+
+SEGMENTS = np.array([[0, 0, 0, 1, 1, -1, -1], [3, 3, 2, 2, 2, 2, 2]])
+BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": 3},
+        {"causal": True, "window": 2, "scale": 1.0},
+        {"segments": (SEGMENTS, SEGMENTS)},
+        {"bias": BIAS, "causal": True},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_attention_is_what_the_formula_says(options):
+    y = jax.jit(lambda q, k, v: attend(q, k, v, **options))(*arrays())
+    np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"segments": (SEGMENTS[:1], SEGMENTS[:1])}], ids=lambda options: "+".join(options))
+def test_the_tpu_kernel_computes_the_same(options):
+    # As an interpreter runs it on the CPU; sequences of 7 are filled up to its blocks of 128.
+    q, k, v = arrays(B=1)
+    plain = {"causal": False, "window": None, "segments": None, "bias": None, "scale": None}
+    y = fused.splash(q, k, v, **plain | options, interpret=True)
+    np.testing.assert_allclose(y, numpy_attend(q, k, v, **options), atol=1e-4)
+
+
+def test_gradients_of_the_tpu_kernel_are_those_of_the_formula(monkeypatch):
+    # Sequences of 300 are filled up to three blocks; two heads share keys and values.
+    monkeypatch.setattr(fused, "BLOCKS", {128: 128})
+    segments = jnp.asarray(np.repeat([[0, 0, 1], [0, 1, 1]], 100, axis=1))
+    options = {"causal": True, "segments": (segments, segments)}
+
+    def loss(attention, q, k, v):
+        return (attention(q, k, v, **options) * jnp.sin(jnp.arange(300)[:, None, None])).sum()
+
+    of_kernel = functools.partial(fused.splash, window=None, bias=None, scale=None, interpret=True)
+    ours, theirs = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(*arrays(T=300)) for f in (of_kernel, attend))
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-4 * np.abs(other).max())
+
+
+def test_the_tpu_kernel_works_in_blocks_that_suit_a_sequence():
+    # One block of 1,024 would be computed whole; and vector memory is short of room for wide heads, and for many queries.
+    assert [fused._block(length, 128) for length in (384, 1024, 1536, 2048, 8192, 131072)] == [128, 512, 512, 1024, 1024, 2048]
+    assert fused._block(131072, 128, most=1024) == 1024 and fused._block(131072, 256) == 512
+
+
+def test_the_tpu_kernel_and_its_gradient_lower_for_a_tpu():
+    def loss(q, k, v, segments):
+        return attend(q, k, v, causal=True, window=50, segments=(segments, segments), implementation="splash").astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, 300, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    segments = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+    exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(*shapes, segments)
+    assert [x.shape for x in exported.out_avals] == [x.shape for x in shapes]
+    assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, and backward to queries, and to keys and values
+
+
+ASKED = {"causal": True, "window": None, "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "changes", "used"),
+    [
+        ("auto", "cpu", "bfloat16", {}, "xla"),
+        ("auto", "gpu", "bfloat16", {}, "cudnn"),
+        ("auto", "gpu", "float32", {}, "xla"),
+        ("auto", "gpu", "bfloat16", {"bias": True}, "xla"),
+        ("auto", "gpu", "bfloat16", {"causal": False, "window": 4}, "xla"),
+        ("auto", "tpu", "float32", {}, "splash"),
+        ("auto", "tpu", "float32", {"context": "gather"}, "splash"),
+        ("auto", "tpu", "float32", {"context": "ring"}, "xla"),
+        ("auto", "gpu", "bfloat16", {"context": "gather"}, "xla"),
+        ("auto", "gpu", "bfloat16", {"context": "gather", "causal": False}, "cudnn"),
+        ("xla", "gpu", "bfloat16", {}, "xla"),
+        ("cudnn", "gpu", "float16", {}, "cudnn"),
+    ],
+)
+def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, changes, used):
+    assert choose(asked, platform, dtype, 64, **ASKED | changes)[0] == used
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "head_width", "changes", "said"),
+    [
+        ("cudnn", "cpu", "bfloat16", 64, {}, "needs an NVIDIA GPU"),
+        ("cudnn", "gpu", "float32", 64, {}, "not float32"),
+        ("cudnn", "gpu", "bfloat16", 36, {}, "not 36 wide"),
+        ("cudnn", "gpu", "bfloat16", 64, {"context": "gather"}, "mesh.context"),
+        ("splash", "gpu", "float32", 64, {}, "TPU kernel"),
+        ("splash", "tpu", "float32", 64, {"context": "ring"}, "sharding.context='gather'"),
+        ("auto", "cpu", "float32", 64, {"context": "ring", "bias": True}, "sharding.context='gather'"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head_width, changes, said):
+    with pytest.raises(ValueError, match=said):
+        choose(asked, platform, dtype, head_width, **ASKED | changes)
+
+
+def test_settling_reaches_every_attention_and_says_what_was_chosen():
+    model = nnx.eval_shape(lambda: create("t5-v1.1-small", 11, layers=2, heads=2, width=16, head_width=8, scan=True, rngs=nnx.Rngs(0)))
+    record = settle(model, "gpu", jnp.bfloat16)
+    # Self-attention has relative positions, for which there is no cuDNN; attention to the memory has none.
+    assert (model.encoder.blocks.attention.implementation, model.decoder.blocks.memory_attention.implementation) == ("xla", "cudnn")
+    assert record["asked"] == "auto" and set(record["used"].split(" / ")) == {"xla", "cudnn"}
+    assert settle(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
+
+
+def test_settling_follows_how_sequences_are_spread():
+    def settled(name, platform, context, **options):
+        model = nnx.eval_shape(lambda: create(name, 11, **{"layers": 2, "heads": 2, "width": 16} | options, rngs=nnx.Rngs(0)))
+        mesh = jax.sharding.AbstractMesh((4, 1), ("context", "tensor"))
+        return settle(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
+
+    assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
+    assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
+    assert [settled("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    for context in ("ring", "heads"):
+        with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
+            settled("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
+    with pytest.raises(ValueError, match="2 do not divide over context=4; use 'gather' or 'ring'"):
+        settled("gpt", "cpu", "heads")
+
+
+def test_attention_that_cannot_run_is_an_error_of_the_config():
+    with pytest.raises(ConfigError, match="float32"):  # no GPU could: said while the config is checked
+        build_experiment(small_configs.config(small_configs.GPT, model__attention="cudnn"))
+    experiment = build_experiment(small_configs.config(small_configs.GPT, model__attention="cudnn", training__precision="bfloat16"))
+    with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
+        experiment.on("cpu")
+    assert experiment.on("gpu").kernels["attention"]["used"] == "cudnn"
+    # Where a trained run is only evaluated, it runs on what there is.
+    assert build_experiment(load._for_any_platform(experiment.config)).on("cpu").kernels["attention"]["used"] == "xla"

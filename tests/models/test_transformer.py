@@ -1,0 +1,402 @@
+"""The Transformer's shapes and options against plain computations and published sizes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmodels.models import create
+from jaxmodels.models.encoder_decoder import EncoderDecoder
+from jaxmodels.models.functional import merge, split
+from jaxmodels.models.positions import RotaryScaling, positions_in, relative_buckets, rotary_frequencies, rotary_table, rotate
+from jaxmodels.models.transformer import Block, Decoder, apply_blocks, make_blocks
+
+
+def count(make):
+    shapes = split(nnx.eval_shape(make))[1]
+    return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in shapes.items()}
+
+
+def filled(make):
+    """A jitted model with NumPy's numbers in all its parameters: nothing is compiled to draw them, and no zero hides anything."""
+    graph, params, stats = split(nnx.eval_shape(make))
+    draw = np.random.default_rng(0)
+
+    def fill(path, x):
+        return jnp.asarray(0.3 * draw.normal(size=x.shape) + (path[-1].key == "scale"), jnp.float32)
+
+    return merge(graph, jax.tree_util.tree_map_with_path(fill, params), stats)
+
+
+# The parameters of the released checkpoints, and for the original Transformer those that its description comes to.
+PUBLISHED = {
+    32000: {
+        "llama2-7b": 6_738_415_616,
+        "llama2-13b": 13_015_864_320,
+        "llama2-70b": 68_976_648_192,
+        "mistral-7b": 7_241_732_096,
+    },
+    128256: {
+        "llama3-8b": 8_030_261_248,
+        "llama3-70b": 70_553_706_496,
+        "llama3.1-8b": 8_030_261_248,
+        "llama3.1-70b": 70_553_706_496,
+        "llama3.1-405b": 405_853_388_800,
+        "llama3.2-1b": 1_235_814_400,
+        "llama3.2-3b": 3_212_749_824,
+    },
+    151936: {
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "qwen2.5-3b": 3_085_938_688,
+        "qwen3-0.6b": 596_049_920,
+        "qwen3-1.7b": 1_720_574_976,
+        "qwen3-4b": 4_022_468_096,
+        "qwen3-8b": 8_190_735_360,
+        "qwen3-14b": 14_768_307_200,
+        "qwen3-32b": 32_762_123_264,
+    },
+    152064: {
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen2.5-14b": 14_770_033_664,
+        "qwen2.5-32b": 32_763_876_352,
+        "qwen2.5-72b": 72_706_203_648,
+    },
+    32128: {
+        "t5-v1.1-small": 76_961_152,
+        "t5-v1.1-base": 247_577_856,
+        "t5-v1.1-large": 783_150_080,
+        "t5-v1.1-xl": 2_849_757_184,
+        "t5-v1.1-xxl": 11_135_332_352,
+    },
+}
+
+
+@pytest.mark.parametrize(("vocabulary", "name"), [(V, name) for V, sizes in PUBLISHED.items() for name in sizes])
+def test_sizes_have_the_published_parameter_counts(vocabulary, name):
+    assert sum(count(lambda: create(name, vocabulary, scan=True, rngs=nnx.Rngs(0))).values()) == PUBLISHED[vocabulary][name]
+
+
+def test_gpt3_has_the_parameters_that_it_was_described_with():
+    D, L = 12288, 96
+    parameters = sum(count(lambda: create("gpt3-175b", 50257, scan=True, rngs=nnx.Rngs(0))).values())
+    assert parameters == L * (12 * D * D + 13 * D) + 50257 * D + 2048 * D + 2 * D
+    assert round(parameters / 1e9) == 175  # the paper's table says 175.0 B; what it counts, it does not say
+
+
+@pytest.mark.parametrize(("name", "millions", "D", "F"), [("transformer-base", 65, 512, 2048), ("transformer-big", 213, 1024, 4096)])
+def test_the_original_transformer_has_the_parameters_that_it_was_described_with(name, millions, D, F):
+    attention, norm = 4 * (D * D + D), 2 * D
+    mlp = 2 * D * F + F + D
+    expected = 37000 * D + 6 * (attention + mlp + 2 * norm) + 6 * (2 * attention + mlp + 3 * norm)
+    parameters = sum(count(lambda: create(name, 37000, scan=True, rngs=nnx.Rngs(0))).values())
+    assert parameters == expected
+    # The paper's table says 65 and 213 millions, of a vocabulary of "about 37000".
+    assert abs(parameters / 1e6 - millions) < 0.035 * millions
+
+
+def test_encoders_have_the_published_parameter_counts():
+    # BertModel and RobertaModel count a pooler (the dense layer of the "class" head); the tokens' heads are ForMaskedLM's.
+    vocabulary = {"bert": 30522, "roberta": 50265}
+    published = {
+        "bert-tiny": (4_385_920, None),
+        "bert-mini": (11_170_560, None),
+        "bert-small": (28_763_648, None),
+        "bert-medium": (41_373_184, None),
+        "bert-base": (109_482_240, 109_514_298),
+        "bert-large": (335_141_888, 335_174_458),
+        "roberta-base": (124_645_632, 124_697_433),
+        "roberta-large": (355_359_744, 355_412_057),
+    }
+    for name, (model, masked) in published.items():
+        V = vocabulary[name.split("-")[0]]
+        parts = count(lambda: create(name, V, ("class", 2), scan=True, rngs=nnx.Rngs(0)))  # noqa: B023
+        width = parts["embed"] // V
+        assert sum(parts.values()) - (2 * width + 2) == model, name
+        if masked is not None:
+            assert sum(count(lambda: create(name, V, ("tokens", V), scan=True, rngs=nnx.Rngs(0))).values()) == masked, name  # noqa: B023
+
+
+@pytest.mark.parametrize(("head", "shape"), [(("tokens", 11), (2, 5, 11)), (("tags", 3), (2, 5, 3)), (("class", 4), (2, 4)), (("value", 1), (2, 1))])
+def test_heads_say_what_they_are_for(head, shape):
+    def run(tokens):
+        return create("encoder", 11, head, layers=1, width=8, heads=2, rngs=nnx.Rngs(0))(tokens)
+
+    assert nnx.eval_shape(run, jnp.zeros((2, 5), int)).shape == shape
+
+
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_padding_changes_nothing_in_an_encoder(pool):
+    model = filled(lambda: create("encoder", 11, ("class", 3), layers=1, width=8, heads=2, pool=pool, types=2, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 6))
+    padded = np.pad(tokens, ((0, 0), (0, 5)), constant_values=-1)
+    whole = jax.jit(lambda tokens: (model.states(tokens)[:, :6], model(tokens)))
+    for one, other in zip(whole(padded), whole(tokens), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_head_asked_at_some_positions_says_the_same_there():
+    model = filled(lambda: create("encoder", 11, ("tokens", 11), layers=1, width=8, heads=2, rngs=nnx.Rngs(0)))
+    tokens, positions = jnp.arange(10).reshape(2, 5), jnp.array([[3, 1], [0, 4]])
+    asked, whole = jax.jit(lambda tokens: (model(tokens, positions=positions), model(tokens)))(tokens)
+    np.testing.assert_allclose(asked, jnp.take_along_axis(whole, positions[:, :, None], 1), atol=1e-5)
+
+
+def rows_of_texts():
+    """Two texts: in rows of their own, one changed at position 5, one cut short and padded, and both in one row."""
+    draw = np.random.default_rng(0).integers
+    a, b = draw(0, 11, 8), draw(0, 11, 3)
+    changed = np.where(np.arange(8) == 5, (a + 1) % 11, a)
+    tokens = np.array([a, changed, [*a[:5], -1, -1, -1], [*b, -1, -1, -1, -1, -1], [*a[:5], *b]], np.int32)
+    segments = np.zeros_like(tokens)
+    segments[4, 5:] = 1
+    return tokens, segments
+
+
+OPTIONS = {
+    "gpt2": {},
+    "llama": {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": 1, "tie_embeddings": False, "scan": True},
+    "qwen3": {"positions": "rotary", "norm": "rms", "query_key_norm": True, "head_width": 6, "activation": "geglu"},
+    "mistral": {"positions": "rotary", "rotary_scaling": {"kind": "linear", "factor": 2.0}, "window": 3, "qkv_bias": True, "bias": False},
+    "original": {"positions": "sinusoidal", "post_norm": True, "activation": "relu"},
+    "none": {"positions": "none", "activation": "gelu_exact"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_decoder_sees_its_own_past_alone(name):
+    model = filled(lambda: Decoder(11, context=8, layers=2, width=8, heads=2, **OPTIONS[name], rngs=nnx.Rngs(0)))
+    tokens, segments = rows_of_texts()
+    y = np.asarray(jax.jit(model)(tokens, segments=segments))
+    np.testing.assert_allclose(y[1, :5], y[0, :5], atol=1e-4)  # not the future
+    assert np.abs(y[1, 5:] - y[0, 5:]).max() > 1e-3
+    np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)  # not padding
+    np.testing.assert_allclose(y[4, :5], y[0, :5], atol=1e-4)  # a text in a packed row is as by itself
+    np.testing.assert_allclose(y[4, 5:], y[3, :3], atol=1e-4)
+    if name in ("gpt2", "llama"):
+        alone = np.asarray(jax.jit(model)(tokens[:4]))  # without segments
+        np.testing.assert_allclose(alone[tokens[:4] >= 0], y[:4][tokens[:4] >= 0], atol=1e-4)
+
+
+def rms(x, scale, epsilon):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def heads_of(x, p, heads):
+    x = x @ p["kernel"] + p.get("bias", 0)
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def mixed(q, k, v, hidden, scale, bias=0.0):
+    """Attention over whole heads: q [B, T, N, K], one key head for each; `hidden` [T, S] is where not to look."""
+    scores = np.einsum("btnk,bsnk->bnts", q, k) * scale + bias
+    return np.einsum("bnts,bsnk->btnk", softmax(np.where(hidden, -np.inf, scores)), v).reshape(*q.shape[:2], -1)
+
+
+def test_decoder_equals_qwen3_in_numpy():
+    options = {"layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "head_width": 6, "mlp_width": 10, "rotary_base": 100.0, "epsilon": 1e-6}
+    model = filled(lambda: create("qwen3-0.6b", 11, **options, context=8, qkv_bias=True, rngs=nnx.Rngs(0)))
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), split(model)[1])
+    tokens, _ = rows_of_texts()
+    tokens = tokens[:2]
+
+    def turned(x):
+        """Each pair of channels (i, i + 3) as a complex number, times e^(i · angle)."""
+        angle = np.arange(8)[:, None] * 100.0 ** (-np.arange(3) / 3)
+        z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([z.real, z.imag], -1)
+
+    x = p["embed"]["embedding"][tokens]
+    for i in "01":
+        b = p["blocks"][i]
+        a, h = b["attention"], rms(x, b["attention_norm"]["scale"], 1e-6)
+        q = turned(rms(heads_of(h, a["query"], 4), a["query_norm"]["scale"], 1e-6))
+        k = turned(rms(heads_of(h, a["key"], 2), a["key_norm"]["scale"], 1e-6))
+        k, v = (np.repeat(y, 2, axis=2) for y in (k, heads_of(h, a["value"], 2)))
+        x = x + mixed(q, k, v, ~np.tri(8, dtype=bool), 6**-0.5) @ a["out"]["kernel"]
+        m, h = b["mlp"], rms(x, b["mlp_norm"]["scale"], 1e-6)
+        gate = h @ m["gate"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ m["up"]["kernel"])) @ m["down"]["kernel"]
+    expected = rms(x, p["final_norm"]["scale"], 1e-6) @ p["embed"]["embedding"].T
+    np.testing.assert_allclose(jax.jit(model)(tokens), expected, atol=1e-4)
+
+
+def paper_bucket(ahead, buckets, distance, causal):
+    """The bucket of one distance, as the T5 paper describes them."""
+    if causal:
+        first, away = 0, max(-ahead, 0)
+    else:
+        buckets //= 2
+        first, away = (buckets if ahead > 0 else 0), abs(ahead)
+    exact = buckets // 2
+    if away < exact:
+        return first + away
+    return first + min(buckets - 1, exact + int(math.log(away / exact) / math.log(distance / exact) * (buckets - exact) + 1e-6))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_relative_positions_fall_into_the_buckets_of_the_paper(causal):
+    at = np.arange(300)
+    buckets = relative_buckets(at, at, buckets=32, distance=128, causal=causal)
+    # A range's first distance may fall either side of its border by rounding: at 16, 32 and 64 the logarithm is whole.
+    expected = np.array([[paper_bucket(s - t, 32, 128, causal) for s in at] for t in (0, 150, 299)])
+    np.testing.assert_array_equal(np.asarray(buckets)[[0, 150, 299]], expected)
+
+
+def test_encoder_decoder_equals_t5_in_numpy():
+    options = {"layers": 1, "heads": 2, "width": 8, "head_width": 6, "mlp_width": 10}
+    model = filled(lambda: create("t5-v1.1-small", 11, **options, rngs=nnx.Rngs(0)))
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), split(model)[1])
+    source, target = rows_of_texts()[0][2:4], rows_of_texts()[0][:2, :6]
+
+    def attended(x, memory, a, hidden, bias):
+        q, k, v = heads_of(x, a["query"], 2), heads_of(memory, a["key"], 2), heads_of(memory, a["value"], 2)
+        return mixed(q, k, v, hidden, 1.0, bias) @ a["out"]["kernel"]
+
+    def side(x, p, hidden, causal, memory=None, memory_hidden=None):
+        b, T = p["blocks"]["0"], x.shape[1]
+        bias = np.array([[p["relative"]["embedding"][paper_bucket(s - t, 32, 128, causal)] for s in range(T)] for t in range(T)])
+        normed = rms(x, b["attention_norm"]["scale"], 1e-6)
+        x = x + attended(normed, normed, b["attention"], hidden, bias.transpose(2, 0, 1))
+        if memory is not None:
+            x = x + attended(rms(x, b["memory_norm"]["scale"], 1e-6), memory, b["memory_attention"], memory_hidden, 0.0)
+        m, h = b["mlp"], rms(x, b["mlp_norm"]["scale"], 1e-6)
+        gate = h @ m["gate"]["kernel"]
+        gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        x = x + (gate * (h @ m["up"]["kernel"])) @ m["down"]["kernel"]
+        return rms(x, p["final_norm"]["scale"], 1e-6)
+
+    padding = (source < 0)[:, None, None]
+    memory = side(p["embed"]["embedding"][np.maximum(source, 0)], p["encoder"], padding, False)
+    x = side(p["embed"]["embedding"][target], p["decoder"], ~np.tri(6, dtype=bool), True, memory, padding)
+    np.testing.assert_allclose(jax.jit(model)(source, target), x @ p["output"]["kernel"], atol=2e-4)
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_an_encoder_decoder_sees_the_source_and_the_targets_past(positions):
+    model = filled(lambda: EncoderDecoder(11, layers=2, width=8, heads=2, positions=positions, scan=True, rngs=nnx.Rngs(0)))
+    texts, _ = rows_of_texts()
+    source, target = np.pad(texts[2:3, :5], ((0, 4), (0, 0)), mode="edge"), texts[[0, 1, 2, 0, 0]]
+    source = np.pad(source, ((0, 0), (0, 2)), constant_values=-1)
+    source[3, 2] = (source[3, 2] + 1) % 11
+    y = np.asarray(jax.jit(model)(source, target))
+    np.testing.assert_allclose(y[1, :5], y[0, :5], atol=1e-4)
+    np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)
+    assert np.abs(y[1, 5:] - y[0, 5:]).max() > 1e-3
+    assert np.abs(y[3] - y[0]).max(-1).min() > 1e-4  # every position sees the source
+    short = np.asarray(jax.jit(lambda s, t: model.decode(t, model.encode(s)))(source[:, :5], target))
+    np.testing.assert_allclose(short, y, atol=1e-4)
+
+
+def test_encoder_equals_bert_in_numpy():
+    options = {"context": 9, "layers": 2, "width": 8, "heads": 2, "dropout": 0.0}
+    model = filled(lambda: create("bert-tiny", 11, ("tokens", 11), **options, rngs=nnx.Rngs(0)))
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), split(model)[1])
+    tokens = rows_of_texts()[0][1:3]
+    types = np.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+
+    def norm(x, p):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * p["scale"] + p["bias"]
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
+    e = p["embed"]["embedding"]
+    x = norm(e[np.maximum(tokens, 0)] + p["positions"]["embedding"][:8] + p["types"]["embedding"][types], p["embedding_norm"])
+    for i in "01":
+        b = p["blocks"][i]
+        q, k, v = (heads_of(x, b["attention"][name], 2) for name in ("query", "key", "value"))
+        x = norm(x + linear(mixed(q, k, v, (tokens < 0)[:, None, None], 0.5), b["attention"]["out"]), b["attention_norm"])
+        x = norm(x + linear(gelu(linear(x, b["mlp"]["up"])), b["mlp"]["down"]), b["mlp_norm"])
+    h = p["head"]
+    expected = norm(gelu(linear(x, h["dense"])), h["norm"]) @ e.T + h["bias"]
+    y = np.asarray(jax.jit(model)(tokens, types=types))
+    np.testing.assert_allclose(y[tokens >= 0], expected[tokens >= 0], atol=2e-4)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def product(i, j, scaling=None):
+        turned = [rotate(x, *rotary_table(jnp.array([[at]]), 8, 10000.0, scaling)) for x, at in ((q, i), (k, j))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(5, 2) == pytest.approx(product(105, 102), abs=1e-4)
+    assert product(5, 2) != pytest.approx(product(5, 3), abs=1e-2)
+    assert product(10, 4, RotaryScaling(kind="linear", factor=2.0)) == pytest.approx(product(5, 2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"positions": "rotary", "heads": 8}, "pairs of channels"),
+        ({"kv_heads": 3}, "kv_heads must divide"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "means nothing"),
+        ({"remat": True}, "remat is"),
+        ({"context": 4}, "5 tokens are more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, said):
+    options = {"width": 8, "heads": 2, "layers": 1, **options}
+    with pytest.raises(ValueError, match=said):
+        nnx.eval_shape(lambda tokens: Decoder(11, **options, rngs=nnx.Rngs(0))(tokens), jnp.zeros((1, 5), int))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_rotary_scaling_slows_down_slow_angles_alone(kind):
+    plain, _ = rotary_frequencies(128, 500000.0)
+    scaled, factor = rotary_frequencies(128, 500000.0, RotaryScaling(kind=kind, factor=8.0, original_context=8192))
+    turns = 8192 * plain / (2 * np.pi)
+    fast, slow = (4.0, 1.0) if kind == "llama3" else (33.0, 0.9)
+    np.testing.assert_allclose(scaled[turns > fast], plain[turns > fast])
+    np.testing.assert_allclose(scaled[turns < slow], plain[turns < slow] / 8)
+    between = (turns < fast * 0.8) & (turns > slow * 1.3)
+    assert between.any() and np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
+    assert factor == pytest.approx(1.0 if kind == "llama3" else 0.1 * math.log(8) + 1)
+
+
+def test_positions_begin_anew_in_each_segment():
+    segments = jnp.array([[0, 0, 0, 1, 1, 5, 0, -1], [2, 2, 2, 2, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(positions_in(segments), [[0, 1, 2, 0, 1, 0, 0, 0], np.arange(8)])
+
+
+class Talkative(nnx.Module):
+    """Stands in the place of a feed-forward, and tells of itself."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x, *, valid=None, rngs=None):
+        y = self.linear(x)
+        return y, {"loss": jnp.where(valid[..., None], y, 0).sum(), "load": y.mean((0, 1))}
+
+
+def test_what_stands_in_the_feed_forwards_place_is_heard():
+    x, valid = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.array([[True, True, False]] * 2)
+    for scan in (False, True):
+        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative)
+        blocks = filled(lambda block=block, scan=scan: make_blocks(lambda rngs: block(rngs=rngs), 2, scan, nnx.Rngs(0)))
+        graph, state = nnx.split(blocks)
+
+        def both(x, blocks=blocks, graph=graph, state=state, scan=scan):
+            told, y = [], x
+            for i in range(2):
+                block = nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) if scan else blocks[i]  # noqa: B023
+                y, said = block(y, None, valid=valid)
+                told.append(said)
+            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, told)
+
+        (y, told), (expected, aux) = jax.jit(both)(x)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+        for name in ("loss", "load"):
+            np.testing.assert_allclose(told[name], np.stack([said[name] for said in aux]), atol=1e-5)

@@ -1,0 +1,128 @@
+"""Eight devices, spread in every way there is, give what one gives; and hold, and send, no more than they should."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HELPERS
+from train_on_mesh import MODELS
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8, "data": 1},
+    "all three": {"data": 2, "fsdp": 2, "tensor": 2},
+    "tensor": {"tensor": 4, "fsdp": 2, "data": 1},
+    "context": {"context": 4, "data": 2},
+    "expert": {"expert": 4, "data": 2},
+    "slices": {"slices": 2, "fsdp": 4, "data": 1},
+}
+TRANSFORMERS = ("gpt", "bert", "moe")
+
+
+def spread(tmp_path: Path, cases: list[dict], devices: int) -> list:
+    """What `train_on_mesh.py` says of the cases."""
+    folder = tmp_path / str(devices)
+    folder.mkdir()
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, HELPERS / "train_on_mesh.py", str(devices), folder / "cases.json", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "nvoluntary full rematerialization" not in done.stderr, done.stderr[-3000:]
+    read = [folder / f"{i}" for i in range(len(cases))]
+    return [json.loads(p.with_suffix(".json").read_text()) if p.with_suffix(".json").exists() else dict(np.load(p.with_suffix(".npz"))) for p in read]
+
+
+def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
+    """Every case on eight devices against the same on one: losses to 1e-5, parameters to 5e-5, a twentieth of one update."""
+    alone = [{key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")} for case in cases]
+    different = [case for i, case in enumerate(alone) if case not in alone[:i]]
+    ones = spread(tmp_path, different, 1)
+    eights = spread(tmp_path, cases, 8)
+    for case, eight in zip(cases, eights, strict=True):
+        one = ones[different.index({key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")})]
+        # A token that two experts suit alike goes to another one when sums are rounded otherwise.
+        close = 2e-4 if case["model"] == "moe" else 1e-5
+        np.testing.assert_allclose(eight["losses"], one["losses"], rtol=close, err_msg=str(case))
+        np.testing.assert_allclose(eight["evaluated"], one["evaluated"], rtol=close, err_msg=str(case))
+        assert len(one["losses"]) == case.get("steps", 20)
+        for path in one.keys() - {"losses", "evaluated", "notes"}:
+            far = 2e-3 if case["model"] == "moe" else 5e-5
+            np.testing.assert_allclose(eight[path], one[path], rtol=1e-4, atol=far, err_msg=f"{case} {path}")
+    return eights
+
+
+def test_a_step_spread_by_the_compiler_is_that_of_one_device(tmp_path):
+    cases = [
+        {"model": "gpt", "mesh": {"context": 2, "fsdp": 2, "tensor": 2, "data": 1}, "dropout": 0.1, "accumulate": 4},
+        {"model": "cnn", "mesh": MESHES["slices"]},
+    ]
+    notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])]
+    # 260 tokens divide by 2 and by 4; ten classes do not matter, and no convolution is cut along `tensor`.
+    assert notes == [[], []]
+
+
+def test_pmap_is_the_same_step(tmp_path):
+    assert_equal_runs(tmp_path, [{"model": "cnn", "partition": "pmap", "mesh": {"data": 8}, "accumulate": 2, "steps": 4}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_on_every_mesh(tmp_path, model, accumulate):
+    """`pytest -m slow tests/parallel/test_sharding.py`: all models on all meshes, 20 steps."""
+    cases = [{"model": model, "mesh": mesh, "accumulate": accumulate, "dropout": 0.1} for mesh in MESHES.values()]
+    cases += [{"model": model, "mesh": {"data": 8}, "partition": "pmap", "accumulate": accumulate}]
+    cases += [{"model": model, "mesh": {"data": 8}, "sharding": {"optimizer": "data"}, "accumulate": accumulate}]
+    if model in TRANSFORMERS:
+        # Streams of dropout are a device's own in these.
+        cases += [{"model": model, "mesh": MESHES["context"], "sharding": {"context": "ring"}, "accumulate": accumulate}]
+        cases += [{"model": model, "mesh": {"context": 2, "fsdp": 2, "data": 2}, "sharding": {"context": "heads"}, "accumulate": accumulate}]
+        cases += [{"model": model, "mesh": {"pipeline": 4, "data": 2}, "accumulate": accumulate, "options": {"layers": 4}}]
+    assert_equal_runs(tmp_path, cases)
+
+
+def test_bytes_and_collectives_of_the_compiled_step(tmp_path):
+    large = {"width": 256, "mlp_width": 768, "layers": 3}
+    case = {"model": "gpt", "compile": True, "options": large}
+    names = {
+        "fsdp": {**case, "mesh": MESHES["fsdp"]},
+        "tensor": {**case, "mesh": {"tensor": 4, "data": 2}},
+        "context": {**case, "mesh": MESHES["context"]},
+        "zero": {**case, "mesh": MESHES["data"], "sharding": {"optimizer": "data"}},
+    }
+    found = dict(zip(names, spread(tmp_path, list(names.values()), 8), strict=True))
+    for figures in found.values():
+        assert figures["argument_bytes"] == pytest.approx(figures["planned_bytes"], rel=0.01)
+        assert not any(operation == "all-to-all" for operation, *_ in figures["collectives"])
+    assert found["fsdp"]["argument_bytes"] == pytest.approx(found["fsdp"]["state_bytes"] / 8, rel=0.05)
+    # Matrices of blocks and embedding, and the vectors of heads and hidden units, a quarter; all else whole.
+    cut = 4 * 4 * (3 * (4 * 256**2 + 2 * 256 * 768 + 3 * 256 + 768) + 260 * 256)
+    assert found["tensor"]["argument_bytes"] == pytest.approx(found["tensor"]["state_bytes"] - cut * 3 / 4, rel=0.01)
+    # What each layer keeps for the backward pass are parts of sequences: of 16 rows, 4 positions of 16.
+    kept = [shape for shape in found["context"]["shapes"] if shape.startswith("f32[3,16,")]
+    assert "f32[3,16,4,256]" in kept and "f32[3,16,4,768]" in kept and "f32[3,16,16,256]" not in kept and "f32[3,16,16,768]" not in kept
+    # Adam's two moments and the moving average over eight; parameters and counters whole: a quarter of the state.
+    assert found["zero"]["argument_bytes"] == pytest.approx(found["zero"]["state_bytes"] * (1 / 4 + 3 / 4 / 8), rel=0.05)
+    _check_fsdp(found["fsdp"]["collectives"])
+    _check_tensor(found["tensor"]["collectives"])
+
+
+def _check_fsdp(collectives):
+    """Each layer's six matrices are gathered in each direction, inside the loop; no stacked array is gathered whole."""
+    gathers = [(shapes, loop) for operation, shapes, loop in collectives if operation == "all-gather"]
+    inside = sorted(math.prod(map(int, shape[4:-1].split(","))) for shapes, loop in gathers if loop for shape in shapes)
+    assert inside == sorted([256 * 256] * 8 + [256 * 768] * 4)
+    assert not any(shape.startswith("f32[3,") for shapes, _ in gathers for shape in shapes)
+    # Gradients of a layer are summed in its turn of the loop.
+    assert any(operation in ("all-reduce", "reduce-scatter") and loop for operation, _, loop in collectives)
+
+
+def _check_tensor(collectives):
+    """Two sums of activations for each block and direction; the backward one of queries, keys and values may be taken together."""
+    activations = [shapes for operation, shapes, loop in collectives if loop and operation == "all-reduce" and set(shapes) == {"f32[16,16,256]"}]
+    assert len(activations) == 4
+    assert not any(operation == "all-gather" and loop for operation, _, loop in collectives)

@@ -1,0 +1,348 @@
+"""The search: which settings it looks at, which it compiles, how it ranks them and why, and what it writes."""
+
+import collections
+import copy
+import dataclasses
+import json
+import math
+import time
+
+import jax
+import pytest
+import small_configs
+from rich.console import Console
+
+from jaxmodels.config import load_config
+from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.build import build_experiment
+from jaxmodels.experiment.sections import resolve
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.plan import candidates, memory, roofline, search, topology
+
+DECODER = small_configs.config(
+    small_configs.GPT,
+    model={"name": "gpt", "layers": 4, "heads": 4, "width": 64, "context": 128, "scan": True},
+    data={"source": "synthetic", "vocab_size": 512, "sequence_length": 128, "batch_size": 32},
+    training__precision="bfloat16",
+)
+MIXTURE = small_configs.config(DECODER, model__moe={"experts": 4, "top_k": 2})
+RESNET = {
+    "model": {"name": "resnet18"},
+    "task": {"name": "classify"},
+    "data": {"source": "synthetic", "kind": "images", "image_shape": (32, 32, 3), "num_classes": 10, "batch_size": 32},
+    "optimizer": {"name": "sgd", "learning_rate": 0.1},
+    "training": {"steps": 10, "accumulate": 2},
+}
+EIGHT = topology.parse("v5e:2x4")
+FOUR = topology.parse("v5e:2x2")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return build_experiment(DECODER)
+
+
+@pytest.fixture(scope="module")
+def settings(decoder):
+    """What the models say of a decoder's settings on four chips: asked once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "VARIED", 1)
+        patch.setattr(search, "MESHES", 8)
+        return search.model_settings(decoder, FOUR, math.inf)[0]
+
+
+@pytest.fixture
+def modelled(settings, monkeypatch):
+    """The same, for tests of what comes after the models."""
+    monkeypatch.setattr(search, "model_settings", lambda *_: (copy.deepcopy(settings), []))
+    return settings
+
+
+# Candidates
+
+
+def test_products_are_all_ways_to_factor_a_number():
+    found = list(candidates._products(12, [12, 12, 2]))
+    assert len(found) == len(set(found)) and all(math.prod(sizes) == 12 for sizes in found)
+    assert set(found) == {(a, b, c) for a in range(1, 13) for b in range(1, 13) for c in (1, 2) if a * b * c == 12}
+
+
+def test_meshes_cover_the_devices_and_divide_what_they_cut(decoder):
+    found = [shape for shape, _ in candidates.meshes(decoder, EIGHT)]
+    assert {"data": 8} in [{axis: n for axis, n in shape.items() if n > 1} for shape in found]
+    for shape in found:
+        assert list(shape) == [field.name for field in dataclasses.fields(mesh_lib.MeshSizes)] and math.prod(shape.values()) == 8
+        assert 4 % shape["tensor"] == 0 and 4 % shape["pipeline"] == 0  # heads and layers
+        assert shape["context"] == shape["expert"] == 1  # rows are short, and there are no experts
+        assert 32 % (shape["data"] * shape["fsdp"]) == 0
+    assert {shape["tensor"] for shape in found} == {1, 2, 4} and {shape["pipeline"] for shape in found} == {1, 2, 4}
+    # The state of a device is the least where it is spread the most; what cuts the model least comes first.
+    sizes = {tuple(shape.values()): state for shape, state in candidates.meshes(decoder, EIGHT)}
+    assert sizes[1, 1, 1, 8, 1, 1, 1] < sizes[1, 1, 8, 1, 1, 1, 1] / 5
+    assert found[0]["tensor"] * found[0]["pipeline"] == 1
+
+
+def test_meshes_are_of_what_the_model_has(decoder):
+    def axes(config, place=EIGHT):
+        return {axis for shape, _ in candidates.meshes(build_experiment(config), place) for axis, n in shape.items() if n > 1}
+
+    assert axes(MIXTURE) == {"data", "fsdp", "expert", "tensor", "pipeline"}
+    assert axes(RESNET) == {"data", "fsdp"}
+    assert axes(small_configs.config(DECODER, model__scan=False)) == {"data", "fsdp", "tensor"}
+    long = small_configs.config(DECODER, data__sequence_length=4096, model__context=4096)
+    assert "context" in axes(long)
+    assert all(shape["slices"] == 2 for shape, _ in candidates.meshes(decoder, topology.parse("2xv5e:2x2")))
+
+
+def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
+    one = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
+    heads = {"sharding.context": "heads"}
+    assert [candidates.context_changes(decoder, one | mesh) for mesh in ({"context": 4}, {"context": 2, "tensor": 2})] == [heads, heads]
+    assert [candidates.context_changes(decoder, one | mesh) for mesh in ({"data": 4}, {"context": 8}, {"context": 4, "tensor": 2})] == [{}, {}, {}]
+    long = build_experiment(small_configs.config(DECODER, data__sequence_length=4096, model__context=4096))
+    mesh = candidates.mesh_changes(one | {"data": 2, "context": 4})
+    gathered, exchanged = (
+        roofline.traced_estimate(other, roofline.trace(other, 8, EIGHT.chip), EIGHT) for other in (candidates.changed(long, mesh | way) for way in ({}, heads))
+    )
+    assert {"all-to-all"} == {each.kind for each in exchanged.collectives} - {each.kind for each in gathered.collectives}
+    assert exchanged.seconds < gathered.seconds
+
+
+def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
+    mesh = {axis: 1 for axis in ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor")}
+    assert candidates.accumulations(decoder, mesh | {"data": 8}) == [1, 2, 4]  # of 4 rows a device
+    assert candidates.accumulations(decoder, mesh | {"data": 4, "pipeline": 2}) == [1, 2, 4]
+    # Batch normalisation and a mixture's load are over all rows of a part.
+    assert candidates.accumulations(build_experiment(RESNET), mesh | {"data": 8}) == [2]
+    assert candidates.accumulations(build_experiment(MIXTURE), mesh | {"data": 8}) == [1]
+
+
+def test_activations_to_keep_come_in_the_order_of_what_they_save_for_a_byte(decoder):
+    traced = roofline.trace(candidates.changed(decoder, {"model.remat": "full", "mesh.data": 8}), 8, EIGHT.chip)
+    lists = candidates.keep_lists(traced)
+    assert all(shorter == longer[:-1] for shorter, longer in zip(lists, lists[1:], strict=False))
+    assert set(lists[-1]) == {"query", "key", "value", "attention", "middle", "up"}  # input, hidden: no product makes them
+    policies = candidates.policies(decoder, traced)
+    assert [p["model.remat"] for p in policies if not p["model.offload"]] == ["full", *lists, "dots_no_batch", "dots", "none"]
+    assert all(candidates.changed(decoder, policy) for policy in policies)  # all are values that the model takes
+    assert candidates.policies(build_experiment(RESNET), traced) == [{}]
+
+
+def test_a_candidate_computes_the_same_loss(decoder):
+    """What a search may change is how a step is computed: parameters, data and loss stay."""
+    other = candidates.changed(decoder, {"mesh.data": 2, "mesh.fsdp": 4, "model.remat": ("query", "up"), "model.offload": (), "training.accumulate": 2})
+    assert other.loading == decoder.loading and other.optimizer is decoder.optimizer and other.mesh.fsdp == 4 and other.training.accumulate == 2
+    key, batch = jax.random.key(0), jax.tree.map(lambda s: jax.numpy.ones(s.shape, s.dtype), decoder.batch_shapes(4))
+    losses = []
+    for experiment in (decoder, other):
+        state = jax.jit(experiment.init_function())(key)
+        losses.append(float(jax.jit(experiment._loss)(state.params, state.frozen, state.stats, batch, key)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# The search, with a compiler of its own
+
+
+class Compiler:
+    """Gives plans of times and sizes by rule, and remembers what it was asked."""
+
+    def __init__(self, seconds=lambda changes: 1.0, size=lambda changes: 10**9, problem=lambda changes: None, takes=0.0):
+        self.seconds, self.size, self.problem, self.takes, self.asked = seconds, size, problem, takes, []
+
+    def __call__(self, changes, seconds):
+        self.asked.append(dict(changes))
+        time.sleep(self.takes)
+        if (problem := self.problem(changes)) is not None:
+            return None, problem
+        step, size = self.seconds(changes), self.size(changes)
+        parts = {"matrix products": 0.5, "exposed collectives": step - 0.5}
+        page = {"step_seconds": step, "peak_bytes_per_device": size, "device_bytes": EIGHT.chip.memory_per_device, "mfu": 0.5 / step, "parts": parts}
+        return page | {"fits": size <= EIGHT.chip.memory_per_device}, ""
+
+
+def test_the_fastest_that_the_compiler_saw_wins_and_the_others_are_told_why(decoder, modelled):
+    fastest = search.promising(modelled)[4].changes
+    compiler = Compiler(seconds=lambda changes: 1.0 if changes == fastest else 1.25)
+    found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
+    assert found.best.changes == fastest and found.best.why == ""
+    assert compiler.asked[0]["mesh.data"] == 4 and any(each.own and each.plan for each in found.settings)  # the config's own, first
+    assert len(compiler.asked) <= search.COMPILED
+    slower = [each for each in found.settings[1:] if each.plan]
+    assert slower and all(each.why.startswith("25.0% slower: exposed collectives +250 ms") for each in slower)
+    rest = [each for each in found.settings if each.state == "modelled"]
+    assert rest and all(each.why.startswith("not compiled: ") for each in rest)
+    order = [each.plan is not None for each in found.settings if each.state in ("compiled", "modelled")]
+    assert order == sorted(order, reverse=True)
+
+
+def test_of_a_mesh_only_some_are_compiled(modelled):
+    chosen = search.promising(modelled)
+    of_mesh = collections.Counter(tuple(v for k, v in each.changes.items() if k.startswith("mesh.")) for each in chosen if not each.own)
+    assert max(of_mesh.values()) == search.SAME and len(of_mesh) > 1
+    assert all(each.state == "modelled" for each in chosen)
+
+
+@pytest.mark.slow
+def test_what_the_models_say_does_not_fit_is_not_compiled(decoder, monkeypatch):
+    monkeypatch.setattr(search, "VARIED", 1)
+    least = memory.memory_model(candidates.changed(decoder, {"mesh.data": 4, "model.remat": "full"}), FOUR).total
+    place = dataclasses.replace(FOUR, chip=dataclasses.replace(FOUR.chip, memory_bytes=least))
+    compiler = Compiler(size=lambda changes: 1)
+    found = search.find(decoder, place, budget=300, run=compiler, workers=1)
+    large = [each for each in found.settings if each.state == "too large"]
+    assert large and all("does not fit by" in each.why and "says the model" in each.why for each in large)
+    assert all(each.memory > least for each in large)
+    assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.asked)
+
+
+def test_what_the_compiler_says_does_not_fit_is_told_and_not_chosen(decoder, modelled):
+    policy = search.promising(modelled)[1].changes["model.remat"]
+    compiler = Compiler(size=lambda c: 40 * 10**9 if c["model.remat"] == policy else 10**9, seconds=lambda c: 1.0 if c["model.remat"] == policy else 2.0)
+    found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
+    assert found.best.changes["model.remat"] != policy and found.best.plan is not None
+    over = (40 * 10**9 - FOUR.chip.memory_per_device) / 1e9
+    assert f"does not fit by {over:.1f} GB, says the compiler" in [each.why for each in found.settings if each.state == "too large"]
+    with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, takes 100.0 GB"):
+        search.rank([search.Setting({"mesh.data": 8}, state="too large", memory=10**11)], FOUR.chip.memory_per_device)
+
+
+def test_failures_and_lateness_are_told(decoder, modelled):
+    broken, late = (search.promising(modelled)[i].changes for i in (1, 2))
+    compiler = Compiler(problem=lambda c: {True: "the compiler broke"}.get(c == broken, search.OUT_OF_TIME if c == late else None))
+    found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
+    (one,), (other,) = ([each for each in found.settings if each.changes == changes] for changes in (broken, late))
+    assert (one.state, one.why) == ("failed", "the compiler broke") and (other.state, other.why) == ("out of time", search.OUT_OF_TIME)
+    assert found.best.state == "compiled"
+
+
+def test_no_compilation_begins_that_would_not_end_in_time():
+    compiler, notes = Compiler(takes=0.4), []
+    settings = [search.Setting({"mesh.data": n, "model.remat": "none"}, own=n == 1, seconds=1.0, memory=1) for n in range(1, 9)]
+    started = time.monotonic()
+    search._compile(settings, compiler, 1, started + 1.0, notes)
+    assert time.monotonic() - started < 1.4 and 1 <= len(compiler.asked) <= 2
+    assert compiler.asked[0]["mesh.data"] == 1
+    assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled: the time was over (a larger --budget has room for them)"]
+
+
+def test_no_more_settings_are_modelled_than_there_is_time_for(decoder):
+    settings, notes = search.model_settings(decoder, FOUR, time.monotonic())
+    assert len(settings) == 1 and settings[0].own
+    assert any("the time for the models was over" in note for note in notes)
+
+
+def test_without_a_compiler_the_models_rank_and_say_so(decoder, modelled):
+    found = search.find(decoder, FOUR, budget=300, run=None, workers=1)
+    assert "ranked by the analytic models" in found.notes[-1]
+    seconds = [each.seconds for each in found.settings if each.state == "modelled"]
+    assert seconds == sorted(seconds) and found.best.plan is None
+    assert {each.changes["model.remat"] for each in found.settings} >= {"none", "full", "dots"}
+    # What is sent costs: cutting every matrix of so small a model is never the best.
+    assert found.best.changes["mesh.tensor"] == 1
+
+
+def test_a_config_of_another_topology_is_searched_too(monkeypatch):
+    monkeypatch.setattr(search, "MESHES", 1)
+    monkeypatch.setattr(search, "VARIED", 0)
+    found = search.find(build_experiment(small_configs.config(DECODER, mesh__fsdp=64, mesh__data=1)), FOUR, budget=300, run=None, workers=1)
+    assert not any(each.own for each in found.settings)
+    assert any("the config's own setting is not among these" in note and "64 devices" in note for note in found.notes)
+
+
+# Files
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "configs" / "decoder.py"
+    file.parent.mkdir()
+    file.write_text(f"def get_config(arg=None):\n    c = {DECODER!r}\n    c['seed'] = 0 if arg is None else int(arg)\n    return c\n")
+    return file
+
+
+def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, monkeypatch):
+    compiler = Compiler(seconds=lambda c: 1.0 + c["mesh.tensor"] / 10)
+    monkeypatch.setattr(search, "compiles", lambda topology: True)
+    monkeypatch.setattr(search, "plan_in_process", lambda *_: compiler)
+    first = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=200)
+    asked = len(compiler.asked)
+    again = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=100)
+    assert asked and len(compiler.asked) == asked and again.cached and not first.cached
+    assert again.settings == first.settings and again.seconds == first.seconds
+    output = Console(width=200, record=True, quiet=True)
+    search.print_found(again, output)
+    # More time searches on, but compiles nothing again; another config or topology is another question.
+    longer = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=300)
+    assert not longer.cached and len(compiler.asked) == asked
+    search.search(str(config_file), {"optimizer.learning_rate": "0.02"}, "v5e:2x2", budget=200)
+    assert len(compiler.asked) > asked
+    json.dumps(first.to_json())
+
+
+@pytest.mark.parametrize("ending", ["py", "json"])
+def test_the_winner_is_a_config_that_loads_and_is_what_was_found(config_file, tmp_path, ending):
+    changes = {"mesh.data": 2, "mesh.fsdp": 4, "training.accumulate": 2, "model.remat": ("query", "up"), "model.offload": ()}
+    found = search.Found("v5e:2x4", [search.Setting(changes, seconds=0.1, memory=10**9)], [], 1.0)
+    written = tmp_path / f"best.{ending}"
+    search.write_config(str(written), f"{config_file}:7", {"optimizer.learning_rate": "0.01"}, found)
+    expected = copy.deepcopy(DECODER) | {"seed": 7, "mesh": {"data": 2, "fsdp": 4}}
+    expected["training"]["accumulate"], expected["optimizer"]["learning_rate"] = 2, 0.01
+    expected["model"] |= {"remat": ("query", "up"), "offload": ()}
+    assert resolve(load_config(str(written))) == resolve(expected)
+    with pytest.raises(ConfigError, match="there is such a file"):
+        search.check_output(str(written))
+    with pytest.raises(ConfigError, match="a .py or a .json file"):
+        search.check_output(str(tmp_path / "best.yaml"))
+    with pytest.raises(ConfigError, match="there is no folder"):
+        search.check_output(str(tmp_path / "nowhere" / "best.py"))
+
+
+def test_the_command_of_a_setting_ends_with_its_time_and_all_it_started(tmp_path, monkeypatch):
+    """The process that a setting is compiled in has a child, which outlives a plain kill."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(search.sys, "executable", str(program))
+    run = search.plan_in_process([], "v5e:2x4", tmp_path)
+    assert run({"mesh.data": 8}, 1.0) == (None, search.OUT_OF_TIME)
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        if not _runs(child):
+            break
+        time.sleep(0.1)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return "Z" not in open(f"/proc/{process}/stat").read().split(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_why_a_command_failed_is_its_last_line(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho "jaxmodels: the step does not fit v5e:2x4: 20 GB"\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(search.sys, "executable", str(program))
+    plan, problem = search.plan_in_process([], "v5e:2x4", tmp_path)({"mesh.data": 8}, 30.0)
+    assert plan is None and problem.startswith("the step does not fit v5e:2x4: 20 GB (")
+
+
+@pytest.mark.tpu_compiler
+def test_a_search_with_the_tpu_compiler(config_file, tmp_path):
+    pytest.importorskip("libtpu")
+    found = search.search(str(config_file), {"mesh.data": "4"}, "v5e:2x2", budget=240)
+    (own,) = [each for each in found.settings if each.own]
+    assert found.best.state == own.state == "compiled" and found.best.step_seconds <= own.step_seconds
+    output = tmp_path / "best.py"
+    search.write_config(str(output), str(config_file), {"mesh.data": "4"}, found)
+    best = build_experiment(load_config(str(output)))
+    peak = topology.compile_step(best, "v5e:2x2").compiled.memory_analysis().peak_memory_in_bytes
+    assert found.best.plan["peak_bytes_per_device"] == pytest.approx(peak, rel=0.02)
+    assert search.search(str(config_file), {"mesh.data": "4"}, "v5e:2x2", budget=240).cached

@@ -1,0 +1,222 @@
+"""Published models that are not what they say, or not what is known here: one clear error each, nothing half-written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizer_folders
+from untrained_runs import untrained_run
+
+from jaxmodels import models
+from jaxmodels.cli import main as cli
+from jaxmodels.errors import ConfigError
+from jaxmodels.export.transformers import export_run
+from jaxmodels.pretrained import architecture as architecture_lib
+from jaxmodels.pretrained import safetensors
+from jaxmodels.pretrained.safetensors import ToWrite
+from jaxmodels.pretrained.weights import load_model, locate, model_section, resolve_options
+
+# architecture -> a published size of it, and options of its config.json whose other values change the result.
+OTHER = {
+    "bert": ("bert-base", {"position_embedding_type": "relative_key", "is_decoder": True, "hidden_act": "mish"}),
+    "roberta": ("roberta-base", {"hidden_act": "relu", "add_cross_attention": True}),
+    "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "activation_function": "mish"}),
+    "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "mistral": ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"], "hidden_act": "relu"}),
+    "qwen2": ("qwen2.5-7b", {"layer_types": ["full_attention", "chunked_attention"], "hidden_act": "relu"}),
+    "qwen3": ("qwen3-8b", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "mixtral": ("mixtral-8x7b", {"hidden_act": "gelu"}),
+    "qwen3_moe": ("qwen3-30b-a3b", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    "t5": ("t5-v1.1-small", {"feed_forward_proj": "relu", "num_decoder_layers": 3, "relative_attention_num_buckets": 16}),
+    "vit": ("vit_b16", {"hidden_act": "gelu_new"}),
+    "resnet": ("resnet50", {"layer_type": "inverted", "downsample_in_first_stage": True, "hidden_sizes": [1, 2, 3, 4]}),
+}
+VOCABULARY = 30
+LLAMA = {"name": "llama2-7b", "layers": 1, "heads": 2, "kv_heads": 2, "width": 8, "mlp_width": 12, "context": 16}
+BERT = {"name": "bert-tiny", "layers": 1, "heads": 2, "width": 8, "mlp_width": 12, "context": 16}
+REST = {"data": {"source": "arrays", "batch_size": 2}, "optimizer": {"name": "sgd", "learning_rate": 0.1}, "training": {"steps": 1}}
+
+
+def written(path, name: str, **changes):
+    """A folder with the config.json of a published size, and no tensors."""
+    size, _ = OTHER[name]
+    architecture = architecture_lib.load(name)
+    values = architecture.config(resolve_options(architecture.model, models.find(size)[1])) | {"model_type": name, "vocab_size": 100}
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(values | changes))
+    safetensors.write(path / "model.safetensors", {}, {})
+    return f"hf:{path}"
+
+
+@pytest.mark.parametrize("name", architecture_lib.ARCHITECTURES)
+def test_options_that_change_the_result_are_refused_by_name(tmp_path, name):
+    architecture, (_, other) = architecture_lib.load(name), OTHER[name]
+    assert model_section(written(tmp_path / "good", name))["name"] == architecture.model
+    for key, value in other.items():
+        shown = {"rope_scaling": "rope_type", "rope_parameters": "partial_rotary_factor", "mlp_bias": "mlp_bias"}.get(key, key)
+        with pytest.raises(ConfigError, match=rf"config\.json: .*{shown}=.*not supported|{shown}=.*supported") as error:
+            model_section(written(tmp_path / "bad", name, **{key: value}))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"sets attention_temperature=0.5, new_option=\[1\]: this is not known, and may change"):
+        model_section(written(tmp_path / "bad", name, attention_temperature=0.5, new_option=[1], unknown_but_off=False))
+
+
+def test_sizes_that_are_missing_or_no_config_at_all(tmp_path):
+    reference = written(tmp_path / "folder", "llama")
+    file = tmp_path / "folder" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in values.items() if key != "hidden_size"}))
+    with pytest.raises(ConfigError, match="lacks 'hidden_size', which sets a size of the model"):
+        model_section(reference)
+    for content, problem in (("{", "cannot be read as JSON"), ("[]", "holds no JSON object"), ("\x00\xff", "cannot be read as JSON")):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(ConfigError, match=problem):
+            model_section(reference)
+    file.unlink()
+    with pytest.raises(ConfigError, match="has no config.json, so it is not a published model's folder"):
+        model_section(reference)
+
+
+def test_an_architecture_that_is_not_known_is_refused_with_the_list(tmp_path):
+    with pytest.raises(ConfigError, match="model_type='lama' is not supported; there are bert, roberta, .*resnet.* Did you mean 'llama'") as error:
+        model_section(written(tmp_path, "llama", model_type="lama"))
+    assert all(name in str(error.value) for name in architecture_lib.ARCHITECTURES)
+    with pytest.raises(ConfigError, match="model_type=None is not supported"):
+        model_section(written(tmp_path, "llama", model_type=None))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": "eight"}, {"num_attention_heads": 0}, {"hidden_size": None}, {"num_hidden_layers": -1}, {"num_attention_heads": 7}]
+)
+def test_sizes_that_make_no_model(tmp_path, sizes):
+    with pytest.raises(ConfigError) as error:
+        load_model(written(tmp_path, "llama", **sizes))
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_mean_no_model(tmp_path):
+    """A hub id that is not here cannot be asked for without a network."""
+    for reference, problem in {
+        "hf:": "is named hf:FOLDER or hf:OWNER/NAME",
+        f"hf:{tmp_path}/none": "there is no folder",
+        "hf:a/b/c": "there is no folder",
+        "hf:nobody/such-model-here": r"there is no folder of that name here, and the hub did not give the model .*name a folder: hf:/path/to/folder",
+    }.items():
+        with pytest.raises(ConfigError, match=problem) as error:
+            model_section(reference)
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A whole published model, by our own export of a run."""
+    place = tmp_path_factory.mktemp("llama")
+    config = {"model": LLAMA, "task": {"name": "language_model", "sample_length": 0}} | REST
+    return export_run(untrained_run(config, {"vocab_size": VOCABULARY}, place / "run"), str(place / "out"))
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """Its folder, to be spoilt."""
+    return shutil.copytree(llama, tmp_path / "copy")
+
+
+def rewrite(folder, change):
+    """Its tensors, changed by a function of a dictionary of arrays."""
+    arrays = {name: np.array(x.view()) for name, x in safetensors.read_header(folder / "model.safetensors").items()}
+    change(arrays)
+    safetensors.write(folder / "model.safetensors", {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}, {})
+
+
+QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
+
+
+def test_a_good_one_is_read(copy):
+    assert load_model(f"hf:{copy}").embed.embedding.shape == (VOCABULARY, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        (lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)}), ["blocks/0/attention/query/kernel: shape differs: (8, 8)", "(6, 8)"]),
+        (lambda t: t.update({QUERY: np.zeros(8, np.float32)}), [QUERY, "(8,)", "cannot be blocks/0/attention/query/kernel"]),
+        (lambda t: t.pop(QUERY), [f"{QUERY}: missing"]),
+        (lambda t: (t.pop(QUERY), t.pop(NORM)), [f"{QUERY}: missing", f"{NORM}: missing"]),
+        (lambda t: t.update({"model.extra": np.zeros(1, np.float32)}), ["model.extra: left over, nothing here is made of it"]),
+        (lambda t: t.update({"model.layers.1.input_layernorm.weight": np.zeros(8, np.float32)}), ["model.layers.1.input_layernorm.weight: left over"]),
+        (lambda t: [t.update({f"x{i}": np.zeros(1, np.float32)}) for i in range(30)], ["x0: left over", "and 10 more"]),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_config(copy, change, problems):
+    rewrite(copy, change)
+    with pytest.raises(ConfigError) as error:
+        load_model(f"hf:{copy}")
+    assert all(problem in str(error.value) for problem in problems), error.value
+
+
+def test_experts_that_differ_in_shape_are_refused(tmp_path):
+    model = LLAMA | {"name": "mixtral-8x7b", "moe": {"experts": 2, "top_k": 1, "normalize": True}}
+    config = {"model": model, "task": {"name": "language_model", "sample_length": 0}} | REST
+    folder = export_run(untrained_run(config, {"vocab_size": VOCABULARY}, tmp_path / "run"), str(tmp_path / "out"))
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    rewrite(folder, lambda t: t.update({name.format(1): np.zeros((12, 7), np.float32)}))
+    with pytest.raises(ConfigError) as error:
+        load_model(f"hf:{folder}")
+    assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): they should be alike" in str(error.value)
+
+
+def test_a_model_of_another_kind_than_the_published_one(copy):
+    for model in ("bert-base", "lstm", "vit_b16"):
+        with pytest.raises(ConfigError, match=f"config.model.name='{model}': .* is a llama; leave the name out"):
+            locate(f"hf:{copy}", {"name": model} | models.find(model)[1], [])
+
+
+def test_a_folder_with_a_pickle_alone(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pytorch_model.bin, a pickle, which may run any code when it is read; only safetensors files are"):
+        load_model(f"hf:{copy}")
+
+
+def with_tokenizer(folder):
+    """More tokens than the model has rows."""
+    tokenizer = tokenizer_folders.byte_level(["<|endoftext|>"])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    return tokenizer_folders.write(folder, {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(settings)})
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(copy, tmp_path):
+    """Where the model is imported, and where a run starts from it."""
+    with_tokenizer(copy)
+    from jaxmodels.inference.pretrained import import_run
+
+    with pytest.raises(ConfigError, match=rf"320 tokens.* {VOCABULARY}") as error:
+        import_run(f"hf:{copy}", str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1]), "is cut off"),
+        (lambda path: rewrite(path, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
+        (lambda path: rewrite(path, lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)})), "shape differs: (8, 8) here, (6, 8) there"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "falcon"}'), "model_type='falcon' is not supported"),
+        (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "a pickle"),
+    ],
+)
+def test_commands_end_with_status_2_and_write_nothing(copy, tmp_path, capsys, monkeypatch, spoil, problem):
+    spoil(copy)
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("a few words to learn from\n" * 200)
+    config = {"init_from": f"hf:{copy}", "task": {"name": "language_model", "sample_length": 0}} | REST
+    config["data"] = {"source": f"text:{tokens}", "tokenizer": "character", "sequence_length": 8, "batch_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "cache"))
+    commands = [["import", f"hf:{copy}", str(tmp_path / "run")], ["train", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"]]
+    commands.append(["generate", f"--workdir=hf:{copy}", "--prompt=a"])
+    for command in commands:
+        assert cli.run(command) == 2, command
+        said = capsys.readouterr().err
+        assert problem in said and said.startswith("jaxmodels: ") and "Traceback" not in said
+        assert not (tmp_path / "run").exists()
