@@ -20,6 +20,7 @@ _HOME = {
     "evaluate": "jaxmodels.inference.evaluate",
     "load": "jaxmodels.inference.load",
     "Run": "jaxmodels.inference.run",
+    "Callback": "jaxmodels.training.callback",
     "Result": "jaxmodels.training.trainer",
     "ConfigError": "jaxmodels.errors",
     "Diverged": "jaxmodels.errors",

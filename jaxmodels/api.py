@@ -1,7 +1,7 @@
 """The commands as functions: train, evaluate, and load a run back to predict with it, or to make texts."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -21,6 +21,7 @@ def train(
     data_dir: str | None = None,
     overwrite: bool = False,
     plan: str | None = None,
+    callbacks: Sequence[Any] = (),
     quiet: bool = False,
 ) -> trainer.Result:
     """Trains a config in a folder, or goes on with the run of it that is there.
@@ -33,16 +34,22 @@ def train(
       data: arrays by split, for `data.source = "arrays"`: `{"train": {"image": …, "label": …}, "test": …}`.
       data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
       overwrite: delete the run that is in the folder.
-      plan: a plan of this config for these devices, to load and to compare with; see `trainer.train`.
+      plan: a plan of this config for these devices, to load and to compare with: a JSON file or a folder that `jaxmodels plan` wrote.
+      callbacks: objects with methods of `jaxmodels.Callback`, beside those of the config.
       quiet: print nothing.
 
     Raises:
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
     keep_freed_memory()
-    planned = _open_plan(plan) if plan is not None else None
+    options = {"callbacks": []}
+    if plan is not None:
+        from jaxmodels.plan.measured import for_training  # runs load nothing of `plan` otherwise
+
+        options = for_training(plan)
+    options["callbacks"] = [*callbacks, *options["callbacks"]]
     experiment = build_experiment(config, data_dir=data_dir, data=data)
-    return trainer.train(experiment, workdir, overwrite=overwrite, planned=planned, console=Console(quiet=quiet))
+    return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet), **options)
 
 
 def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir: str | None = None) -> "Plan":
@@ -61,9 +68,3 @@ def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir
     from jaxmodels.plan.report import make_plan  # plans are not loaded by runs
 
     return make_plan(build_experiment(config, data_dir=data_dir, data=data), topology)
-
-
-def _open_plan(path: str):
-    from jaxmodels.plan.measured import open_plan
-
-    return open_plan(path)

@@ -129,17 +129,24 @@ def set_at(values: dict, key: str, value: Any) -> None:
 # What a section may hold
 
 
-def fields(constructor: Callable) -> dict[str, tuple[Any, Any]]:
-    """Keyword-only parameters of a constructor: name -> (annotation, default or REQUIRED).
+def fields(constructor: Callable, framework: tuple[str, ...] | None = None) -> dict[str, tuple[Any, Any]]:
+    """Return the parameters of a constructor that a config gives: name -> (annotation, default or REQUIRED).
 
-    `rngs` is left out: it is given by the framework, as are all positional parameters.
+    Args:
+      constructor: a class or a function.
+      framework: names of parameters that the framework gives, where all others are keys; unless given, the keys are the keyword-only
+        parameters but `rngs`, since the framework gives all positional ones.
     """
     call = constructor.__init__ if inspect.isclass(constructor) else constructor
     hints = typing.get_type_hints(call)
     return {
         name: (hints.get(name, Any), parameter.default)
         for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "rngs"
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY and name != "rngs"
+            if framework is None
+            else parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and name not in ("self", *framework)
+        )
     }
 
 

@@ -33,12 +33,10 @@ def run_train(options, overrides):
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
-    planned = None
-    if options.plan is not None:
-        from jaxmodels.plan.measured import open_plan
+    from jaxmodels.plan.measured import for_training
 
-        planned = open_plan(options.plan)
-    result = trainer.train(experiment, options.workdir or os.path.join("runs", name), overwrite=options.overwrite, planned=planned, console=console)
+    workdir = options.workdir or os.path.join("runs", name)
+    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))
     if session.is_first():
         summary.print_summary(result, experiment, console)
     return 0

@@ -96,11 +96,26 @@ class Logging:
 
     Attributes:
       every: steps that a line of training metrics is the mean of.
-      tensorboard: write event files too.
+      trackers: where metrics and media are written: names, or sections with a `name` and the tracker's own keys.
+      tensorboard: False leaves `tensorboard` out of the trackers.
     """
 
     every: int = 100
+    trackers: tuple[Any, ...] = ("jsonl", "tensorboard")
     tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallbackOptions:
+    """Keys of every entry of the section `callbacks`, beside those of its class.
+
+    Attributes:
+      on_error: when a method raises, `stop` the run or `continue` without the callback; the class decides unless given.
+      processes: run on the `first` process or on `all`; the class decides unless given.
+    """
+
+    on_error: Literal["stop", "continue"] | None = None
+    processes: Literal["first", "all"] | None = None
 
 
 # How a run is computed, not what it computes: a run may be taken up again with other values of these.
@@ -141,7 +156,7 @@ def resolve(config: Mapping) -> dict:
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         raise ConfigError(f"a config is a dictionary of sections, as jaxmodels.load_config(FILE) gives; got {config!r}.")
-    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "compiler_options", "init_from", "lora")
+    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "compiler_options", "init_from", "lora", "callbacks")
     for key in config:
         if key not in top:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
@@ -163,8 +178,21 @@ def resolve(config: Mapping) -> dict:
     resolved["compiler_options"] = config_lib.check_value("compiler_options", config.get("compiler_options") or {}, dict[str, Any])
     resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
     resolved["lora"] = config_lib.check_value("lora", _lora(config.get("lora"), resolved), Lora | None)
+    resolved["callbacks"] = tuple(_resolve_callback(number, entry) for number, entry in enumerate(config.get("callbacks") or ()))
     _check_values(resolved)
     return resolved
+
+
+def _resolve_callback(number: int, entry: Any) -> dict:
+    """One entry of the section `callbacks`: its class's keys, and those of every callback."""
+    where = f"callbacks.{number}"
+    entry = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise ConfigError(f"config.{where} must be {{'name': 'package.module:Class', ...}}, got {entry!r}.")
+    name = config_lib.check_value(f"{where}.name", entry["name"], str)
+    keys = config_lib.fields(config_lib.find(f"{where}.name", {}, name), framework=())
+    options = {key: value for key, value in entry.items() if key != "name"}
+    return {"name": name} | config_lib.check_section(where, options, keys | config_lib.fields(CallbackOptions), f"the callback {name!r}")
 
 
 def _with_published_model(config: Mapping) -> Mapping:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.hardware.chips import chip_of
 from jaxmodels.plan.executable import PAGE, Saved, open_saved
+from jaxmodels.training.callback import Callback
 from jaxmodels.training.throughput import peak_memory
 
 # Steps that are not timed, as devices and caches warm up; then those whose median is taken.
@@ -54,10 +56,6 @@ class Planned:
         named = (key for key in changed if not key.startswith("config.") or any(f"{key}.".startswith(f"config.{part}.") for part in _DECIDING))
         return "; ".join(f"{key} is {changed[key][0]!r} there, {changed[key][1]!r} here" for key in named)
 
-    def comparison(self, mesh: jax.sharding.Mesh) -> "Comparison":
-        """The comparison of a run on `mesh` with this plan."""
-        return Comparison(self, mesh)
-
 
 def open_plan(path: str | os.PathLike) -> Planned:
     """What `jaxmodels plan` wrote with `--json=FILE`, or `--save=FOLDER`.
@@ -79,25 +77,54 @@ def open_plan(path: str | os.PathLike) -> Planned:
     return Planned(path, figures, saved)
 
 
-class Comparison:
-    """The first steps of a run, timed one by one, beside its plan."""
+def for_training(path: str | os.PathLike | None) -> dict[str, Any]:
+    """Return what a plan adds to the arguments of `trainer.train`: a callback that compares, and the executable. Nothing for None."""
+    if path is None:
+        return {}
+    planned = open_plan(path)
+    return {"callbacks": [Comparison(planned)], "executable": planned.saved}
 
-    def __init__(self, planned: Planned, mesh: jax.sharding.Mesh):
-        self._planned, self._mesh = planned, mesh
-        self._seconds = []
 
-    def add(self, seconds: float) -> bool:
-        """One step more, from its start until the devices are done. Returns whether that is enough."""
-        self._seconds.append(seconds)
-        return len(self._seconds) == WARM_UP + TIMED
+class Comparison(Callback):
+    """Times the first steps of a run one by one, and compares them with its plan."""
 
-    def result(self) -> tuple[dict[str, Any], list[str]]:
-        """For the manifest, what was planned and what is; and a line for each figure that is far above its plan.
+    def __init__(self, planned: Planned):
+        self._planned = planned
+        self._seconds: list[float] | None = None  # None before and after the comparison
 
-        Of a run that ended while it warmed up nothing is said of time.
-        """
+    def on_start(self, run):
+        """Begin, unless the plan is that of another run."""
+        if other := self._planned.differences(run.experiment.config, run.mesh):
+            run.warn(f"this run is not compared with {self._planned.path}, which is the plan of another: {other}")
+        else:
+            self._seconds = []
+
+    def on_step(self, run, step, metrics):
+        """Wait for the devices, in the first steps alone, and compare once there are enough."""
+        if self._seconds is None:
+            return
+        jax.block_until_ready(metrics)
+        self._seconds.append(time.perf_counter() - run.step_started)
+        if len(self._seconds) == WARM_UP + TIMED:
+            self._compare(run)
+
+    def on_end(self, run, result):
+        """Compare what there is, for a run of a few steps."""
+        if self._seconds and result is not None:
+            self._compare(run)
+
+    def _compare(self, run) -> None:
+        """Record planned and measured figures, and warn of each that is far above its plan. A run that ended in its warm-up has no time."""
+        record, far = self.result(run.mesh)
+        self._seconds = None
+        run.record({"plan": record})
+        for line in far:
+            run.warn(line)
+
+    def result(self, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], list[str]]:
+        """Return planned and measured figures, and a line for each that is far above its plan."""
         timed = self._seconds[WARM_UP:]
-        measured = {"step_seconds": statistics.median(timed) if timed else None, "peak_bytes_per_device": peak_memory(self._mesh)}
+        measured = {"step_seconds": statistics.median(timed) if timed else None, "peak_bytes_per_device": peak_memory(mesh)}
         record = {"path": str(self._planned.path)}
         record |= {name: {"planned": self._planned.figures[name], "measured": value} for name, value in measured.items()}
         far = [name for name, value in measured.items() if value is not None and value > FAR[name] * self._planned.figures[name]]

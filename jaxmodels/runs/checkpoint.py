@@ -27,6 +27,7 @@ class Progress:
       without_improvement: evaluations since.
       finished: nothing is left to train.
       seconds: spent training, over all starts.
+      callbacks: state of each callback, by its name.
     """
 
     evaluated_at: int = 0
@@ -35,6 +36,21 @@ class Progress:
     without_improvement: int = 0
     finished: bool = False
     seconds: float = 0.0
+    callbacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def after(self, step: int, value: float, better: bool, patience: int | None) -> "Progress":
+        """Return the progress after an evaluation.
+
+        Args:
+          step: that was evaluated.
+          value: of the metric that picks the best checkpoint.
+          better: whether it is better than the best so far.
+          patience: evaluations without improvement after which the run is finished; None for no limit.
+        """
+        if better:
+            return dataclasses.replace(self, best=value, best_step=step, without_improvement=0)
+        without = self.without_improvement + 1
+        return dataclasses.replace(self, without_improvement=without, finished=self.finished or (patience is not None and without >= patience))
 
 
 _CHUNK = 1 << 25  # bytes; of the chunks of arrays that are written few at a time

@@ -6,12 +6,6 @@ import time
 import jax
 
 
-def time_when_ready(output) -> float:
-    """The time when the devices have made it."""
-    jax.block_until_ready(output)
-    return time.perf_counter()
-
-
 class Clock:
     """Rates between log lines, and the length of the run, without the time that evaluating and saving take."""
 

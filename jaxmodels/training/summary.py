@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmodels.experiment.experiment import Experiment
-from jaxmodels.training.log import SHOWN, duration
+from jaxmodels.training.terminal import SHOWN, format_duration
 from jaxmodels.training.trainer import Result
 
 
@@ -21,7 +21,7 @@ def print_summary(result: Result, experiment: Experiment, console: Console) -> N
 def _print(result: Result, experiment: Experiment, console: Console) -> None:
     splits = [split for split in ("train", "validation", "test") if split in result.metrics]
     names = [name for name in SHOWN if any(name in result.metrics[split] for split in splits)]
-    table = Table("metric", *splits, title=f"finished: step {result.step} in {duration(result.seconds)}", title_justify="left")
+    table = Table("metric", *splits, title=f"finished: step {result.step} in {format_duration(result.seconds)}", title_justify="left")
     for name in names:
         table.add_row(name, *(f"{result.metrics[split][name]:.4f}" if name in result.metrics[split] else "" for split in splits))
     console.print(table)

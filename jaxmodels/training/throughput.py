@@ -1,38 +1,40 @@
-"""Throughput, MFU and peak memory of a run."""
-
-from typing import Any
+"""Throughput against the hardware: MFU and peak memory, on chips whose rates are known."""
 
 import jax
 
 from jaxmodels.experiment.flops import model_flops
 from jaxmodels.hardware.chips import chip_of
+from jaxmodels.training.callback import Callback
 
 
-class Usage:
-    """What a run takes of its chips, where they are known.
+class Throughput(Callback):
+    """Adds `mfu` and `memory_peak_bytes` to training metrics; records the chip and the model's FLOPs per step in the manifest.
 
-    Attributes:
-      record: for the manifest: the chip, and the model's FLOPs in a step; empty for chips that are not known.
+    MFU is the model's FLOPs over what all chips can do in the same time in bfloat16 (Chowdhery et al. 2022, appendix B). On chips that
+    `hardware.chips` does not list, nothing is added.
     """
 
-    def __init__(self, experiment: Any, mesh: jax.sharding.Mesh):
-        chip = chip_of(mesh.devices.flat[0].device_kind)
-        self._mesh, self._peak_flops = mesh, chip.flops_per_device * mesh.size if chip else None
-        self.record = {"chip": chip.name, "model_flops_per_step": model_flops(experiment).all} if chip else {}
+    def __init__(self):
+        self._flops_per_step = self._peak_flops = None
 
-    def rates(self, steps_per_second: float) -> dict[str, float]:
-        """`mfu`, the model's FLOPs over what all chips can do in that time (of bfloat16 products), and `memory_peak_bytes`.
+    def on_start(self, run):
+        """Count the model's FLOPs."""
+        chip = chip_of(run.mesh.devices.flat[0].device_kind)
+        if chip is None:
+            return
+        self._flops_per_step, self._peak_flops = model_flops(run.experiment).all, chip.flops_per_device * run.mesh.size
+        run.record({"chip": chip.name, "model_flops_per_step": self._flops_per_step})
 
-        Nothing for chips that are not known.
-        """
-        if not self.record:
-            return {}
-        memory = peak_memory(self._mesh)
-        mfu = self.record["model_flops_per_step"] * steps_per_second / self._peak_flops
-        return {"mfu": mfu} | ({"memory_peak_bytes": memory} if memory is not None else {})
+    def on_log(self, run, step, values):
+        """Add the figures to a line of training metrics."""
+        if self._flops_per_step is None:
+            return
+        values["mfu"] = self._flops_per_step * values["steps_per_second"] / self._peak_flops
+        if (memory := peak_memory(run.mesh)) is not None:
+            values["memory_peak_bytes"] = memory
 
 
 def peak_memory(mesh: jax.sharding.Mesh) -> int | None:
-    """The most bytes that were in use at a time since this process began, on that of its devices where they were most; None where JAX does not tell."""
-    told = [device.memory_stats() or {} for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    return max((stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats), default=None)
+    """Return the largest number of bytes in use at a time on one of this process's devices; None where JAX does not report it."""
+    stats = [device.memory_stats() or {} for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return max((each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None)

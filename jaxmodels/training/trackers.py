@@ -4,42 +4,30 @@ import contextlib
 import sys
 from collections.abc import Mapping
 
-from jaxmodels.runs.folder import RunFolder
+from jaxmodels.training.callback import Callback
 
 
-class JsonLines:
-    """Appends metrics to `metrics.jsonl`, one object a line."""
-
-    def __init__(self, folder: RunFolder):
-        self._folder = folder
-
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One line, with the kernel at once."""
-        self._folder.add_metrics(step, split, values)
-
-    def text(self, step: int, name: str, content: str) -> None:
-        """Texts are not metrics; they have a file of their own."""
-
-    def close(self) -> None:
-        """Nothing stays open."""
+def make_trackers(section) -> list[Callback]:
+    """Build the trackers of the section `log`."""
+    return [JsonLines(), *([TensorBoard()] if section.tensorboard else [])]
 
 
-class Samples:
-    """Appends made-up texts to `samples.txt`."""
+class JsonLines(Callback):
+    """Appends metrics to `metrics.jsonl` and texts to `samples.txt`."""
 
-    def __init__(self, folder: RunFolder):
-        self._path = folder.samples_file
+    on_error = "continue"
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Metrics are not texts."""
+    def on_log(self, run, step, values):
+        run.folder.add_metrics(step, "train", values)
 
-    def text(self, step: int, name: str, content: str) -> None:
-        """One text under a heading."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{content}\n\n")
+    def on_evaluate(self, run, step, split, values):
+        if values:
+            run.folder.add_metrics(step, split, values)
 
-    def close(self) -> None:
-        """Nothing stays open."""
+    def on_media(self, run, step, name, media, kind, **_):
+        if kind == "text":
+            with open(run.folder.samples_file, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{media}\n\n")
 
 
 @contextlib.contextmanager
@@ -55,25 +43,31 @@ def _without(module: str):
             del sys.modules[module]
 
 
-class TensorBoard:
+class TensorBoard(Callback):
     """Event files that TensorBoard reads, written without TensorFlow."""
 
-    def __init__(self, folder: RunFolder, step: int):
+    on_error = "continue"
+
+    def on_start(self, run):
         with _without("torch"):  # which it would import where that happens to be installed, for two seconds, and not use
             from tensorboardX import SummaryWriter
 
         # What an earlier start wrote after this step is hidden: it is written again.
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=run.step + 1)
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One scalar for each value, `split/name`."""
+    def on_log(self, run, step, values):
+        self._write(step, "train", values)
+
+    def on_evaluate(self, run, step, split, values):
+        self._write(step, split, values)
+
+    def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
-    def text(self, step: int, name: str, content: str) -> None:
-        """A text panel."""
-        self._writer.add_text(name, content, step)
+    def on_media(self, run, step, name, media, kind, **_):
+        if kind == "text":
+            self._writer.add_text(name, media, step)
 
-    def close(self) -> None:
-        """Flushes and closes."""
+    def on_end(self, run, result):
         self._writer.close()

@@ -1,0 +1,107 @@
+"""What a run records of itself in `manifest.json`: versions, devices, data, compilations, and every slower path that was taken."""
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.parallel import pipeline
+from jaxmodels.runs.folder import RunFolder, now
+from jaxmodels.step.state import TrainState
+from jaxmodels.training.compile import CompileRecord
+
+_PACKAGES = ("jaxmodels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Manifest:
+    """Writes a run's manifest, on the first process alone; prints what users should see of it."""
+
+    def __init__(self, folder: RunFolder, say: Callable[..., None], *, active: bool):
+        """
+        Args:
+          folder: of the run.
+          say: prints a line, with a style.
+          active: False on all processes but the first: records nothing.
+        """
+        self._folder, self._say, self._active = folder, say, active
+
+    def warn(self, message: str) -> None:
+        """Print a warning, and record it."""
+        self._say("warning: " + message, style="yellow")
+        self.fallback(message)
+
+    def fallback(self, message: str) -> None:
+        """Record a slower or lesser path that was taken."""
+        if self._active:
+            self._folder.add_to_manifest("fallbacks", message)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Set keys in the entry of this start."""
+        if self._active and values:
+            starts = self._folder.manifest()["starts"]
+            starts[-1] |= values
+            self._folder.update_manifest(starts=starts)
+
+    def compiled(self, record: CompileRecord) -> None:
+        """Print and record what compiling a function took."""
+        how = f"loaded from {record.loaded}" if record.loaded else "loaded from the cache" if record.cached else "compiled"
+        if record.not_loaded:
+            self.warn(f"{record.name}: the saved executable is not loaded: {record.not_loaded}; it is compiled here")
+        given = ", ".join(f"{name}={value}" for name, value in record.options.items())
+        self._say(f"{record.name}: {how} in {record.seconds:.1f} s{' with ' + given if given else ''}", style="dim")
+        for name, reason in record.rejected.items():
+            self.warn(f"the compiler option {name} is left out: this compiler says: {reason}")
+        if self._active:
+            entry = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, {})}
+            self.record({"compiled": self._folder.manifest()["starts"][-1]["compiled"] | {record.name: entry}})
+
+    def start(self, experiment: Experiment, mesh: jax.sharding.Mesh, shapes: TrainState, step: int) -> None:
+        """Record a start from `step`: versions, devices, kernels, parameters and data."""
+        if not self._active:
+            return
+        trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (shapes.params, shapes.frozen))
+        devices = mesh.devices.flatten()
+        start = {
+            "time": now(),
+            "from_step": step,
+            "python": platform.python_version(),
+            "packages": {package: metadata.version(package) for package in _PACKAGES},
+            "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+            "compiled": {},
+        }
+        for part, used in experiment.kernels.items():
+            start[part] = used
+            self._say(f"{part}: {used['used']} ({used['why']})", style="dim")
+        if (stages := mesh.shape["pipeline"]) > 1:
+            microbatches = experiment.layout.microbatches
+            start["pipeline"] = {"stages": stages, "microbatches": microbatches, "bubble": pipeline.bubble(stages, microbatches)}
+            self._say(f"pipeline: {pipeline.describe(stages, microbatches)}", style="dim")
+        manifest = self._folder.manifest()
+        self._folder.update_manifest(
+            parameters=trained + frozen,
+            trained_parameters=trained,
+            steps=experiment.steps,
+            data=describe_data(experiment),
+            info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
+            skipped_examples=dict(experiment.dataset.skipped),
+            parents=manifest.get("parents", []),
+            fallbacks=manifest.get("fallbacks", []),
+            starts=[*manifest.get("starts", []), start],
+        )
+        tokenizer = experiment.dataset.info.get("tokenizer")
+        if tokenizer is not None:
+            self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
+        share = f", {trained:,} of them trained ({trained / (trained + frozen):.2%})" if frozen else ""
+        self._say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self._folder.path}")
+
+
+def describe_data(experiment: Experiment) -> dict[str, dict[str, int]]:
+    """Return the number of examples of each split, and a checksum of splits that lie in memory."""
+    parts = experiment.dataset.splits.items()
+    return {name: {"examples": len(part)} | ({"crc32": part.fingerprint()} if hasattr(part, "fingerprint") else {}) for name, part in parts}
