@@ -10,6 +10,20 @@ Names are imported when first used, so that `import jaxmodels` costs nothing.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers and editors; the same names as in _HOME
+    from jaxmodels.api import train as train
+    from jaxmodels.config import load_config as load_config
+    from jaxmodels.errors import ConfigError as ConfigError
+    from jaxmodels.errors import Diverged as Diverged
+    from jaxmodels.errors import Interrupted as Interrupted
+    from jaxmodels.experiment.sections import resolve as resolve
+    from jaxmodels.inference.evaluate import evaluate as evaluate
+    from jaxmodels.inference.load import load as load
+    from jaxmodels.inference.run import Run as Run
+    from jaxmodels.training.callback import Callback as Callback
+    from jaxmodels.training.trainer import Result as Result
 
 __version__ = "0.1.0"
 

@@ -42,7 +42,7 @@ def train(
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
     keep_freed_memory()
-    options = {"callbacks": []}
+    options: dict[str, Any] = {"callbacks": []}
     if plan is not None:
         from jaxmodels.plan.measured import for_training  # runs load nothing of `plan` otherwise
 

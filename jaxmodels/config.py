@@ -93,7 +93,7 @@ def _call_get_config(path: str, argument: str | None) -> Any:
         return get_config(argument) if argument is not None else get_config()
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001  a config is a program: it can raise anything
+    except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
         where = f"{path}, line {line}" if line else path
@@ -213,7 +213,7 @@ def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
         if value is None and "none" in args:
             return "none", True  # `--config.model.remat=none` is read as None before anyone knows of a key named so
         return value, any(value == a and type(value) is type(a) for a in args)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
             value = dataclasses.asdict(value)
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -245,7 +245,7 @@ def _describe(annotation: Any) -> str:
         return " or ".join(_describe(a) for a in args)
     if origin is tuple:
         return f"a list of {_describe(args[0])}"
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return f"a section ({', '.join(fields(annotation))})"
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
         annotation, "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
@@ -334,7 +334,7 @@ def _by_first_key(flat: Mapping[str, Any], resolved: Mapping) -> dict[str, Any]:
     """Sections written by their name alone under the key that the name is the value of: `task` as `task.name`."""
     result = {}
     for key, value in flat.items():
-        section = resolved
+        section: Any = resolved
         for name in key.split("."):
             section = section.get(name) if isinstance(section, Mapping) else None
         whole = isinstance(section, Mapping) and section and not isinstance(value, Mapping)
