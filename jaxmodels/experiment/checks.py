@@ -105,6 +105,6 @@ def _check_best(experiment: Experiment) -> None:
         raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
     state = experiment.state_shapes()
     shapes = experiment.eval_metric_shapes(state.weights, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
-    given = experiment.task.summarize({name: 1.0 for name in (*shapes, *tasks.scores(experiment.task))})
+    given = experiment.task.summarize(dict.fromkeys((*shapes, *tasks.scores(experiment.task)), 1.0))
     if best not in given:
         raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")

@@ -18,8 +18,8 @@ import pytest
 import recording_sources
 import small_configs
 from conftest import ROOT
-from test_processes import free_port
-from test_resume import final_state
+from final_state import final_state
+from ports import free_port
 
 from jaxmodels.config import load_config
 from jaxmodels.runs.folder import RunFolder

@@ -9,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from ports import free_port
 
 from jaxmodels.distributed import processes as processes_lib
 from jaxmodels.distributed.member import Member, meet
@@ -179,19 +180,6 @@ def test_no_metadata_server(monkeypatch):
 
 
 # Meeting
-
-
-def free_port() -> int:
-    """A port that is free, as is the next."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 class Crowd:

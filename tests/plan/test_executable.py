@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import small_configs
 from conftest import HELPERS, ROOT
+from final_state import final_state
 from rich.console import Console
 from save_step import FIGURES, compiled_here
-from test_resume import final_state
 
 import jaxmodels
 from jaxmodels.errors import ConfigError

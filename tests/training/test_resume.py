@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import small_configs
 from conftest import ROOT
+from final_state import final_state
 from rich.console import Console
 
 import jaxmodels
@@ -26,7 +26,6 @@ from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.summary import print_summary
 
 RATES = {"cnn": 6.0, "lstm": 45.0, "gpt": 6.0}  # learning rates of best_in_the_middle
-TIMES = {"seconds", "steps_per_second", "examples_per_second", "data_wait"}
 
 
 def write_config(tmp_path, config):
@@ -68,21 +67,6 @@ def summary(output, workdir):
     """What a finished run printed at its end, without times and its own folder."""
     output = re.sub(r"^(finished: step \d+ in ).*", r"\1TIME", output[output.index("finished: step") :])
     return output.replace(str(workdir), "RUN")
-
-
-def final_state(workdir):
-    """Every array of the last checkpoint by path, and the metrics without times."""
-    checkpoints = Checkpoints(RunFolder(workdir).checkpoints, read_only=True)
-    step = checkpoints.steps()[-1]
-    parts = ("params", "ema", "stats", "opt_state", "metrics", "step", "diverged_at")
-    shapes = checkpoints.shapes(step, *parts)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {k: v for k, v in shapes.items() if not isinstance(v, dict) or v}
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-    arrays = checkpoints.restore_part(step, wanted)
-    checkpoints.close()
-    metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(workdir).metrics()]
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(arrays)}, metrics
 
 
 def assert_same(one, other):
