@@ -104,6 +104,11 @@ class Logging:
     trackers: tuple[Any, ...] = ("jsonl", "tensorboard")
     tensorboard: bool = True
 
+    @property
+    def tracker_entries(self) -> tuple[Any, ...]:
+        """The trackers, without `tensorboard` where it is switched off."""
+        return tuple(entry for entry in self.trackers if self.tensorboard or entry != "tensorboard")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallbackOptions:
@@ -132,6 +137,7 @@ MACHINE_KEYS = (
     "data.buffer",
     "data.memory_gb",
     "compiler_options",
+    "log.trackers",
 )
 
 _PLAIN = {

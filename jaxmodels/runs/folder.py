@@ -6,8 +6,10 @@ metrics.jsonl   one object a line
 children.jsonl  runs that started from this one
 samples.txt     text made up during language modelling
 tokenizer.json  of a text run
-tensorboard/    the metrics as event files
 checkpoints/    Orbax, one folder a step
+tensorboard/    the metrics and media as event files
+media/          images, figures and audio
+metrics.csv, wandb/, mlruns/    of the trackers csv, wandb and mlflow
 """
 
 import datetime
@@ -26,7 +28,8 @@ from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 
 _NOT_FINITE = ("nan", "inf", "-inf")
-OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "tensorboard", "checkpoints")
+_TRACKERS = ("tensorboard", "metrics.csv", "media", "wandb", "mlruns")
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", *_TRACKERS)
 
 
 class RunFolder:

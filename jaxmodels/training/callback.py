@@ -34,10 +34,13 @@ class Callback:
         """Called before a line of training metrics is written. Entries that are added to `values` are written too."""
 
     def on_evaluate(self, run: "RunContext", step: int, split: str, values: dict[str, float]) -> None:
-        """Called before the metrics of a split are written. Entries that are added to `values` are written too."""
+        """Called before the metrics of a split are written. Entries that are added to `values` are written too.
 
-    def on_media(self, run: "RunContext", step: int, name: str, media: Any, kind: str) -> None:
-        """Called for each image, text, audio clip or figure that is shown; see `RunContext.media`."""
+        At each evaluation it is called for `validation`, with empty values where the data has no such split; at the end for `test`.
+        """
+
+    def on_media(self, run: "RunContext", step: int, name: str, media: Any, kind: str, **options: Any) -> None:
+        """Called for each image, text, audio clip or figure that is shown, with the arguments of `RunContext.media`."""
 
     def on_save(self, run: "RunContext", step: int) -> None:
         """Called when a checkpoint is requested, before its state is copied."""

@@ -112,7 +112,7 @@ class Trainer:
         self.terminal = Terminal(console, experiment.steps, lambda message: self.manifest.fallback(message), active=main)
         self.manifest = Manifest(folder, self.terminal.say, active=main)
         self.evaluator = Evaluator(experiment, self.mesh, stop, self.manifest.compiled)
-        outputs = [self.terminal, *make_trackers(experiment.log), Samples(sample_key, stop, self.manifest.compiled)]
+        outputs = [self.terminal, *make_trackers(experiment.log.tracker_entries), Samples(sample_key, stop, self.manifest.compiled)]
         self.hooks = hooks_lib.Hooks(
             experiment, folder, self.mesh, [Throughput(), *callbacks], outputs, say=self.terminal.say, warn=self.manifest.warn, record=self.manifest.record
         )

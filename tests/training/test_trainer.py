@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import small_configs
+from conftest import HELPERS
 from jax._src import array as jax_array
 from rich.console import Console
 
@@ -22,8 +22,9 @@ from jaxmodels.runs.checkpoint import Checkpoints, parse_run
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.weights import match
 from jaxmodels.step import metrics as metrics_lib
-from jaxmodels.training import trackers
 from jaxmodels.training import trainer as trainer_lib
+from jaxmodels.training.trackers.jsonl import JsonLines
+from jaxmodels.training.trackers.tensorboard import TensorBoard
 
 
 def run(config, workdir, **options):
@@ -143,13 +144,13 @@ def test_a_failing_logger_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk is full")
 
-    monkeypatch.setattr(trackers.TensorBoard, "write", fail)
+    monkeypatch.setattr(TensorBoard, "on_log", fail)
     output = io.StringIO()
     experiment = build_experiment(small_configs.config(small_configs.CNN, training__steps=30))
     result = trainer_lib.train(experiment, str(tmp_path / "x"), console=Console(file=output, width=200))
     assert result.step == 30
-    assert output.getvalue().count("TensorBoard cannot be written (OSError: disk is full)") == 1
-    assert any("TensorBoard" in f for f in RunFolder(tmp_path / "x").manifest()["fallbacks"])
+    assert output.getvalue().count("tracker 'tensorboard' failed in on_log (OSError: disk is full)") == 1
+    assert any("'tensorboard'" in f for f in RunFolder(tmp_path / "x").manifest()["fallbacks"])
     assert lines(tmp_path / "x", "test")
 
 
@@ -158,7 +159,7 @@ def test_the_result_does_not_depend_on_the_log(tmp_path, monkeypatch):
         raise OSError("disk is full")
 
     expected = run(small_configs.config(small_configs.CNN, training__steps=30), tmp_path / "x")
-    monkeypatch.setattr(trackers.JsonLines, "write", fail)
+    monkeypatch.setattr(JsonLines, "on_log", fail)
     result = run(small_configs.config(small_configs.CNN, training__steps=30), tmp_path / "y")
     assert result.metrics["test"]["accuracy"] == expected.metrics["test"]["accuracy"] and not lines(tmp_path / "y")
 
@@ -437,10 +438,10 @@ def test_checkpoints_of_a_run_open_read_only(tmp_path):
 def test_a_run_imports_no_other_framework(tmp_path):
     """Two seconds at each start, where PyTorch happens to be installed."""
     code = (
-        "import sys, jaxmodels, small; "
+        "import sys, jaxmodels, small_configs; "
         f"jaxmodels.train(small_configs.config(small_configs.CNN, training__steps=2, log__tensorboard=True), {str(tmp_path / 'x')!r}, quiet=True); "
         "print([name for name in ('torch', 'tensorflow', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HELPERS, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
     assert list((tmp_path / "x" / "tensorboard").iterdir())

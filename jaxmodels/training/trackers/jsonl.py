@@ -1,0 +1,53 @@
+"""Metrics in `metrics.jsonl`; texts in `samples.txt`; other media in `media/`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodels.training.callback import Callback
+from jaxmodels.training.trackers import media as media_lib
+
+
+class JsonLines(Callback):
+    """Append metrics to `metrics.jsonl`, one object a line. In the training loop: a resumed run needs each line before its checkpoint."""
+
+    name = "jsonl"
+    background = False
+    on_error = "continue"
+
+    def on_log(self, run: Any, step: int, values: Mapping[str, float]) -> None:
+        run.folder.add_metrics(step, "train", values)
+
+    def on_evaluate(self, run: Any, step: int, split: str, values: Mapping[str, float]) -> None:
+        if values:  # empty where the data has no such split
+            run.folder.add_metrics(step, split, values)
+
+
+class MediaFiles(Callback):
+    """Append texts to `samples.txt`; write images, figures and audio to `media/NAME_STEP.png` and `.wav`.
+
+    Runs in the training loop, so that a file is there before the checkpoint that knows of its evaluation. `RunFolder.rewind` rewinds
+    `samples.txt`; a file in `media/` is written again under the same name.
+    """
+
+    name = "media"
+    background = False
+    on_error = "continue"
+
+    def on_start(self, run: Any) -> None:
+        """Delete files of later steps, which an earlier start wrote after the checkpoint."""
+        folder = run.folder.path / "media"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            match = re.search(r"_(\d+)\.(png|wav)$", path.name)
+            if match and int(match[1]) > run.step:
+                path.unlink()
+
+    def on_media(self, run: Any, step: int, name: str, media: Any, kind: str, **options: Any) -> None:
+        if kind == "text":
+            with open(run.folder.samples_file, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{media}\n\n")
+            return
+        for item in media_lib.encode(name, media, kind, **options):
+            folder = run.folder.path / "media"
+            folder.mkdir(exist_ok=True)
+            (folder / item.filename(step)).write_bytes(item.content)
