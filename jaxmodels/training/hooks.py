@@ -9,9 +9,9 @@ from jaxmodels import config as config_lib
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.runs.checkpoint import Progress
+from jaxmodels.training.trackers import media as media_lib
 
 EVENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_media", "on_save", "on_end")
-_KINDS = ("text", "images", "audio", "figure")
 
 
 def make_callbacks(section: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -73,8 +73,7 @@ class Hooks:
 
     def media(self, name: str, media: Any, kind: str, **options: Any) -> None:
         """See RunContext."""
-        if kind not in _KINDS:
-            raise ValueError(f"media {name!r}: the kind is one of {', '.join(_KINDS)}, got {kind!r}")
+        media_lib.normalize(media, kind, **options)  # an error here, where the callback is known
         for callback in list(self._active):
             self._call(callback, "on_media", self.step, name, media, kind, **options)
 

@@ -45,7 +45,7 @@ class Wandb(Callback):
           ConfigError: wandb is not installed, or has no API key for online mode. It would ask for one on the terminal later.
         """
         self._wandb = optional_import("wandb", "wandb")
-        if (mode or self._wandb.setup().settings.mode) == "online" and not self._wandb.login(prompt=False):
+        if (mode or self._wandb.setup().settings.mode) == "online" and not self._wandb.login(prompt=False, verify=False):
             raise ConfigError("tracker 'wandb' has no API key: run `wandb login`, set WANDB_API_KEY, or set its mode='offline'.")
         self._options = {"project": project, "entity": entity, "group": group, "tags": tags or None, "mode": mode}
         self._run_name = run_name
