@@ -45,14 +45,13 @@ if $gpus && [ -n "$devices" ]; then fail "--gpus and --cpu_devices exclude each 
 [ $# -gt 0 ] || fail "nothing to train: give what train takes after --"
 
 read -r -a program <<<"${JAXMODELS:-jaxmodels}"
-# Two ports in a row, below those that Linux gives to outgoing connections.
+# A port below those that Linux gives to outgoing connections.
 port=$(python3 - <<'PYTHON'
 import random, socket
-for port in random.sample(range(20000, 32000, 2), 6000):
+for port in random.sample(range(20000, 32000), 12000):
     try:
-        for number in (port, port + 1):
-            with socket.socket() as one:
-                one.bind(("127.0.0.1", number))
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", port))
         print(port)
         break
     except OSError:

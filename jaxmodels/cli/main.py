@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     def add_machine(sub):
         sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
         several = sub.add_argument_group("several processes", "found out under srun, mpirun and in a JobSet; launch/local.sh starts them on one machine")
-        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, on PORT and the next one")
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, which listens on PORT")
         several.add_argument("--processes", metavar="N|tpu", help="how many there are; tpu asks a Cloud TPU VM; 1 is this one alone, whatever started it")
         several.add_argument("--process", metavar="I", help="which of them this is, from 0")
         several.add_argument("--start_limit", type=seconds, default=300.0, metavar="SECONDS", help="in which all must have come (default: 300)")

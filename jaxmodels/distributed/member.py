@@ -1,225 +1,251 @@
-"""The side of every process in the rendezvous: its connection to the hub of process 0, and what the main thread asks of it.
+"""Liveness, news and agreement on a stop among the processes of a run, over the key–value store of JAX's coordination service.
 
-A thread answers for the process, so that nobody waits for a main thread that may be held in compiled code. How all stop at the same
-step: every process counts its checks, one for each step and batch, the same in all of them. Once one is signalled, the thread of
-each holds back its main thread's next check and tells the hub the number of it; the largest of these is where all stop, and main
-threads that are not so far yet run on to it. None waits for another in a collective meanwhile.
+JAX's service also has heartbeats, but they end a process with a C++ stack trace, so they only back up the limits here: own heartbeats
+let the reason be printed first, and also find an interpreter that hangs. Its preemption sync point is not used: it installs its own
+handler for SIGTERM, which Python's `signal` replaces, does not know SIGINT, and does not say which process was signalled. Instead every
+process counts its checks, the same in all. Upon a signal, the thread of each process holds its main thread's next check and writes its
+number to the store; all stop at the largest of them. No process waits for another in a collective meanwhile.
 """
 
-import hashlib
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmodels.distributed.processes import Processes
-from jaxmodels.distributed.rendezvous import AGAIN, Hub, Line, listen, ping_seconds
-from jaxmodels.errors import ConfigError, Interrupted, RunError
+from jaxmodels.distributed.rendezvous import listed
+from jaxmodels.errors import Interrupted, RunError
 
-_HEARD_SECONDS = 5.0
-_OTHERS_SECONDS = 10.0
-_AGREED_SECONDS = 60.0  # where all end well, one may be slower than another
+_KEY = "jaxmodels"
+# Seconds: that others get to end by themselves after one has failed, perhaps with the same error; that telling the others may take;
+# that process 0 waits for the others to end, after a failure and after an agreed end.
+_GRACE, _TELL_SECONDS, _OTHERS_SECONDS, _AGREED_SECONDS = 5.0, 5.0, 10.0, 60.0
 
 
 class Member:
-    """This process among the others."""
+    """This process among the others.
 
-    def __init__(self, line: Line, processes: Processes, hang_limit: float, hub: Hub | None, leave: Callable[[int, str], None] | None = None):
+    Two threads: one watches the connections and the clock, and makes no call that waits for process 0; one uses the key–value store.
+
+    Attributes:
+      hosts: host names of all processes.
+      agreed: whether this process has stopped where all others do.
+    """
+
+    def __init__(self, processes, connections, hosts, *, hang_limit, stall_limit, leave: Callable[[int, str], None] | None = None):
         """
         Args:
-          line: to the hub.
-          processes: all of them.
-          hang_limit: seconds of the hub's silence after which this process leaves.
-          hub: in process 0.
-          leave: ends the process with a status and a line, from the thread; for tests.
+          processes, connections, hosts: as `rendezvous.meet` takes and returns them.
+          hang_limit, stall_limit: seconds, see `session.join`.
+          leave: ends this process with a status and a line, called by a thread; for tests.
         """
-        self.processes, self.hub, self.hosts = processes, hub, []
-        self.agreed = False  # this process stopped where all did
-        self._line, self._hang_limit = line, hang_limit
-        self._leave = leave or self._leave_process
+        self.processes, self.hosts, self.agreed = processes, hosts, False
+        self._index, self._connections, self._leave = processes.index, connections, leave or self._leave_process
+        self._hang_limit, self._stall_limit = hang_limit, stall_limit
+        self._turn = max(min(0.2, hang_limit / 10), processes.count / 1000)  # seconds; process 0 answers at most 1000 requests in one
         self._changed = threading.Condition()
-        self._checks, self._frozen, self._stop = 0, False, None
-        self._gathers, self._gathered = 0, {}
-        self._verdict: Mapping | None = None
-        self._heard = self._saying_bye = self._lost = False
-        self._signal: str | None = None
-        self._wake, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._thread = threading.Thread(target=self._run, daemon=True, name="member")
+        self._store: Any = None
+        self._checks = self._gathers = 0
+        self._signal, self._frozen, self._stop = None, False, None  # name; the next check is held; its number, the name, and its process
+        self._alarmed = self._ending = self._over = False
+        self._said_bye, self._gone = set(), set()
+        self._beats: dict[int, tuple[list, float]] = {}  # of each watched process: its latest heartbeat and checks, and when they came
+        self._moved = (0, time.monotonic())  # sum of all checks, and when it last changed
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    # The main thread
-
-    def start(self, hello: Mapping) -> None:
-        """Says who this is, and waits until all are there and agree.
-
-        Raises:
-          ConfigError: they do not agree.
-          RunError: not all came, or one left.
-        """
-        self._line.send(kind="hello", **hello)
-        self._thread.start()
-        with self._changed:
-            while self._verdict is None:
-                self._changed.wait()
-        if self._verdict["kind"] == "welcome":
-            self.hosts = self._verdict["hosts"]
-            return
-        self._lost = True
-        self._nudge()
-        self._thread.join()
-        self._line.close()
-        self.wait_for_others()  # else the reason might not reach them
-        raise (ConfigError if self._verdict["status"] == 2 else _with_status(self._verdict["status"]))(self._verdict["reason"])
+    def start(self, store: Any) -> None:
+        """Use the key–value store, a client of JAX's coordination service, from now on."""
+        self._store = store
+        self._beats = dict.fromkeys(range(self.processes.count) if self._index == 0 else [0], ([0, 0], time.monotonic()))
+        self._follower = threading.Thread(target=self._follow, daemon=True)
+        self._follower.start()
 
     def check(self) -> None:
-        """A place where all may stop; the same sequence of calls in every process.
+        """A place where all may stop; every process calls it equally often.
 
         Raises:
-          Interrupted: all stop at this check, and none has passed it.
+          Interrupted: all processes stop at this check.
         """
         with self._changed:
-            while self._frozen and self._stop is None:
-                self._changed.wait()
-            if self._stop is not None and self._checks >= self._stop[0]:
+            self._changed.wait_for(lambda: self._stop or not self._frozen)
+            if self._stop and self._checks >= self._stop[0]:
                 self.agreed = True
-                raise Interrupted(self._stop[1])
+                raise Interrupted(self._stop[1] + ("" if self._stop[2] == self._index else f" (at process {self._stop[2]})"))
             self._checks += 1
 
     def request_stop(self, name: str) -> None:
-        """Asks that all stop, by the name of a signal; takes no lock, as it is called in signal handlers."""
+        """Ask that all stop, by the name of a signal; safe in a signal handler."""
         self._signal = name
-        self._nudge()
 
     def gather(self, name: str, value: Any = None) -> list:
-        """The values of all processes, in order, once all have called this with the same name: also a barrier.
-
-        Args:
-          name: of the place in the program.
-          value: anything that JSON can hold.
-        """
-        with self._changed:
-            key = f"{self._gathers}:{name}"
-            self._gathers += 1
-        self._line.send(kind="gather", key=key, value=value)
-        with self._changed:
-            while key not in self._gathered:
-                self._changed.wait()
-            return self._gathered.pop(key)
+        """Return the values of all processes in order, once all have called this with the same name; `value` is a JSON value."""
+        number, self._gathers = self._gathers, self._gathers + 1
+        self._store.key_value_set(f"{_KEY}/gather/{number}/{self._index}", json.dumps([name, value]))
+        if self._index == 0:
+            pairs = [self._get(f"gather/{number}/{index}") for index in range(self.processes.count)]
+            for index, (other, _) in enumerate(pairs):
+                if other != name:  # a programming error, which would otherwise hang
+                    raise RunError(f"{self._name(index)} is at {other!r} and {self._name(0)} at {name!r}: they do not run the same program.")
+            self._store.key_value_set(f"{_KEY}/gathered/{number}", json.dumps([value for _, value in pairs]))
+        return self._get(f"gathered/{number}")
 
     def bye(self, status: int, reason: str = "", *, agreed: bool) -> None:
-        """Tells the others that this process ends; waits until that is heard.
+        """Tell the others that this process ends, and wait, in process 0, until they say so too.
 
         Args:
           status: its exit status.
-          reason: a line.
-          agreed: they end too, by themselves; otherwise they are made to.
+          reason: one line.
+          agreed: whether the others end by themselves; otherwise they are made to.
         """
-        self._saying_bye = True
-        self._line.send(kind="bye", status=status, reason=reason, agreed=agreed, check=self._checks)
-        end = time.monotonic() + _HEARD_SECONDS
-        with self._changed:
-            while not (self._heard or self._lost) and time.monotonic() < end:
-                self._changed.wait(0.1)
-        if self.hub is not None and agreed:
-            self.hub.wait_for_byes(_AGREED_SECONDS)
+        self._ending = True
+        if self._store is None:  # the end of this process's connections says it
+            return
+        end = (f"next/{self._index}", self._checks) if agreed else ("news/alarm", [status, f"{self._name(self._index)} left: {reason}", _GRACE])
+        thread = threading.Thread(target=self._set, args=end, daemon=True)
+        thread.start()
+        thread.join(_TELL_SECONDS)  # process 0 may hang
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"bye")
+        if self._index == 0 and agreed:
+            with self._changed:
+                self._changed.wait_for(lambda: self._connections.keys() <= self._said_bye | self._gone, _AGREED_SECONDS)
+        self._over = True
+        self._follower.join(_TELL_SECONDS)  # JAX aborts a process that uses the store once its service is being shut down
 
     def wait_for_others(self) -> None:
-        """In process 0, which everyone listens to, waits until the others have ended."""
-        if self.hub is not None:
-            self.hub.wait_for_others(_AGREED_SECONDS if self.agreed else _OTHERS_SECONDS)
+        """Wait, in process 0, until the others have ended: it hosts JAX's service, whose end aborts them."""
+        if self._index == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._connections.keys() <= self._gone, _AGREED_SECONDS if self.agreed else _OTHERS_SECONDS)
 
     def wait_for_alarm(self, seconds: float) -> None:
-        """Waits so long for the news that another process has died, which then ends this one."""
+        """Wait for the news that another process has died, upon which a thread ends this one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lost, seconds)
-        if self._lost:
-            self._thread.join()
+            if self._changed.wait_for(lambda: self._alarmed, seconds):
+                self._changed.wait_for(lambda: False, _GRACE + _OTHERS_SECONDS)
 
-    # The thread
+    def _name(self, index: int) -> str:
+        return f"process {index} ({self.hosts[index]})"
 
-    def _nudge(self) -> None:
-        try:
-            self._waker.send(b"x")
-        except OSError:  # it is full of nudges, or closed
-            pass
+    # The thread that watches
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self._line, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            every, pinged = ping_seconds(self._hang_limit), 0.0
-            while not self._lost:
+            for index, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, index)
+            last = time.monotonic()
+            while True:
+                for key, _ in selector.select(self._turn):
+                    data = b""
+                    with contextlib.suppress(OSError):
+                        data = key.fileobj.recv(64)
+                    if data:
+                        self._said_bye.add(key.data)
+                    else:  # the process, or its host, has ended
+                        selector.unregister(key.fileobj)
+                        self._lose(key.data, "died")
                 now = time.monotonic()
-                if now - pinged >= every:
-                    pinged = now
-                    self._line.send(kind="ping", check=self._checks)
-                for key, _ in selector.select(every / 2):
-                    if key.fileobj is self._wake:
-                        self._wake.recv(4096)
-                        if self._signal is not None:
-                            self._line.send(kind="signal", name=self._signal)
-                    else:
-                        self._read()
-                if not (self._lost or self._saying_bye) and now - self._line.last_heard > self._hang_limit:
-                    self._lose(1, f"{self._first} has been silent for {self._hang_limit:g} s; leaving. {AGAIN}", tell=True)
+                if now - last > self._hang_limit / 2:  # this process itself was stopped, so it has read no heartbeats
+                    self._beats = {index: (beat, now) for index, (beat, _) in self._beats.items()}
+                last = now
+                for index, (_, changed) in list(self._beats.items()):
+                    if now - changed > self._hang_limit:
+                        self._lose(index, f"has been silent for {self._hang_limit:g} s")
+                if self._index == 0 and not self._over:
+                    self._judge_progress(now)
+                with self._changed:
+                    self._changed.notify_all()
 
-    @property
-    def _first(self) -> str:
-        return f"process 0 ({self.hosts[0] if self.hosts else self.processes.host})"
+    def _lose(self, index: int, what: str) -> None:
+        if index not in self._gone | {self._index}:
+            self._gone.add(index)
+            if not (self._over or index in self._said_bye):
+                self._alarm(f"{self._name(index)} {what}")
 
-    def _read(self) -> None:
-        messages = self._line.receive()
-        if messages is None:
-            if self._saying_bye:
-                self._lost = True
-            else:
-                self._lose(1, f"{self._first} died; leaving. {AGAIN}")
+    def _alarm(self, problem: str) -> None:
+        """End all from process 0, which watches all; end this process from another one, which only watches process 0."""
+        alarm = [1, f"{problem}; leaving. The same command goes on from the last checkpoint.", 0.0]
+        if self._index == 0 and self._store:
+            self._set("news/alarm", alarm)
+        else:
+            self._end(*alarm)
+
+    def _judge_progress(self, now: float) -> None:
+        """End all if none has passed a check for long, naming those that passed the fewest."""
+        checks = {index: beat[1] for index, (beat, _) in list(self._beats.items()) if index not in self._gone | self._said_bye}
+        if sum(checks.values()) != self._moved[0]:
+            self._moved = (sum(checks.values()), now)
+        elif any(checks.values()) and now - self._moved[1] > self._stall_limit:
+            self._moved = (self._moved[0], math.inf)
+            behind = [self._name(index) for index in checks if checks[index] == min(checks.values())]
+            who = f"{listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(checks) else "all are at the same one"
+            self._alarm(f"no process has passed a step for {self._stall_limit:g} s (--stall_limit); {who}")
+
+    # The thread of the key–value store
+
+    def _follow(self) -> None:
+        while not (self._alarmed or self._over):
+            time.sleep(self._turn)
+            with contextlib.suppress(RuntimeError):  # process 0 has died, which the other thread finds
+                self._store.key_value_set(f"{_KEY}/beat/{self._index}", json.dumps([time.monotonic(), self._checks]), allow_overwrite=True)
+                self._take(self._entries("news"))
+                beats = self._entries("beat") if self._index == 0 else {"0": json.loads(self._store.key_value_try_get(f"{_KEY}/beat/0"))}
+                for index, (beat, _) in self._beats.items():
+                    if beats.get(str(index), beat) != beat:
+                        self._beats[index] = (beats[str(index)], time.monotonic())
+
+    def _take(self, news: Mapping[str, Any]) -> None:
+        if "alarm" in news:
+            self._end(*news["alarm"])
             return
-        for message in messages:
-            self._take(message)
-
-    def _take(self, message: Mapping) -> None:
-        kind = message["kind"]
-        if kind == "alarm":
-            self._lose(message["status"], message["reason"], grace=message["grace"])
-            return
-        with self._changed:
-            if kind in ("welcome", "refused"):
-                self._verdict = message
-            elif kind == "freeze":
+        if self._signal and "signal" not in news:
+            self._set("news/signal", [self._signal, self._index])
+        if "signal" in news and not self._frozen:
+            with self._changed:
                 self._frozen = True
-                self._line.send(kind="next", check=self._checks)
-            elif kind == "stop":
-                where = "" if message["index"] == self.processes.index else f" (at process {message['index']})"
-                self._stop = (message["check"], message["name"] + where)
-            elif kind == "gathered":
-                self._gathered[message["key"]] = message["values"]
-            elif kind == "heard":
-                self._heard = True
-            self._changed.notify_all()
+            self._set(f"next/{self._index}", self._checks)
+        if "signal" in news and "stop" not in news and self._index == 0:
+            checks = self._entries("next").values()
+            if len(checks) == self.processes.count:
+                self._set("news/stop", [max(checks), *news["signal"]])
+        if "stop" in news and self._stop is None:
+            with self._changed:
+                self._stop = news["stop"]
+                self._changed.notify_all()
 
-    def _lose(self, status: int, reason: str, *, grace: float = 0.0, tell: bool = False) -> None:
-        """The run is over for this process."""
+    def _entries(self, folder: str) -> dict[str, Any]:
+        return {key.rpartition("/")[2]: json.loads(text) for key, text in self._store.key_value_dir_get(f"{_KEY}/{folder}/")}
+
+    def _get(self, key: str) -> Any:
+        """Wait for a key's value."""
+        while True:
+            try:
+                return json.loads(self._store.blocking_key_value_get(f"{_KEY}/{key}", 1000))
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    time.sleep(1)  # process 0 has died, and a thread ends this process
+
+    def _set(self, key: str, value: Any) -> None:
+        """Set a key, unless it has a value."""
+        with contextlib.suppress(RuntimeError):
+            self._store.key_value_set(f"{_KEY}/{key}", json.dumps(value))
+
+    # The end
+
+    def _end(self, status: int, reason: str, grace: float = 0.0) -> None:
+        """End this process, from a thread, unless it ends by itself within `grace` seconds."""
         with self._changed:
-            starting = self._verdict is None
-            if starting:
-                self._verdict = {"kind": "refused", "status": status, "reason": reason}
-            self._lost = True
+            again, self._alarmed = self._alarmed, True
             self._changed.notify_all()
-        if starting:
-            return
-        if tell:  # the hub, should it wake up again
-            self._line.send(kind="bye", status=status, reason=reason, agreed=False, check=self._checks)
-        end = time.monotonic() + grace
-        while time.monotonic() < end and not self._saying_bye:
-            time.sleep(0.02)
-        if not self._saying_bye:
-            self._leave(status, reason)
+            if again or self._changed.wait_for(lambda: self._ending, grace):
+                return
+        self._leave(status, reason)
 
     def _leave_process(self, status: int, reason: str) -> None:
         say(reason)
@@ -230,86 +256,6 @@ class Member:
 
 
 def say(line: str) -> None:
-    """A line on standard error, whatever the main thread is doing."""
-    try:
+    """Print a line on standard error, whatever the main thread is doing."""
+    with contextlib.suppress(OSError, ValueError):
         os.write(2, f"jaxmodels: {line}\n".encode(errors="replace"))
-    except (OSError, ValueError):
-        pass
-
-
-def _with_status(status: int) -> Callable[[str], RunError]:
-    def make(reason: str) -> RunError:
-        error = RunError(reason)
-        error.exit_status = status
-        return error
-
-    return make
-
-
-def meet(
-    processes: Processes,
-    config: Mapping[str, Any],
-    versions: Mapping[str, str],
-    *,
-    error: RunError | None = None,
-    start_limit: float,
-    hang_limit: float,
-    stall_limit: float = 1800.0,
-    leave: Callable[[int, str], None] | None = None,
-) -> Member:
-    """Meets the other processes of a run, and stays in touch with them.
-
-    Args:
-      processes: all of them.
-      config: flat: what must be the same in all of them.
-      versions: of packages, which must too.
-      error: this process fails: the others are told.
-      start_limit: seconds in which all must come.
-      hang_limit: seconds of silence after which a process is given up.
-      stall_limit: seconds without a step of any process after which all are.
-      leave: see Member.
-
-    Raises:
-      ConfigError: the processes do not agree.
-      RunError: the coordinator cannot be reached, or not all came.
-    """
-    hub = None
-    if processes.index == 0:
-        server = listen(processes.host, processes.port)
-        hub = Hub(server, processes.count, start_limit=start_limit, hang_limit=hang_limit, stall_limit=stall_limit, hosts=processes.hosts)
-        hub.start()
-        place = server.getsockname()[:2]
-        place = ({"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(place[0], place[0]), place[1])
-    else:
-        place = (processes.host, processes.port)
-    member = Member(Line(_connect(place, processes, start_limit)), processes, hang_limit, hub, leave)
-    parts = {"versions": dict(versions), "config": json.loads(json.dumps(dict(config), default=repr))}
-    member.start(
-        {
-            "index": processes.index,
-            "count": processes.count,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "digests": {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()},
-            **parts,
-            "error": None if error is None else str(error),
-            "status": None if error is None else error.exit_status,
-        }
-    )
-    return member
-
-
-def _connect(place: tuple[str, int], processes: Processes, limit: float) -> socket.socket:
-    """A connection to the hub, which may not be there yet."""
-    end, problem = time.monotonic() + limit, None
-    while (left := end - time.monotonic()) > 0:
-        try:
-            return socket.create_connection(place, timeout=max(0.1, min(10.0, left)))
-        except OSError as error:
-            problem = error
-            time.sleep(min(0.2, max(0.0, end - time.monotonic())))
-    raise RunError(
-        f"process {processes.index} cannot reach the coordinator {processes.coordinator} (given by {processes.source}) in {limit:g} s: "
-        f"{problem.strerror or problem}. Is process 0 running on that host, and do firewalls let ports {processes.port} "
-        f"and {processes.port + 1} through?"
-    )

@@ -1,386 +1,177 @@
-"""Where the processes of a run meet before any device starts, and stay in touch: the side of process 0.
+"""The roll call of a run's processes on the coordinator's port, before JAX's coordination service takes that port.
 
-JSON lines over TCP. Every process, the first included, is a member (`member`) with one connection to the hub, a thread of process 0.
-
-    member -> hub    hello {index, count, host, pid, versions, config, error}, ping {check}, signal {name}, next {check},
-                     gather {key, value}, bye {status, reason, agreed}
-    hub -> member    welcome {hosts}, refused {status, reason}, ping, freeze, stop {check, name, index},
-                     gathered {key, values}, heard, alarm {status, reason, grace}
-
-Nothing here imports JAX.
+JAX's service cannot do this part. Its client connects only once all processes are there, and until then no key can be written: who is
+missing and which configs differ would stay unknown, and the time limit ends a process with a C++ stack trace. So each process first
+sends one JSON line to process 0, which compares them and answers all. The connections stay open without further messages but `bye`:
+the operating system closes them when a process dies, which JAX's service notices only by missing heartbeats.
 """
 
 import contextlib
-import dataclasses
 import ipaddress
 import json
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from jaxmodels.errors import RunError
+from jaxmodels.distributed.processes import Processes
+from jaxmodels.errors import ConfigError, RunError
 
-# Once something is wrong at the start, others that are just coming are waited for so long, to be named too.
+# After a problem at the start, wait this many seconds for processes that are just connecting, to name them too.
 _LAST_CALL = 3.0
-# After an error of one process, the others have so long to end by themselves, with the same error perhaps.
-_GRACE = 5.0
-_STRANGER_SECONDS = 10.0
-_LONGEST = 64 << 20  # bytes of a line
+_HELLO_SECONDS, _HELLO_BYTES = 10.0, 64 << 20
 
 
-class Line:
-    """A connection that carries JSON objects, one a line."""
+def meet(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, socket.socket], list[str]]:
+    """Wait until all processes are there and agree.
 
-    def __init__(self, connection: socket.socket):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(20)  # of a send: a peer that takes nothing for so long has stopped
-        self.socket = connection
-        self.last_heard = time.monotonic()
-        self._parts = []
-        self._size = 0
-        self._sending = threading.Lock()
+    Args:
+      processes: all of them.
+      hello: of this process: host, pid, versions and config (flat, of JSON values, equal in all processes), error and status (or None).
+      limit: seconds until all must be there.
 
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, **message) -> bool:
-        """Sends an object; False if the other side is gone, which `receive` will tell too."""
-        try:
-            with self._sending:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return False
-        return True
-
-    def receive(self) -> list[dict] | None:
-        """What has come since, called when there is something; None at the end of the connection, or if it makes no sense."""
-        try:
-            data = self.socket.recv(1 << 20)
-        except OSError:
-            return None
-        self.last_heard = time.monotonic()
-        *lines, rest = data.split(b"\n")
-        if lines:
-            lines[0] = b"".join(self._parts) + lines[0]
-            self._parts, self._size = [], 0
-        self._parts.append(rest)
-        self._size += len(rest)
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        sound = data and self._size <= _LONGEST and all(isinstance(message, dict) for message in messages)
-        return messages if sound else None
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.close()
-
-
-@dataclasses.dataclass
-class _Peer:
-    """A member as the hub sees it.
-
-    Attributes:
-      bye: whether it has said that it leaves, and that all know why.
-      gone: whether its connection has ended.
-      check: checks that its main thread has passed.
-    """
-
-    line: Line
-    hello: dict
-    bye: bool = False
-    gone: bool = False
-    check: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"process {self.hello['index']} ({self.hello['host']})"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that the others find; on the loopback alone where `host` is that.
+    Returns:
+      An open connection to each other process (in process 0) or to process 0 (in the others), and the host names of all.
 
     Raises:
-      RunError: the port, or the one after it, is taken.
+      RunError: process 0 cannot listen or cannot be reached; processes are missing, differ (`ConfigError`), or have failed.
     """
-    loopback = is_loopback(host)
-    for number in (port + 1, port):  # JAX's is tried and let go
+    hello = {"index": processes.index, "count": processes.count, **hello}
+    if processes.index == 0:
+        return _call(processes, hello, limit)
+    connection, answer = _connect(processes, limit), None
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(hello).encode() + b"\n")
+        connection.settimeout(limit + 10 * _LAST_CALL)
+        answer = json.loads(connection.makefile("rb").readline() or "null")
+    if answer is None:
+        raise RunError(f"process 0 ({processes.host}) died before all processes had connected. See its output.")
+    if "reason" in answer:
+        raise _refusal(**answer)
+    return {0: connection}, answer["hosts"]
+
+
+def _refusal(status: int, reason: str) -> RunError:
+    error = ConfigError(reason) if status == ConfigError.exit_status else RunError(reason)
+    error.exit_status = status
+    return error
+
+
+def _connect(processes: Processes, limit: float) -> socket.socket:
+    """Connect to process 0, which may not listen yet."""
+    end, problem = time.monotonic() + limit, None
+    while (left := end - time.monotonic()) > 0:
         try:
-            if loopback:
-                family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                server = socket.create_server((host, number), family=family, backlog=1024)
-            elif socket.has_dualstack_ipv6():
-                server = socket.create_server(("", number), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            else:
-                server = socket.create_server(("", number), backlog=1024)
+            return socket.create_connection((processes.host, processes.port), timeout=max(0.1, min(10.0, left)))
         except OSError as error:
-            raise RunError(
-                f"--coordinator: process 0 cannot listen on port {number} of this host ({error.strerror}). Choose two free ports in a row, "
-                "or end what uses them: an earlier start of this run, perhaps."
-            ) from error
-        if number != port:
-            server.close()
-    return server
+            problem = error
+            time.sleep(0.2)
+    raise RunError(
+        f"process {processes.index} cannot reach the coordinator {processes.coordinator} (given by {processes.source}) in {limit:g} s: "
+        f"{problem.strerror or problem}. Is process 0 running on that host, and do firewalls let port {processes.port} through?"
+    )
 
 
-def ping_seconds(hang_limit: float) -> float:
-    """How often each side says that it is there."""
-    return min(2.0, hang_limit / 5)
+def _call(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, socket.socket], list[str]]:
+    """The roll call in process 0."""
+    there: list[tuple[Mapping, socket.socket | None]] = [(hello, None)]  # to which a thread for each connection appends
+    end, known, problem = time.monotonic() + limit, 0, None
+    missing = set(range(processes.count))
+    with _listen(processes) as server:
+        server.settimeout(0.1)
+        while missing and time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                threading.Thread(target=_greet, args=(server.accept()[0], there), daemon=True).start()
+            if len(there) > known:
+                known = len(there)
+                missing -= {one["index"] for one, _ in there[:known]}
+                if problem := _problem([one for one, _ in there[:known]]):
+                    end = min(end, time.monotonic() + _LAST_CALL)
+    if missing and not problem:
+        names = f"process{'' if len(missing) == 1 else 'es'} {listed(sorted(missing))} of {processes.count}"
+        hosts = f" (on {', '.join(dict.fromkeys(processes.hosts[index] for index in sorted(missing)))})" if processes.hosts else ""
+        advice = "See their output; if they only need longer, raise --start_limit. The same command starts again."
+        problem = 1, f"{names}{hosts} did not come within {limit:g} s. {advice}"
+    hosts = [one["host"] for one, _ in sorted(there[:known], key=lambda each: each[0]["index"])]
+    answer = json.dumps({"status": problem[0], "reason": problem[1]} if problem else {"hosts": hosts})
+    for _, connection in there[1:]:
+        with contextlib.suppress(OSError):
+            connection.sendall(answer.encode() + b"\n")
+    if problem:
+        raise _refusal(*problem)
+    return {one["index"]: connection for one, connection in there[1:known]}, hosts
+
+
+def _listen(processes: Processes) -> socket.socket:
+    """A listening socket; on the loopback interface only if the coordinator's address is a loopback address."""
+    place = (processes.host if is_loopback(processes.host) else "", processes.port)
+    dual = not place[0] and socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if dual or ":" in place[0] else socket.AF_INET
+        return socket.create_server(place, family=family, dualstack_ipv6=dual, backlog=1024)
+    except OSError as error:
+        raise RunError(
+            f"--coordinator: process 0 cannot listen on port {processes.port} of this host ({error.strerror}). Choose a free port, "
+            "or end the program that uses it: an earlier start of this run, perhaps."
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of the same machine can reach it."""
+    """Whether only processes of the same machine can reach the host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-class Hub(threading.Thread):
-    """Lets the processes meet, and tells each of the others."""
-
-    def __init__(self, server: socket.socket, count: int, *, start_limit: float, hang_limit: float, stall_limit: float, hosts: Sequence[str] = ()):
-        """
-        Args:
-          server: as `listen` gives.
-          count: of the processes.
-          start_limit: seconds in which all must come.
-          hang_limit: seconds of silence after which a process is given up.
-          stall_limit: seconds without a check of any process, once there was one, after which all are.
-          hosts: of each process, where that is known beforehand.
-        """
-        super().__init__(daemon=True, name="hub")
-        self._server, self._count, self._hosts = server, count, hosts
-        self._start_limit, self._hang_limit, self._stall_limit = start_limit, hang_limit, stall_limit
-        self._moved = time.monotonic()  # when a process last passed a check
-        self._peers: dict[int, _Peer] = {}
-        self._strangers: dict[Line, float] = {}
-        self._selector = selectors.DefaultSelector()
-        self._gathers: dict[str, dict[int, object]] = {}
-        self._signal: tuple[str, int] | None = None
-        self._checks: dict[int, int] = {}
-        self._problem: tuple[int, str] | None = None  # status and reason of a start that cannot be
-        self._stopped = False  # the check at which all stop is known
-        self._over = False  # an alarm was given
-        self._pinged = 0.0
-
-    def run(self) -> None:
-        self._selector.register(self._server, selectors.EVENT_READ)
-        try:
-            self._meet()
-            while not all(peer.gone for peer in self._peers.values()):
-                self._turn()
-        finally:
-            self._server.close()
-
-    def wait_for_others(self, seconds: float) -> None:
-        """Waits until the processes other than the first have ended, at most so long."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.is_alive() and not all(p.gone for i, p in list(self._peers.items()) if i != 0):
-            time.sleep(0.02)
-
-    def wait_for_byes(self, seconds: float) -> None:
-        """Waits until all processes have said that they end, at most so long."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.is_alive() and not all(p.gone or p.bye for p in list(self._peers.values())):
-            time.sleep(0.02)
-
-    # The start
-
-    def _meet(self) -> None:
-        """Until all are there and agree; else they are told why not."""
-        end = time.monotonic() + self._start_limit
-        while not self._all_there() and time.monotonic() < end:
-            self._turn()
-            if self._over:
-                return
-            if self._problem or _disagreement(self._peers):
-                end = min(end, time.monotonic() + _LAST_CALL)
-        self._selector.unregister(self._server)
-        for stranger in list(self._strangers):
-            self._drop(stranger)
-        refusal = self._problem or _disagreement(self._peers) or self._missing()
-        if refusal is None:
-            self._broadcast(kind="welcome", hosts=[self._peers[index].hello["host"] for index in range(self._count)])
+def _greet(connection: socket.socket, there: list) -> None:
+    """Read the hello of a process; close the connection of anything else, such as a port scanner."""
+    with contextlib.suppress(OSError, ValueError):
+        connection.settimeout(_HELLO_SECONDS)
+        hello = json.loads(connection.makefile("rb").readline(_HELLO_BYTES))
+        if isinstance(hello, dict) and isinstance(hello.get("index"), int) and {"count", "host", "pid", "versions", "config", "error"} <= hello.keys():
+            there.append((hello, connection))
             return
-        status, reason = refusal
-        self._over = True
-        self._broadcast(kind="refused", status=status, reason=reason)
-
-    def _all_there(self) -> bool:
-        return all(index in self._peers for index in range(self._count))
-
-    def _missing(self) -> tuple[int, str] | None:
-        missing = [index for index in range(self._count) if index not in self._peers]
-        if not missing:
-            return None
-        hosts = f" (on {', '.join(dict.fromkeys(self._hosts[index] for index in missing))})" if self._hosts else ""
-        names = ("process " if len(missing) == 1 else "processes ") + _listed([str(index) for index in missing])
-        return 1, (
-            f"{names} of {self._count}{hosts} did not come within {self._start_limit:g} s. Look at what they say; if they only need longer, "
-            "raise --start_limit. The same command starts again."
-        )
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            line = Line(self._server.accept()[0])
-            self._strangers[line] = time.monotonic()
-            self._selector.register(line, selectors.EVENT_READ)
-
-    def _admit(self, line: Line, hello: Mapping) -> None:
-        """A process that says who it is."""
-        index = hello.get("index")
-        if hello.get("kind") != "hello" or not isinstance(index, int):
-            self._drop(line)
-            return
-        del self._strangers[line]
-        if index in self._peers:
-            one, other = (f"{hello['host']} (pid {hello['pid']})" for hello in (self._peers[index].hello, hello))
-            self._problem = 2, f"two processes say that they are process {index}: {one} and {other}. Give each another --process."
-            index = -len(self._peers)  # beside the others, so that it is told too
-        elif hello["count"] != self._count:
-            said = f"as one of {hello['count']} processes, process 0 as one of {self._count}"
-            self._problem = 2, f"process {index} ({hello['host']}) was started {said}."
-        self._peers[index] = _Peer(line, dict(hello))
-
-    # Every turn
-
-    def _turn(self) -> None:
-        """Reads what came, pings, and finds out who is silent."""
-        now = time.monotonic()
-        # Whoever is judged was asked after `now`: if this process itself was stopped meanwhile, what came has been read.
-        for key, _ in self._selector.select(0.2):
-            if key.fileobj is self._server:
-                self._accept()
-                continue
-            line = key.fileobj
-            messages = line.receive()
-            if messages is None:
-                self._ended(line)
-                continue
-            for message in messages:
-                if line in self._strangers:
-                    self._admit(line, message)
-                elif (peer := self._peer(line)) is not None:
-                    self._take(peer, message)
-        for stranger, since in list(self._strangers.items()):
-            if now - since > _STRANGER_SECONDS:
-                self._drop(stranger)
-        if now - self._pinged >= ping_seconds(self._hang_limit):
-            self._pinged = now
-            self._broadcast(kind="ping")
-        for peer in self._peers.values():
-            if not (peer.gone or peer.bye or self._over) and now - peer.line.last_heard > self._hang_limit:
-                self._alarm(1, f"{peer.name} has been silent for {self._hang_limit:g} s; leaving. {AGAIN}", grace=0)
-                peer.gone = True  # nobody waits for it
-        if not self._over and now - self._moved > self._stall_limit and any(peer.check for peer in self._peers.values()):
-            self._alarm(1, self._stalled(), grace=0)
-
-    def _stalled(self) -> str:
-        """Who keeps the others waiting, as far as it can be told: those that passed the fewest checks."""
-        there = [peer for peer in self._peers.values() if not peer.gone]
-        least = min(peer.check for peer in there)
-        behind = [peer.name for peer in there if peer.check == least]
-        who = f"{_listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(there) else "all are at the same one"
-        return f"no process has passed a step for {self._stall_limit:g} s (--stall_limit); {who}; leaving. {AGAIN}"
-
-    def _take(self, peer: _Peer, message: Mapping) -> None:
-        kind, index = message.get("kind"), peer.hello["index"]
-        if kind == "signal" and self._signal is None:
-            self._signal = (message["name"], index)
-            self._broadcast(kind="freeze")
-        elif kind == "ping":
-            if message["check"] > peer.check:
-                peer.check, self._moved = message["check"], time.monotonic()
-        elif kind == "next":
-            self._checks[index] = message["check"]
-        elif kind == "gather":
-            number, _, name = message["key"].partition(":")
-            other = next((key for key in self._gathers if key != message["key"] and key.partition(":")[0] == number), None)
-            if other is not None:  # a mistake in the program, which would else wait for ever
-                self._alarm(1, f"{peer.name} is at {name!r}, and others are at {other.partition(':')[2]!r}: they do not do the same.", grace=0)
-            values = self._gathers.setdefault(message["key"], {})
-            values[index] = message["value"]
-            if len(values) == self._count:
-                del self._gathers[message["key"]]
-                self._broadcast(kind="gathered", key=message["key"], values=[values[i] for i in range(self._count)])
-        elif kind == "bye":
-            peer.bye = True
-            self._checks[index] = message["check"]
-            peer.line.send(kind="heard")
-            if message["agreed"] is False:
-                self._alarm(message["status"], f"{peer.name} left: {message['reason']}", grace=_GRACE)
-        if self._signal is not None and not self._stopped and len(self._checks) == self._count:
-            self._stopped = True
-            name, index = self._signal
-            self._broadcast(kind="stop", check=max(self._checks.values()), name=name, index=index)
-
-    def _ended(self, line: Line) -> None:
-        """A connection that broke: its process has ended, or its host."""
-        peer = self._peer(line)
-        self._drop(line)
-        if peer is None:
-            return
-        peer.gone = True
-        if not peer.bye and not self._over:
-            self._alarm(1, f"{peer.name} died; leaving. {AGAIN}", grace=0)
-
-    def _alarm(self, status: int, reason: str, *, grace: float) -> None:
-        """Tells all to leave, the first time."""
-        if not self._over:
-            self._over = True
-            self._broadcast(kind="alarm", status=status, reason=reason, grace=grace)
-
-    def _peer(self, line: Line) -> _Peer | None:
-        return next((peer for peer in self._peers.values() if peer.line is line), None)
-
-    def _drop(self, line: Line) -> None:
-        self._strangers.pop(line, None)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(line)
-        line.close()
-
-    def _broadcast(self, **message) -> None:
-        for peer in list(self._peers.values()):
-            if not peer.gone:
-                peer.line.send(**message)
+    connection.close()
 
 
-AGAIN = "The same command goes on from the last checkpoint."
-
-
-def _listed(names: Sequence[str]) -> str:
-    """`1`, `1 and 2`, `1, 2 and 3`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _disagreement(peers: Mapping[int, _Peer]) -> tuple[int, str] | None:
-    """Status and reason, where processes failed already, or were started with different versions, arguments or configs."""
-    real = {index: peers[index] for index in sorted(peers) if index >= 0}
-    for peer in real.values():
-        if peer.hello.get("error"):
-            return peer.hello["status"], f"{peer.name} left: {peer.hello['error']}"
+def _problem(hellos: Sequence[Mapping]) -> tuple[int, str] | None:
+    """Exit status and reason, if a process has failed or the processes were started differently."""
+    by_index: dict[int, Mapping] = {}
+    for hello in hellos:
+        index, other = hello["index"], by_index.setdefault(hello["index"], hello)
+        if hello["error"]:
+            return hello["status"], f"process {index} ({hello['host']}) left: {hello['error']}"
+        if other is not hello:
+            one, two = (f"{each['host']} (pid {each['pid']})" for each in (other, hello))
+            return 2, f"two processes say that they are process {index}: {one} and {two}. Give each another --process."
+        if hello["count"] != hellos[0]["count"]:
+            counts = f"as one of {hello['count']} processes, process 0 as one of {hellos[0]['count']}"
+            return 2, f"process {index} ({hello['host']}) was started {counts}."
     for part, what, advice in (
         ("versions", "packages", "Install the same everywhere."),
         ("config", "configs", "All processes of a run are started with the same command."),
     ):
-        if len({hello["digests"][part] for hello in (peer.hello for peer in real.values())}) > 1:
-            return 2, f"the processes were started with different {what}: {_differences({i: p.hello[part] for i, p in real.items()})}. {advice}"
+        values = {index: by_index[index][part] for index in sorted(by_index)}
+        if any(value != values[0] for value in values.values()):
+            return 2, f"the processes were started with different {what}: {_differences(values)}. {advice}"
     return None
 
 
 def _differences(values: Mapping[int, Mapping]) -> str:
     """Every key whose values differ, each value with the processes that have it."""
-    keys = sorted({key for one in values.values() for key in one})
     parts = []
-    for key in keys:
-        by_value: dict[str, list[str]] = {}
+    for key in sorted({key for one in values.values() for key in one}):
+        by_value: dict[str, list[int]] = {}
         for index, one in values.items():
-            by_value.setdefault(repr(one[key]) if key in one else "(absent)", []).append(str(index))
+            by_value.setdefault(repr(one[key]) if key in one else "(absent)", []).append(index)
         if len(by_value) > 1:
-            shown = ", ".join(f"{value} in process{'es' if len(who) > 1 else ''} {_listed(who)}" for value, who in by_value.items())
+            shown = ", ".join(f"{value} in process{'es' if len(who) > 1 else ''} {listed(who)}" for value, who in by_value.items())
             parts.append(f"{key} is {shown}")
     return "; ".join(parts)
+
+
+def listed(names: Sequence) -> str:
+    """`1`, `1 and 2`, `1, 2 and 3`."""
+    *most, last = map(str, names)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,9 +1,7 @@
-"""This process as one of those of a run, from its start to its end. For one process alone, everything here does nothing.
-
-JAX is imported only where it is started.
-"""
+"""This process among those of a run, from its start to its end; for a single process every function is a no-op."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import socket
@@ -13,14 +11,12 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
-from jaxmodels.distributed.member import Member, meet, say
+from jaxmodels.distributed.member import Member, say
 from jaxmodels.distributed.processes import Processes
-from jaxmodels.distributed.rendezvous import is_loopback
+from jaxmodels.distributed.rendezvous import is_loopback, meet
 from jaxmodels.errors import Interrupted, RunError
 
-START_LIMIT = 300.0
-HANG_LIMIT = 30.0
-STALL_LIMIT = 1800.0
+START_LIMIT, HANG_LIMIT, STALL_LIMIT = 300.0, 30.0, 1800.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _BLAME_SECONDS = 5.0
 
@@ -36,65 +32,65 @@ def join(
     hang_limit: float = HANG_LIMIT,
     stall_limit: float = STALL_LIMIT,
 ) -> None:
-    """Meets the other processes of a run and starts JAX among them; before JAX has started any device.
+    """Wait for the other processes of a run and initialise JAX's distributed system, but no backend.
 
-    From here on this process leaves when another one dies, is silent, or fails.
+    From then on a thread ends this process if another one dies, hangs or fails.
 
     Args:
-      processes: all of them, as `processes.find` gives.
-      config: flat, and what else must be the same in all of them.
-      error: this process cannot start: the others are told, and it is raised.
-      start_limit: seconds in which all must come.
-      hang_limit: seconds of silence after which a process is given up.
-      stall_limit: seconds without a step of any process, after the first one, after which all are.
+      processes: as `processes.find` returns them.
+      config: flat; must be equal in all processes.
+      error: why this process cannot start: the others are told, and it is raised.
+      start_limit: seconds until all must be there.
+      hang_limit: seconds without a heartbeat after which a process is considered hung.
+      stall_limit: seconds without a step of any process, after the first step, after which the run ends.
 
     Raises:
-      ConfigError: the processes do not agree.
-      RunError: the coordinator cannot be reached, or not all came.
+      RunError: process 0 cannot be reached, processes are missing, or one has failed; `ConfigError` if they differ.
     """
     global _member
+    import jax
+    from orbax.checkpoint import utils
+
+    import jaxmodels
+
+    versions = {"jaxmodels": jaxmodels.__version__} | {name: metadata.version(name) for name in _PACKAGES}
+    hello = {
+        "host": host(),
+        "pid": os.getpid(),
+        "versions": versions,
+        "config": json.loads(json.dumps(dict(config), default=repr)),
+        "error": error and str(error),
+        "status": error and error.exit_status,
+    }
     try:
-        member = meet(processes, config, _versions(), error=error, start_limit=start_limit, hang_limit=hang_limit, stall_limit=stall_limit)
+        connections, hosts = meet(processes, hello, start_limit)
     except RunError as refusal:
         raise error or refusal from None
-    _member = member
+    _member = Member(processes, connections, hosts, hang_limit=hang_limit, stall_limit=stall_limit)
     _keep_output_clean()
-    import jax
-
-    # Where the processes simulate devices, or have only CPUs.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM for itself; `training.signals` does what it is for.
-    jax.config.update("jax_enable_preemption_service", False)
-    _leave_proxies_alone(processes.host)
-    options = {"coordinator_bind_address": processes.jax_coordinator} if is_loopback(processes.host) else {}
+    _bypass_proxies(processes.host)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # on CPUs, simulated devices included
+    jax.config.update("jax_enable_preemption_service", False)  # it handles SIGTERM, as `training.signals` does
     try:
         jax.distributed.initialize(
-            processes.jax_coordinator,
+            processes.coordinator,
             processes.count,
             processes.index,
             local_device_ids=processes.local_device,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(start_limit)),
-            # Only if the hub's own notice fails: its line is the clearer one.
-            heartbeat_timeout_seconds=int(2 * hang_limit + 60),
+            heartbeat_timeout_seconds=int(2 * hang_limit + 60),  # later than `Member`, whose line is the clearer one
             shutdown_timeout_seconds=60,
-            **options,
+            coordinator_bind_address=processes.coordinator if is_loopback(processes.host) else None,
         )
     except RuntimeError as problem:
-        raise RunError(
-            f"JAX's processes did not meet at {processes.jax_coordinator}: {str(problem).splitlines()[0]}. "
-            f"Is port {processes.port + 1} of that host free, and do firewalls let it through?"
-        ) from problem
-
-
-def _versions() -> dict[str, str]:
-    import jaxmodels
-
-    return {"jaxmodels": jaxmodels.__version__} | {name: metadata.version(name) for name in _PACKAGES}
+        raise RunError(f"JAX's processes did not connect to {processes.coordinator}: {str(problem).splitlines()[0]}.") from problem
+    # Orbax's accessor of JAX's client, which `jax.distributed` does not give.
+    _member.start(utils.multihost.get_jax_distributed_client())
 
 
 def _keep_output_clean() -> None:
-    """What compiled libraries print (Gloo, whom it is connected to) goes to standard error: standard output may be read by a program."""
+    """Send what compiled libraries print, such as Gloo's connections, to standard error: a program may read standard output."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         options = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "buffering": 1}
@@ -103,58 +99,50 @@ def _keep_output_clean() -> None:
         sys.stdout = ours
 
 
-def _leave_proxies_alone(host: str) -> None:
-    """gRPC would ask an HTTP proxy for the way to the coordinator."""
+def _bypass_proxies(host: str) -> None:
+    """Make gRPC connect to the coordinator without an HTTP proxy."""
     if any(name in os.environ for name in ("http_proxy", "https_proxy", "grpc_proxy")):
         others = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
         os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))
 
 
 def current() -> Member | None:
-    """This process's membership; None for one process alone."""
+    """Return this process's membership; None for a single process."""
     return _member
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes a run's files and prints: the first, or the only one."""
+    """Whether this process writes the run's files and prints: the first, or the only one."""
     return _member is None or _member.processes.index == 0
 
 
 def host() -> str:
-    """The name of this machine."""
+    """Return the name of this machine."""
     return socket.gethostname()
 
 
 def gather(name: str, value: Any = None) -> list:
-    """The values of all processes, in their order; all wait here for each other.
+    """Return the values of all processes, in order, once all have called this.
 
     Args:
       name: of the place in the program, the same in all processes.
-      value: anything that JSON can hold.
+      value: a JSON value.
     """
     if _member is not None:
         return _member.gather(name, value)
-    if "jax" in sys.modules and _processes_of_jax() > 1:
-        raise RunError(
-            "JAX runs in several processes that jaxmodels did not start: call jaxmodels.distributed.session.join in place of jax.distributed.initialize."
-        )
+    if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise RunError("JAX was initialised for several processes elsewhere: call jaxmodels.distributed.session.join, not jax.distributed.initialize.")
     return [value]
 
 
-def _processes_of_jax() -> int:
-    import jax
-
-    return jax.process_count() if jax.distributed.is_initialized() else 1
-
-
 def barrier(name: str) -> None:
-    """All processes wait here for each other."""
+    """Wait until all processes are here."""
     gather(name)
 
 
 @contextlib.contextmanager
 def first_goes_first(name: str) -> Iterator[None]:
-    """What is done inside, the first process does before all others: what it leaves on disk, they find."""
+    """Run the block in the first process, then in the others, which find the files that it wrote."""
     later = _member is not None and _member.processes.index > 0
     if later:
         barrier(name)
@@ -164,16 +152,16 @@ def first_goes_first(name: str) -> Iterator[None]:
 
 
 def finish() -> None:
-    """The run is over, for all processes alike; waits for the others."""
+    """End the run successfully, in all processes; waits for the others."""
     if _member is not None:
         barrier("end")
         _member.bye(0, agreed=True)
 
 
 def leave(error: BaseException) -> None:
-    """Ends this process for an error, and tells the others why; returns if there are no others.
+    """End this process because of an error and tell the others why; return if there are no others.
 
-    An error that is not ours may be that another process died: then that is what is said.
+    An error of JAX may be the consequence of another process's death: then that is the reason printed.
     """
     if _member is None:
         return
