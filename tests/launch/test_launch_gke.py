@@ -20,7 +20,7 @@ def fake(tmp_path):
 
 @pytest.fixture(scope="module")
 def schema():
-    text = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+    text = json.loads((ROOT / "tests" / "launch" / "jobset_schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(text)
     return jsonschema.Draft202012Validator(text)
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import small_configs
-from conftest import ROOT
+from conftest import HELPERS, ROOT
 
 from jaxmodels.errors import Interrupted
 from jaxmodels.runs.folder import RunFolder
@@ -22,7 +22,7 @@ def start(config, workdir, tmp_path, prelude=""):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     program = f"{prelude}\nfrom jaxmodels import cli\ncli.main(['train', '--config={path}', '--workdir={workdir}'])"
-    environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(HELPERS), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
