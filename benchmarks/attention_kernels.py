@@ -1,15 +1,14 @@
-"""What splash attention's kernels take on TPUs that are not here, by the compiler's own schedule of them: the table of `jaxmodels/plan/splash.py`.
+"""Cycles of splash attention's kernels on TPUs, by the compiler's own schedule of them; no TPU is needed.
 
-    python benchmarks/attention_kernels.py                          # every chip: the table, and heads of 4,096 and 8,192 tokens in blocks of two sizes
+    python benchmarks/attention_kernels.py                          # every chip
     python benchmarks/attention_kernels.py --chips=v5p --json=FILE  # one, and each kernel's figures
 
-Needs `pip install 'jaxmodels[plan]'`; 20 to 60 seconds a chip on two cores. A TPU's core executes one bundle of instructions a cycle, and waits where
-something is not there yet: in a schedule the compiler has put what waits behind what it waits for, but for the matrix units, which may be given more
-than they can take. So a block takes as many cycles as its instructions or its products do, whichever are more; what else a core may wait for (its
-memory, as blocks come and go beside the products) is not in it.
+Needs `pip install 'jaxmodels[plan]'`; 20 to 60 seconds a chip on two cores. A TPU's core executes one bundle of instructions a cycle. A schedule contains the
+waits for results, except for the matrix units, which may be given more than they can take: a block takes as many cycles as its bundles or its products,
+whichever are more. Waits for memory are not in it.
 
-Of a schedule, the loop over the grid is read: a branch inside it that holds matrix products is the block, those beside it are the beginning and
-end of a row of blocks, and what is left is around every block.
+Of a schedule, the loop over the grid is read: the branch inside it with matrix products is the block, the branches beside it are the beginning and end of a
+row of blocks, and the rest is around every block.
 """
 
 import argparse
@@ -103,31 +102,6 @@ def measure(chip: str, folder: Path) -> list[Bundles]:
     return found
 
 
-def table(found: list[Bundles]) -> str:
-    """As `jaxmodels/plan/splash.py` has it."""
-    lines = []
-    for chip in dict.fromkeys(each.chip for each in found):
-        lines.append(f'    "{chip}": {{')
-        for kernel in ("fwd", "dq", "dkv", "fused"):
-            block, large, wide = (next(x for x in found if (x.chip, x.kernel, x.block, x.head_width) == (chip, kernel, *size)) for size in SIZES)
-            lines.append(f'        "{kernel}": Schedule({block.computed}, {large.computed}, {wide.computed}, {large.step}, {block.row}),')
-        lines.append("    },")
-    return "\n".join(lines)
-
-
-def compare(chip: str) -> None:
-    """Prints what a causal head takes in blocks of two sizes, its backward pass in two kernels or one; by the table that is there."""
-    from jaxmodels.hardware.chips import CHIPS
-    from jaxmodels.plan import splash
-
-    for length in (1024, 2048, 4096, 8192):
-        for size in (512, 1024):
-            rows = length // size
-            times = {"computed": rows * (rows + 1) // 2, "shape": (length, length), "block": (size, size), "head_width": 128, "heads": 1}
-            fwd, dq, dkv, fused = (1e6 * splash.seconds(CHIPS[chip], kernel, **times) for kernel in ("fwd", "dq", "dkv", "fused"))
-            print(f"| {chip} | {length:,} | {size:,} | {fwd:.1f} | {dq + dkv:.1f} | {fused:.1f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="of " + ", ".join(TOPOLOGIES))
@@ -141,12 +115,11 @@ def main() -> None:
 
         jax.config.update("jax_enable_compilation_cache", False)
         found = [each for chip in options.chips.split(",") for each in measure(chip, Path(folder))]
-    print(table(found))
+    print("| chip | kernel | block | head width | cycles of a block | around it | of a row's ends |\n|---|---|---|---|---|---|---|")
+    for each in found:
+        print(f"| {each.chip} | {each.kernel} | {each.block:,} | {each.head_width} | {each.computed:,} | {each.step:,} | {each.row:,} |")
     if options.json:
         Path(options.json).write_text(json.dumps([dataclasses.asdict(each) for each in found]))
-    print("\n| chip | tokens | block | forward, µs a head | backward, two kernels | one |\n|---|---|---|---|---|---|")
-    for chip in options.chips.split(","):
-        compare(chip)
 
 
 if __name__ == "__main__":

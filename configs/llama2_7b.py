@@ -13,7 +13,7 @@ are computed again; parameters are in 32 shares of 128 values, which fill the la
 
 Reached: nothing: it was never trained here. The plans (jax 0.10.2, libtpu 0.0.52):
     v5p-128, data=2 fsdp=32: 3,019 M estimated cycles a step, 47.0 GB at most on a device (MaxText's recipe, read the same way: 4,041 M cycles, 49.3 GB)
-        predicted: 1.98 s a step, MFU 83.1%, 77.2% by what masks leave
+        predicted: 2.00 s a step (1.94 to 2.15), MFU 82.4%, 76.7% by what masks leave
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,32,4096,128], in blocks of 1,024 × 1,024
     :slices, 4xv5p-128, slices=4 data=2 fsdp=32: 3,044 M estimated cycles a step, 49.3 GB at most on a device
         predicted: 2.00 s a step, MFU 82.2%, 76.5% by what masks leave

@@ -10,7 +10,7 @@ from jaxmodels.hardware.malloc import keep_freed_memory
 from jaxmodels.training import trainer
 
 if TYPE_CHECKING:
-    from jaxmodels.plan.report import Plan
+    from jaxmodels.plan.plan import Plan
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     keep_freed_memory()
     options: dict[str, Any] = {"callbacks": []}
     if plan is not None:
-        from jaxmodels.plan.measured import for_training  # runs load nothing of `plan` otherwise
+        from jaxmodels.plan.compare import for_training  # runs load nothing of `plan` otherwise
 
         options = for_training(plan)
     options["callbacks"] = [*callbacks, *options["callbacks"]]
@@ -65,6 +65,6 @@ def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir
       plan.topology.DoesNotFit: the step needs more memory than a device has; says how much, and what to change.
       RunError: the compiler failed.
     """
-    from jaxmodels.plan.report import make_plan  # plans are not loaded by runs
+    from jaxmodels.plan.plan import make_plan  # plans are not loaded by runs
 
     return make_plan(build_experiment(config, data_dir=data_dir, data=data), topology)

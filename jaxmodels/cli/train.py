@@ -33,7 +33,7 @@ def run_train(options, overrides):
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
-    from jaxmodels.plan.measured import for_training
+    from jaxmodels.plan.compare import for_training
 
     workdir = options.workdir or os.path.join("runs", name)
     result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))

@@ -1,43 +1,46 @@
-"""What chips can do at best, from their makers' pages: the figures that a plan is measured against.
+"""Rates and capacities of accelerator chips, from their makers' pages.
 
-Sources, by the names that `Chip.source` gives:
+Sources, by the names in `Chip.source`:
 
-- `tpu/…`: docs.cloud.google.com/tpu/docs/…, a page for each generation: FLOP/s, memory, bandwidths (those of links are there for a whole chip, both ways).
-- `book`: jax-ml.github.io/scaling-book/tpus: what one link of a torus carries one way, and a chip to its host and on the network between slices.
-- `libtpu`: what the compiler lets a program have of a device's memory, as it says when one does not fit (0.0.42.1 and 0.0.52 agree to 0.01 GiB).
-- `tpu_info`: jax/_src/pallas/mosaic/tpu_info.py: cores of a chip, matrix units of a core, names of devices.
-- `nvidia/…`: nvidia.com/data-center/…, the SXM column without sparsity; the network is that of a DGX: one adapter for each GPU.
+- `tpu/…`: docs.cloud.google.com/tpu/docs/…, one page for each generation: FLOP/s, memory, bandwidths (its link bandwidths are of a whole chip, both ways).
+- `book`: jax-ml.github.io/scaling-book/tpus: bandwidth of one torus link one way, of a chip to its host and between slices; a core's vector unit has
+  8 × 128 lanes of four ALUs.
+- `libtpu`: memory that the compiler lets a program use, as its out-of-memory error states (0.0.42.1 and 0.0.52 agree to 0.01 GiB).
+- `tpu_info`: jax/_src/pallas/mosaic/tpu_info.py: cores of a chip, names of devices.
+- `nvidia/…`: nvidia.com/data-center/…, the SXM column without sparsity; the network is that of a DGX: one adapter for each GPU. The float32 rate there counts
+  a fused multiply-add as two operations, and here as one.
 
-A TPU's clock is its FLOP/s over what its matrix units do in a cycle: v4 and v5p two cores × four units × 128 × 128 × 2, v5e one core of these. Google
-states v4's 1.05 GHz (arxiv.org/abs/2304.01433, table 4), and so it comes out. v6e and tpu7x have units of 256 × 256; the compiler's own estimates of
-large products (`docs/estimates.md`) go above what two of them a core do once in a cycle, and stay below twice that, so twice that is taken.
+A TPU's clock is its FLOP/s over what its matrix units do in a cycle: v4 and v5p have two cores of four units of 128 × 128, v5e one such core. Google states
+1.05 GHz for v4 (arxiv.org/abs/2304.01433, table 4), which agrees. v6e and tpu7x have units of 256 × 256; two of them a core are not enough for the compiler's
+cycle estimates of large products, so four are assumed.
 """
 
 import dataclasses
 
-_GiB = 2**30
+_GiB, _GB = 2**30, 10**9
+_LANES = 8 * 128 * 4  # operations a cycle of one core's vector unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; all figures are of the whole chip, also where a program sees it as two devices.
+    """One chip. All figures are of the whole chip, also where a program sees it as two devices.
 
     Attributes:
       name: as in a topology's name.
       platform: `tpu` or `gpu`.
-      memory_bytes: that a program can have.
-      flops_per_second: dense, of bfloat16 products summed in float32.
-      clock_hz: cycles a second, in which a TPU's compiler gives its estimates; None for a GPU.
+      memory_bytes: available to a program.
+      flops_per_second: dense bfloat16 products summed in float32.
+      clock_hz: unit of the TPU compiler's cycle estimates; None for a GPU.
+      vector_rate: elementwise float32 operations a second.
       memory_bandwidth: bytes a second between the chip and its memory.
-      link_bandwidth: bytes a second that leave by one link: a TPU has two for each dimension of its torus, a GPU one, to the node's switch.
-      torus_dimensions: of the network of a slice; 0 where a switch joins all chips of a node.
-      ring_multiple: a dimension of a slice whose size this divides is closed to a ring; others end in a last chip (0 where there is no torus).
-      network_bandwidth: bytes a second that leave for other slices, or nodes.
-      device_kinds: names that `jax.Device.device_kind` has for it.
-      devices_per_chip: that a program sees.
-      cores_per_chip: that Google's names of slices count (`v5p-128` has 64 chips); 1 where they count chips.
-      matrix_unit: rows and columns of a TPU's matrix units; 0 for a GPU.
+      link_bandwidth: bytes a second sent over one link: a TPU has two links for each dimension of its torus, a GPU one to the node's switch.
+      torus_dimensions: of a slice's network; 0 where a switch joins all chips of a node.
+      ring_multiple: a dimension of a slice closes to a ring if this divides its size; others are lines (0 without a torus).
+      network_bandwidth: bytes a second sent to other slices or nodes.
       host_bandwidth: bytes a second between the chip and its host's memory, one way.
+      devices_per_chip: devices that a program sees.
+      cores_per_chip: cores that Google's slice names count (`v5p-128` has 64 chips); 1 where they count chips.
+      device_kinds: its names in `jax.Device.device_kind`.
       source: where the figures are from.
     """
 
@@ -46,185 +49,70 @@ class Chip:
     memory_bytes: int
     flops_per_second: float
     clock_hz: float | None
+    vector_rate: float
     memory_bandwidth: float
     link_bandwidth: float
     torus_dimensions: int
     ring_multiple: int
     network_bandwidth: float
-    device_kinds: tuple[str, ...]
+    host_bandwidth: float
     devices_per_chip: int
     cores_per_chip: int
-    matrix_unit: int
-    host_bandwidth: float
+    device_kinds: tuple[str, ...]
     source: str
 
     @property
     def flops_per_device(self) -> float:
-        """Of one device, a second."""
+        """Peak FLOP/s of one device."""
         return self.flops_per_second / self.devices_per_chip
 
     @property
-    def cores_per_device(self) -> int:
-        """Two on chips of which a program sees both as one device."""
-        return self.cores_per_chip // self.devices_per_chip
+    def vector_rate_per_device(self) -> float:
+        """Elementwise operations a second of one device."""
+        return self.vector_rate / self.devices_per_chip
+
+    @property
+    def bandwidth_per_device(self) -> float:
+        """Memory bandwidth of one device, in bytes a second."""
+        return self.memory_bandwidth / self.devices_per_chip
 
     @property
     def memory_per_device(self) -> int:
-        """Bytes."""
+        """Memory of one device, in bytes."""
         return self.memory_bytes // self.devices_per_chip
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            name="v4",
-            platform="tpu",
-            memory_bytes=int(30.75 * _GiB),  # of 32
-            flops_per_second=275e12,
-            clock_hz=1.05e9,
-            memory_bandwidth=1228e9,
-            link_bandwidth=45e9,
-            torus_dimensions=3,
-            ring_multiple=4,
-            network_bandwidth=6.25e9,
-            device_kinds=("TPU v4",),
-            devices_per_chip=1,  # as megacore, which the compiler is asked for
-            cores_per_chip=2,
-            matrix_unit=128,
-            host_bandwidth=16e9,
-            source="tpu/v4, book, libtpu, tpu_info",
-        ),
-        Chip(
-            name="v5e",
-            platform="tpu",
-            memory_bytes=int(15.75 * _GiB),  # of 16
-            flops_per_second=197e12,
-            clock_hz=1.5e9,
-            memory_bandwidth=819e9,
-            link_bandwidth=45e9,
-            torus_dimensions=2,
-            ring_multiple=16,
-            network_bandwidth=3.125e9,
-            device_kinds=("TPU v5 lite", "TPU v5e"),
-            devices_per_chip=1,
-            cores_per_chip=1,
-            matrix_unit=128,
-            host_bandwidth=16e9,
-            source="tpu/v5e, book, libtpu, tpu_info",
-        ),
-        Chip(
-            name="v5p",
-            platform="tpu",
-            memory_bytes=int(95.73 * _GiB),  # of 96
-            flops_per_second=459e12,
-            clock_hz=1.75e9,
-            memory_bandwidth=2765e9,
-            link_bandwidth=90e9,
-            torus_dimensions=3,
-            ring_multiple=4,
-            network_bandwidth=6.25e9,
-            device_kinds=("TPU v5", "TPU v5p"),
-            devices_per_chip=1,
-            cores_per_chip=2,
-            matrix_unit=128,
-            host_bandwidth=16e9,
-            source="tpu/v5p, book, libtpu, tpu_info",
-        ),
-        Chip(
-            name="v6e",
-            platform="tpu",
-            memory_bytes=int(31.24 * _GiB),  # of 32
-            flops_per_second=918e12,
-            clock_hz=1.75e9,
-            memory_bandwidth=1638e9,
-            link_bandwidth=90e9,
-            torus_dimensions=2,
-            ring_multiple=16,
-            network_bandwidth=12.5e9,
-            device_kinds=("TPU v6 lite", "TPU v6e"),
-            devices_per_chip=1,
-            cores_per_chip=1,
-            matrix_unit=256,
-            host_bandwidth=32e9,
-            source="tpu/v6e, book, libtpu, tpu_info",
-        ),
-        Chip(
-            name="tpu7x",
-            platform="tpu",
-            memory_bytes=int(2 * 94.74 * _GiB),  # of 192
-            flops_per_second=2307e12,
-            clock_hz=2.2e9,
-            memory_bandwidth=7380e9,
-            link_bandwidth=90e9,
-            torus_dimensions=3,
-            ring_multiple=4,
-            network_bandwidth=12.5e9,
-            device_kinds=("TPU7x",),
-            devices_per_chip=2,  # a core each; there is no megacore (tpu/tpu7x, "Dual-chiplet architecture")
-            cores_per_chip=2,
-            matrix_unit=256,
-            host_bandwidth=32e9,  # as v6e's; not stated
-            source="tpu/tpu7x, book, libtpu, tpu_info",
-        ),
-        Chip(
-            name="a100",
-            platform="gpu",
-            memory_bytes=80 * 10**9,
-            flops_per_second=312e12,
-            clock_hz=None,
-            memory_bandwidth=2039e9,
-            link_bandwidth=300e9,
-            torus_dimensions=0,
-            ring_multiple=0,
-            network_bandwidth=25e9,
-            device_kinds=("NVIDIA A100-SXM4-80GB",),
-            devices_per_chip=1,
-            cores_per_chip=1,
-            matrix_unit=0,
-            host_bandwidth=32e9,
-            source="nvidia/a100 (80GB SXM), nvidia/dgx-a100 (200 Gb/s a GPU)",
-        ),
-        Chip(
-            name="h100",
-            platform="gpu",
-            memory_bytes=80 * 10**9,
-            flops_per_second=989e12,
-            clock_hz=None,
-            memory_bandwidth=3350e9,
-            link_bandwidth=450e9,
-            torus_dimensions=0,
-            ring_multiple=0,
-            network_bandwidth=50e9,
-            device_kinds=("NVIDIA H100 80GB HBM3",),
-            devices_per_chip=1,
-            cores_per_chip=1,
-            matrix_unit=0,
-            host_bandwidth=64e9,
-            source="nvidia/h100 (SXM), nvidia/dgx-h100 (400 Gb/s a GPU)",
-        ),
-        Chip(
-            name="h200",
-            platform="gpu",
-            memory_bytes=141 * 10**9,
-            flops_per_second=989e12,
-            clock_hz=None,
-            memory_bandwidth=4800e9,
-            link_bandwidth=450e9,
-            torus_dimensions=0,
-            ring_multiple=0,
-            network_bandwidth=50e9,
-            device_kinds=("NVIDIA H200",),
-            devices_per_chip=1,
-            cores_per_chip=1,
-            matrix_unit=0,
-            host_bandwidth=64e9,
-            source="nvidia/h200 (SXM), nvidia/dgx-h200 (400 Gb/s a GPU)",
-        ),
-    )
-}
+def _tpu(name, memory, flops, clock, hbm, link, torus, network, host, devices, cores, kinds, source) -> Chip:
+    """A row of the table: memory in GiB, rates in 10¹² FLOP/s, GHz and GB/s; a torus as its dimensions and the size that closes them."""
+    vectors = clock * 1e9 * cores * _LANES
+    rates = flops * 1e12, clock * 1e9, vectors, hbm * 1e9, link * 1e9, *torus, network * 1e9, host * 1e9
+    return Chip(name, "tpu", int(memory * _GiB), *rates, devices, cores, kinds, f"tpu/{name}, book, libtpu, tpu_info{source}")
+
+
+def _gpu(name, memory, flops, vectors, hbm, link, network, host, kind, source) -> Chip:
+    """A row of the table: memory in GB, rates in 10¹² operations a second and GB/s."""
+    rates = flops * 1e12, None, vectors * 1e12, hbm * 1e9, link * 1e9, 0, 0, network * 1e9, host * 1e9
+    return Chip(name, "gpu", memory * _GB, *rates, 1, 1, (kind,), source)
+
+
+# fmt: off
+_TABLE = (
+    # name    memory    TFLOP/s clock  HBM  link   torus  network host devices cores  device kinds
+    _tpu("v4",    30.75,     275, 1.05, 1228, 45, (3, 4),  6.25,  16, 1, 2, ("TPU v4",), ""),  # one device, as megacore, which the compiler is asked for
+    _tpu("v5e",   15.75,     197, 1.5,   819, 45, (2, 16), 3.125, 16, 1, 1, ("TPU v5 lite", "TPU v5e"), ""),
+    _tpu("v5p",   95.73,     459, 1.75, 2765, 90, (3, 4),  6.25,  16, 1, 2, ("TPU v5", "TPU v5p"), ""),
+    _tpu("v6e",   31.24,     918, 1.75, 1638, 90, (2, 16), 12.5,  32, 1, 1, ("TPU v6 lite", "TPU v6e"), ""),
+    _tpu("tpu7x", 2 * 94.74, 2307, 2.2, 7380, 90, (3, 4),  12.5,  32, 2, 2, ("TPU7x",), "; the host's bandwidth is not stated: as v6e's"),
+    # name   memory TFLOP/s vector HBM link network host device kind
+    _gpu("a100", 80,  312,  9.75, 2039, 300, 25, 32, "NVIDIA A100-SXM4-80GB", "nvidia/a100 (80GB SXM), nvidia/dgx-a100 (200 Gb/s a GPU)"),
+    _gpu("h100", 80,  989, 33.5,  3350, 450, 50, 64, "NVIDIA H100 80GB HBM3", "nvidia/h100 (SXM), nvidia/dgx-h100 (400 Gb/s a GPU)"),
+    _gpu("h200", 141, 989, 33.5,  4800, 450, 50, 64, "NVIDIA H200", "nvidia/h200 (SXM), nvidia/dgx-h200 (400 Gb/s a GPU)"),
+)
+# fmt: on
+
+CHIPS = {chip.name: chip for chip in _TABLE}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a device that JAX gives, by its `device_kind`; None where it is not known here."""
+    """Return the chip with a `jax.Device.device_kind`, or None if it is unknown."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)

@@ -111,7 +111,7 @@ def _splash_kernel(
     shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, block: tuple[int, int], interpret: bool
 ) -> tuple[Callable, list, str]:
     """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel; the masks of all parts; and how many
-    blocks are computed, as `blocks=VISIBLEofALL`: a scope of that name tells those who read the compiled program (`plan.kernels`)."""
+    blocks are computed, as `blocks=VISIBLEofALL`: a scope of that name tells those who read the compiled program (`plan.counts`)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel_lib,
     )

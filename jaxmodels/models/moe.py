@@ -267,7 +267,7 @@ class MoE(nnx.Module):
         ends_E = jnp.cumsum(sizes_E)
         slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), slots)
         slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=slots, each=K)
-        with jax.named_scope(f"rows={even}of{slots}"):  # with an even load: tells those who read the compiled program (`plan.kernels`)
+        with jax.named_scope(f"rows={even}of{slots}"):  # with an even load: tells those who read the compiled program (`plan.counts`)
             y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped.product(x, kernels, sizes_E))
         y_BTKD = _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
         return jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK)

@@ -1,10 +1,9 @@
-"""Settings that a search looks at: how a step is spread, cut and rematerialised. What it computes is the same in all of them."""
+"""Settings that a search tries (mesh, accumulation and rematerialisation; all of them compute the same), and their ranking."""
 
 import copy
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -15,25 +14,75 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_model
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.sections import Training, resolve
-from jaxmodels.hardware.flops import operation_flops
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.plan import memory
-from jaxmodels.plan.graph import Graph, Op, Value, ways
+from jaxmodels.plan.shardings import Graph, Op, Value
 
 Changes = dict[str, Any]  # dotted key of a config -> value
 
-# Parts of a sequence that are not worth a device of their own.
+# Tokens in the smallest part of a sequence that is worth a device of its own.
 SMALLEST_PART = 1024
-# Ways that matrices are cut, and stages of a pipeline: beyond, each has too little to do, and the bubble grows.
+# Shards of matrices, and pipeline stages: beyond, each has too little to do, and the bubble grows.
 MOST_TENSOR, MOST_STAGES = 16, 8
 ACCUMULATIONS = (1, 2, 4, 8, 16)
+# The order of a ranking.
+STATES = ("compiled", "modelled", "out of time", "too large", "failed")
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A setting, and what is known of it.
+
+    Attributes:
+      changes: dotted keys of the config with their values; all that makes it differ from others.
+      own: whether it is the config as given.
+      state: one of `STATES`; `modelled` is not compiled.
+      memory, seconds: by the models: bytes on a device, and of a step; None if not modelled.
+      parts: seconds by part, by the compiler if compiled, else by the model.
+      plan: the JSON of `jaxmodels plan`; None if not compiled.
+      why: why it is not the best.
+    """
+
+    changes: Changes
+    own: bool = False
+    state: str = "modelled"
+    memory: int | None = None
+    seconds: float | None = None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    plan: dict | None = None
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """`fsdp=64 remat=full`: without values of 1 or nothing."""
+        words = {key.rpartition(".")[2]: "+".join(value) if isinstance(value, tuple) else value for key, value in self.changes.items() if value not in (1, ())}
+        return " ".join(f"{name}={value}" for name, value in words.items()) or "one device"
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of its mesh."""
+        return {key.removeprefix("mesh."): value for key, value in self.changes.items() if key.startswith("mesh.")}
+
+    @property
+    def step_seconds(self) -> float:
+        """By the compiler if compiled, else by the model."""
+        return self.plan["step_seconds"] if self.plan else math.inf if self.seconds is None else self.seconds
+
+    @property
+    def bytes(self) -> int:
+        """On a device, by the compiler if compiled, else by the model."""
+        return self.plan["peak_bytes_per_device"] if self.plan else self.memory or 0
+
+    def does_not_fit(self, over: float, says: str) -> None:
+        """Mark it as too large, by so many bytes."""
+        self.state, self.why = "too large", f"does not fit by {over / 1e9:.1f} GB, says the {says}"
 
 
 def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
-    """The experiment with other values of its config; its data stays open.
+    """Return the experiment with other values of its config; its data stays open.
 
     Raises:
       ConfigError: a value that its section does not take.
@@ -53,23 +102,19 @@ def mesh_changes(mesh: Mapping[str, int]) -> Changes:
 
 
 def context_changes(experiment: Experiment, mesh: Mapping[str, int]) -> Changes:
-    """How parts of a sequence come together: by shares of the heads, which moves least and waits for no one, where heads divide; else as the config says."""
+    """Exchange heads between the parts of a sequence where they divide, which sends least and waits for no one; else as the config says."""
     heads, relative = experiment.config["model"].get("heads"), experiment.config["model"].get("positions") == "relative"
     divide = mesh["context"] > 1 and heads and heads % (mesh["tensor"] * mesh["context"]) == 0
     return {"sharding.context": "heads"} if divide and not relative else {}
 
 
 def meshes(experiment: Experiment, topology: Any) -> list[tuple[dict[str, int], int]]:
-    """The meshes of a topology that a model and its batch can be spread over, and what bytes of state a device has in each.
+    """Return the meshes that a model and its batch can be sharded over, with the bytes of state on a device. The first ones cut the model least.
 
-    A mesh is left out where nothing of the model is spread over one of its axes, where a dimension, the layers or the batch do not divide.
-    The first ones cut the model least.
-
-    Args:
-      experiment: as `build_experiment` gives.
-      topology: as `plan.topology.parse` gives.
+    A mesh is left out if nothing of the model is sharded over one of its axes, or if a dimension, the layers or the batch do not divide.
     """
-    shapes, heads = experiment.state_shapes(), _heads(experiment)
+    shapes, model = experiment.state_shapes(), experiment.config["model"]
+    heads = [model[key] for key in ("heads", "kv_heads") if model.get(key)]
     found = []
     for shape in _factorisations(experiment, topology):
         if any(size % shape["tensor"] for size in heads):
@@ -84,11 +129,6 @@ def meshes(experiment: Experiment, topology: Any) -> list[tuple[dict[str, int], 
         if all(shape[axis] == 1 or axis in layout.used for axis in ("fsdp", "expert", "tensor", "pipeline")):
             found.append((shape, mesh_lib.bytes_per_device(state)))
     return sorted(found, key=lambda each: (each[0]["tensor"] * each[0]["context"] * each[0]["pipeline"], sum(n > 1 for n in each[0].values()), each[1]))
-
-
-def _heads(experiment: Experiment) -> tuple[int, ...]:
-    model = experiment.config["model"]
-    return tuple(model[key] for key in ("heads", "kv_heads") if model.get(key))
 
 
 def _factorisations(experiment: Experiment, topology: Any) -> Iterator[dict[str, int]]:
@@ -109,58 +149,49 @@ def _factorisations(experiment: Experiment, topology: Any) -> Iterator[dict[str,
 
 
 def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many factors, none of them above its limit."""
+    """All ways to write a number as a product of so many factors, none above its limit."""
     if not most:
-        if total == 1:
-            yield ()
+        yield from [()] if total == 1 else []
         return
     for first in range(1, min(total, most[0]) + 1):
         if total % first == 0:
-            for rest in _products(total // first, most[1:]):
-                yield (first, *rest)
+            yield from ((first, *rest) for rest in _products(total // first, most[1:]))
 
 
 def accumulations(experiment: Experiment, mesh: Mapping[str, int]) -> list[int]:
-    """In how many parts a batch may be computed: those that divide, where the loss is a sum over rows.
+    """Return the numbers of parts that a batch may be computed in: those that divide, where the loss is a sum over rows.
 
-    Batch normalisation, a mixture's load and contrastive losses look at all rows of a part, so there it stays as the config says.
+    Batch normalisation, a mixture's load and contrastive losses see all rows of a part, so there it stays as configured.
     """
     own = experiment.training.accumulate
-    if not _rows_are_apart(experiment):
+    model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
+    normalised = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model))
+    if normalised or experiment.config["model"].get("moe") or getattr(experiment.task, "across_rows", False):
         return [own]
     rows = experiment.loading.batch_size // math.prod(mesh[axis] for axis in mesh_lib.BATCH_AXES)
     rows //= (experiment.sharding.microbatches or mesh["pipeline"]) if mesh["pipeline"] > 1 else 1
     return sorted({n for n in (own, *ACCUMULATIONS) if rows % n == 0})
 
 
-def _rows_are_apart(experiment: Experiment) -> bool:
-    model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
-    normalised = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model))
-    return not (normalised or experiment.config["model"].get("moe") or getattr(experiment.task, "across_rows", False))
-
-
 def policies(experiment: Experiment, step: memory.TracedStep) -> list[Changes]:
-    """Ways to rematerialise, from the one that keeps least; one empty change for models that have no choice.
+    """Return the ways to rematerialise, from the one that keeps least; one empty change for models without the choice.
 
     Args:
-      experiment: as `build_experiment` gives.
-      step: traced with `remat="full"`: it tells what the named activations take, and what computing them again takes.
+      experiment: as `build_experiment` returns.
+      step: traced with `remat="full"`: it tells the size of each named activation, and the cost of computing it again.
     """
     fields = config_lib.fields(models.find(experiment.config["model"]["name"])[0])
     if "remat" not in fields:
         return [{}]
-    offload = {"model.offload": ()} if "offload" in fields else {}
-    found = [{"model.remat": policy, **offload} for policy in ("full", "dots_no_batch", "dots", "none")]
-    if not offload:
-        return found
-    kept = keep_lists(step)
-    lists = [{"model.remat": names, **offload} for names in kept]
-    away = [{"model.remat": names, "model.offload": ("input",)} for names in ("full", *kept)]
-    return [found[0], *lists, *found[1:], *away]
+    if "offload" not in fields:
+        return [{"model.remat": policy} for policy in ("full", "dots_no_batch", "dots", "none")]
+    names = keep_lists(step)
+    on_device = [{"model.remat": policy, "model.offload": ()} for policy in ("full", *names, "dots_no_batch", "dots", "none")]
+    return on_device + [{"model.remat": policy, "model.offload": ("input",)} for policy in ("full", *names)]
 
 
 def lightest(experiment: Experiment) -> Changes:
-    """The policy that keeps least, as far as the model has a choice."""
+    """The policy that keeps least, as far as the model has the choice."""
     fields = config_lib.fields(models.find(experiment.config["model"]["name"])[0])
     return {f"model.{key}": value for key, value in (("remat", "full"), ("offload", ())) if key in fields}
 
@@ -172,7 +203,7 @@ def keep_lists(step: memory.TracedStep) -> list[tuple[str, ...]]:
     for op, times in _named(step.graph, 1):
         name = op.params["name"]
         sizes[name] = sizes.get(name, 0) + times * memory.bytes_of(op.outputs[0], step.mesh)
-        saved[name] = saved.get(name, 0) + times * _made_of(op.inputs[0], step.mesh)
+        saved[name] = saved.get(name, 0) + times * _flops_behind(op.inputs[0], step.mesh)
     worth = sorted((name for name in sizes if saved[name] > 0), key=lambda name: -saved[name] / sizes[name])
     return [tuple(worth[:n]) for n in range(1, len(worth) + 1)]
 
@@ -186,30 +217,67 @@ def _named(graph: Graph, times: int) -> Iterator[tuple[Op, int]]:
             yield from _named(body, times * op.params.get("length", 1))
 
 
-def _made_of(value: Value, mesh: Mapping[str, int]) -> float:
-    """FLOPs of the products that a value comes from, on a device, back to those that are named or written for others."""
-    flops, open_values, seen = 0.0, [value], set()
-    while open_values:
-        value = open_values.pop()
+def _flops_behind(value: Value, mesh: Mapping[str, int]) -> float:
+    """FLOPs of the products on a device that a value is computed from, back to what is named or written for others."""
+    flops, waiting, seen = 0.0, [value], set()
+    while waiting:
+        value = waiting.pop()
         op = value.op
         if op is None or op in seen or op.name == "name":
             continue
         seen.add(op)
         if op.name in ("dot_general", "conv_general_dilated", "ragged_dot_general", "pallas_call"):
-            parts = ways((axis for axes in value.spec for axis in axes), mesh)
-            flops += operation_flops(op.name, op.params, [x.shape for x in op.inputs], [x.shape for x in op.outputs]) / parts
+            flops += op.flops / value.shards(mesh)
         elif op.name in memory.COMPUTED_IN_PLACE:
-            open_values += op.inputs
+            waiting += op.inputs
     return flops
 
 
-@functools.cache
-def shown(changes: tuple[tuple[str, Any], ...]) -> str:
-    """`fsdp=64 remat=full`: a setting for people; what is 1, or nothing, is left out."""
-    words = []
-    for key, value in changes:
-        name = key.rpartition(".")[2]
-        if value in (1, ()):
-            continue
-        words.append(f"{name}={'+'.join(value) if isinstance(value, tuple) else value}")
-    return " ".join(words) or "one device"
+# The ranking
+
+
+def rank(settings: Sequence[Candidate], room: int) -> list[Candidate]:
+    """Rank settings, compiled ones before modelled ones, and say of each but the best why it is not.
+
+    Args:
+      settings: in any order.
+      room: bytes of a device.
+
+    Raises:
+      ConfigError: none fits.
+    """
+    for each in settings:
+        if each.state in ("compiled", "modelled") and each.bytes > room:
+            each.does_not_fit(each.bytes - room, "compiler" if each.plan else "model")
+    known = ("compiled", "modelled", "out of time")
+    ranked = sorted(settings, key=lambda each: (STATES.index(each.state), each.step_seconds if each.state in known else each.bytes, each.bytes))
+    best = ranked[0]
+    if best.state not in ("compiled", "modelled"):
+        nearest = min(settings, key=lambda each: each.bytes or math.inf)
+        raise ConfigError(
+            f"no setting fits a device's {room / 1e9:.1f} GB; the nearest, {nearest.name}, takes {nearest.bytes / 1e9:.1f} GB. "
+            "Take a larger topology, or a smaller data.batch_size, which changes the run."
+        )
+    for each in ranked[1:]:
+        each.why = each.why or _slower(each, best)
+    return ranked
+
+
+def _slower(setting: Candidate, best: Candidate) -> str:
+    """By how much, and in which parts, a setting is slower than the best."""
+    compared = setting.plan is not None or best.plan is None
+    this, that = (setting.step_seconds, best.step_seconds) if compared else (setting.seconds, best.seconds)
+    before = "" if compared else "not compiled: "
+    if this is None or that is None or this <= that * 1.0005:
+        more = f", and {(setting.bytes - best.bytes) / 1e9:.1f} GB more" if setting.bytes > best.bytes else ""
+        return before + ("takes as long" if compared else "not faster by the model") + more
+    if not compared:
+        return f"{before}{this / that - 1:.1%} slower by the model"
+    again = setting.changes.get("model.remat") not in (best.changes.get("model.remat"), "none")
+    grown = sorted(((seconds - best.parts.get(name, 0.0), name) for name, seconds in setting.parts.items()), reverse=True)
+    named = [
+        f"{name}{' (computed again)' if again and name in ('matrix products', 'attention kernels') else ''} +{1e3 * seconds:.3g} ms"
+        for seconds, name in grown
+        if seconds > 0.1 * (this - that)
+    ]
+    return f"{this / that - 1:.1%} slower" + (": " if named else "") + ", ".join(named)

@@ -1,4 +1,4 @@
-"""What a run would be, without training: parameters, bytes, floating-point operations."""
+"""`jaxmodels train --dry_run`: parameters, bytes and FLOPs of a run, without training."""
 
 import dataclasses
 import json
@@ -19,12 +19,10 @@ from jaxmodels.parallel import sharding as sharding_lib
 
 
 def summarize(experiment: Experiment) -> dict:
-    """The figures of `print_dry_run`: parameters by path, all and active for one token, bytes of state per device and on disk, FLOPs per step.
-
-    `sharding` says of each parameter which mesh axes its dimensions are spread over, `notes` what is left whole.
+    """Return the figures of `print_dry_run`: parameters and their shardings by path, counts, bytes of state per device and on disk, FLOPs per step.
 
     Raises:
-      ConfigError: the mesh or the batch does not fit the devices that are here.
+      ConfigError: the mesh or the batch does not fit the devices of this machine.
     """
     mesh = mesh_lib.make_mesh(experiment.mesh)
     layout = sharding_lib.make_layout(mesh, experiment.sharding, experiment.config["partition"])
@@ -37,7 +35,7 @@ def summarize(experiment: Experiment) -> dict:
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = functional.flatten(shapes.params) | functional.flatten(shapes.frozen)
-    jax.eval_shape(placed.step_function(), shapes, batch, key)  # tells the layout what is left whole
+    jax.eval_shape(placed.step_function(), shapes, batch, key)  # fills the layout's `left_whole`
     stages = mesh.shape["pipeline"]
     return {
         "parameters": params,
@@ -48,7 +46,7 @@ def summarize(experiment: Experiment) -> dict:
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
         "bytes_per_device": {part: mesh_lib.bytes_per_device(getattr(shapes, part)) for part in ("params", "frozen", "opt_state", "ema")},
         "checkpoint_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved)),
-        # Of the step as it is on one device: bubbles of a pipeline are no work.
+        # As on one device: bubbles of a pipeline are no work.
         "flops_per_step": count_flops(experiment.step_function(), shapes, batch, key),
         "steps": experiment.steps,
         "mesh": dict(mesh.shape),
@@ -58,31 +56,26 @@ def summarize(experiment: Experiment) -> dict:
 
 
 def describe(shape: tuple[int, ...], spec: jax.sharding.PartitionSpec) -> str:
-    """`64/fsdp×256/tensor`: a shape, with the mesh axes that its dimensions are spread over."""
+    """`64/fsdp×256/tensor`: a shape, with the mesh axes of its dimensions."""
     axes = [part if isinstance(part, tuple) else (part,) if part else () for part in (*spec, *[None] * (len(shape) - len(spec)))]
     return "×".join("/".join(map(str, (size, *parts))) for size, parts in zip(shape, axes, strict=True)) or "scalar"
 
 
 def _sizes(arrays, spread: bool) -> list[str]:
-    """Bytes of arrays in all; and, of spread ones, on a device."""
+    """Bytes of arrays in all; and on a device, if they are sharded."""
     whole = human_bytes(sum(x.size * x.dtype.itemsize for x in arrays))
     return [whole, human_bytes(mesh_lib.bytes_per_device(arrays))] if spread else [whole]
 
 
 def active_parameters(params, model: Mapping) -> int:
-    """Parameters that one token passes through: all, but of a mixture's experts as many as a token has.
-
-    Args:
-      params: a model's parameters, or their shapes.
-      model: the `model` section.
-    """
+    """Number of parameters (or of their shapes) that one token uses: of a mixture's experts, as many as the `model` section gives a token."""
     moe = model.get("moe")
     share = Fraction(moe["top_k"], moe["experts"]) if moe else 1
     return int(sum(x.size * (share if "experts" in path.split("/") else 1) for path, x in functional.flatten(params).items()))
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:
-    """Prints the resolved config and `summarize`."""
+    """Print the resolved config and the figures of `summarize`."""
     console.print_json(json.dumps(experiment.config))
     figures = summarize(experiment)
     spread = math.prod(figures["mesh"].values()) > 1

@@ -1,12 +1,13 @@
-"""A train step that was compiled elsewhere, as a folder: the executable, and a page that says what it is of.
+"""A train step compiled elsewhere, as a folder: the executable, and a page that describes it.
 
     executable.json    versions, devices, mesh, config, arguments and results; the plan's figures
-    executable.bin     what JAX makes of the compiled step (jax.experimental.serialize_executable)
+    executable.bin     the compiled step, by jax.experimental.serialize_executable
 
-A run loads it in place of compiling where versions and devices are those of the page and the step, traced anew, is the very program that was
-compiled: a change of the config that shapes it, or of code, is noticed. Loading runs what is in the file: load only what you trust.
+A run loads it instead of compiling if versions and devices are those of the page, and the step, traced anew, is the program that was compiled: changes of
+config or code are noticed. Loading runs what is in the file: load only what you trust.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,11 +28,11 @@ from jaxmodels.runs.folder import now, write_json
 
 PAGE, PROGRAM = "executable.json", "executable.bin"
 
-# What makes an executable, and what has to understand it: packages, of which a platform may lack some.
+# Packages that make an executable, and that read it; of a platform's compilers some may be missing.
 _PACKAGES = ("jaxmodels", "jax", "jaxlib")
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
 
-# Parts of a config that leave the step's program as it is.
+# Parts of a config that do not change the step's program.
 _ELSEWHERE = (
     "seed",
     "evaluation",
@@ -47,15 +48,12 @@ _ELSEWHERE = (
 
 
 def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> dict:
-    """Writes a compiled train step to a folder; one that lies there is replaced.
+    """Write a compiled train step to a folder, in place of one that is there. Returns the page.
 
     Args:
       step: a `plan.topology.CompiledStep`.
-      folder: made if need be.
+      folder: created if needed.
       figures: of its plan, which a run that loads it is compared with.
-
-    Returns:
-      The page.
 
     Raises:
       ConfigError: the folder cannot be written.
@@ -90,60 +88,46 @@ def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> di
 
 
 def versions(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """Of the packages that make an executable for the devices of a mesh."""
-    names = (*_PACKAGES, *_COMPILERS.get(mesh.devices.flat[0].platform, ()))
-    found = {}
+    """Versions of the packages that make an executable for the devices of a mesh."""
+    names, found = (*_PACKAGES, *_COMPILERS.get(mesh.devices.flat[0].platform, ())), {}
     for name in names:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What of a mesh's devices an executable depends on: platform, chip, number, and which lies where in the mesh, by number and place."""
+    """What an executable depends on in a mesh's devices: platform, chip, number, and their order in the mesh."""
     flat = list(mesh.devices.flat)
     places = [[device.id, *getattr(device, "coords", ()), getattr(device, "core_on_chip", 0)] for device in flat]
     chip = chip_of(flat[0].device_kind)
     return {"platform": flat[0].platform, "kind": chip.name if chip else flat[0].device_kind, "count": len(flat), "places": places}
 
 
-def _without_places(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key != "places"}
-
-
 def _described(tree: Any, shardings: Any) -> dict[str, str]:
-    """Path -> type, shape and where it lies: `float32[256,64] ('fsdp', None)`."""
-    spread = jax.tree.leaves(shardings)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    """Path -> type, shape and sharding: `float32[256,64] ('fsdp', None)`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}[{','.join(map(str, x.shape))}] {tuple(sharding.spec)}"
-        for (path, x), sharding in zip(leaves, spread, strict=True)
+        for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings), strict=True)
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A folder that `save` wrote, opened.
-
-    Attributes:
-      folder: of the executable.
-      page: what it is of.
-    """
+    """A folder that `save` wrote, and its page."""
 
     folder: Path
     page: dict
 
     def load(self, lowered: jax.stages.Lowered, program: str, options: Mapping, config: Mapping, mesh: jax.sharding.Mesh) -> tuple[Any, str | None]:
-        """The executable on the devices of a mesh; several processes load it all or none.
+        """Load the executable on the devices of a mesh; of several processes, all load it or none.
 
         Args:
           lowered: the step, as it would be compiled here.
-          program: SHA-256 of it, as `CompileRecord.program`.
+          program: its SHA-256, as `CompileRecord.program`.
           options: that the compiler would be given here.
           config: resolved.
-          mesh: of this process's devices, and the others'.
+          mesh: of all processes' devices.
 
         Returns:
           The compiled step, and None; or None, and in one line why not.
@@ -154,24 +138,24 @@ class Saved:
                 compiled = self._read(lowered, mesh)
             except Exception as error:  # noqa: BLE001  reported: what unpickles a file can raise anything
                 reason = f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        told = session.gather("executable", reason)
-        other = next((i for i, said in enumerate(told) if said), None)
+        reasons = session.gather("executable", reason)
+        other = next((i for i, each in enumerate(reasons) if each), None)
         if other is None:
             return compiled, None
-        return None, told[other] if len(told) == 1 else f"process {other}: {told[other]}"
+        return None, reasons[other] if len(reasons) == 1 else f"process {other}: {reasons[other]}"
 
     def _read(self, lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> Any:
         content = (self.folder / PROGRAM).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.page["executable"]["sha256"]:
-            raise RunError(f"{PROGRAM} is not the file that {PAGE} tells of")
+            raise RunError(f"{PROGRAM} is not the file that {PAGE} describes")
         used = list(mesh.devices.flat)
         return serialize_executable.deserialize_and_load(content, lowered.in_tree, lowered.out_tree, backend=used[0].client, execution_devices=used)
 
     def _differences(self, program: str, options: Mapping, config: Mapping, mesh: jax.sharding.Mesh) -> list[str]:
-        """What speaks against loading, in words; the first kind of difference alone, which those behind it may follow from."""
+        """Reasons against loading; only the first kind of difference, which the others may follow from."""
         page, here = self.page, devices(mesh)
         kinds = (
-            ("the devices' ", _without_places(page["devices"]), _without_places(here)),
+            ("the devices' ", page["devices"] | {"places": None}, here | {"places": None}),
             ("mesh.", page["mesh"], dict(mesh.shape)),
             ("", page["versions"], versions(mesh)),
         )
@@ -193,21 +177,19 @@ class Saved:
 
 def _as_json(value: Any) -> Any:
     """As it comes back from a file: tuples as lists."""
-    if isinstance(value, Mapping):
-        return {key: _as_json(inner) for key, inner in value.items()}
-    return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return json.loads(json.dumps(value))
 
 
 def open_saved(folder: str | os.PathLike) -> Saved:
-    """A folder that `jaxmodels plan --save` wrote.
+    """Open a folder that `jaxmodels plan --save` wrote.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it is none, or is incomplete.
     """
     folder = Path(folder).absolute()
     if not (folder / PAGE).is_file() or not (folder / PROGRAM).is_file():
         what = "there is no such folder" if not folder.is_dir() else f"it has no {PAGE if not (folder / PAGE).is_file() else PROGRAM}"
-        raise ConfigError(f"--plan={folder} is not a step that was saved ({what}): write one with jaxmodels plan --config=… --topology=… --save={folder}.")
+        raise ConfigError(f"--plan={folder} is not a saved step ({what}): write one with jaxmodels plan --config=… --topology=… --save={folder}.")
     try:
         page = json.loads((folder / PAGE).read_text(encoding="utf-8"))
     except ValueError as error:

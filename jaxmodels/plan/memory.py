@@ -1,13 +1,13 @@
-"""What a train step takes of a device's memory, from shapes alone: no compiler, no devices, seconds for a model of any size.
+"""Device memory of a train step without a compiler: from the traced step, in seconds for a model of any size.
 
-The step that `train` would run is traced for the mesh, `plan.graph` says how each of its values is spread, and `live` goes through it in
-order, adding up what is in memory at a time. It assumes of the compiler what TPU programs show:
+`plan.trace` gives the operations with the sharding of each value; `live` goes through them in order and adds up what is in memory at a time. It assumes of
+the compiler what TPU programs show:
 
-- The state stays where it is: new values take the old ones' place.
-- What is computed value by value is no array of its own, but a part of the operation that reads it, which reads what it is made of;
-  unless several read it and what it is made of is larger, or a loop or a kernel reads it.
+- The state is updated in place.
+- Elementwise operations are fused into what reads them, which then reads their operands; unless several read the result and the operands are larger, or a loop
+  or a kernel reads it.
 - A product's result goes through the one elementwise operation that reads it before it is written.
-- Shares of parameters come together before the product that needs them, once in a program or a loop's turn.
+- Parameters are gathered before the product that needs them, once in a program or a loop's turn.
 - The last two dimensions of arrays are padded to tiles, in whatever order pads least.
 """
 
@@ -24,8 +24,8 @@ from jax.sharding import AxisType, Mesh
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan import graph as graph_lib
-from jaxmodels.plan.graph import ELEMENTWISE, Graph, Op, Value
+from jaxmodels.plan import trace as trace_lib
+from jaxmodels.plan.shardings import ELEMENTWISE, Graph, Op, Value, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,13 @@ class MemoryEstimate:
     """Bytes on each device, at the moment when most are in use.
 
     Attributes:
-      state: parameters, optimizer, moving average: all that a step is given of its own.
+      state: parameters, optimizer, moving average.
       batch: the examples of a step.
       gradients: of parameters.
-      activations: what the forward pass leaves for the backward pass.
+      activations: kept by the forward pass for the backward pass.
       logits: arrays as wide as there are tokens or classes.
-      gathered: parameters that come together from their shares, and other arrays that do.
+      gathered: parameters and other arrays gathered from their shards.
       temporaries: the rest.
-      total: all of them.
     """
 
     state: int
@@ -58,7 +57,7 @@ class MemoryEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedDevice:
-    """A device that is not here, as far as shardings ask of it."""
+    """An absent device, with the attributes that shardings read."""
 
     id: int
     platform: str
@@ -68,7 +67,7 @@ class PlannedDevice:
 
 
 def planned_mesh(sizes: mesh_lib.MeshSizes, devices: int, platform: str) -> Mesh:
-    """A mesh to trace for, of devices that are not here.
+    """Return a mesh of absent devices, to trace for.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -80,22 +79,20 @@ def planned_mesh(sizes: mesh_lib.MeshSizes, devices: int, platform: str) -> Mesh
 
 @dataclasses.dataclass(frozen=True)
 class TracedStep:
-    """A train step as operations.
+    """A train step as operations of one device.
 
     Attributes:
-      graph: of the step, for one device's parts.
+      graph: its inputs are the leaves of the state, then those of the batch, then the key.
       mesh: sizes of its axes.
-      state, batch: how many of the graph's inputs are these, in this order; the key follows.
+      state: number of leaves of the state.
       state_bytes, batch_bytes: on a device.
       parameters: shapes of all parameters.
-      wide: how many tokens or classes there are; 0 where the task has none.
-      flops: in matrix products and convolutions, over all devices, with what is computed again.
+      wide: number of tokens or classes; 0 if the task has none.
     """
 
     graph: Graph
     mesh: Mapping[str, int]
     state: int
-    batch: int
     state_bytes: int
     batch_bytes: int
     parameters: frozenset[tuple[int, ...]]
@@ -103,7 +100,7 @@ class TracedStep:
 
 
 def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedStep:
-    """Traces the train step of a run, as it is on so many devices of a platform.
+    """Trace the train step of an experiment, as it is on so many devices of a platform.
 
     Raises:
       ConfigError: mesh or batch does not fit.
@@ -118,14 +115,12 @@ def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedSte
     batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in experiment.batch_shapes(size).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(experiment.step_function(jax.tree.map(lambda x: x.sharding, state.params)))(state, batch, key)
-    leaves = jax.tree.leaves(state)
-    specs = [graph_lib.spec_of(x) for x in (*leaves, *jax.tree.leaves(batch))] + [()]
-    provided = experiment.task.provides
+    leaves, provided = jax.tree.leaves(state), experiment.task.provides
+    specs = [spec_of(x) for x in (*leaves, *jax.tree.leaves(batch))] + [()]
     return TracedStep(
-        graph=graph_lib.build(jaxpr, specs, mesh.shape, platform),
+        graph=trace_lib.build(jaxpr, specs, mesh.shape, platform),
         mesh=dict(mesh.shape),
         state=len(leaves),
-        batch=len(batch),
         state_bytes=mesh_lib.bytes_per_device(state),
         batch_bytes=mesh_lib.bytes_per_device(batch),
         parameters=frozenset(x.shape for part in (state.params, state.frozen) for x in jax.tree.leaves(part)),
@@ -134,11 +129,7 @@ def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedSte
 
 
 def memory_model(experiment: Experiment, topology: Any) -> MemoryEstimate:
-    """Bytes that a device needs for the train step of a run.
-
-    Args:
-      experiment: as `build_experiment` gives.
-      topology: as `plan.topology.parse` gives; of its devices, their number and platform count.
+    """Bytes that a device of a topology needs for the train step of an experiment.
 
     Raises:
       ConfigError: mesh or batch does not fit so many devices.
@@ -149,26 +140,22 @@ def memory_model(experiment: Experiment, topology: Any) -> MemoryEstimate:
 def peak(step: TracedStep) -> MemoryEstimate:
     """Bytes that a device needs for a traced step."""
     parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0)
-    # The new state lies where the old one was.
     for value, size in live(step.graph, step.mesh, frozenset(step.graph.outputs[: step.state])):
-        parts[_part(value, step)] += size
+        if value.op.name == "gathered":
+            part = "gathered"
+        elif step.wide and step.wide in value.shape and value.shape not in step.parameters:
+            part = "logits"
+        elif value.op.backward:
+            part = "gradients" if value.shape in step.parameters else "temporaries"
+        else:
+            part = "activations"
+        parts[part] += size
     return MemoryEstimate(state=step.state_bytes, batch=step.batch_bytes, **parts)
-
-
-def _part(value: Value, step: TracedStep) -> str:
-    if value.op.name == "gathered":
-        return "gathered"
-    if step.wide and step.wide in value.shape and value.shape not in step.parameters:
-        return "logits"
-    if value.op.backward:
-        shapes = step.parameters
-        return "gradients" if value.shape in shapes else "temporaries"
-    return "activations"
 
 
 # What is in memory at a time
 
-# What is computed value by value.
+# Fused into what reads them.
 COMPUTED_IN_PLACE = ELEMENTWISE | frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose slice dynamic_slice pad concatenate split iota rev local whole sharding_constraint tile "
     "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
@@ -181,14 +168,8 @@ _RENAMED = frozenset("layout_constraint reshape squeeze expand_dims local whole 
 
 
 def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = frozenset()) -> list[tuple[Value, int]]:
-    """The arrays in memory when most is, with their bytes, without what the graph is given.
-
-    Args:
-      graph: of a program, or the body of a loop.
-      mesh: sizes of its axes.
-      in_place: results that take the place of something given.
-    """
-    written, roots = _written(graph, mesh)
+    """Return the arrays in memory at the peak, with their bytes, without the graph's inputs and without `in_place`, results that replace inputs."""
+    written, roots = arrays(graph, mesh)
     size = functools.cache(lambda value: 0 if value in in_place else bytes_of(value, mesh))
     last: dict[Value, int] = {}
     first: dict[Value, int] = {}
@@ -250,11 +231,6 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
     return 2 * i
 
 
-def written(graph: Graph, mesh: Mapping[str, int]) -> set[Value]:
-    """The values that are arrays in memory; the others are part of the operations that read them."""
-    return _written(graph, mesh)[0]
-
-
 def _of_product(value: Value) -> bool:
     """Whether a value is a product's result, maybe by another name."""
     while value.op is not None and value.op.name in _RENAMED:
@@ -262,8 +238,8 @@ def _of_product(value: Value) -> bool:
     return value.op is not None and value.op.name in _PRODUCTS
 
 
-def _written(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
-    """The values that are arrays in memory; and which of these, or of what is given, each value is read from."""
+def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
+    """Return the values that are arrays in memory (the others are fused), and of each value the arrays or inputs that it is read from."""
     readers: dict[Value, list[Op]] = {}
     for op in graph.ops:
         for value in dict.fromkeys(op.inputs):
@@ -340,7 +316,7 @@ def bytes_of(value: Value, mesh: Mapping[str, int]) -> int:
     """Of a device's part, in tiles of 128 values by as many rows as 32 bits times 8 hold; none of what lies in the host's memory."""
     if value.host:
         return 0
-    sizes = [-(-n // graph_lib.ways(axes, mesh)) for n, axes in zip(value.shape, value.spec, strict=True)]
+    sizes = value.local_shape(mesh)
     exact = math.prod(sizes) * value.itemsize
     large = [i for i, n in enumerate(sizes) if n > 1]
     if exact < 2**20 or len(large) < 2 or not value.itemsize:

@@ -1,6 +1,6 @@
-"""A train step compiled for chips that are not here, and the names of topologies to compile for.
+"""Names of topologies, and a train step compiled for their chips, which need not be present.
 
-Package `libtpu` holds the TPU's compiler; it needs no TPU, and the process itself may be one for CPUs (`JAX_PLATFORMS=cpu`).
+Package `libtpu` holds the TPU's compiler, `plan.gpu` that of GPUs; both work in a process for CPUs (`JAX_PLATFORMS=cpu`).
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,16 @@ from jaxmodels.hardware.chips import CHIPS, Chip
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.layout import Layout
+from jaxmodels.plan import gpu
 from jaxmodels.training.compile import CompileRecord, compile_train_step
 
 FORMS = "v5p-128 (Google's name of a slice), v5p:4x4x4 (its chips), 4xv5p-128 (four slices), h100x8 (a node of GPUs), 2xh100x8 (two nodes)"
 
-# Grids of chips that Google's names of slices stand for: docs.cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
+# Grids of chips for Google's names of slices: docs.cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
 _FLAT_GRIDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-# The same of /v4, /v5p and /tpu7x, below and at one cube of 4 × 4 × 4; from there on a slice is made of cubes.
+# The same of /v4, /v5p and /tpu7x, up to one cube of 4 × 4 × 4; larger slices are made of cubes.
 _SMALL_GRIDS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
-# Chips of the largest slice: the same pages.
-_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
+_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips of the largest slice: the same pages
 _GPUS_PER_NODE = 8
 _OTHER_NAMES = {"v5litepod": "v5e"}
 
@@ -44,13 +43,13 @@ _DUMP = "xla_dump_to"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips, and how they are joined.
+    """Chips and how they are connected.
 
     Attributes:
-      name: as it was given.
-      chip: of which kind.
+      name: as given.
+      chip: their kind.
       grid: chips of one slice along its torus; of a node of GPUs, their number.
-      slices: of TPUs, or nodes of GPUs, on the network between them.
+      slices: number of slices of TPUs, or of nodes of GPUs.
     """
 
     name: str
@@ -60,56 +59,45 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """In all slices."""
         return math.prod(self.grid) * self.slices
 
     @property
     def devices(self) -> int:
-        """That a program sees, of all slices."""
+        """That a program sees, in all slices."""
         return self.chips * self.chip.devices_per_chip
-
-    @property
-    def slice_name(self) -> str:
-        """One slice, as libtpu has it: `v5p:4x4x4`."""
-        return _written(self.chip, self.grid)
 
 
 def parse(name: str) -> Topology:
-    """The topology of a name.
+    """Return the topology of a name such as `v5p-128`, `v6e-256`, `v5p:4x4x4`, `4xv5p-128`, `h100x8`, `2xh100x8`.
 
-    Google's names count TensorCores, of which v4, v5p and tpu7x have two a chip: `v5p-128` is 64 chips, 4 × 4 × 4. Where several grids have as many
-    chips, it is the one that is most like a cube, which is what Google makes (cloud.google.com/tpu/docs/types-topologies, "Topology variants").
-
-    Args:
-      name: such as `v5p-128`, `v6e-256`, `v5p:4x4x4`, `4xv5p-128`, `h100x8`, `2xh100x8`.
+    Google's names count TensorCores, of which v4, v5p and tpu7x have two a chip: `v5p-128` is 64 chips, 4 × 4 × 4. Of several grids with as many
+    chips, it is the one most like a cube, as Google's are (cloud.google.com/tpu/docs/types-topologies, "Topology variants").
 
     Raises:
-      ConfigError: it is none; names the nearest and what there is.
+      ConfigError: it is unknown; names the nearest, and the forms there are.
     """
     match = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?([a-z]\w*?)(?:-(\d+)|:(\d+(?:x\d+)*)|x(\d+))", name)
     chip = CHIPS.get(_OTHER_NAMES.get(match[2], match[2])) if match else None
     if chip is None:
-        raise ConfigError(f"--topology={name} is not known.{_nearest(name)} Topologies are written {FORMS}; chips are {', '.join(CHIPS)}.")
+        close = difflib.get_close_matches(name, [each for chip in CHIPS.values() for each in _names(chip)], n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"--topology={name} is not known.{hint} Topologies are written {FORMS}; chips are {', '.join(CHIPS)}.")
     slices, count, grid, gpus = int(match[1] or 1), match[3], match[4], match[5]
     if slices < 1:
-        raise ConfigError(f"--topology={name}: a count of slices is 1 or more.")
+        raise ConfigError(f"--topology={name}: the number of slices must be 1 or more.")
     if (gpus is not None) != (chip.platform == "gpu"):
-        other = f"{chip.name}x{_GPUS_PER_NODE}" if chip.platform == "gpu" else f"{_names(chip)[4]} or {_written(chip, _grids(chip)[4])}"
+        other = _names(chip)[-1] if chip.platform == "gpu" else f"{_names(chip)[4]} or {_written(chip, _grids(chip)[4])}"
         raise ConfigError(f"--topology={name}: {chip.name} is written such as {other}; several with a count in front.")
     if gpus is not None:
         sizes = _node(name, chip, int(gpus))
-    elif grid is not None:
-        sizes = _grid(name, chip, tuple(int(size) for size in grid.split("x")))
-    else:
+    elif grid is None:
         sizes = _slice(name, chip, int(count))
+    else:
+        sizes = tuple(int(size) for size in grid.split("x"))
+        if len(sizes) != chip.torus_dimensions or 0 in sizes:
+            raise ConfigError(f"--topology={name}: chips of {chip.name} are in {chip.torus_dimensions} dimensions, such as {_written(chip, _grids(chip)[4])}.")
     return Topology(name, chip, sizes, slices)
-
-
-def _nearest(name: str) -> str:
-    """` Did you mean …?` with the nearest of the names that a slice or a node has."""
-    known = [each for chip in CHIPS.values() for each in _names(chip)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _written(chip: Chip, grid: tuple[int, ...]) -> str:
@@ -131,7 +119,7 @@ def _grids(chip: Chip) -> list[tuple[int, ...]]:
 
 
 def _most_like_a_cube(count: int) -> tuple[int, int, int]:
-    """Three factors of a number, smallest first, whose sum is the least."""
+    """Three factors of a number, smallest first, with the least sum."""
     factors = [n for n in range(1, count + 1) if count % n == 0]
     return min(((a, b, count // (a * b)) for a in factors for b in factors if a <= b <= count / (a * b) and count % (a * b) == 0), key=sum)
 
@@ -149,13 +137,6 @@ def _slice(name: str, chip: Chip, count: int) -> tuple[int, ...]:
     return known[count]
 
 
-def _grid(name: str, chip: Chip, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid of `v5p:4x4x4`."""
-    if len(grid) != chip.torus_dimensions or 0 in grid:
-        raise ConfigError(f"--topology={name}: chips of {chip.name} lie in {chip.torus_dimensions} dimensions, such as {_written(chip, _grids(chip)[4])}.")
-    return grid
-
-
 def _node(name: str, chip: Chip, count: int) -> tuple[int, ...]:
     """The number of GPUs of `h100x8`."""
     if not 1 <= count <= _GPUS_PER_NODE:
@@ -168,18 +149,38 @@ def _node(name: str, chip: Chip, count: int) -> tuple[int, ...]:
     return (count,)
 
 
+def check_mesh(sizes: mesh_lib.MeshSizes, topology: Topology) -> None:
+    """Raise ConfigError unless a config's mesh covers a topology; states which sizes would."""
+    if topology.chip.platform == "tpu" and sizes.slices not in (topology.slices, -1):
+        raise ConfigError(
+            f"config.mesh.slices={sizes.slices}, but --topology={topology.name} is {topology.slices} slice{'s' * (topology.slices > 1)}: "
+            f"--config.mesh.slices={topology.slices}, or another topology."
+        )
+    try:
+        mesh_lib.mesh_shape(sizes, topology.devices)
+    except ConfigError as error:
+        shape = dataclasses.asdict(sizes)
+        others = {axis: math.prod(size for other, size in shape.items() if other != axis) for axis in shape if axis != "slices"}
+        ways = [f"--config.mesh.{axis}={topology.devices // rest}" for axis, rest in others.items() if rest > 0 and topology.devices % rest == 0]
+        would = f" With the others as they are, one of these would do: {' '.join(ways)}." if ways else ""
+        raise ConfigError(f"--topology={topology.name} has {topology.devices} devices. {error}{would}") from error
+
+
+# Compilers
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A train step, compiled.
+    """A compiled train step.
 
     Attributes:
-      compiled: as `jax.jit(...).lower(...).compile()` gives.
+      compiled: as `jax.jit(...).lower(...).compile()` returns.
       shapes: of the train state, with shardings.
       mesh: of the topology's devices.
-      layout: of the step; its `left_whole` tells what could not be spread.
+      layout: of the step; its `left_whole` lists what could not be sharded.
       record: how long it took, and with which options.
       experiment: as it is on that mesh; its `kernels` tell which implementations run.
-      text: of the optimized program; None where nothing of what is installed can read it.
+      text: of the optimized program; None if nothing installed can read it.
     """
 
     compiled: Any
@@ -195,8 +196,8 @@ class DoesNotFit(RunError):
     """A step needs more memory than a device has.
 
     Attributes:
-      needed: bytes, as far as the compiler says; what it found when it gave up.
-      available: bytes that a program can have of a device.
+      needed: bytes, as the compiler states when it gives up; None if it does not.
+      available: bytes of a device that a program can use.
     """
 
     def __init__(self, message: str, needed: int | None, available: int):
@@ -209,79 +210,62 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def has_compiler(topology: Topology) -> bool:
+    """Whether the compiler for a topology is installed."""
+    return has_libtpu() if topology.chip.platform == "tpu" else gpu.has_compiler()
+
+
 def devices(topology: str | Topology) -> list:
-    """The devices of a TPU topology, to compile for; they can run nothing.
+    """Return the devices of a topology, to compile for; they can run nothing.
 
     Raises:
-      ConfigError: libtpu is not installed; or it makes no such topology.
+      ConfigError: its compiler is not installed, or makes no such topology.
     """
     topology = parse(topology) if isinstance(topology, str) else topology
+    if topology.chip.platform == "gpu":
+        return gpu.devices(topology)
     if not has_libtpu():
         raise ConfigError("libtpu, the compiler for TPUs, is not installed, and is needed here: pip install 'jaxmodels[plan]'")
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
-        # JAX found no TPU here and set this, lest libtpu ask the cloud's metadata server, in vain and for minutes. These keep it from
-        # asking for, and complaining of, what else that would have said.
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        # Several processes may compile at a time; only one could use a TPU.
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # JAX found no TPU here and set this, so that libtpu does not wait minutes for the cloud's metadata server. These answer what it
+        # would ask there; and several processes may compile at a time, though only one could use a TPU.
+        defaults = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        os.environ.update(defaults | {name: value for name, value in os.environ.items() if name in defaults})
     options: dict[str, Any] = {"num_slices": topology.slices}
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device, which those of v5p are without being told
+        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device, the default for v5p
     if math.prod(topology.grid) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
+    name = _written(topology.chip, topology.grid)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **options).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ConfigError(f"libtpu makes no topology {topology.name!r} ({topology.slice_name}): {_first_line(error)}.") from error
-
-
-def check_mesh(sizes: mesh_lib.MeshSizes, topology: Topology) -> None:
-    """Raises ConfigError unless a config's mesh covers a topology; says which sizes would."""
-    if topology.chip.platform == "tpu" and sizes.slices not in (topology.slices, -1):
-        raise ConfigError(
-            f"config.mesh.slices={sizes.slices}, but --topology={topology.name} is {topology.slices} slice{'s' * (topology.slices > 1)}: "
-            f"--config.mesh.slices={topology.slices}, or another topology."
-        )
-    try:
-        mesh_lib.mesh_shape(sizes, topology.devices)
-    except ConfigError as error:
-        shape = dataclasses.asdict(sizes)
-        ways = []
-        for axis in shape:
-            others = math.prod(size for other, size in shape.items() if other != axis)
-            if axis != "slices" and others > 0 and topology.devices % others == 0:
-                ways.append(f"--config.mesh.{axis}={topology.devices // others}")
-        would = f" With the others as they are, one of these would do: {' '.join(ways)}." if ways else ""
-        raise ConfigError(f"--topology={topology.name} has {topology.devices} devices. {error}{would}") from error
+        raise ConfigError(f"libtpu makes no topology {topology.name!r} ({name}): {_first_line(error)}.") from error
 
 
 def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledStep:
-    """Compiles the train step of a run, the one that `jaxmodels train` would run, for a TPU topology.
+    """Compile the train step of a run, the one that `jaxmodels train` would run, for a topology.
 
     Args:
-      experiment: as `build_experiment` gives. Its mesh is made of the topology's devices; `mesh.slices` must be the topology's slices.
+      experiment: as `build_experiment` returns. Its mesh is made of the topology's devices; for TPUs, `mesh.slices` must be the topology's slices.
       topology: or its name, as for `parse`.
 
     Raises:
-      ConfigError: mesh, batch, or a kernel that is asked for, does not fit the topology; it is none of TPUs.
-      DoesNotFit: it needs more memory than a chip has; says how much, and what to change.
-      RunError: the compiler failed otherwise; names the file with all it said.
+      ConfigError: mesh, batch, or a requested kernel does not fit the topology, or its compiler is not installed.
+      DoesNotFit: it needs more memory than a TPU has; states how much, and what to change.
+      RunError: the compiler failed otherwise; names the file with its whole output.
     """
     topology = parse(topology) if isinstance(topology, str) else topology
-    if topology.chip.platform != "tpu":
-        raise ConfigError(f"{topology.name} is none of TPUs, which this compiles for.")
-    return compile_for(experiment, topology, lambda: devices(topology))
-
-
-def compile_for(experiment: Experiment, topology: Topology, make_devices: Callable[[], Sequence]) -> CompiledStep:
-    """As `compile_step`, for the devices of a topology, which may be of GPUs; they are made once the config is known to suit them."""
     if experiment.config["partition"] == "pmap":
-        raise ConfigError("config.partition=pmap runs on devices that are here alone; to compile for others, use --config.partition=jit.")
+        raise ConfigError("config.partition=pmap runs only on devices that are present; to compile for others, use --config.partition=jit.")
     check_mesh(experiment.mesh, topology)
-    mesh = mesh_lib.make_mesh(experiment.mesh, make_devices())
+    platform = topology.chip.platform
+    if platform == "gpu":
+        options = gpu.compiler_options(topology) | experiment.config["compiler_options"]
+        experiment = dataclasses.replace(experiment, config=experiment.config | {"compiler_options": options})
+    mesh = mesh_lib.make_mesh(experiment.mesh, devices(topology))
     layout = sharding_lib.make_layout(mesh, experiment.sharding)
-    experiment = experiment.on(topology.chip.platform, layout)
+    experiment = experiment.on(platform, layout)
     mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, mesh, "data.batch_size", layout.microbatches)
     shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, layout)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh_lib.replicated(mesh))
@@ -292,8 +276,14 @@ def compile_for(experiment: Experiment, topology: Topology, make_devices: Callab
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise _refused(error, experiment, topology, mesh_lib.bytes_per_device(shapes)) from error
             raise _failed(error, experiment, topology) from error
-        except (ValueError, TypeError, NotImplementedError) as error:  # what makes kernels for it, or programs of steps
+        except (ValueError, TypeError, NotImplementedError) as error:  # from kernels, or lowering
             raise _failed(error, experiment, topology) from error
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            raise ConfigError(
+                f"to compile cuDNN's attention, cuDNN must be installed ({_first_line(error)}): {gpu.INSTALL}; or --config.model.attention=xla"
+            ) from error
         text = _program_text(compiled, folder)
     if _DUMP not in experiment.config["compiler_options"]:
         record = dataclasses.replace(record, options={name: value for name, value in record.options.items() if name != _DUMP})
@@ -301,7 +291,7 @@ def compile_for(experiment: Experiment, topology: Topology, make_devices: Callab
 
 
 def _writing_to(folder: str, experiment: Experiment) -> Experiment:
-    """The experiment, for whose step the TPU's compiler writes down what it makes; no part of the program, nor of what it is cached by."""
+    """The experiment, whose step the TPU's compiler also writes to a folder; the program is the same, and so is its cache key."""
     if experiment.platform != "tpu":
         return experiment
     options = {_DUMP: folder} | experiment.config["compiler_options"]
@@ -309,10 +299,10 @@ def _writing_to(folder: str, experiment: Experiment) -> Experiment:
 
 
 def _program_text(compiled: Any, folder: str) -> str | None:
-    """The optimized program, as its compiler wrote it; else as jaxlib reads it, which one that is older than libtpu cannot always do."""
+    """The optimized program as its compiler wrote it; else as jaxlib reads it, which one older than libtpu cannot always do."""
     written = [file.read_text() for file in Path(folder).glob("*.after_codegen.txt")]
     if written:
-        return max(written, key=len)  # the others are of probes of its options
+        return max(written, key=len)  # the others are probes of its options
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -320,8 +310,7 @@ def _program_text(compiled: Any, folder: str) -> str | None:
 
 
 def _refused(error: Exception, experiment: Experiment, topology: Topology, state: int) -> DoesNotFit:
-    """The compiler says so in one of two ways: `Used 24.5G of 15.75G hbm. Exceeded hbm capacity by 8.78G`, or that what is needed
-    `(26.84G) exceeds available HBM (15.75G)`."""
+    """The error of a compiler that says `Used 24.5G of 15.75G hbm`, or `(26.84G) exceeds available HBM (15.75G)`."""
     text = str(error)
     match = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text) or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
     needed, available = (_bytes(match[1]), _bytes(match[2])) if match else (None, topology.chip.memory_per_device)
@@ -329,13 +318,12 @@ def _refused(error: Exception, experiment: Experiment, topology: Topology, state
 
 
 def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None, available: int, state: int, by: str) -> DoesNotFit:
-    """The error of a step that needs more memory than a device has, with what to change.
+    """Return the error of a step that needs more memory than a device has, with what to change.
 
     Args:
-      experiment: of the step.
-      topology: of the devices.
-      needed, available: bytes of a device; the first is None where it is not known.
-      state: bytes of a device that the state alone takes.
+      experiment, topology: of the step.
+      needed, available: bytes of a device; `needed` is None if unknown.
+      state: bytes of the state on a device.
       by: who says so.
     """
     over = f": it needs {needed / 1e9:.2f} GB and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB too few" if needed else ""
@@ -362,25 +350,20 @@ def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None,
 
 
 def _bytes(text: str) -> int:
-    """Of `15.75G`, as compilers write 2**30 bytes."""
+    """Bytes of `15.75G`, as compilers write 2**30 bytes."""
     scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return round(float(text.rstrip("KMGT")) * scale.get(text[-1], 1))
 
 
 def _failed(error: Exception, experiment: Experiment, topology: Topology) -> RunError:
-    """The compiler's own reason in one line, and the rest in a file."""
+    """The error of a failed compilation: its reason in one line, the rest in a file."""
     with tempfile.NamedTemporaryFile("w", prefix="jaxmodels_compiler_", suffix=".log", delete=False, encoding="utf-8") as log:
         log.write(f"config: {json.dumps(experiment.config)}\n\n" + "".join(traceback.format_exception(error)))
     return RunError(f"the compiler failed for {topology.name}: {_first_line(error)}. All it said is in {log.name}.")
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """Bytes on each device while a compiled function runs.
-
-    Returns:
-      arguments, outputs, temporaries, and aliased (outputs that take the place of donated arguments); total, without the
-      aliased ones counted twice.
-    """
+    """Bytes on each device while a compiled function runs: arguments, outputs, temporaries, aliased (outputs in donated arguments), and their total."""
     found = compiled.memory_analysis()
     parts = {
         "arguments": found.argument_size_in_bytes,
@@ -389,12 +372,6 @@ def memory(compiled: Any) -> dict[str, int]:
         "aliased": found.alias_size_in_bytes,
     }
     return parts | {"total": parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]}
-
-
-def cost(compiled: Any) -> dict[str, float]:
-    """What the compiler counts for one device: floating-point operations, and bytes read and written."""
-    found = compiled.cost_analysis()
-    return {"flops": found["flops"], "bytes": found["bytes accessed"]}
 
 
 def _first_line(error: Exception) -> str:

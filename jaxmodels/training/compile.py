@@ -146,7 +146,7 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
       ConfigError: the compiler does not take one of the config's `compiler_options`.
     """
     rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
-    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), _convolutional(experiment.build))
+    chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), convolutional(experiment.build))
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     if mapped:
         batch = {k: jax.ShapeDtypeStruct((mesh.size, s.shape[0] // mesh.size, *s.shape[1:]), s.dtype) for k, s in batch.items()}
@@ -169,7 +169,7 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
     return compiled, CompileRecord("train_step", seconds, _hits > before, chosen.options, chosen.rejected, program, loaded, not_loaded)
 
 
-def _convolutional(build: Callable[[nnx.Rngs], nnx.Module]) -> bool:
+def convolutional(build: Callable[[nnx.Rngs], nnx.Module]) -> bool:
     """Whether most of a model's parameters are kernels of convolutions."""
     model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
     kernels = sum(math.prod(module.kernel.shape) for _, module in nnx.iter_modules(model) if isinstance(module, (nnx.Conv, Conv)))

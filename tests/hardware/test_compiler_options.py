@@ -15,6 +15,7 @@ from jaxmodels.hardware import chips, compiler_options
 from jaxmodels.hardware.compiler_options import Option, choose
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import trainer
+from jaxmodels.training.compile import convolutional
 
 FAST_MATH = Option("xla_cpu_enable_fast_math", True, "for a test")
 UNKNOWN = Option("xla_cpu_no_such_thing", 3, "for a test")
@@ -50,10 +51,10 @@ def test_an_option_that_is_not_for_convolutions_is_left_to_other_models(cpu_tabl
     monkeypatch.setitem(compiler_options.OPTIONS, "cpu", (only,))
     device, vit = jax.devices()[0], {"name": "vit", "patch": 2, "layers": 1, "heads": 2, "width": 16}  # whose first layer is a convolution
     for config in (small_configs.GPT, small_configs.LSTM, small_configs.config(small_configs.CNN, model=vit)):
-        assert choose({}, device, build_experiment(config).build) == compiler_options.Chosen({only.name: True}, {})
+        assert choose({}, device, convolutional(build_experiment(config).build)) == compiler_options.Chosen({only.name: True}, {})
     for model in ({"name": "resnet18"}, {"name": "cnn", "features": (64, 64), "hidden": 16}):
         build = build_experiment(small_configs.config(small_configs.CNN, model=model)).build
-        assert choose({}, device, build) == compiler_options.Chosen({}, {})
+        assert choose({}, device, convolutional(build)) == compiler_options.Chosen({}, {})
         assert choose({only.name: False}, device, build).options == {only.name: False}
 
 

@@ -18,7 +18,7 @@ from jaxmodels.models.rnn import Recurrent
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh, simulate_devices
 from jaxmodels.parallel.sharding import Sharding, make_layout
-from jaxmodels.plan import torus
+from jaxmodels.plan import hlo
 
 RING = {
     # mesh, heads of queries and of keys, options; parts of 16 in blocks of 6, of which the last is filled up
@@ -97,7 +97,7 @@ def collectives(compiled) -> dict[str, int]:
     names = []
     for line in compiled.as_text().splitlines():
         match = re.search(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
-        if match and ("replica_groups" not in line or max(map(len, torus.groups(line, jax.device_count()))) > 1):
+        if match and ("replica_groups" not in line or max(map(len, hlo.groups(line, jax.device_count()))) > 1):
             names.append(match[1])
     return {name: names.count(name) for name in set(names)}
 

@@ -152,9 +152,9 @@ def test_names_of_topologies(name, grid, slices, devices):
         ("v9:2x2", "v4, v5e, v5p, v6e, tpu7x, a100, h100, h200"),
         ("8x8", "written v5p-128"),
         ("v6e:", "written v5p-128"),
-        ("v6e:8x8x8", "chips of v6e lie in 2 dimensions, such as v6e:4x8"),
-        ("v5p:0x4x4", "chips of v5p lie in 3 dimensions, such as v5p:4x4x4"),
-        ("0xv5p-8", "a count of slices is 1 or more"),
+        ("v6e:8x8x8", "chips of v6e are in 2 dimensions, such as v6e:4x8"),
+        ("v5p:0x4x4", "chips of v5p are in 3 dimensions, such as v5p:4x4x4"),
+        ("0xv5p-8", "the number of slices must be 1 or more"),
         ("h100-8", "h100 is written such as h100x8"),
         ("v5px8", "v5p is written such as v5p-128 or v5p:4x4x4"),
         ("h100x16", "a node has 1 to 8 GPUs; several nodes have their number in front: 2xh100x8"),
@@ -194,9 +194,8 @@ def test_pmap_is_for_devices_that_are_here():
         topology.compile_step(build_experiment(small_configs.config(small_configs.CNN, partition="pmap")), "v5e:2x2")
 
 
-def test_memory_and_cost_of_a_compiled_function():
+def test_memory_of_a_compiled_function():
     compiled = jax.jit(lambda x, y: (x @ y, y), donate_argnums=1).lower(*(jax.ShapeDtypeStruct((256, 256), jnp.float32) for _ in range(2))).compile()
     found = topology.memory(compiled)
     assert (found["arguments"], found["outputs"], found["aliased"]) == (2 * 2**18, pytest.approx(2 * 2**18, abs=64), 2**18)
     assert found["total"] == found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
-    assert topology.cost(compiled)["flops"] == pytest.approx(2 * 256**3, rel=0.01)

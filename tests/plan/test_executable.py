@@ -24,7 +24,7 @@ import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
-from jaxmodels.plan import executable
+from jaxmodels.plan import compare, executable
 from jaxmodels.runs.folder import RunFolder, write_json
 from jaxmodels.training import trainer
 
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
 def run(config, workdir, plan=None):
     """What a run printed, and its last start."""
     output = io.StringIO()
-    trainer.train(build_experiment(config), str(workdir), plan=plan and str(plan), console=Console(file=output, width=400))
+    trainer.train(build_experiment(config), str(workdir), console=Console(file=output, width=400), **compare.for_training(plan))
     return output.getvalue(), RunFolder(workdir).manifest()["starts"][-1]
 
 

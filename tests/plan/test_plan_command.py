@@ -1,5 +1,6 @@
 """`jaxmodels plan`: what is wrong is said before anything is compiled; figures add up; without a compiler, models answer."""
 
+import dataclasses
 import json
 import tempfile
 import types
@@ -14,8 +15,9 @@ from jaxmodels import api
 from jaxmodels.cli import main as cli
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment.build import build_experiment
-from jaxmodels.plan import report, search, topology
-from jaxmodels.plan.estimate import PARTS
+from jaxmodels.plan import plan as plan_lib
+from jaxmodels.plan import search, topology
+from jaxmodels.plan.cost import PARTS
 from jaxmodels.training.compile import CompileRecord
 
 GPT = small_configs.config(small_configs.GPT, training__steps=1000)
@@ -85,6 +87,8 @@ def check_sums(plan: dict) -> None:
     """What follows from other figures does."""
     assert plan["peak_bytes_per_device"] == sum(plan["memory"].values()) > 0
     assert set(plan["parts"]) == set(PARTS) and plan["step_seconds"] == pytest.approx(sum(plan["parts"].values()))
+    low, high = plan["step_seconds_range"]
+    assert 0 < low <= plan["step_seconds"] <= high
     assert plan["model_flops_per_device"] == plan["model_flops_per_step"] / plan["devices"]
     assert plan["mfu"] == pytest.approx(plan["model_flops_per_device"] / plan["step_seconds"] / plan["device_flops_per_second"])
     assert plan["tokens_per_second_per_chip"] * plan["step_seconds"] * plan["chips"] == pytest.approx(16 * plan["batch_size"])
@@ -206,7 +210,7 @@ def test_a_program_that_jaxlib_cannot_read_comes_from_its_compiler(monkeypatch, 
 
 def test_a_program_that_nothing_reads_leaves_memory_of_the_compiler_and_time_of_the_model(monkeypatch, tmp_path, without_libtpu):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
-    plan = report.compiled_plan(build_experiment(GPT), topology.parse("v5e-1"), step, None)
+    plan = plan_lib.compiled_plan(build_experiment(GPT), topology.parse("v5e-1"), dataclasses.replace(step, text=None))
     found = plan.to_json()
     assert found["method"] == "compiler" and found["step_seconds_method"] == "analytic" and found["cycles"] is None
     assert f"jaxlib {jax.lib.__version__} cannot read" in found["notes"][0]
@@ -226,15 +230,15 @@ def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations
     step = types.SimpleNamespace(
         compiled=types.SimpleNamespace(memory_analysis=lambda: figures), shapes=step.shapes, mesh=step.mesh, experiment=step.experiment
     )
-    assert sum(report._memory(step).values()) == shown * 10**6
+    assert sum(plan_lib._memory(step).values()) == shown * 10**6
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_what_a_search_found_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
     """What it compiled is not compiled again; what the models alone have seen gets a plan. Strings stay strings: `none` is a policy."""
-    best = search.Setting({"model.remat": "none", "mesh.data": 1, "mesh.fsdp": 4}, state="compiled" if compiled else "modelled", memory=10**9, seconds=0.1)
+    best = search.Candidate({"model.remat": "none", "mesh.data": 1, "mesh.fsdp": 4}, state="compiled" if compiled else "modelled", memory=10**9, seconds=0.1)
     best.plan = {"step_seconds": 0.1, "peak_bytes_per_device": 10**9, "mfu": 0.5} if compiled else None
-    found = search.Found("v5e-4", [best], [], 1.0)
+    found = search.SearchResult("v5e-4", [best], [], 1.0)
     monkeypatch.setattr(search, "search", lambda spec, overrides, topology, *, budget, data_dir: found)
     file, written = tmp_path / "plan.json", tmp_path / "best.json"
     assert cli.run(["plan", write(GPT), "--topology=v5e-4", "--search", f"--write={written}", f"--json={file}"]) == 0

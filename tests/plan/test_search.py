@@ -1,11 +1,13 @@
 """The search: which settings it looks at, which it compiles, how it ranks them and why, and what it writes."""
 
+import ast
 import collections
 import copy
 import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,7 +19,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import candidates, memory, roofline, search, topology
+from jaxmodels.plan import candidates, memory, roofline, search, show, topology
 
 DECODER = small_configs.config(
     small_configs.GPT,
@@ -107,14 +109,14 @@ def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
     long = build_experiment(small_configs.config(DECODER, data__sequence_length=4096, model__context=4096))
     mesh = candidates.mesh_changes(one | {"data": 2, "context": 4})
     gathered, exchanged = (
-        roofline.traced_estimate(other, roofline.trace(other, 8, EIGHT.chip), EIGHT) for other in (candidates.changed(long, mesh | way) for way in ({}, heads))
+        roofline.estimate_traced(roofline.trace(other, 8, EIGHT.chip), EIGHT) for other in (candidates.changed(long, mesh | way) for way in ({}, heads))
     )
     assert {"all-to-all"} == {each.kind for each in exchanged.collectives} - {each.kind for each in gathered.collectives}
     assert exchanged.seconds < gathered.seconds
 
 
 def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
-    mesh = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
+    mesh = {axis: 1 for axis in ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor")}
     assert candidates.accumulations(decoder, mesh | {"data": 8}) == [1, 2, 4]  # of 4 rows a device
     assert candidates.accumulations(decoder, mesh | {"data": 4, "pipeline": 2}) == [1, 2, 4]
     # Batch normalisation and a mixture's load are over all rows of a part.
@@ -153,6 +155,14 @@ class Compiler:
 
     def __init__(self, seconds=lambda changes: 1.0, size=lambda changes: 10**9, problem=lambda changes: None, takes=0.0):
         self.seconds, self.size, self.problem, self.takes, self.asked = seconds, size, problem, takes, []
+
+    def process(self, command, log, seconds):
+        """In place of the process of `jaxmodels plan`."""
+        values = dict(argument.removeprefix("--config.").split("=", 1) for argument in command if argument.startswith("--config."))
+        (output,) = (argument.removeprefix("--json=") for argument in command if argument.startswith("--json="))
+        plan, _ = self({key: ast.literal_eval(text) for key, text in values.items()}, seconds)
+        Path(output).write_text(json.dumps(plan))
+        return 0
 
     def __call__(self, changes, seconds):
         self.asked.append(dict(changes))
@@ -208,7 +218,7 @@ def test_what_the_compiler_says_does_not_fit_is_told_and_not_chosen(decoder, mod
     over = (40 * 10**9 - FOUR.chip.memory_per_device) / 1e9
     assert f"does not fit by {over:.1f} GB, says the compiler" in [each.why for each in found.settings if each.state == "too large"]
     with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, takes 100.0 GB"):
-        search.rank([search.Setting({"mesh.data": 8}, state="too large", memory=10**11)], FOUR.chip.memory_per_device)
+        search.rank([search.Candidate({"mesh.data": 8}, state="too large", memory=10**11)], FOUR.chip.memory_per_device)
 
 
 def test_failures_and_lateness_are_told(decoder, modelled):
@@ -222,9 +232,9 @@ def test_failures_and_lateness_are_told(decoder, modelled):
 
 def test_no_compilation_begins_that_would_not_end_in_time():
     compiler, notes = Compiler(takes=0.4), []
-    settings = [search.Setting({"mesh.data": n, "model.remat": "none"}, own=n == 1, seconds=1.0, memory=1) for n in range(1, 9)]
+    settings = [search.Candidate({"mesh.data": n, "model.remat": "none"}, own=n == 1, seconds=1.0, memory=1) for n in range(1, 9)]
     started = time.monotonic()
-    search._compile(settings, compiler, 1, started + 1.0, notes)
+    search.compile_promising(settings, compiler, 1, started + 1.0, notes)
     assert time.monotonic() - started < 1.4 and 1 <= len(compiler.asked) <= 2
     assert compiler.asked[0]["mesh.data"] == 1
     assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled: the time was over (a larger --budget has room for them)"]
@@ -267,15 +277,15 @@ def config_file(tmp_path):
 
 def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, monkeypatch):
     compiler = Compiler(seconds=lambda c: 1.0 + c["mesh.tensor"] / 10)
-    monkeypatch.setattr(search, "compiles", lambda topology: True)
-    monkeypatch.setattr(search, "plan_in_process", lambda *_: compiler)
+    monkeypatch.setattr(topology, "has_compiler", lambda topology: True)
+    monkeypatch.setattr(search, "run_process", compiler.process)
     first = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=200)
     asked = len(compiler.asked)
     again = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=100)
     assert asked and len(compiler.asked) == asked and again.cached and not first.cached
     assert again.settings == first.settings and again.seconds == first.seconds
     output = Console(width=200, record=True, quiet=True)
-    search.print_found(again, output)
+    show.print_search(again, output)
     # More time searches on, but compiles nothing again; another config or topology is another question.
     longer = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=300)
     assert not longer.cached and len(compiler.asked) == asked
@@ -287,14 +297,14 @@ def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, m
 @pytest.mark.parametrize("ending", ["py", "json"])
 def test_the_winner_is_a_config_that_loads_and_is_what_was_found(config_file, tmp_path, ending):
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "training.accumulate": 2, "model.remat": ("query", "up"), "model.offload": ()}
-    found = search.Found("v5e:2x4", [search.Setting(changes, seconds=0.1, memory=10**9)], [], 1.0)
+    found = search.SearchResult("v5e:2x4", [search.Candidate(changes, seconds=0.1, memory=10**9)], [], 1.0)
     written = tmp_path / f"best.{ending}"
     search.write_config(str(written), f"{config_file}:7", {"optimizer.learning_rate": "0.01"}, found)
     expected = copy.deepcopy(DECODER) | {"seed": 7, "mesh": {"data": 2, "fsdp": 4}}
     expected["training"]["accumulate"], expected["optimizer"]["learning_rate"] = 2, 0.01
     expected["model"] |= {"remat": ("query", "up"), "offload": ()}
     assert resolve(load_config(str(written))) == resolve(expected)
-    with pytest.raises(ConfigError, match="there is such a file"):
+    with pytest.raises(ConfigError, match="exists; give another name"):
         search.check_output(str(written))
     with pytest.raises(ConfigError, match="a .py or a .json file"):
         search.check_output(str(tmp_path / "best.yaml"))

@@ -16,10 +16,10 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.flops import model_flops
 from jaxmodels.experiment.sections import resolve
-from jaxmodels.hardware import chips
+from jaxmodels.hardware import chips, compiler_options
 from jaxmodels.hardware.flops import count_flops
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
-from jaxmodels.plan import measured
+from jaxmodels.plan import compare
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import throughput, trainer
 
@@ -34,7 +34,7 @@ def chip(monkeypatch):
     """The CPU as a chip, of which two devices there are."""
     fast = dataclasses.replace(chips.CHIPS["v5e"], name="fast", device_kinds=("cpu",), flops_per_second=2 * PEAK, devices_per_chip=2)
     monkeypatch.setitem(chips.CHIPS, "fast", fast)
-    monkeypatch.setitem(trainer.compiler_options.OPTIONS, "fast", ())
+    monkeypatch.setitem(compiler_options.OPTIONS, "fast", ())
 
 
 def run(workdir, plan=None, config=CONFIG):
@@ -44,7 +44,7 @@ def run(workdir, plan=None, config=CONFIG):
         file = workdir.with_suffix(".json")
         file.write_text(json.dumps(plan))
         plan = str(file)
-    trainer.train(build_experiment(config), str(workdir), plan=plan, console=Console(file=output, width=400))
+    trainer.train(build_experiment(config), str(workdir), console=Console(file=output, width=400), **compare.for_training(plan))
     return output.getvalue(), RunFolder(workdir)
 
 
@@ -61,7 +61,7 @@ def test_flops_of_a_model_do_not_depend_on_what_is_computed_again():
 
 
 def test_mfu_and_memory_of_a_chip_that_is_known(chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "peak_memory", lambda mesh: 12345)
+    monkeypatch.setattr(compare, "peak_memory", lambda mesh: 12345)
     told, folder = run(tmp_path / "x")
     flops = model_flops(build_experiment(CONFIG)).all
     start = folder.manifest()["starts"][0]
@@ -80,7 +80,7 @@ def test_memory_is_left_out_where_jax_does_not_tell(chip, tmp_path):
 
 
 def test_nothing_is_said_or_counted_of_a_chip_that_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "model_flops", lambda experiment: pytest.fail("counted"))
+    monkeypatch.setattr(compare, "model_flops", lambda experiment: pytest.fail("counted"))
     told, folder = run(tmp_path / "x")
     assert "MFU" not in told and not {"mfu", "memory_peak_bytes"} & set().union(*folder.metrics("train"))
     assert "chip" not in folder.manifest()["starts"][0]
@@ -99,7 +99,7 @@ def test_peak_memory_is_the_most_of_this_processs_devices():
 
 
 def test_a_run_that_goes_as_planned_says_nothing_and_records_both(chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "peak_memory", lambda mesh: 10**12 + 10**10)
+    monkeypatch.setattr(compare, "peak_memory", lambda mesh: 10**12 + 10**10)
     told, folder = run(tmp_path / "x", FIGURES)
     assert "warning" not in told and folder.manifest()["fallbacks"] == []
     plan = folder.manifest()["starts"][0]["plan"]
@@ -108,7 +108,7 @@ def test_a_run_that_goes_as_planned_says_nothing_and_records_both(chip, tmp_path
 
 
 def test_a_run_far_from_its_plan_says_so_once(chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "peak_memory", lambda mesh: 3 * 10**9)
+    monkeypatch.setattr(compare, "peak_memory", lambda mesh: 3 * 10**9)
     told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9, "peak_bytes_per_device": 2 * 10**9})
     slow = rf"a step takes \S+ s, \d+% more than the 1e-09 s that {tmp_path}/x.json planned \(median of 7 steps after 3\)"
     large = f"a device's memory had 3 GB in use, 50% more than the 2 GB that {tmp_path}/x.json planned"
@@ -118,17 +118,16 @@ def test_a_run_far_from_its_plan_says_so_once(chip, tmp_path, monkeypatch):
 
 
 def test_only_what_is_far_is_said(chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "peak_memory", lambda mesh: 10**12)
+    monkeypatch.setattr(compare, "peak_memory", lambda mesh: 10**12)
     told, _ = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9})
     assert told.count("warning") == 1 and "a step takes" in told
 
 
 def test_a_median_leaves_out_warm_up_and_what_is_odd():
-    planned = measured.Planned("plan.json", FIGURES | {"step_seconds": 1.0}, None)
-    comparison = measured.Comparison(planned, make_mesh(MeshSizes()))
-    seconds = [60, 9, 9, 1.2, 1.2, 1.2, 1.2, 1.3, 8, 9]
-    assert [comparison.add(s) for s in seconds] == [False] * 9 + [True]
-    record, lines = comparison.result()
+    planned = compare.Planned("plan.json", FIGURES | {"step_seconds": 1.0}, None)
+    comparison = compare.Comparison(planned)
+    comparison._seconds = [60, 9, 9, 1.2, 1.2, 1.2, 1.2, 1.3, 8, 9]
+    record, lines = comparison.result(make_mesh(MeshSizes()))
     assert record["step_seconds"] == {"planned": 1.0, "measured": 1.2} and lines == []
 
 
@@ -148,7 +147,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("other, line", OTHERS)
 def test_a_plan_of_something_else_is_told_from_ones_own(chip, other, line):
-    planned = measured.Planned("x.json", FIGURES | other, None)
+    planned = compare.Planned("x.json", FIGURES | other, None)
     assert planned.differences(resolve(CONFIG), make_mesh(MeshSizes())) == line
 
 

@@ -1,4 +1,4 @@
-"""What a run takes on hardware that is here: the share of the chips' FLOP/s, memory, and how both compare with a plan."""
+"""How a run compares with its plan: step time and memory."""
 
 import dataclasses
 import json
@@ -20,11 +20,9 @@ from jaxmodels.training.throughput import peak_memory
 
 # Steps that are not timed, as devices and caches warm up; then those whose median is taken.
 WARM_UP, TIMED = 3, 7
-
-# A measured figure above so many times the planned one is said.
+# A measured figure above so many times the planned one is reported.
 FAR = {"step_seconds": 1.25, "peak_bytes_per_device": 1.10}
-
-# Parts of a config that decide what a step takes; `mesh` is compared as it came out.
+# Parts of a config that decide time and memory of a step; `mesh` is compared as resolved.
 _DECIDING = ("model", "task", "lora", "data.batch_size", "optimizer.name", "training.accumulate", "training.precision", "training.ema")
 _DECIDING += ("training.trainable", "training.freeze", "sharding", "partition", "compiler_options")
 
@@ -35,8 +33,8 @@ class Planned:
 
     Attributes:
       path: the file or folder.
-      figures: `step_seconds`, `peak_bytes_per_device`, `chip`, `devices`, `mesh`, `config`, and whatever else the plan holds.
-      saved: the executable, where the plan has one.
+      figures: at least `step_seconds` and `peak_bytes_per_device`; of `plan --json` also `chip`, `devices`, `mesh`, `config`.
+      saved: the executable, if the plan has one.
     """
 
     path: Path
@@ -44,21 +42,21 @@ class Planned:
     saved: Saved | None
 
     def differences(self, config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> str:
-        """In one line, what of the devices and of a config that decides time and memory is not as planned; empty if all is."""
+        """Return in one line what differs from the plan in the devices, and in config keys that decide time and memory; empty if nothing does."""
         chip = chip_of(mesh.devices.flat[0].device_kind)
         here = {"chip": chip.name if chip else mesh.devices.flat[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape), "config": config}
         there = {key: self.figures.get(key) for key in here}
-        if self.saved:  # whose page knows these, whatever figures it was saved with
+        if self.saved:  # whose page states these, whatever figures it was saved with
             page = self.saved.page
             there = {"chip": page["devices"]["kind"], "devices": page["devices"]["count"], "mesh": page["mesh"], "config": page["config"]}
-        there, here = (json.loads(json.dumps(told)) for told in (there, here))
+        there, here = (json.loads(json.dumps(each)) for each in (there, here))
         changed = config_lib.differences(there, here)
         named = (key for key in changed if not key.startswith("config.") or any(f"{key}.".startswith(f"config.{part}.") for part in _DECIDING))
         return "; ".join(f"{key} is {changed[key][0]!r} there, {changed[key][1]!r} here" for key in named)
 
 
 def open_plan(path: str | os.PathLike) -> Planned:
-    """What `jaxmodels plan` wrote with `--json=FILE`, or `--save=FOLDER`.
+    """Open what `jaxmodels plan` wrote with `--json=FILE` or `--save=FOLDER`.
 
     Raises:
       ConfigError: it is neither.
@@ -80,7 +78,7 @@ def open_plan(path: str | os.PathLike) -> Planned:
 def for_training(path: str | os.PathLike | None) -> dict[str, Any]:
     """Return what a plan adds to the arguments of `trainer.train`: a callback that compares, and the executable. Nothing for None."""
     if path is None:
-        return {}
+        return {"callbacks": [], "executable": None}
     planned = open_plan(path)
     return {"callbacks": [Comparison(planned)], "executable": planned.saved}
 
@@ -114,7 +112,7 @@ class Comparison(Callback):
             self._compare(run)
 
     def _compare(self, run) -> None:
-        """Record planned and measured figures, and warn of each that is far above its plan. A run that ended in its warm-up has no time."""
+        """Record planned and measured figures, and warn of each that is far above its plan."""
         record, far = self.result(run.mesh)
         self._seconds = None
         run.record({"plan": record})
@@ -122,20 +120,18 @@ class Comparison(Callback):
             run.warn(line)
 
     def result(self, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], list[str]]:
-        """Return planned and measured figures, and a line for each that is far above its plan."""
-        timed = self._seconds[WARM_UP:]
+        """Return a record for the manifest, and a line for each figure far above its plan. Time is left out of a run that ended during warm-up."""
+        timed, planned = self._seconds[WARM_UP:], self._planned
         measured = {"step_seconds": statistics.median(timed) if timed else None, "peak_bytes_per_device": peak_memory(mesh)}
-        record = {"path": str(self._planned.path)}
-        record |= {name: {"planned": self._planned.figures[name], "measured": value} for name, value in measured.items()}
-        far = [name for name, value in measured.items() if value is not None and value > FAR[name] * self._planned.figures[name]]
-        return record, [self._line(name, measured[name]) for name in far]
-
-    def _line(self, name: str, measured: float) -> str:
-        planned = self._planned.figures[name]
-        more = f"{measured / planned - 1:.0%}"
-        if name == "step_seconds":
-            return (
-                f"a step takes {measured:.4g} s, {more} more than the {planned:.4g} s that {self._planned.path} planned "
-                f"(median of {len(self._seconds) - WARM_UP} steps after {WARM_UP})"
-            )
-        return f"a device's memory had {measured / 1e9:.3g} GB in use, {more} more than the {planned / 1e9:.3g} GB that {self._planned.path} planned"
+        record = {"path": str(planned.path)} | {name: {"planned": planned.figures[name], "measured": value} for name, value in measured.items()}
+        lines = []
+        for name, value in measured.items():
+            expected = planned.figures[name]
+            if value is None or value <= FAR[name] * expected:
+                continue
+            more = f"{value / expected - 1:.0%} more than the"
+            if name == "step_seconds":
+                lines.append(f"a step takes {value:.4g} s, {more} {expected:.4g} s that {planned.path} planned (median of {len(timed)} steps after {WARM_UP})")
+            else:
+                lines.append(f"a device's memory had {value / 1e9:.3g} GB in use, {more} {expected / 1e9:.3g} GB that {planned.path} planned")
+        return record, lines

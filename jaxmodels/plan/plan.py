@@ -1,0 +1,313 @@
+"""`jaxmodels plan`: memory, time and cost of a run on chips that are not present, from its compiled train step; without a compiler, from models.
+
+`Plan` holds the figures, `make_plan` finds them, `plan.show` prints them. docs/plan.md says what each means.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.experiment.flops import ModelFlops, model_flops
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.parallel import sharding as sharding_lib
+from jaxmodels.plan import executable, gpu, roofline
+from jaxmodels.plan import memory as memory_lib
+from jaxmodels.plan import topology as topology_lib
+from jaxmodels.plan.cost import Estimate
+from jaxmodels.plan.estimate import estimate
+from jaxmodels.plan.memory import MemoryEstimate
+from jaxmodels.plan.topology import CompiledStep, Topology
+from jaxmodels.runs.folder import write_json
+
+PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+BY_MODELS = "memory and time are those of the analytic models"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Memory, time and cost of a run on a topology.
+
+    Attributes:
+      topology, experiment: of the run.
+      mesh: sizes of its axes.
+      memory: bytes of a device by part, which add up to the peak.
+      memory_by, time_by: `compiler` or `analytic`.
+      memory_model: the analytic model's own figures.
+      time: of a step.
+      flops: of a step, over all devices.
+      notes: what to know about the figures.
+      step: compiled; None without a compiler.
+    """
+
+    topology: Topology
+    experiment: Experiment
+    mesh: Mapping[str, int]
+    memory: Mapping[str, int]
+    memory_by: str
+    memory_model: MemoryEstimate
+    time: Estimate
+    time_by: str
+    flops: ModelFlops
+    notes: Sequence[str]
+    step: CompiledStep | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device, at the moment when most are in use."""
+        return sum(self.memory.values())
+
+    @property
+    def host_bytes(self) -> int | None:
+        """Bytes of the host's memory that a step uses, for one device; None without a compiler."""
+        if self.step is None:
+            return None
+        found = self.step.compiled.memory_analysis()
+        return found.host_argument_size_in_bytes + found.host_output_size_in_bytes + found.host_temp_size_in_bytes - found.host_alias_size_in_bytes
+
+    @property
+    def flops_per_device(self) -> float:
+        """FLOPs of the model in a step."""
+        return self.flops.all / self.topology.devices
+
+    @property
+    def mfu(self) -> float:
+        """The model's FLOPs over what the chips could do in a step's time, of bfloat16 products."""
+        return self.flops_per_device / (self.time.seconds * self.topology.chip.flops_per_device)
+
+    @property
+    def mfu_attended(self) -> float:
+        """The same without what attention masks exclude."""
+        return self.mfu * self.flops.attended / self.flops.all if self.flops.all else 0.0
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """`tokens_per_second_per_chip`, of texts, and `examples_per_second_per_chip`."""
+        chip_seconds, tokens = self.topology.chips * self.time.seconds, tokens_per_step(self.experiment)
+        texts = {"tokens_per_second_per_chip": tokens / chip_seconds} if tokens else {}
+        return texts | {"examples_per_second_per_chip": self.experiment.loading.batch_size / chip_seconds}
+
+    @property
+    def run_seconds(self) -> float:
+        """All training steps, without start, evaluation and checkpoints."""
+        return self.experiment.steps * self.time.seconds
+
+    @property
+    def chip_hours(self) -> float:
+        """The same over all chips."""
+        return self.run_seconds * self.topology.chips / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` writes it: bytes, seconds and FLOPs are of one device and one step unless the key says otherwise."""
+        topology, chip, time, step, experiment = self.topology, self.topology.chip, self.time, self.step, self.experiment
+        return {
+            "topology": topology.name,
+            "chip": chip.name,
+            "grid": list(topology.grid),
+            "slices": topology.slices,
+            "chips": topology.chips,
+            "devices": topology.devices,
+            "mesh": dict(self.mesh),
+            "method": self.memory_by,
+            "step_seconds_method": self.time_by,
+            "fits": self.peak <= chip.memory_per_device,
+            "peak_bytes_per_device": self.peak,
+            "device_bytes": chip.memory_per_device,
+            "memory": dict(self.memory),
+            "allocations": topology_lib.memory(step.compiled) if step else {},
+            "host_bytes_per_device": self.host_bytes,
+            "memory_model": dataclasses.asdict(self.memory_model) | {"total": self.memory_model.total},
+            "step_seconds": time.seconds,
+            "step_seconds_range": [time.low, time.high],
+            "cycles": time.cycles,
+            "parts": dict(time.parts),
+            "mfu": self.mfu,
+            "mfu_attended": self.mfu_attended,
+            "model_flops_per_device": self.flops_per_device,
+            "model_flops_per_step": self.flops.all,
+            "device_flops_per_second": chip.flops_per_device,
+            "batch_size": experiment.loading.batch_size,
+            "accumulate": experiment.training.accumulate,
+            **self.rates,
+            "steps": experiment.steps,
+            "run_seconds": self.run_seconds,
+            "chip_hours": self.chip_hours,
+            "collectives": [dataclasses.asdict(each) for each in time.collectives],
+            "kernels": [dataclasses.asdict(each) for each in time.kernels],
+            "host_transfers": [dataclasses.asdict(each) for each in time.host_transfers],
+            "implementations": step.experiment.kernels if step else {},
+            "compile_seconds": step.record.seconds if step else None,
+            "compiler_options": step.record.options if step else {},
+            "rejected_options": step.record.rejected if step else {},
+            "versions": versions(),
+            "notes": list(self.notes),
+            "config": experiment.config,
+        }
+
+
+def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
+    """Plan a run: compile its train step for a topology, or model it if there is no compiler for it.
+
+    Args:
+      experiment: as `build_experiment` returns.
+      topology: or its name, as for `topology.parse`.
+
+    Raises:
+      ConfigError: the topology is unknown, or mesh, batch or a kernel does not fit it.
+      DoesNotFit: the step needs more memory than a device has; states how much, and what to change.
+      RunError: the compiler failed.
+    """
+    topology = topology_lib.parse(topology) if isinstance(topology, str) else topology
+    topology_lib.check_mesh(experiment.mesh, topology)
+    if topology_lib.has_compiler(topology):
+        return compiled_plan(experiment, topology, topology_lib.compile_step(experiment, topology))
+    why = f"libtpu, the compiler for TPUs, is not installed (pip install 'jaxmodels[plan]'): {BY_MODELS}"
+    if topology.chip.platform == "gpu":
+        why = f"JAX's CUDA plugin, the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}; {gpu.MODELS_ARE_LOW}"
+    return analytic_plan(experiment, topology, why)
+
+
+def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep) -> Plan:
+    """Plan a run from its compiled step. If nothing here can read the program, its time is the analytic model's.
+
+    Raises:
+      DoesNotFit: it needs more memory than a GPU has.
+    """
+    on_gpu, room = topology.chip.platform == "gpu", topology.chip.memory_per_device
+    traced, memory, readable = roofline.trace(experiment, topology.devices, topology.chip), _memory(step), step.text is not None
+    peak, notes = sum(memory.values()), []
+    if on_gpu and peak > room:  # whose compiler does not refuse it
+        raise topology_lib.does_not_fit(experiment, topology, peak, room, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
+    if not readable:
+        compilers = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("jaxmodels", "jax", "jaxlib"))
+        notes.append(
+            f"jaxlib {jax.lib.__version__} cannot read the program of this compiler ({compilers}): time and collectives are those of the analytic model; "
+            "for the compiler's, install the version that this jax requires: pip install 'jaxmodels[plan]'"
+        )
+    time = estimate(step.text, topology, step.mesh.shape) if readable else roofline.estimate_traced(traced, topology)
+    notes += [*(gpu.memory_notes(peak, topology) if on_gpu else ()), *time.notes, *([gpu.NOT_TRIED] if on_gpu else ())]
+    notes += [*sharding_lib.replicated_notes(step.shapes, experiment.sharding, step.layout), *sharding_lib.notes(step.layout)]
+    by, mesh, flops = "compiler" if readable else "analytic", dict(step.mesh.shape), model_flops(experiment)
+    return Plan(topology, experiment, mesh, memory, "compiler", memory_lib.peak(traced), time, by, flops, notes, step)
+
+
+def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
+    """Plan a run that nothing here compiles; a note says why.
+
+    Raises:
+      ConfigError: mesh or batch does not fit the topology.
+      DoesNotFit: the memory model is above a device's memory.
+    """
+    traced = roofline.trace(experiment, topology.devices, topology.chip)
+    modelled, room = memory_lib.peak(traced), topology.chip.memory_per_device
+    if modelled.total > room:
+        raise topology_lib.does_not_fit(experiment, topology, modelled.total, room, modelled.state, by="the analytic model")
+    time, flops = roofline.estimate_traced(traced, topology), model_flops(experiment)
+    return Plan(topology, experiment, traced.mesh, dataclasses.asdict(modelled), "analytic", modelled, time, "analytic", flops, [why])
+
+
+def _memory(step: CompiledStep) -> dict[str, int]:
+    """Bytes of a device by part: the state, as it is sharded; the batch; and `temporaries`, all else at the peak.
+
+    The peak is `peak_memory_in_bytes`, which the compiler itself compares with the memory there is. It may count what is in a TPU's on-chip memory, of small programs
+    most of it; but never is more in use than all allocations together (arguments, temporaries, and outputs without a donated argument), so these bound it.
+    """
+    analysis, total = step.compiled.memory_analysis(), topology_lib.memory(step.compiled)["total"]
+    peak = min(getattr(analysis, "peak_memory_in_bytes", 0) or total, total)
+    names = {"params": "parameters", "frozen": "frozen parameters", "opt_state": "optimizer", "ema": "moving average", "stats": "statistics"}
+    parts = {name: mesh_lib.bytes_per_device(getattr(step.shapes, part)) for part, name in names.items()}
+    rows = mesh_lib.batch_sharding(step.mesh)
+    batch = step.experiment.batch_shapes(step.experiment.loading.batch_size)
+    parts["batch"] = sum(math.prod(rows.shard_shape(x.shape)) * x.dtype.itemsize for x in batch.values())
+    parts["temporaries"] = max(0, peak - sum(parts.values()))
+    return {name: size for name, size in parts.items() if size}
+
+
+def tokens_per_step(experiment: Experiment) -> int:
+    """Tokens of a global batch, padding included; 0 if examples are no texts."""
+    shape = experiment.batch_shapes(experiment.loading.batch_size).get("tokens")
+    if shape is None:
+        return 0
+    # The last token of a row is predicted, not read.
+    return shape.shape[0] * (shape.shape[1] - (experiment.config["task"]["name"] == "language_model"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that a plan depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# The command
+
+
+def check(topology: str, files: Mapping[str, str | None]) -> Topology:
+    """Check the command's arguments, before anything is compiled.
+
+    Args:
+      topology: its name.
+      files: `json`, `hlo` and `save`: paths to write to, or None.
+
+    Raises:
+      ConfigError: the topology is unknown, or a path cannot be written.
+    """
+    for name, path in files.items():
+        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise ConfigError(f"--{name}={path}: there is no folder {os.path.dirname(path)!r}.")
+        if path is not None and name != "save" and os.path.isdir(path):
+            raise ConfigError(f"--{name}={path} is a folder; give a file's name.")
+    found = topology_lib.parse(topology)
+    if found.chip.platform == "gpu" and files["save"]:
+        raise ConfigError(f"--save={files['save']}: what is compiled for {topology} without a GPU is not what one would run; train compiles there.")
+    return found
+
+
+def plan_and_write(experiment: Experiment, topology: Topology, files: Mapping[str, str | None], found: Any = None) -> Plan:
+    """Plan a run and write the files; of a step that does not fit, write how much it needs.
+
+    Args:
+      experiment, topology: as for `make_plan`.
+      files: as for `check`.
+      found: by `plan.search`, if it was asked.
+
+    Raises:
+      ConfigError, DoesNotFit, RunError: as `make_plan` does; or there is nothing to write.
+    """
+    # JAX can cache executables for absent devices, but not load them again (PjRt requires a client for that), and says so each time.
+    jax.config.update("jax_enable_compilation_cache", False)
+    extra = {"search": found.to_json()} if found is not None else {}
+    try:
+        plan = make_plan(experiment, topology)
+    except topology_lib.DoesNotFit as error:
+        if files["json"] and error.needed:
+            page = {"topology": topology.name, "fits": False, "peak_bytes_per_device": error.needed, "device_bytes": error.available, "error": str(error)}
+            write_json(Path(files["json"]), page | extra)
+        raise
+    if files["json"]:
+        write_json(Path(files["json"]), plan.to_json() | extra)
+    for name in ("hlo", "save"):
+        if files[name] and (plan.step is None or name == "hlo" and plan.step.text is None):
+            raise RunError(f"--{name}={files[name]}: there is no compiled step to write. {plan.notes[0]}.")
+    if files["hlo"]:
+        Path(files["hlo"]).write_text(plan.step.text)
+    if files["save"]:
+        executable.save(plan.step, files["save"], plan.to_json())
+    return plan
+
+
+def write_found(found: Any, path: str | None) -> None:
+    """Write the best plan of a search that compiled it, as `--json` does; None writes nothing."""
+    if path:
+        write_json(Path(path), found.best.plan | {"search": found.to_json()})
