@@ -46,11 +46,11 @@ class Manifest:
             starts[-1] |= values
             self._folder.update_manifest(starts=starts)
 
-    def compiled(self, record: CompileRecord) -> None:
-        """Print and record what compiling a function took."""
+    def compiled(self, record: CompileRecord, executable: Any = None) -> None:
+        """Print and record what compiling a function took; `executable` is the saved one that was to be loaded."""
         how = f"loaded from {record.loaded}" if record.loaded else "loaded from the cache" if record.cached else "compiled"
         if record.not_loaded:
-            self.warn(f"{record.name}: the saved executable is not loaded: {record.not_loaded}; it is compiled here")
+            self.warn(f"{record.name}: {executable.folder} is not loaded: {record.not_loaded}; it is compiled here")
         given = ", ".join(f"{name}={value}" for name, value in record.options.items())
         self._say(f"{record.name}: {how} in {record.seconds:.1f} s{' with ' + given if given else ''}", style="dim")
         for name, reason in record.rejected.items():

@@ -220,7 +220,7 @@ class Trainer:
     def _compile_step(self):
         arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key, self.executable)
         step, record = self.stop.run(lambda: compile_train_step(*arguments))
-        self.manifest.compiled(record)
+        self.manifest.compiled(record, self.executable)
         layout = self.experiment.layout
         for note in (*sharding_lib.replicated_notes(self.shapes, self.experiment.sharding, layout), *sharding_lib.notes(layout)):
             self.manifest.warn(note)

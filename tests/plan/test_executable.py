@@ -210,7 +210,7 @@ def test_a_file_that_was_cut_off(saved, tmp_path):
     folder = changed(saved, tmp_path / "cut")
     content = (folder / executable.PROGRAM).read_bytes()
     (folder / executable.PROGRAM).write_bytes(content[:-100])
-    assert reason_for(folder) == "it cannot be read: executable.bin is not the file that executable.json tells of"
+    assert reason_for(folder) == "it cannot be read: executable.bin is not the file that executable.json describes"
 
 
 def test_a_file_that_is_no_executable(saved, tmp_path):
@@ -234,7 +234,7 @@ def test_a_folder_that_is_none_is_an_error_before_anything(saved, tmp_path):
     half = changed(saved, tmp_path / "half")
     (half / executable.PROGRAM).unlink()
     for folder, reason in (("nothing", "there is no such folder"), ("empty", "it has no executable.json"), ("half", "it has no executable.bin")):
-        with pytest.raises(ConfigError, match=rf"--plan=.*{folder} is not a step that was saved \({reason}\)"):
+        with pytest.raises(ConfigError, match=rf"--plan=.*{folder} is not a saved step \({reason}\)"):
             jaxmodels.train(ONE, str(tmp_path / "x"), plan=str(tmp_path / folder), quiet=True)
     assert not (tmp_path / "x").exists()
 

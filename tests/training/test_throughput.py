@@ -61,7 +61,7 @@ def test_flops_of_a_model_do_not_depend_on_what_is_computed_again():
 
 
 def test_mfu_and_memory_of_a_chip_that_is_known(chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "peak_memory", lambda mesh: 12345)
+    monkeypatch.setattr(throughput, "peak_memory", lambda mesh: 12345)
     told, folder = run(tmp_path / "x")
     flops = model_flops(build_experiment(CONFIG)).all
     start = folder.manifest()["starts"][0]
@@ -80,7 +80,7 @@ def test_memory_is_left_out_where_jax_does_not_tell(chip, tmp_path):
 
 
 def test_nothing_is_said_or_counted_of_a_chip_that_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "model_flops", lambda experiment: pytest.fail("counted"))
+    monkeypatch.setattr(throughput, "model_flops", lambda experiment: pytest.fail("counted"))
     told, folder = run(tmp_path / "x")
     assert "MFU" not in told and not {"mfu", "memory_peak_bytes"} & set().union(*folder.metrics("train"))
     assert "chip" not in folder.manifest()["starts"][0]
