@@ -159,6 +159,32 @@ def positional(constructor: Callable) -> list[str]:
     return names[1:] if inspect.isclass(constructor) else names
 
 
+def check_keys(where: str, values: Mapping, allowed: Mapping[str, Any], given: str) -> None:
+    """Check the keys of a section that is configured by a name.
+
+    An override of the name alone (`--config.model.name=resnet18`) leaves the config file's keys, which belong to another model.
+    So all keys that do not fit are listed, with the override that starts the section anew.
+
+    Args:
+      where: the section: `model`, `task` or `optimizer`.
+      values: its keys.
+      allowed: the keys that it may hold.
+      given: what the section configures: `the model 'cnn'`.
+
+    Raises:
+      ConfigError: a key is not allowed.
+    """
+    unknown = [key for key in values if key not in allowed]
+    if len(unknown) == 1 and suggest(unknown[0], allowed):
+        raise ConfigError(f"config.{where}.{unknown[0]}: {given} has no such key.{suggest(unknown[0], allowed)}")
+    if unknown:
+        name = given.split("'")[1]
+        raise ConfigError(
+            f"config.{where}: {given} has no {', '.join(unknown)}. It has: {', '.join(key for key in allowed if key != 'name')}. "
+            f"--config.{where}={name} in place of --config.{where}.name={name} drops the config file's keys of this section; set those needed after it."
+        )
+
+
 def check_section(where: str, values: Mapping, allowed: Mapping[str, tuple[Any, Any]], given: str) -> dict:
     """`values` with defaults filled in and types checked, in the order of `allowed`.
 

@@ -25,6 +25,8 @@ from jaxmodels.parallel.sharding import Sharding, check_patterns, check_stages
 from jaxmodels.pretrained.folder import find as find_published
 from jaxmodels.pretrained.folder import is_published
 from jaxmodels.step import optimizer
+from jaxmodels.step.parameters import paths
+from jaxmodels.step.schedule import make_schedule
 
 
 def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None, trained_info: Mapping | None = None) -> Experiment:
@@ -53,17 +55,17 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     task, build = build_model(c, dataset.info)
     training = Training(**c["training"])
     steps = training.steps or max(1, round(training.epochs * len(dataset.splits.get("train", [])) / loading.batch_size))
-    options, own = _split_optimizer(c["optimizer"])
+    options, own = optimizer.from_section(c["optimizer"])
     with as_config_error("config.model"):
         params = jax.eval_shape(lambda: functional.split(build(nnx.Rngs(params=0)))[1])
     shapes = {path: x.shape for path, x in functional.flatten(params).items()}
     check_stages(shapes, c["mesh"]["pipeline"], Sharding(**c["sharding"]))
     check_patterns(shapes, Sharding(**c["sharding"]))
     if trained_info is None:
-        check_trained(c, optimizer.paths(params))
+        check_trained(c, paths(params))
         optimizer.check(options, own, steps, functional.divide(params, functools.partial(is_trained, c))[0])
         check_skip(c["init_from"], params)
-    schedule = optimizer.make_schedule(options.learning_rate, options.schedule, max(steps, options.schedule.warmup + max(1, options.schedule.decay or 0)))
+    schedule = make_schedule(options.learning_rate, options.schedule, steps)
     experiment = Experiment(
         config=c,
         dataset=dataset,
@@ -118,15 +120,6 @@ def _loading(section: dict) -> Loading:
 
 def _without_name(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != "name"}
-
-
-def _split_optimizer(section: dict) -> tuple[optimizer.Optimizer, dict]:
-    ours = config_lib.fields(optimizer.Optimizer)
-    values = {key: section[key] for key in ours}
-    values["schedule"] = optimizer.Schedule(**values["schedule"])
-    if values["layer_decay"] is not None:
-        values["layer_decay"] = optimizer.LayerDecay(**values["layer_decay"])
-    return optimizer.Optimizer(**values), {key: value for key, value in section.items() if key not in ours}
 
 
 def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None) -> Dataset:

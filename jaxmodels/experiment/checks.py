@@ -11,7 +11,7 @@ from jaxmodels.data.source import Dataset, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.models.lora import ADAPTERS
-from jaxmodels.step import optimizer
+from jaxmodels.step.parameters import paths
 
 
 def is_trained(config: Mapping, path: str) -> bool:
@@ -66,7 +66,7 @@ def agreed_info(info: Mapping, trained: Mapping) -> Mapping:
 
 def check_skip(init_from: Mapping | None, params: Any) -> None:
     for pattern in init_from["skip"] if init_from else ():
-        if not any(re.match(pattern, path) for path in optimizer.paths(params)):
+        if not any(re.match(pattern, path) for path in paths(params)):
             raise ConfigError(f"config.init_from.skip: {pattern!r} matches no parameter of the model.")
 
 

@@ -16,6 +16,7 @@ from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.pretrained import weights as published
 from jaxmodels.pretrained.folder import is_published
 from jaxmodels.step import metrics, optimizer
+from jaxmodels.step.parameters import check_pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def resolve(config: Mapping) -> dict:
             raise ConfigError(f"config.{key}: there is no such section.{hint}")
     resolved = {"seed": config_lib.check_value("seed", config.get("seed", 0), int)}
     config = _with_published_model(config)
-    named = {"model": _resolve_model, "task": _resolve_task, "data": _resolve_data, "optimizer": _resolve_optimizer}
+    named = {"model": _resolve_model, "task": _resolve_task, "data": _resolve_data, "optimizer": optimizer.resolve}
     for name, resolve_section in named.items():
         section = config.get(name)
         if isinstance(section, str):
@@ -235,30 +236,20 @@ def _resolve_model(section: dict) -> dict:
         section = published.model_section(name) | section
         name = section.pop("name")
     constructor, size = models.find(name)
-    return {"name": name} | config_lib.check_section("model", size | section, config_lib.fields(constructor), f"the model {name!r}")
+    keys, given = config_lib.fields(constructor), f"the model {name!r}"
+    config_lib.check_keys("model", section, keys, given)
+    return {"name": name} | config_lib.check_section("model", size | section, keys, given)
 
 
 def _resolve_task(section: dict) -> dict:
     name = config_lib.check_value("task.name", section.pop("name"), str)
-    return {"name": name} | config_lib.check_section("task", section, config_lib.fields(tasks.find(name)), f"the task {name!r}")
+    keys, given = config_lib.fields(tasks.find(name)), f"the task {name!r}"
+    config_lib.check_keys("task", section, keys, given)
+    return {"name": name} | config_lib.check_section("task", section, keys, given)
 
 
 def _resolve_data(section: dict) -> dict:
     return data_lib.resolve_source(section, config_lib.fields(Loading))
-
-
-def _resolve_optimizer(section: dict) -> dict:
-    own = optimizer.own_arguments(config_lib.check_value("optimizer.name", section["name"], str))
-    ours = config_lib.fields(optimizer.Optimizer)
-    # Optax's own defaults are left to Optax: only what is given of them is a part of the config.
-    for key, (_, default) in own.items():
-        if default is config_lib.REQUIRED and key not in section:
-            raise ConfigError(f"config.optimizer.{key} is required by optax.{section['name']}.")
-    allowed = ours | {key: own[key] for key in own if key in section}
-    unknown = [key for key in section if key not in allowed]
-    if unknown:
-        allowed = ours | own  # for the suggestion
-    return config_lib.check_section("optimizer", section, allowed, f"the optimizer {section['name']!r}")
 
 
 def _check_values(c: dict) -> None:
@@ -292,7 +283,7 @@ def _check_values(c: dict) -> None:
         raise ConfigError("config.evaluation.patience needs checkpoint.best: the metric that has to improve.")
     for key in ("trainable", "freeze"):
         for pattern in c["training"][key] or ():
-            optimizer.check_pattern(f"training.{key}", pattern)
+            check_pattern(f"training.{key}", pattern)
     sharding.check(sharding.Sharding(**c["sharding"]))
     if c["sharding"]["microbatches"] is not None and c["sharding"]["microbatches"] < 1:
         raise ConfigError(f"config.sharding.microbatches must be above 0, got {c['sharding']['microbatches']}.")
@@ -304,7 +295,7 @@ def _check_values(c: dict) -> None:
                 raise ConfigError(f"config.init_from.rename holds pairs (pattern, replacement), got {pair!r}.")
         for key, patterns in (("skip", c["init_from"]["skip"]), ("rename", [pair[0] for pair in c["init_from"]["rename"]])):
             for pattern in patterns:
-                optimizer.check_pattern(f"init_from.{key}", pattern)
+                check_pattern(f"init_from.{key}", pattern)
 
 
 def _check_lora(c: dict) -> None:
@@ -312,6 +303,6 @@ def _check_lora(c: dict) -> None:
     if c["lora"]["rank"] < 1 or not c["lora"]["targets"]:
         raise ConfigError(f"config.lora needs a rank of at least 1 and at least one target, got {c['lora']}.")
     for pattern in c["lora"]["targets"]:
-        optimizer.check_pattern("lora.targets", pattern)
+        check_pattern("lora.targets", pattern)
     if c["init_from"] is None:
         raise ConfigError("config.lora trains adapters beside weights that another run trained: name it with config.init_from=RUN.")

@@ -1,162 +1,198 @@
-"""Any Optax optimizer by name, with a schedule, clipping and weight decay by parameter path."""
+"""Optimizers by name: those of Optax, of `optax.contrib`, and a user's own."""
 
 import dataclasses
 import inspect
 import math
-import re
-from collections.abc import Mapping
-from typing import Any, Literal
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
+from optax import contrib
 
-from jaxmodels.config import suggest
+from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
+from jaxmodels.step import muon, rates
+from jaxmodels.step import schedule as schedule_lib
+from jaxmodels.step.parameters import check_matches, check_pattern, matches, path_name
+from jaxmodels.step.rates import LayerDecay
+from jaxmodels.step.schedule import OwnSchedule, Schedule
 
-# Biases and the scales of normalisations are not decayed, whatever the model stacks them in.
+# Biases and the scales of normalization layers are not decayed, also where they are stacked by layer.
 NO_DECAY = (r"bias$", r"scale$")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How the learning rate goes over a run of N steps; it is multiplied with `learning_rate`.
-
-    Attributes:
-      name: after the warm-up, `constant` stays at 1; `linear` and `cosine` fall to `final` at step N; `wsd` (warm-up,
-        stable, decay: Hu et al. 2024) stays at 1 and falls linearly to `final` over the last `decay` steps;
-        `inverse_sqrt` is the square root of (`warmup`, or 1) / step.
-      warmup: steps that rise linearly from 0 to 1.
-      decay: of `wsd`: its last steps; a tenth of the run unless given.
-      final: what is left at the end.
-    """
-
-    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
-    warmup: int = 0
-    decay: int | None = None
-    final: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerDecay:
-    """Lower learning rates for lower layers (Howard and Ruder 2018; Clark et al. 2020).
-
-    Of n layers that are trained, layer i (from 0) learns at rate^(n - i) of the learning rate, what `last` names at all of it, and all
-    else, which lies before the layers, at rate^(n + 1).
-
-    Attributes:
-      rate: below 1.
-      layers: a pattern on parameter paths whose group is the number of the layer; where the group is empty, the array
-        holds all layers, stacked along its first axis.
-      last: patterns on what comes after the layers.
-    """
-
-    rate: float
-    layers: str = r"blocks/(?:(\d+)/)?"
-    last: tuple[str, ...] = (r"(^|/)head/", r"(^|/)final_norm/", r"^norm/", r"(^|/)output/")
+# Functions of Optax that this train step cannot use. It computes one gradient of a batch, and updates the parameters once.
+_CALLS_LOSS = "it evaluates the loss again within an update"
+_PER_EXAMPLE = "it needs the gradient of each example, and the train step has that of the batch"
+_WRAPPER = "it wraps another optimizer, which a config cannot name; write a function that returns both, as package.module:function"
+_AVERAGED = "it is evaluated at other parameters than those it trains; use schedule='constant' or 'wsd' with training.ema"
+_NO_RATE = "it takes no learning rate schedule"
+UNSUPPORTED = {
+    "lbfgs": _CALLS_LOSS,
+    "sophia": _CALLS_LOSS,
+    "hutchinson_estimator_diag_hessian": _CALLS_LOSS,
+    "dpsgd": _PER_EXAMPLE,
+    "differentially_private_aggregate": _PER_EXAMPLE,
+    "sam": _WRAPPER,
+    "mechanize": _WRAPPER,
+    "split_real_and_imaginary": _WRAPPER,
+    "lookahead": _WRAPPER,
+    "reduce_on_plateau": _WRAPPER,
+    "schedule_free": _AVERAGED,
+    "schedule_free_adamw": _AVERAGED,
+    "schedule_free_sgd": _AVERAGED,
+    "optimistic_adam": _NO_RATE + "; use 'optimistic_adam_v2'",
+    "polyak_sgd": _NO_RATE,
+    "rprop": _NO_RATE,
+    "sm3": _NO_RATE,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """The `optimizer` section. All other keys are arguments of the Optax optimizer.
+    """The `optimizer` section. All other keys are arguments of the function that `name` means.
+
+    `name` may be `package.module:function`. The function has a parameter `learning_rate`, which receives the Optax schedule (step ->
+    learning rate), and returns an `optax.GradientTransformation`. Its other parameters are keys of the section. If it has a
+    parameter `weight_decay`, it receives that key; a parameter `mask` or `weight_decay_mask` receives a function from the parameters
+    to a tree of bools that follows `no_decay`. Its update receives the loss of the batch as `value`.
 
     Attributes:
-      name: a function of `optax` that takes a learning rate: `adamw`, `sgd`, `lion`, …
+      name: an optimizer of `optax` or `optax.contrib`: `adamw`, `sgd`, `lion`, `muon`, …; or a function of one's own.
       learning_rate: the peak.
-      schedule: its course.
-      weight_decay: for optimizers with a `weight_decay` of their own, that (AdamW's: decoupled); for the others it is
-        added to the gradient (L2). None leaves the optimizer's default.
-      no_decay: patterns; parameters whose path matches one (anywhere in it) are not decayed.
-      clip_norm: gradients whose global norm is above are scaled down to it.
-      rates: pairs (pattern, factor): a parameter learns at the factor of the first pattern that its path matches (anywhere
-        in it) times the learning rate; at 1 where none does.
+      schedule: factor on the learning rate as a function of the step.
+      weight_decay: passed to an optimizer that has a `weight_decay` (in AdamW it is decoupled). For the others it is
+        added to the gradient (L2). None keeps the optimizer's default.
+      no_decay: patterns; parameters whose path matches one anywhere are not decayed.
+      clip_norm: upper limit of the gradient's global norm; a larger gradient is scaled down to it.
+      rates: pairs (pattern, factor). A parameter's learning rate is multiplied with the factor of the first pattern that
+        matches its path anywhere, or with 1.
       layer_decay: further factors, by layer.
     """
 
     name: str
     learning_rate: float
-    schedule: Schedule = Schedule()
+    schedule: Schedule | OwnSchedule = Schedule()
     weight_decay: float | None = None
     no_decay: tuple[str, ...] = NO_DECAY
     clip_norm: float | None = None
-    rates: tuple[tuple[Any, ...], ...] = ()
+    rates: rates.Rates = ()
     layer_decay: LayerDecay | None = None
 
 
 def names() -> list[str]:
-    """All optimizers that Optax has: its functions with a learning rate that may be a schedule.
+    """Return the names of all optimizers of Optax: its functions with a learning rate that may be a schedule."""
+    return sorted(_functions())
 
-    Without L-BFGS, which calls the loss again as it searches along a line: no step here gives it that.
-    """
-    found = []
-    for name in dir(optax):
-        value = getattr(optax, name)
-        if inspect.isfunction(value) and not name.startswith(("_", "scale_by_", "lbfgs")):
+
+def _functions() -> dict[str, Callable]:
+    found = {}
+    for module in (contrib, optax):  # what both have is taken from `optax`
+        for name, value in vars(module).items():
+            if not inspect.isfunction(value) or name.startswith(("_", "scale_by_")) or name in UNSUPPORTED:
+                continue
             rate = inspect.signature(value).parameters.get("learning_rate")
             if rate is not None and ("Callable" in str(rate.annotation) or "Schedule" in str(rate.annotation)):
-                found.append(name)
+                found[name] = value
     return found
 
 
+def find(name: str) -> Callable:
+    """Return the function that makes an optimizer.
+
+    Raises:
+      ConfigError: there is none of that name, or the train step cannot use it; says why.
+    """
+    known = _functions()
+    if name in known:
+        return known[name]
+    if name in UNSUPPORTED:
+        raise ConfigError(f"config.optimizer.name: {name!r} of Optax cannot be used here: {UNSUPPORTED[name]}.")
+    if ":" not in name:
+        raise ConfigError(
+            f"config.optimizer.name: Optax has no optimizer {name!r}.{config_lib.suggest(name, known)} "
+            f"There are: {', '.join(sorted(known))}; or give your own as 'package.module:function'."
+        )
+    function = config_lib.find("optimizer.name", {}, name)
+    parameters = inspect.signature(function).parameters
+    if "learning_rate" not in parameters:
+        raise ConfigError(f"config.optimizer.name: {name!r} must have a parameter learning_rate, for the schedule; it has ({', '.join(parameters)}).")
+    taken = [key for key in parameters if key in _section_keys() - {"learning_rate", "weight_decay"}]
+    if taken:
+        raise ConfigError(f"config.optimizer.name: {name!r} has a parameter {taken[0]!r}, which is a key of the section already; rename it.")
+    return function
+
+
+def _section_keys() -> set[str]:
+    return {field.name for field in dataclasses.fields(Optimizer)}
+
+
 def own_arguments(name: str) -> dict[str, tuple[Any, Any]]:
-    """Arguments of an Optax optimizer besides those of `Optimizer`: name -> (annotation, default).
+    """Return the keys of an optimizer besides those of `Optimizer`: name -> (type, default).
 
     Raises:
-      ConfigError: there is no such optimizer; lists them.
+      ConfigError: as `find`.
     """
-    known = names()
-    if name not in known:
-        raise ConfigError(f"config.optimizer.name: Optax has no optimizer {name!r}.{suggest(name, known)} There are: {', '.join(known)}.")
-    ours = {field.name for field in dataclasses.fields(Optimizer)} | {"mask", "weight_decay_mask"}
-    return {
-        argument: (type(parameter.default) if type(parameter.default) in (bool, int, float) else Any, parameter.default)
-        for argument, parameter in inspect.signature(getattr(optax, name)).parameters.items()
-        if argument not in ours and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
+    function = find(name)
+    set_here = _section_keys() | {"mask", "weight_decay_mask"} | (set(muon.SET_HERE) if name == "muon" else set())
+    # Optax annotates numbers as arrays, so the types of its defaults tell more; a function of the user's is as annotated.
+    hints = typing.get_type_hints(function) if ":" in name else {}
+    keys = {}
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in set_here or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            continue
+        by_default = type(parameter.default) if type(parameter.default) in (bool, int, float) else Any
+        keys[key] = (hints.get(key, by_default), parameter.default)
+    return keys | (muon.KEYS if name == "muon" else {})
 
 
-def make_schedule(learning_rate: float, schedule: Schedule, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates made so far.
+def resolve(section: Mapping) -> dict:
+    """Return the `optimizer` section with its defaults and with checked types.
+
+    Defaults of the optimizer's own arguments stay out: the config holds only those that are given.
 
     Raises:
-      ConfigError: the warm-up and the decay do not fit into the run.
+      ConfigError: an unknown name, an unknown or missing key, or a wrong type.
     """
-    after = steps - schedule.warmup
-    if after < 1 or schedule.warmup < 0:
-        raise ConfigError(f"config.optimizer.schedule.warmup={schedule.warmup} leaves nothing of a run of {steps} steps.")
-    if schedule.name == "constant":
-        main = optax.constant_schedule(1.0)
-    elif schedule.name == "linear":
-        main = optax.linear_schedule(1.0, schedule.final, after)
-    elif schedule.name == "cosine":
-        main = optax.cosine_decay_schedule(1.0, after, schedule.final)
-    elif schedule.name == "wsd":
-        decay = schedule.decay if schedule.decay is not None else max(1, steps // 10)
-        if not 0 < decay <= after:
-            raise ConfigError(f"config.optimizer.schedule.decay={decay} must lie between 1 and the {after} steps after the warm-up.")
-        main = optax.join_schedules([optax.constant_schedule(1.0), optax.linear_schedule(1.0, schedule.final, decay)], [after - decay])
-    else:
-        scale = max(1, schedule.warmup)
-        main = lambda step: (scale / (jnp.maximum(step, 0) + scale)) ** 0.5  # noqa: E731
-    if schedule.warmup:
-        # The first step is already above 0: a step that changes nothing is a wasted one.
-        warmup = lambda step: (step + 1) / schedule.warmup  # noqa: E731
-        main = optax.join_schedules([warmup, main], [schedule.warmup])
-    return lambda step: learning_rate * main(step)
+    name = config_lib.check_value("optimizer.name", section["name"], str)
+    own, ours = own_arguments(name), config_lib.fields(Optimizer)
+    for key, (_, default) in own.items():
+        if default is config_lib.REQUIRED and key not in section:
+            raise ConfigError(f"config.optimizer.{key} is required by the optimizer {name!r}; set it, e.g. --config.optimizer.{key}=VALUE.")
+    config_lib.check_keys("optimizer", section, ours | own, f"the optimizer {name!r}")
+    section = dict(section) | {"schedule": schedule_lib.resolve(section.get("schedule", {}))}
+    allowed = ours | {"schedule": (dict, None)} | {key: own[key] for key in own if key in section}
+    return config_lib.check_section("optimizer", section, allowed, f"the optimizer {name!r}")
 
 
-def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then weight decay where the optimizer has none of its own, then the optimizer.
+def from_section(section: Mapping) -> tuple[Optimizer, dict[str, Any]]:
+    """Return a resolved section as its own keys and the arguments of the optimizer's function."""
+    values = {key: section[key] for key in config_lib.fields(Optimizer)}
+    values["schedule"] = schedule_lib.from_section(values["schedule"])
+    if values["layer_decay"] is not None:
+        values["layer_decay"] = LayerDecay(**values["layer_decay"])
+    return Optimizer(**values), {key: value for key, value in section.items() if key not in values}
+
+
+def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Return the chain of clipping, L2 (for an optimizer without weight decay), the optimizer, and learning rates by parameter.
+
+    Its update takes the loss of the batch as `value`, which some optimizers use.
 
     Args:
       options: the section.
-      own: further arguments of the Optax function.
-      schedule: of the learning rate.
+      own: arguments of the optimizer's function.
+      schedule: step -> learning rate.
+
+    Raises:
+      ConfigError: a function of the user's returns no gradient transformation.
     """
-    function = getattr(optax, options.name)
+    function = find(options.name)
     parameters = inspect.signature(function).parameters
-    arguments = dict(own)
+    # JSON has no tuples, and Optax's arguments have no types that would tell. A user's are converted as they are annotated.
+    to_tuple = ":" not in options.name
+    arguments = {key: tuple(value) if to_tuple and isinstance(value, list) else value for key, value in own.items()}
     parts = []
     if options.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(options.clip_norm))
@@ -164,122 +200,67 @@ def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.S
     def mask(params):
         return decay_mask(params, options.no_decay)
 
-    mask_name = next((m for m in ("mask", "weight_decay_mask") if m in parameters), None)
-    if "weight_decay" in parameters:
-        if options.weight_decay is not None:
+    if options.name == "muon":
+        parts.append(muon.make_muon(arguments, options.learning_rate, schedule, options.weight_decay or 0.0, mask))
+    else:
+        if "weight_decay" not in parameters and options.weight_decay:
+            parts.append(optax.add_decayed_weights(options.weight_decay, mask))
+        elif "weight_decay" in parameters and options.weight_decay is not None:
             arguments["weight_decay"] = options.weight_decay
-        if mask_name:
+        if mask_name := _mask_name(parameters):
             arguments[mask_name] = mask
-    elif options.weight_decay:
-        parts.append(optax.add_decayed_weights(options.weight_decay, mask))
-    parts.append(function(learning_rate=schedule, **arguments))
+        made = function(learning_rate=schedule, **arguments)
+        if not isinstance(made, optax.GradientTransformation):
+            raise ConfigError(f"config.optimizer.name: {options.name!r} must return an optax.GradientTransformation, got {made!r}.")
+        parts.append(made)
     if options.rates or options.layer_decay is not None:
-        parts.append(optax.stateless(lambda updates, params: jax.tree.map(lambda u, f: u * f.astype(u.dtype), updates, rate_factors(params, options))))
-    return optax.chain(*parts)
+        parts.append(rates.scale_updates(options.rates, options.layer_decay))
+    return optax.with_extra_args_support(optax.chain(*parts))
 
 
-def rate_factors(params: Any, options: Optimizer) -> Any:
-    """What each parameter's learning rate is multiplied by: a tree of arrays that broadcast against the parameters."""
-
-    def factor(path, x):
-        name = path_name(path)
-        own = next((float(value) for pattern, value in options.rates if re.search(pattern, name)), 1.0)
-        by_layer = 1.0 if options.layer_decay is None else _layer_factor(name, x, options.layer_decay, count)
-        return jnp.asarray(own * by_layer, jnp.float32)
-
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    count = _count_layers(leaves, options.layer_decay) if options.layer_decay is not None else 0
-    return jax.tree_util.tree_map_with_path(factor, params)
-
-
-def _count_layers(leaves, decay: LayerDecay) -> int:
-    """How many layers there are, by their numbers or by the first axis of stacks."""
-    found = [(re.search(decay.layers, path_name(path)), x) for path, x in leaves]
-    return max((x.shape[0] if match[1] is None else int(match[1]) + 1 for match, x in found if match), default=0)
-
-
-def _layer_factor(name: str, x, decay: LayerDecay, count: int):
-    match = re.search(decay.layers, name)
-    if match and match[1] is None:
-        return (decay.rate ** (count - np.arange(count, dtype=np.float32))).reshape(-1, *[1] * (x.ndim - 1))
-    if match:
-        return decay.rate ** (count - int(match[1]))
-    return 1.0 if any(re.search(pattern, name) for pattern in decay.last) else decay.rate ** (count + 1)
+def _mask_name(parameters: Mapping) -> str | None:
+    """Return the parameter of an optimizer's function that says which parameters are decayed."""
+    if "weight_decay" not in parameters:
+        return None
+    return next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
 
 
 def check(options: Optimizer, own: Mapping[str, Any], steps: int, params: Any) -> None:
-    """Raises ConfigError if the section cannot make an optimizer for these parameters (shapes will do)."""
+    """Check that the section makes an optimizer for the trained parameters.
+
+    Args:
+      options: the section.
+      own: arguments of the optimizer's function.
+      steps: length of the run.
+      params: arrays or their shapes.
+
+    Raises:
+      ConfigError: a value out of range, a pattern that matches nothing, or arguments that the optimizer rejects.
+    """
     for key in ("learning_rate", "clip_norm"):
         value = getattr(options, key)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"config.optimizer.{key} must be above 0 and finite, got {value}.")
     if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:
         raise ConfigError(f"config.optimizer.weight_decay must not be negative, got {options.weight_decay}.")
-    _check_schedule(options.schedule)
-    schedule = make_schedule(options.learning_rate, options.schedule, steps)
+    schedule_lib.check(options.schedule, options.learning_rate, steps)
     for pattern in options.no_decay:
         check_pattern("optimizer.no_decay", pattern)
-        if not any(re.search(pattern, path) for path in paths(params)) and pattern not in NO_DECAY:
-            raise ConfigError(f"config.optimizer.no_decay: {pattern!r} matches no parameter; there are {', '.join(paths(params)[:8])}, …")
-    _check_rates(options, params)
+        if pattern not in NO_DECAY:
+            check_matches("optimizer.no_decay", pattern, params)
+    parameters = inspect.signature(find(options.name)).parameters
+    if options.no_decay != NO_DECAY and options.weight_decay and "weight_decay" in parameters and not _mask_name(parameters):
+        raise ConfigError(f"config.optimizer.no_decay: {options.name!r} decays all parameters; it has no argument to leave some out.")
+    rates.check(options.rates, options.layer_decay, params)
+    if options.name == "muon":
+        muon.check(own, params)
     try:
+        schedule = schedule_lib.make_schedule(options.learning_rate, options.schedule, steps)
         jax.eval_shape(make_optimizer(options, own, schedule).init, params)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.optimizer: optax.{options.name} refuses its arguments: {error}") from error
-
-
-def _check_rates(options: Optimizer, params: Any) -> None:
-    """Patterns of learning rates mean parameters, and factors are numbers."""
-    for pair in options.rates:
-        if len(pair) != 2 or not isinstance(pair[0], str) or isinstance(pair[1], bool) or not isinstance(pair[1], int | float) or pair[1] < 0:
-            raise ConfigError(f"config.optimizer.rates holds pairs (pattern, factor), got {pair!r}.")
-        check_pattern("optimizer.rates", pair[0])
-        if not any(re.search(pair[0], path) for path in paths(params)):
-            raise ConfigError(f"config.optimizer.rates: {pair[0]!r} matches no trained parameter; there are {', '.join(paths(params)[:8])}, …")
-    decay = options.layer_decay
-    if decay is None:
-        return
-    if not 0 < decay.rate <= 1:
-        raise ConfigError(f"config.optimizer.layer_decay.rate must lie above 0 and be at most 1, got {decay.rate}.")
-    for key, patterns in (("layers", (decay.layers,)), ("last", decay.last)):
-        for pattern in patterns:
-            check_pattern(f"optimizer.layer_decay.{key}", pattern)
-    if re.compile(decay.layers).groups != 1:
-        raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} must have one group, the number of the layer.")
-    if twice := next((path for path in paths(params) if re.search(decay.layers + r"\d+/", path)), None):
-        raise ConfigError(f"config.optimizer.layer_decay.layers: {twice} has more numbers than {decay.layers!r} has groups: say which one counts layers.")
-    if not _count_layers(jax.tree_util.tree_leaves_with_path(params), decay):
-        raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} matches no trained parameter; there are {', '.join(paths(params)[:8])}, …")
-
-
-def _check_schedule(schedule: Schedule) -> None:
-    """What a schedule does not use is not silently passed over."""
-    if not 0 <= schedule.final <= 1:
-        raise ConfigError(f"config.optimizer.schedule.final is a share between 0 and 1, got {schedule.final}.")
-    if schedule.final and schedule.name in ("constant", "inverse_sqrt"):
-        raise ConfigError(f"config.optimizer.schedule.final means nothing to {schedule.name!r}.")
-    if schedule.decay is not None and schedule.name != "wsd":
-        raise ConfigError(f"config.optimizer.schedule.decay means nothing to {schedule.name!r}; only 'wsd' has it.")
-
-
-def check_pattern(where: str, pattern: str) -> None:
-    """Raises ConfigError for what is not a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"config.{where}: {pattern!r} is not a regular expression: {error}.") from error
-
-
-def paths(params: Any) -> list[str]:
-    """Every parameter's path, `blocks/0/mlp/up/kernel`, in the order of the tree's leaves."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def path_name(path) -> str:
-    """A key path of `jax.tree_util` as one string with slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+        raise ConfigError(f"config.optimizer: {options.name!r} rejects its arguments: {error}") from error
 
 
 def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
-    """A tree of bools: which parameters are decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not any(re.search(p, path_name(path)) for p in no_decay), params)
+    """Return a tree of bools: whether a parameter is decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not matches(no_decay, path_name(path)), params)

@@ -140,7 +140,9 @@ def make_train_step(gradients: GradientFunction, optimizer: optax.GradientTransf
         total, weight, metrics, grads = layout_lib.sum_over_devices((total, weight, metrics, grads))
         grads = place(grads, options.shardings)
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Some optimizers (momo) use the loss too.
+        value = total / jnp.where(weight == 0, 1, weight)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
         if options.gather_updates:
             # These, not the new parameters: to gather those XLA copies all the old ones first (libtpu 0.0.52).
             updates = place(updates, options.shardings)

@@ -23,7 +23,7 @@ from jaxmodels.runs.checkpoint import Checkpoints
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.lineage import lineage
 from jaxmodels.runs.merge import merge
-from jaxmodels.step.optimizer import LayerDecay, Optimizer, rate_factors
+from jaxmodels.step.rates import LayerDecay, rate_factors
 from jaxmodels.training import trainer as trainer_lib
 
 CNN = small_configs.config(small_configs.CNN, model__dropout=0.0, log__tensorboard=False)
@@ -189,8 +189,7 @@ def test_lineage_shows_the_whole_family(parent, tmp_path, jaxmodels_command):
 def test_layers_learn_at_their_own_rates(scan):
     model = create("gpt", 11, context=4, layers=3, heads=1, width=4, scan=scan, rngs=nnx.Rngs(0))
     params = split(model)[1]
-    options = Optimizer(name="sgd", learning_rate=1.0, rates=((r"bias$", 2.0), ("up/", 3.0)), layer_decay=LayerDecay(rate=0.5))
-    factors = flatten(rate_factors(params, options))
+    factors = flatten(rate_factors(params, ((r"bias$", 2.0), ("up/", 3.0)), LayerDecay(rate=0.5)))
     kernels = factors["blocks/mlp/up/kernel"].reshape(3) if scan else [factors[f"blocks/{i}/mlp/up/kernel"] for i in range(3)]
     np.testing.assert_allclose(kernels, [3 / 8, 3 / 4, 3 / 2])
     biases = factors["blocks/mlp/up/bias"].reshape(3) if scan else [factors[f"blocks/{i}/mlp/up/bias"] for i in range(3)]

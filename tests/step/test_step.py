@@ -15,7 +15,6 @@ from jaxmodels.models import create
 from jaxmodels.models.functional import merge, split
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.step import optimizer as optimizer_lib
-from jaxmodels.step.optimizer import Optimizer, Schedule, make_schedule
 from jaxmodels.tasks.classify import Classify
 from jaxmodels.tasks.language_model import LanguageModel
 
@@ -195,43 +194,3 @@ def test_padded_targets_do_not_count():
     assert float(metrics["loss"][1]) == 2
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], np.log(5), rtol=1e-6)
     np.testing.assert_allclose(task.summarize({"loss": np.log(5)})["perplexity"], 5)
-
-
-SHAPES = {
-    "constant": lambda s: 1.0,
-    "linear": lambda s: 1 - 0.9 * s / 90,
-    "cosine": lambda s: 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * s / 90)),
-    "wsd": lambda s: 1.0 if s < 70 else 1 - 0.9 * (s - 70) / 20,
-    "inverse_sqrt": lambda s: np.sqrt(10 / (s + 10)),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_schedules(name):
-    schedule = make_schedule(2.0, Schedule(name=name, warmup=10, decay=20 if name == "wsd" else None, final=0.1), 100)
-    got = [float(schedule(s)) for s in range(100)]
-    expected = [2 * (s + 1) / 10 for s in range(10)] + [2 * SHAPES[name](s) for s in range(90)]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-
-
-def test_every_listed_optimizer_makes_a_step():
-    params = {"layer": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
-    for name in optimizer_lib.names():
-        own = {k: 0.9 for k, (_, default) in optimizer_lib.own_arguments(name).items() if default is optimizer_lib.inspect.Parameter.empty}
-        if name == "noisy_sgd":
-            own = {"key": jax.random.key(0)} if "key" in optimizer_lib.own_arguments(name) else {}
-        transform = optimizer_lib.make_optimizer(Optimizer(name=name, learning_rate=0.1, weight_decay=0.01), own, lambda s: 0.1)
-        state = transform.init(params)
-        updates, _ = transform.update(jax.tree.map(jnp.ones_like, params), state, params)
-        assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates)), name
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_weight_decay_leaves_out_what_the_patterns_match(name):
-    params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
-    options = Optimizer(name=name, learning_rate=1.0, weight_decay=0.1, no_decay=("bias$", "^head/"))
-    transform = optimizer_lib.make_optimizer(options, {}, lambda s: 1.0)
-    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
-    np.testing.assert_allclose(updates["a"]["kernel"], -0.1, rtol=1e-6)
-    np.testing.assert_array_equal(updates["a"]["bias"], 0)
-    np.testing.assert_array_equal(updates["head"]["kernel"], 0)
