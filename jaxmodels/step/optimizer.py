@@ -16,7 +16,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.step import muon, rates
 from jaxmodels.step import schedule as schedule_lib
 from jaxmodels.step.parameters import check_matches, check_pattern, matches, path_name
-from jaxmodels.step.rates import LayerDecay
+from jaxmodels.step.rates import LayerDecay, Rates
 from jaxmodels.step.schedule import OwnSchedule, Schedule
 
 # Biases and the scales of normalization layers are not decayed, also where they are stacked by layer.
@@ -77,7 +77,7 @@ class Optimizer:
     weight_decay: float | None = None
     no_decay: tuple[str, ...] = NO_DECAY
     clip_norm: float | None = None
-    rates: rates.Rates = ()
+    rates: Rates = ()
     layer_decay: LayerDecay | None = None
 
 

@@ -49,7 +49,7 @@ def test_every_function_of_optax_with_a_learning_rate_is_supported_or_refused_by
         name
         for module in (optax, contrib)
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and not name.startswith("scale_by_") and "learning_rate" in inspect.signature(value).parameters
+        if inspect.isfunction(value) and not name.startswith(("_", "scale_by_")) and "learning_rate" in inspect.signature(value).parameters
     }
     known = set(optimizer_lib.names())
     assert {"muon", "adopt", "prodigy", "momo"} <= known
