@@ -130,12 +130,12 @@ def set_at(values: dict, key: str, value: Any) -> None:
 
 
 def fields(constructor: Callable, framework: tuple[str, ...] | None = None) -> dict[str, tuple[Any, Any]]:
-    """Return the parameters of a constructor that a config gives: name -> (annotation, default or REQUIRED).
+    """Return the keys that a constructor takes from a config: name -> (annotation, default or REQUIRED).
 
     Args:
       constructor: a class or a function.
-      framework: names of parameters that the framework gives, where all others are keys; unless given, the keys are the keyword-only
-        parameters but `rngs`, since the framework gives all positional ones.
+      framework: names of parameters that the framework passes; all others are keys. Unless given, the keys are the keyword-only
+        parameters, and others that have a default, but for `rngs`; the framework passes the rest.
     """
     call = constructor.__init__ if inspect.isclass(constructor) else constructor
     hints = typing.get_type_hints(call)
@@ -143,7 +143,7 @@ def fields(constructor: Callable, framework: tuple[str, ...] | None = None) -> d
         name: (hints.get(name, Any), parameter.default)
         for name, parameter in inspect.signature(call).parameters.items()
         if (
-            parameter.kind is parameter.KEYWORD_ONLY and name != "rngs"
+            name != "rngs" and (parameter.kind is parameter.KEYWORD_ONLY or _has_default(parameter))
             if framework is None
             else parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and name not in ("self", *framework)
         )
@@ -151,12 +151,18 @@ def fields(constructor: Callable, framework: tuple[str, ...] | None = None) -> d
 
 
 def positional(constructor: Callable) -> list[str]:
-    """Names of a constructor's positional parameters, `self` left out."""
+    """Return the names of a constructor's positional parameters without a default, `self` and `rngs` left out."""
     call = constructor.__init__ if inspect.isclass(constructor) else constructor
     names = [
-        name for name, parameter in inspect.signature(call).parameters.items() if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        name
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and not _has_default(parameter) and name != "rngs"
     ]
     return names[1:] if inspect.isclass(constructor) else names
+
+
+def _has_default(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
 
 
 def check_keys(where: str, values: Mapping, allowed: Mapping[str, Any], given: str) -> None:

@@ -63,7 +63,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     check_patterns(shapes, Sharding(**c["sharding"]))
     if trained_info is None:
         check_trained(c, paths(params))
-        optimizer.check(options, own, steps, functional.divide(params, functools.partial(is_trained, c))[0])
+        optimizer.check(options, own, steps, functional.partition(params, functools.partial(is_trained, c))[0])
         check_skip(c["init_from"], params)
     schedule = make_schedule(options.learning_rate, options.schedule, steps)
     experiment = Experiment(
@@ -103,7 +103,8 @@ def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs
     lora = Lora(**config["lora"]) if config["lora"] is not None else None
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        model = constructor(*arguments, **options, rngs=rngs)
+        rngs = functional.with_default_stream(rngs)
+        model = functional.accept_rngs(constructor(*arguments, **options, rngs=rngs))
         if lora is not None:
             add_lora(model, rank=lora.rank, alpha=lora.scale * lora.rank, targets=lora.targets, rngs=rngs)
         return model

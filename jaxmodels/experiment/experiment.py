@@ -97,9 +97,9 @@ class Experiment:
         model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
         dtype, kernels = functional.DTYPES[self.training.precision], {}
         with as_config_error("config.model.attention"):
-            kernels["attention"] = attention.settle(model, self.platform, dtype, self.layout)
+            kernels["attention"] = attention.resolve_implementation(model, self.platform, dtype, self.layout)
         with as_config_error("config.model.kernel"):
-            kernels["recurrent"] = rnn.settle(model, self.platform, dtype)
+            kernels["recurrent"] = rnn.resolve_implementation(model, self.platform, dtype)
         return functional.split(model)[0], {part: used for part, used in kernels.items() if used}
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

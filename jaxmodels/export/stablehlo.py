@@ -155,8 +155,8 @@ def _settled(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """The graph of a run's model as every platform can compute it, and the shapes of its parameters and statistics by path."""
     from jaxmodels.models import attention, rnn
 
-    attention.settle(opened.model, "cpu")
-    rnn.settle(opened.model, "cpu")
+    attention.resolve_implementation(opened.model, "cpu")
+    rnn.resolve_implementation(opened.model, "cpu")
     graph, params, stats = functional.split(opened.model)
     return graph, {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in (functional.flatten(params) | functional.flatten(stats)).items()}
 

@@ -224,7 +224,7 @@ def _splash_problem(platform, bias) -> str | None:
     return None
 
 
-def settle(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, layout: Layout | None = None) -> dict[str, str]:
+def resolve_implementation(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, layout: Layout | None = None) -> dict[str, str]:
     """Gives every attention of a model the implementation that runs on a platform, in place.
 
     Args:

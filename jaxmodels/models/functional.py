@@ -1,7 +1,13 @@
-"""Flax NNX modules as pure functions: split into a graph and nested dictionaries of arrays, and merged again."""
+"""Flax NNX modules as pure functions: split into a graph and nested dictionaries of arrays, and merged again.
 
+The random streams of a module (`nnx.Dropout(0.1, rngs=rngs)` keeps one) are neither parameters nor state: `split` leaves them out, and
+`merge` makes them from a key. So a checkpoint holds no random state, and a resumed run draws what an uninterrupted one draws.
+"""
+
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +16,94 @@ from flax import nnx, traverse_util
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def split(model: nnx.Module) -> tuple[Any, dict, dict]:
-    """A module as (graph, params, stats), the last two plain nested dicts with string keys."""
-    graph, params, stats = nnx.split(model, nnx.Param, ...)
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A module without its arrays.
+
+    Attributes:
+      definition: of NNX.
+      streams: the variables of its random streams: (path, whether it is a key or else a count, shape).
+    """
+
+    definition: nnx.GraphDef
+    streams: tuple[tuple[tuple[str | int, ...], bool, tuple[int, ...]], ...]
+
+
+def split(model: nnx.Module) -> tuple[Graph, dict, dict]:
+    """Return a module as (graph, params, stats), the last two as plain nested dictionaries with string keys.
+
+    `stats` are all variables besides parameters, random streams and intermediate values: running means, for example.
+
+    Raises:
+      ValueError: a variable holds a random key outside of a random stream.
+    """
+    definition, params, streams, _, stats = nnx.split(model, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
+    for path, variable in nnx.to_flat_state(stats):
+        if jnp.issubdtype(variable.get_value().dtype, jax.dtypes.prng_key):
+            name = "/".join(map(str, path))
+            raise ValueError(f"{name} holds a random key, which a checkpoint cannot: keep a stream in its place, self.{path[-1]} = rngs.dropout.fork()")
+    found = [(path, isinstance(variable, nnx.RngKey), tuple(variable.get_value().shape)) for path, variable in nnx.to_flat_state(streams)]
+    graph = Graph(definition, tuple(sorted(found, key=lambda stream: tuple(map(str, stream[0])))))
     return graph, _string_keys(nnx.to_pure_dict(params)), _string_keys(nnx.to_pure_dict(stats))
 
 
-def merge(graph, params: dict, stats: dict) -> nnx.Module:
-    """The module again."""
-    return nnx.merge(graph, _own_keys(params), _own_keys(stats))
+def merge(graph: Graph, params: dict, stats: dict, key: jax.Array | None = None) -> nnx.Module:
+    """Return the module of a graph and its arrays.
+
+    Args:
+      graph, params, stats: as `split` returns.
+      key: seeds the module's random streams. None gives the same streams in each call, for evaluation.
+    """
+    states = [_own_keys(params), _own_keys(stats)]
+    if graph.streams:
+        states.append(_seed(graph, jax.random.key(0) if key is None else key))
+    return nnx.merge(graph.definition, *states)
 
 
-def divide(params: dict, trained: Callable[[str], bool]) -> tuple[dict, dict]:
-    """Parameters as (those to train, the frozen ones), by their paths."""
+def _seed(graph: Graph, key: jax.Array) -> dict:
+    """Return the variables of the random streams: keys drawn from `key`, and counts of 0."""
+    flat = {path: jnp.zeros(shape, jnp.uint32) for path, is_key, shape in graph.streams if not is_key}
+    for number, (path, shape) in enumerate((path, shape) for path, is_key, shape in graph.streams if is_key):
+        own = jax.random.fold_in(key, number)
+        flat[path] = jax.random.split(own, shape) if shape else own
+    return traverse_util.unflatten_dict(flat)
+
+
+def with_default_stream(rngs: nnx.Rngs) -> nnx.Rngs:
+    """Return generators with the stream `params` of `rngs`, and a default stream for the names that a constructor may ask for besides."""
+    key = rngs.params.key[...]
+    return nnx.Rngs(jax.random.fold_in(key, 1), params=key)
+
+
+def accept_rngs(model: nnx.Module) -> nnx.Module:
+    """Let a module be called with `rngs=`, which tasks pass, where its `__call__` has no such parameter. Changes the class of `model` in place."""
+    call = getattr(type(model), "__call__", None)
+    if call is None or isinstance(model, _AcceptsRngs):
+        return model
+    parameters = inspect.signature(call).parameters.values()
+    if not any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
+        object.__setattr__(model, "__class__", _accepting(type(model)))
+    return model
+
+
+class _AcceptsRngs:
+    """Marks the classes that `_accepting` makes."""
+
+
+@functools.cache
+def _accepting(cls: type[nnx.Module]) -> type[nnx.Module]:
+    class Accepting(cls, _AcceptsRngs):
+        @functools.wraps(cls.__call__)
+        def __call__(self, *args, rngs=None, **kwargs):
+            del rngs  # the module draws from its own streams
+            return cls.__call__(self, *args, **kwargs)
+
+    Accepting.__name__, Accepting.__qualname__, Accepting.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Accepting
+
+
+def partition(params: dict, trained: Callable[[str], bool]) -> tuple[dict, dict]:
+    """Return parameters as (trained, frozen), by their paths."""
     flat = flatten(params)
     parts = {True: {}, False: {}}
     for path, value in flat.items():
@@ -30,18 +111,18 @@ def divide(params: dict, trained: Callable[[str], bool]) -> tuple[dict, dict]:
     return unflatten(parts[True]), unflatten(parts[False])
 
 
-def join(params: dict, frozen: dict) -> dict:
-    """The two parts of `divide` as one again."""
+def combine(params: dict, frozen: dict) -> dict:
+    """Return all parameters, from the two parts that `partition` returns."""
     return unflatten(flatten(params) | flatten(frozen)) if frozen else params
 
 
 def flatten(tree) -> dict:
-    """Nested dictionaries as one, with paths such as `blocks/0/mlp/up/kernel`."""
+    """Return nested dictionaries as one, with paths such as `blocks/0/mlp/up/kernel` as keys."""
     return traverse_util.flatten_dict(tree or {}, sep="/")
 
 
 def unflatten(flat: dict) -> dict:
-    """Nested dictionaries again."""
+    """Return the nested dictionaries of paths."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -50,17 +131,30 @@ def _string_keys(tree):
 
 
 def _own_keys(tree):
-    """Places in a list as the numbers they are: NNX goes by their order, and as strings "10" comes before "2"."""
+    """Return the tree with the indices of lists as integers: NNX sorts keys, and as strings "10" comes before "2"."""
     return {int(k) if k.isdigit() else k: _own_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def cast(tree, dtype):
-    """Floating-point arrays as `dtype`; others as they are."""
+    """Return the tree with floating-point arrays as `dtype`, and all others unchanged."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def evaluation_model(graph, params, stats, dtype=jnp.float32) -> nnx.Module:
-    """The module in evaluation mode: norms use their running statistics."""
+def training_model(graph: Graph, params: dict, stats: dict, key: jax.Array) -> nnx.Module:
+    """Return the module in training mode: dropout is on, and batch normalization uses the batch's statistics.
+
+    Args:
+      graph, params, stats: as `split` returns.
+      key: of the step; seeds the module's random streams.
+    """
+    # Apart from the draws of `nnx.Rngs(dropout=key)`, which folds small counts into the key.
+    model = merge(graph, params, stats, jax.random.fold_in(key, 2**31))
+    model.train()
+    return model
+
+
+def evaluation_model(graph: Graph, params: dict, stats: dict, dtype=jnp.float32) -> nnx.Module:
+    """Return the module in evaluation mode, with parameters as `dtype`: no dropout, and batch normalization uses its running statistics."""
     model = merge(graph, cast(params, dtype), stats)
     model.eval()
     return model

@@ -81,7 +81,7 @@ class Embed(nnx.Module):
         return jax.lax.dot_general(x, gathered(self.embedding[...], *self.names), (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def halve(image: jax.Array) -> jax.Array:
+def max_pool_2x2(image: jax.Array) -> jax.Array:
     """Max-pooling 2×2 with stride 2; an odd last row or column is left out.
 
     As a maximum over a reshaped axis, whose gradient is elementwise: that of a general max-pooling walks over

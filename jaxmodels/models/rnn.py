@@ -280,7 +280,7 @@ class RecurrentLM(nnx.Module):
         return logits, tuple(after)
 
 
-def settle(model: nnx.Module, platform: str | None, dtype=jnp.float32) -> dict[str, str]:
+def resolve_implementation(model: nnx.Module, platform: str | None, dtype=jnp.float32) -> dict[str, str]:
     """Which kernel a model's recurrent layers run with.
 
     Args:

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.hardware.chips import Chip
 from jaxmodels.models import rnn
-from jaxmodels.models.attention import Attention, settle
+from jaxmodels.models.attention import Attention, resolve_implementation
 from jaxmodels.models.functional import DTYPES
 from jaxmodels.plan import cost, memory
 from jaxmodels.plan.cost import Estimate, Seconds, operation_seconds
@@ -107,7 +107,7 @@ def traceable(experiment: Experiment, platform: str) -> Experiment:
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         model = experiment.build(rngs)
-        settle(model, "gpu", DTYPES[experiment.training.precision])
+        resolve_implementation(model, "gpu", DTYPES[experiment.training.precision])
         for _, module in nnx.iter_modules(model):
             if isinstance(module, Attention) and module.implementation == "cudnn":
                 module.implementation = "splash"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxmodels.models.functional import join
+from jaxmodels.models.functional import combine
 
 
 @struct.dataclass
@@ -36,7 +36,7 @@ class TrainState:
     @property
     def weights(self):
         """All parameters that a run is judged by: of the trained ones their moving average, where it keeps one."""
-        return join(self.ema or self.params, self.frozen)
+        return combine(self.ema or self.params, self.frozen)
 
 
 def weights_alone(params: dict, stats: dict) -> TrainState:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from jaxmodels import tasks
-from jaxmodels.models.functional import DTYPES, cast, divide, evaluation_model, flatten, join, merge, split
+from jaxmodels.models.functional import DTYPES, cast, combine, evaluation_model, flatten, partition, split, training_model
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.step.gradients import GradientFunction, place
@@ -59,7 +59,7 @@ def make_init(
 
     def init(key: jax.Array) -> TrainState:
         _, params, stats = split(build(nnx.Rngs(params=key)))
-        params, frozen = divide(params, trained)
+        params, frozen = partition(params, trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -87,7 +87,7 @@ def make_loss(task, graph, precision: str) -> Callable:
     dtype = DTYPES[precision]
 
     def loss(params, frozen, stats, batch, key):
-        model = merge(graph, cast(join(params, frozen), dtype), stats)
+        model = training_model(graph, cast(combine(params, frozen), dtype), stats, key)
         _hold_frozen_norms(model, params, frozen)
         _normalise_over_devices(model)
         inputs = _inputs(batch, dtype)

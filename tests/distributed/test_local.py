@@ -18,7 +18,7 @@ import pytest
 import recording_sources
 import small_configs
 from conftest import HELPERS, ROOT
-from final_state import final_state
+from run_state import final_state
 from ports import free_port
 
 from jaxmodels.config import load_config

@@ -1,6 +1,6 @@
 """Trains small models on so many simulated devices and writes what came out: `python train_on_mesh.py DEVICES CASES.json OUTPUT`.
 
-A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "steps"}; of each, the losses of all steps and
+A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "optimizer", "steps"}. The losses of all its steps and
 the last parameters go to OUTPUT/NUMBER.npz. With "compile", the step is compiled and not run: its collectives and bytes.
 """
 
@@ -44,6 +44,19 @@ MODELS = {
         "data": TEXT,
         "optimizer": ADAM,
     },
+    # Modules of one's own, whose layers keep their random streams.
+    "own_cnn": {
+        "model": {"name": "tutorial_models:TutorialCNN", "dropout": 0.0},
+        "task": {"name": "classify"},
+        "data": {"source": "digits", "batch_size": 32},
+        "optimizer": MOMENTUM,
+    },
+    "own_lm": {
+        "model": {"name": "tutorial_models:TutorialLM", "dropout": 0.0},
+        "task": {"name": "language_model", "sample_length": 0},
+        "data": TEXT,
+        "optimizer": ADAM,
+    },
 }
 
 
@@ -54,6 +67,7 @@ def config(case: dict) -> dict:
         config["model"]["dropout"] = case["dropout"]
     config["model"] |= case.get("options", {})
     config["data"] |= case.get("data", {})
+    config["optimizer"] = case.get("optimizer", config["optimizer"])
     steps = case.get("steps", 20)
     config["training"] = {"steps": steps, "accumulate": case.get("accumulate", 1), "ema": 0.9}
     config |= {key: case[key] for key in ("mesh", "partition", "sharding") if key in case}

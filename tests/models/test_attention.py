@@ -13,7 +13,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.inference import load
 from jaxmodels.models import create, fused
-from jaxmodels.models.attention import attend, choose, settle
+from jaxmodels.models.attention import attend, choose, resolve_implementation
 from jaxmodels.parallel.layout import Layout
 
 
@@ -142,18 +142,18 @@ def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head
 
 def test_settling_reaches_every_attention_and_says_what_was_chosen():
     model = nnx.eval_shape(lambda: create("t5-v1.1-small", 11, layers=2, heads=2, width=16, head_width=8, scan=True, rngs=nnx.Rngs(0)))
-    record = settle(model, "gpu", jnp.bfloat16)
+    record = resolve_implementation(model, "gpu", jnp.bfloat16)
     # Self-attention has relative positions, for which there is no cuDNN; attention to the memory has none.
     assert (model.encoder.blocks.attention.implementation, model.decoder.blocks.memory_attention.implementation) == ("xla", "cudnn")
     assert record["asked"] == "auto" and set(record["used"].split(" / ")) == {"xla", "cudnn"}
-    assert settle(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
+    assert resolve_implementation(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
 
 
 def test_settling_follows_how_sequences_are_spread():
     def settled(name, platform, context, **options):
         model = nnx.eval_shape(lambda: create(name, 11, **{"layers": 2, "heads": 2, "width": 16} | options, rngs=nnx.Rngs(0)))
         mesh = jax.sharding.AbstractMesh((4, 1), ("context", "tensor"))
-        return settle(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
+        return resolve_implementation(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
 
     assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
     assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]

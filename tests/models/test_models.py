@@ -11,7 +11,7 @@ from flax import nnx
 from jaxmodels.models import create
 from jaxmodels.models.cnn import CNN
 from jaxmodels.models.functional import merge, split
-from jaxmodels.models.layers import dropout, halve
+from jaxmodels.models.layers import dropout, max_pool_2x2
 from jaxmodels.models.rnn import GRU, LSTM, RecurrentLM
 from jaxmodels.models.transformer import Decoder
 
@@ -50,8 +50,8 @@ def test_cnn_is_two_convolutions_two_poolings_and_two_dense_layers():
 def test_halving_is_max_pooling(size):
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
     pool = functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
-    np.testing.assert_array_equal(halve(x), pool(x))
-    one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (halve, pool))
+    np.testing.assert_array_equal(max_pool_2x2(x), pool(x))
+    one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (max_pool_2x2, pool))
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ from jaxmodels.generation import decoding
 from jaxmodels.models import create, cudnn
 from jaxmodels.models.functional import merge, split
 from jaxmodels.models.recurrent import RecurrentEncoder, RecurrentSeq2Seq
-from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM, settle
+from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM, resolve_implementation
 
 
 def drawn(build):
@@ -157,16 +157,16 @@ def test_cudnn_is_refused_where_it_cannot_run(name, options, message):
 
 def test_where_cudnn_runs_is_settled_before_anything_is_compiled():
     model = nnx.eval_shape(lambda: RecurrentEncoder(9, ("value", 1), width=4, rngs=nnx.Rngs(0)))
-    assert settle(model, "cpu")["used"] == "xla"
+    assert resolve_implementation(model, "cpu")["used"] == "xla"
     model.encoder.kernel = "cudnn"  # as on a GPU
-    assert settle(model, "gpu")["used"] == "cudnn"
+    assert resolve_implementation(model, "gpu")["used"] == "cudnn"
     for options, message in (
         ({"platform": "cpu"}, "needs a GPU"),
         ({"platform": "gpu", "dtype": jnp.bfloat16}, "float32, not bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
-            settle(model, **options)
-    assert settle(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "cpu") == {}
+            resolve_implementation(model, **options)
+    assert resolve_implementation(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "cpu") == {}
 
 
 def test_packed_sequences_begin_anew():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import small_configs
-from final_state import final_state
+from run_state import final_state
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh

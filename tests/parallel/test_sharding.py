@@ -69,6 +69,25 @@ def test_pmap_is_the_same_step(tmp_path):
     assert_equal_runs(tmp_path, [{"model": "cnn", "partition": "pmap", "mesh": {"data": 8}, "accumulate": 2, "steps": 4}])
 
 
+MUON = {"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 1.0, "adam_parameters": ["embed", "positions"]}
+
+
+def test_muon_of_sharded_matrices_is_that_of_one_device(tmp_path):
+    """Its products need whole matrices, so the compiler gathers what `fsdp` and `tensor` shard."""
+    cases = [{"model": "gpt", "mesh": MESHES["fsdp"]}, {"model": "gpt", "mesh": MESHES["all three"], "accumulate": 2}]
+    assert_equal_runs(tmp_path, [case | {"optimizer": MUON, "steps": 4} for case in cases])
+
+
+def test_modules_of_ones_own_train_on_a_mesh_as_on_one_device(tmp_path):
+    """Under `jit` with dropout. Under `pmap` each device draws its own masks, so there is none."""
+    cases = [
+        {"model": "own_lm", "mesh": MESHES["fsdp"], "dropout": 0.2, "accumulate": 2},
+        {"model": "own_cnn", "mesh": MESHES["data"], "dropout": 0.2},
+        {"model": "own_cnn", "mesh": MESHES["data"], "partition": "pmap"},
+    ]
+    assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("model", MODELS)

@@ -16,7 +16,7 @@ from jaxmodels.data.loader import TrainingBatches
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models import create
-from jaxmodels.models.functional import flatten, join, split
+from jaxmodels.models.functional import combine, flatten, split
 from jaxmodels.models.functional import merge as merge_model
 from jaxmodels.models.lora import add_lora, merge_adapters
 from jaxmodels.runs.checkpoint import Checkpoints
@@ -94,11 +94,11 @@ def test_an_adapter_begins_as_nothing_and_merges_into_its_layer(scan):
     # What is zero at first: B of linear layers, A of embeddings.
     flat = {path: 0.1 * jnp.ones_like(x) if path.endswith(("up/lora_b", "embed/lora_a")) else x for path, x in flatten(params).items()}
     assert sum(path.endswith("lora_a") for path in flat) == (2 if scan else 3)
-    with_b = merge_model(graph, join({}, flat), stats)(tokens)
+    with_b = merge_model(graph, combine({}, flat), stats)(tokens)
     assert not np.allclose(with_b, plain(tokens))
     merged = merge_adapters(flat, 3.0)
     assert set(merged) == set(flatten(split(plain)[1]))
-    np.testing.assert_allclose(merge_model(split(plain)[0], join({}, merged), stats)(tokens), with_b, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(merge_model(split(plain)[0], combine({}, merged), stats)(tokens), with_b, rtol=2e-5, atol=2e-5)
 
 
 def test_a_lora_run_saves_only_what_it_trains_and_is_loaded_resumed_and_merged(parent, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small_configs
 from conftest import ROOT
-from final_state import final_state
+from run_state import final_state
 from rich.console import Console
 
 import jaxmodels

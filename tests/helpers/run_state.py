@@ -1,4 +1,4 @@
-"""What a run ends with, for comparing one run with another to the bit."""
+"""The last checkpoint and the metrics of a run folder, to compare two runs."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ TIMES = {"seconds", "steps_per_second", "examples_per_second", "data_wait"}
 
 
 def final_state(workdir):
-    """Every array of the last checkpoint by path, and the metrics without times."""
+    """Return the arrays of the last checkpoint by path, and the lines of metrics.jsonl without times."""
     checkpoints = Checkpoints(RunFolder(workdir).checkpoints, read_only=True)
     step = checkpoints.steps()[-1]
     parts = ("params", "ema", "stats", "opt_state", "metrics", "step", "diverged_at")
