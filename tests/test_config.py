@@ -100,7 +100,7 @@ BAD = {
     "accumulation that does not divide": ({"training.accumulate": 5}, "does not divide by training.accumulate=5"),
     "more than there is": ({"data.batch_size": 4000}, "more than the 1259 training examples"),
     "a model for another task": ({"model": {"name": "lstm"}}, "Models that fit it: cnn"),
-    "too many poolings": ({"model.features": (1, 2, 3, 4)}, "poolings leave nothing"),
+    "too many poolings": ({"model.features": (1, 2, 3, 4)}, "poolings reduce an image"),
     "warm-up longer than the run": ({"optimizer.schedule.warmup": 60}, "must be at least 0 and below the run's 60 steps, got 60"),
     "a pattern that matches nothing": ({"optimizer.no_decay": ("embed",)}, "'embed' matches no trained parameter"),
     "ema": ({"training.ema": 1.5}, "between 0 and 1"),

@@ -1,12 +1,12 @@
-"""Plain Flax NNX modules: no mesh, no data, no loss, no config around them.
+"""Flax NNX modules, and the table of their names. Modules know no mesh, data, loss or config.
 
     from jaxmodels.models import create
     model = create("gpt2", vocab_size=50257, rngs=nnx.Rngs(0))
     logits = model(tokens)
 
-Called with `rngs=` a model trains (dropout is drawn from it); without, it evaluates. Positional arguments of
-a constructor are what the data decides (`vocab_size`, `num_classes`, `image_shape`); keyword-only ones are
-the `model` section of a config.
+Called with `rngs=`, a model trains (it draws dropout from them); without, it evaluates. A user's module may instead keep its random
+streams in its layers, as `nnx.Dropout(0.1, rngs=rngs)` does; see `functional`. Positional arguments of a constructor without a
+default come from the data (`vocab_size`, `num_classes`, `image_shape`). All others are the keys of the `model` section of a config.
 """
 
 import inspect
@@ -98,12 +98,12 @@ MODELS = {
 
 
 def find(name: str) -> tuple[Callable, dict[str, Any]]:
-    """The constructor of a named model and the keyword arguments that the name stands for (its size).
+    """Return the constructor of a named model, and the keyword arguments of that name (its size).
 
     A module lists the sizes of its names in `SIZES`.
 
     Raises:
-      ConfigError: no such model; the message lists them.
+      ConfigError: there is no such model; the message lists all.
     """
     constructor = config_lib.find("model.name", MODELS, name)
     sizes = getattr(inspect.getmodule(constructor), "SIZES", {})
@@ -111,6 +111,6 @@ def find(name: str) -> tuple[Callable, dict[str, Any]]:
 
 
 def create(name: str, *args, rngs, **kwargs):
-    """A model by name: `create("cnn", image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))`."""
+    """Return a model by name: `create("cnn", image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))`."""
     constructor, size = find(name)
     return constructor(*args, **{**size, **kwargs}, rngs=rngs)

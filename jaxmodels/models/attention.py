@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import fused
 from jaxmodels.models.positions import rotate
-from jaxmodels.models.remat import kept
 from jaxmodels.models.ring import ring_attend
 from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, on_tpu, use
 
@@ -40,27 +40,26 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k scale + bias) v, over the keys that a query may see.
 
+    If the layout shards sequences (the mesh axis `context`), each device has its shard of the queries, and all keys and values. With
+    `xla` it then computes T / devices × S products for each head. For long sequences the layout's `context` selects another way: a ring
+    (`ring.ring_attend`), or all positions of some heads on each device (`_by_heads`). A sequence that does not divide is replicated.
+
     Args:
       q_BTNK, k_BSGK, v_BSGK: queries, keys and values; each key head serves N / G query heads (Ainslie et al. 2023).
       causal: query t sees keys 0..t.
-      window: query t sees only keys less than `window` away (Beltagy et al. 2020; Jiang et al. 2023).
-      segments: int [B, T] and [B, S]; a query sees only keys of its own number. A query that sees none gets some
-        average of values: what it gives means nothing, but is finite.
+      window: query t sees only keys less than `window` positions away (Beltagy et al. 2020; Jiang et al. 2023).
+      segments: int [B, T] and [B, S]; a query sees only keys with its own number. The output of a query that sees no key is
+        finite and has no meaning.
       bias: added to the products, [1 or B, 1 or N, T, S].
-      scale: of the products; 1 / sqrt(K) unless given.
-      implementation: `xla` computes all products; `cudnn` is the fused kernel of NVIDIA GPUs; `splash` that of TPUs;
-        `auto` is what `choose` says for the platform that JAX runs on by default.
-
-    Where a layout has sequences in parts (the axis `context`), each device has its part of the queries, and is given all keys and
-    values; by `xla` it then holds all products of the two, T / devices × S for each head. The layout's `context` chooses another way
-    for long sequences: a ring (`ring.ring_attend`), or all positions of a share of the heads (`_by_heads`). A sequence that does not
-    divide stays whole.
+      scale: factor on the products. The default is 1 / sqrt(K).
+      implementation: `xla` computes all products; `cudnn` is the fused kernel for NVIDIA GPUs; `splash` is that for TPUs;
+        `auto` is the choice of `choose` for JAX's default backend.
 
     Returns:
       [B, T, N, K].
 
     Raises:
-      ValueError: that implementation cannot compute this.
+      ValueError: the implementation cannot compute this.
     """
     (T, N, K), (S, G) = q_BTNK.shape[1:], k_BSGK.shape[1:3]
     if N % G:
@@ -87,7 +86,7 @@ def attend(
         fuse = {"cudnn": fused.cudnn, "splash": fused.splash}[implementation]
         with _stated(T, S, causal, window):
             return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
-    # Parts of a sequence see all of its keys.
+    # Each shard of a sequence attends to all keys.
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
@@ -98,26 +97,28 @@ def attend(
 
 
 def _stated(T: int, S: int, causal: bool, window: int | None) -> contextlib.AbstractContextManager:
-    """A scope whose name tells those who count operations (`plan.flops`, `plan.roofline`) how many pairs of queries and keys are left; none
-    where all are, nor where a program for any length is traced (jax.export)."""
+    """Return a scope whose name holds the number of query–key pairs that the masks leave, for FLOP counts and the cost model.
+
+    Without masks, and while tracing for symbolic lengths (jax.export), the scope has no name.
+    """
     if not (causal or window) or not (isinstance(T, int) and isinstance(S, int)):
         return contextlib.nullcontext()
     return jax.named_scope(f"attended={_attended(T, S, causal, window)}of{T * S}")
 
 
 def _attended(T: int, S: int, causal: bool, window: int | None) -> int:
-    """Pairs of queries and keys that a causal mask and a window leave."""
+    """Return the number of query–key pairs that a causal mask and a window leave."""
     t, window = np.arange(T), window or max(T, S)
     first, last = np.maximum(t - window + 1, 0), np.minimum(t if causal else t + window - 1, S - 1)
     return int(np.maximum(last - first + 1, 0).sum())
 
 
 def _by_heads(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, layout: Layout, segments, **options: Any) -> jax.Array:
-    """Attention of sequences in parts, for which each device is given all positions of a share of its heads, and gives them back.
+    """Attention of sharded sequences by an all-to-all: each device gets all positions of some heads, and returns their outputs.
 
-    Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv 2309.14509). Of queries, keys and values a device sends what it has but once, where
-    `gather` brings it the keys of all; and a causal mask leaves every device as much to do. Key-value heads are repeated until
-    there is one for each device.
+    Jacobs et al. 2023 (DeepSpeed Ulysses, arXiv 2309.14509). A device sends its shard of queries, keys and values once, where `gather`
+    brings it the keys of all devices. With a causal mask all devices have the same work. Key-value heads are repeated until each device
+    has one.
     """
     axes, (N, ways) = layout.axes("sequence"), (q_BTNK.shape[2], layout.size("heads") * layout.size("sequence"))
     if N % ways:
@@ -127,7 +128,7 @@ def _by_heads(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, *, layout
     def on_device(q, k, v, *numbers):
         q, k, v = (jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
         segments = tuple(jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in numbers) or None
-        with use(None):  # what a device has here is whole
+        with use(None):  # the sequences are not sharded here
             y = attend(q, k, v, segments=segments, **options)
         return jax.lax.all_to_all(y, axes, split_axis=1, concat_axis=2, tiled=True)
 
@@ -141,13 +142,13 @@ def _indivisible(heads: int, layout: Layout) -> str:
 
 
 def _for_devices(x_BSGK: jax.Array, N: int, ways: int) -> jax.Array:
-    """Keys or values, their heads repeated until each of so many devices has those of its own share of the N heads."""
+    """Return keys or values with their heads repeated, so that each of `ways` devices has those of its own N / ways query heads."""
     G = x_BSGK.shape[2]
     return x_BSGK if N % ways else jnp.repeat(x_BSGK, math.lcm(G, ways) // G, axis=2)
 
 
 def context_of(layout: Layout | None) -> Context:
-    """How the parts of a sequence come together: `whole` where a sequence lies on one device."""
+    """Return how attention spans the shards of a sequence: `whole` if sequences are not sharded."""
     return "whole" if layout is None or layout.axis is not None or layout.size("sequence") == 1 else layout.context
 
 
@@ -162,7 +163,7 @@ def choose(
     bias: bool,
     context: Context = "whole",
 ) -> tuple[Implementation, str]:
-    """The implementation that runs, and why: the one asked for, or for `auto` the fastest that can.
+    """Return the implementation that runs, and the reason: the requested one, or for `auto` the fastest that can run.
 
     Args:
       asked: as in `attend`.
@@ -170,18 +171,18 @@ def choose(
       dtype: of the computation.
       head_width: K.
       causal, window: as in `attend`.
-      bias: whether something is added to the products.
-      context: how the parts of a sequence come together, as `context_of` says.
+      bias: whether a bias is added to the products.
+      context: as `context_of` returns.
 
     Raises:
-      ValueError: what is asked for cannot run; says why.
+      ValueError: the requested implementation cannot run; the message says why.
     """
     if context in ("ring", "heads") and bias:
         raise ValueError(NO_BIAS.format(f"sharding.context={context!r}"))
     if context == "ring":
         if asked not in ("auto", "xla"):
             cure = "use 'auto', or sharding.context='gather'"
-            raise ValueError(f"attention={asked!r} does not go with sharding.context='ring', which computes by 'xla'; {cure}")
+            raise ValueError(f"attention={asked!r} excludes sharding.context='ring', which computes with 'xla'; {cure}")
         return "xla", "keys are passed round (sharding.context=ring)"
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if asked == "xla":
@@ -225,19 +226,19 @@ def _splash_problem(platform, bias) -> str | None:
 
 
 def resolve_implementation(model: nnx.Module, platform: str | None, dtype: Any = jnp.float32, layout: Layout | None = None) -> dict[str, str]:
-    """Gives every attention of a model the implementation that runs on a platform, in place.
+    """Set each attention layer's implementation for the platform, in place.
 
     Args:
-      model: a module, or the shapes of one.
-      platform: as in `choose`; None while there is none, and only shapes are computed, which are the same for all.
+      model: a module of arrays or of shapes.
+      platform: as in `choose`. None if it is not known yet; then only shapes are computed, with `xla`.
       dtype: of the computation.
-      layout: how it is spread over devices.
+      layout: sharding over devices, or None.
 
     Returns:
-      What was asked, what is used and why: empty for a model without attention.
+      The implementation that was requested (`asked`), the one that is `used`, and `why`. Empty for a model without attention.
 
     Raises:
-      ValueError: what is asked for cannot run; says why. Without a platform: on none.
+      ValueError: the requested implementation cannot run on the platform, or without one on any; the message says why.
     """
     found: dict[str, list[str]] = {"asked": [], "used": [], "why": []}
     for _, module in nnx.iter_modules(model):
@@ -252,12 +253,12 @@ def resolve_implementation(model: nnx.Module, platform: str | None, dtype: Any =
                 if value not in found[key]:
                     found[key].append(value)
             module.implementation = used if platform else "xla"
-    # The kinds of attention in one model may differ: with relative positions, and without them between two sequences.
+    # Layers of one model may differ: with relative positions, and without them in cross-attention.
     return {key: " / ".join(values) for key, values in found.items() if values}
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of a sequence to itself, or to another one, with a matrix each for query, key, value and output."""
+    """Multi-head attention of a sequence to itself or to another one, with matrices for query, key, value and output."""
 
     def __init__(
         self,
@@ -283,16 +284,16 @@ class Attention(nnx.Module):
         """
         Args:
           width, heads: D and N.
-          kv_heads: G; N unless given.
-          head_width: K; D / N unless given.
-          causal, window, scale, implementation: of `attend`.
-          bias: add a vector to queries, keys and values.
-          out_bias: and to the output; as `bias` unless given.
-          query_key_norm: root-mean-square normalisation of every query and key, with a scale (Henry et al. 2020; Qwen 3).
-          epsilon: of that normalisation.
-          biased: a bias is added to the products when called.
-          init: of the matrices, normal with a deviation of 0.02 unless given; `query_init` and `out_init` where those of query
-            and output differ.
+          kv_heads: G. The default is N.
+          head_width: K. The default is D / N.
+          causal, window, scale, implementation: as in `attend`.
+          bias: whether queries, keys and values have a bias vector.
+          out_bias: whether the output has one. The default is `bias`.
+          query_key_norm: root-mean-square normalization of every query and key, with a scale (Henry et al. 2020; Qwen 3).
+          epsilon: of that normalization.
+          biased: whether calls pass a bias for the products.
+          init: initializer of the matrices. The default is normal with a deviation of 0.02.
+          query_init, out_init: initializers of the query and output matrices. The default is `init`.
           rngs: draws the initial parameters from its `params` stream.
         """
         kv_heads = heads if kv_heads is None else kv_heads
@@ -323,15 +324,15 @@ class Attention(nnx.Module):
         segments: tuple[jax.Array, jax.Array] | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """Attends from x to `memory_BSD`, or to x itself; `rotary` as `positions.rotary_table` gives, the others as in `attend`."""
+        """Attend from x to `memory_BSD`, or to x itself. `rotary` is from `positions.rotary_table`; the other arguments are as in `attend`."""
         memory_BSD = x_BTD if memory_BSD is None else memory_BSD
-        q_BTNK, (k_BSGK, v_BSGK) = kept(self._queries(x_BTD, rotary), "query"), self._keys_values(memory_BSD, rotary)
-        return self._whole(q_BTNK, kept(k_BSGK, "key"), kept(v_BSGK, "value"), segments, bias)
+        q_BTNK, (k_BSGK, v_BSGK) = checkpoint_name(self._queries(x_BTD, rotary), "query"), self._keys_values(memory_BSD, rotary)
+        return self._whole(q_BTNK, checkpoint_name(k_BSGK, "key"), checkpoint_name(v_BSGK, "value"), segments, bias)
 
     def prefill(
         self, x_BTD: jax.Array, layer: dict[str, jax.Array], *, rotary: tuple[jax.Array, jax.Array] | None, segments: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`__call__` of x to itself, and the empty `layer` of a cache with its keys and values."""
+        """Attend from x to itself, and write its keys and values into the empty cache `layer`."""
         k_BSGK, v_BSGK = self._keys_values(x_BTD, rotary)
         return self._whole(self._queries(x_BTD, rotary), k_BSGK, v_BSGK, segments, None), cache_lib.fill(layer, k_BSGK, v_BSGK)
 
@@ -340,29 +341,29 @@ class Attention(nnx.Module):
         x_B1D: jax.Array,
         layer: dict[str, jax.Array],
         slot: jax.Array,
-        pads_B: jax.Array,
+        left_padding_B: jax.Array,
         *,
         index: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attends from one token, which goes to `slot`, to itself and those in the cache; see `models.cache`.
+        """Attend from one token to itself and to the tokens in the cache, and write it to `slot`; see `models.cache`.
 
         Args:
-          layer: of the cache; with `index` all of them stacked.
-          bias: [1 or B, 1 or N, 1, S], for the places of the cache.
+          layer: of the cache; with `index`, all layers stacked.
+          bias: [1 or B, 1 or N, 1, S], for the slots of the cache.
         """
         own = (jnp.moveaxis(x, 1, 2) for x in self._keys_values(x_B1D, rotary))
         layer = cache_lib.append(layer, slot, *own, index)
         now = {name: x if index is None else jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in layer.items()}
-        return self._read(x_B1D, now, cache_lib.valid(slot, pads_B, now["key"].shape[2]), rotary, bias), layer
+        return self._read(x_B1D, now, cache_lib.valid(slot, left_padding_B, now["key"].shape[2]), rotary, bias), layer
 
     def remember(self, memory_BSD: jax.Array) -> dict[str, jax.Array]:
-        """Keys and values of another sequence, as `read` takes them: [B, G, S, K] each."""
+        """Return the keys and values of another sequence for `read`: [B, G, S, K] each."""
         return {name: jnp.moveaxis(x, 1, 2) for name, x in zip(("key", "value"), self._keys_values(memory_BSD, None), strict=True)}
 
     def read(self, x_B1D: jax.Array, layer: dict[str, jax.Array], valid_BS: jax.Array) -> jax.Array:
-        """Attends from one token to those keys and values [B, G, S, K] that are valid, and none else."""
+        """Attend from one token to the valid ones of those keys and values [B, G, S, K]."""
         return self._read(x_B1D, layer, valid_BS, None, None)
 
     def _read(self, x_B1D, layer, valid_BS, rotary, bias):
@@ -400,17 +401,17 @@ class Attention(nnx.Module):
             scale=self.scale,
             implementation=self.implementation,
         )
-        if self.implementation != "splash":  # which keeps what its gradient needs under that name itself
-            y_BTNK = kept(y_BTNK, "attention")
+        if self.implementation != "splash":  # splash saves its residuals under that name itself
+            y_BTNK = checkpoint_name(y_BTNK, "attention")
         y_BTNK = constrain(y_BTNK, "batch", "sequence", "heads", None)
         return _from_heads(self.out, y_BTNK)
 
 
 def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
-    """A linear layer's result in heads, [B, T, N, K].
+    """Return the output of a linear layer in heads, [B, T, N, K].
 
-    As one product with a matrix of three dimensions, which a TPU's compiler lays out as attention's kernel wants it; cut up
-    afterwards, it is copied.
+    On TPUs this is one product with a matrix of three dimensions, which the compiler lays out for the attention kernel. A reshaped output
+    would be copied.
     """
     if type(linear) is not nnx.Linear or not on_tpu():
         return linear(x_BTD).reshape(*x_BTD.shape[:2], heads, -1)
@@ -419,7 +420,7 @@ def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
 
 
 def _from_heads(linear: nnx.Module, y_BTNK: jax.Array) -> jax.Array:
-    """A linear layer of heads brought together, [B, T, D]; see `_to_heads`."""
+    """Return the output of a linear layer over all heads, [B, T, D]; see `_to_heads`."""
     if type(linear) is not nnx.Linear or not on_tpu():
         return linear(y_BTNK.reshape(*y_BTNK.shape[:2], -1))
     x_BTD = jnp.einsum("btnk,nkd->btd", y_BTNK, linear.kernel[...].reshape(*y_BTNK.shape[2:], -1))

@@ -35,7 +35,7 @@ class CNN(nnx.Module):
         check_sizes(hidden=hidden, **{f"features[{i}]": wide for i, wide in enumerate(features)})
         height, width, channels = image_shape
         if min(height, width) < 2 ** len(features):
-            raise ValueError(f"{len(features)} poolings leave nothing of an image of {height}×{width}; give fewer features")
+            raise ValueError(f"{len(features)} poolings reduce an image of {height}×{width} to nothing; use fewer features")
         layers = []
         for wide in features:
             layers.append(nnx.Conv(channels, wide, kernel_size=(3, 3), kernel_init=nnx.initializers.he_normal(), rngs=rngs))
@@ -47,7 +47,7 @@ class CNN(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes]."""
+        """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes]."""
         x = image.astype(self.output.kernel.dtype)
         for convolution in self.convolutions:
             x = max_pool_2x2(nnx.relu(convolution(x)))

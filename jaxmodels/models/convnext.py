@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022): depthwise 7×7 convolutions and pointwise feed-forwards, in stages as a ResNet's."""
+"""ConvNeXt (Liu et al. 2022): stages of blocks with a depthwise 7×7 convolution and a pointwise feed-forward."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ init = nnx.initializers.truncated_normal(0.02)
 
 
 class Merge(nnx.Module):
-    """Squares of `size`×`size` pixels to one of `features` channels: a convolution with a stride of its size."""
+    """Merge squares of `size`×`size` pixels into one pixel of `features` channels: a convolution with stride `size`."""
 
     def __init__(self, channels: int, features: int, size: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(size * size * channels, features, kernel_init=init, rngs=rngs)
@@ -30,7 +30,7 @@ class Merge(nnx.Module):
 
 
 class ConvNeXtBlock(nnx.Module):
-    """A depthwise convolution, normalisation, and a feed-forward, scaled by channel and added to the input."""
+    """A depthwise convolution, normalization, and a feed-forward, scaled by channel and added to the input."""
 
     def __init__(self, channels: int, *, kernel: int, layer_scale: float, rate: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, channels)))
@@ -48,7 +48,7 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class ConvNeXt(nnx.Module):
-    """Stages of blocks, each after the first at half the resolution and twice the width, mean pooling, logits.
+    """Stages of blocks, with half the resolution and twice the width from stage to stage, then mean pooling and logits.
 
     Named sizes `convnext_t`, `convnext_s` and `convnext_b` have the published parameter counts at 1,000 classes.
     """
@@ -70,12 +70,12 @@ class ConvNeXt(nnx.Module):
         Args:
           image_shape: (height, width, channels). An odd last row or column is dropped where the resolution halves.
           num_classes: width of the output.
-          stages: blocks in each.
+          stages: number of blocks in each stage.
           width: channels of the first stage.
-          patch: pixels to a side of what becomes one place of the first stage; 1 or 2 for small images.
+          patch: side in pixels of the square that becomes one position of the first stage; 1 or 2 for small images.
           kernel: side of the depthwise convolutions, odd.
-          layer_scale: where the scales of what blocks add begin (Touvron et al. 2021).
-          stochastic_depth: rate at which whole examples skip the last block; it rises in a line from 0 at the first.
+          layer_scale: initial value of the scales on the outputs of blocks (Touvron et al. 2021).
+          stochastic_depth: rate at which examples skip the last block; it rises linearly from 0 at the first block.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(stochastic_depth, "stochastic_depth")
@@ -83,7 +83,7 @@ class ConvNeXt(nnx.Module):
         if kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {kernel}")
         if min(image_shape[:2]) < patch * 2 ** (len(stages) - 1):
-            raise ValueError(f"{len(stages)} stages leave nothing of {image_shape[0]}×{image_shape[1]} pixels; give a smaller patch or fewer stages")
+            raise ValueError(f"{len(stages)} stages reduce {image_shape[0]}×{image_shape[1]} pixels to nothing; use a smaller patch or fewer stages")
         self.stem = Merge(image_shape[2], width, patch, rngs=rngs)
         self.stem_norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
         norms, merges, blocks, done = [], [], [], 0
@@ -100,7 +100,7 @@ class ConvNeXt(nnx.Module):
         self.output = nnx.Linear(channels, num_classes, kernel_init=init, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes]."""
+        """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes]."""
         x = self.stem_norm(self.stem(image.astype(self.output.kernel.dtype)))
         for stage, blocks in enumerate(self.blocks):
             if stage:

@@ -1,4 +1,4 @@
-"""Convolutions and poolings of images [B, H, W, C], written so that they are quick on CPUs too."""
+"""Convolutions and pooling of images [B, H, W, C], written so that they are fast on CPUs too."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ SMALL = 4
 
 
 class Conv(nnx.Module):
-    """A convolution without bias. Zeros around the image, as many on both sides, keep its size (divided by the stride)."""
+    """A convolution without bias. Symmetric zero padding preserves the size (divided by the stride)."""
 
     def __init__(self, channels: int, features: int, size: int, stride: int = 1, *, init, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (size, size, channels, features)))
@@ -21,7 +21,7 @@ class Conv(nnx.Module):
 
 
 def convolve(x_BHWC: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """The convolution of images with a kernel [size, size, C, F] of odd size. Returns [B, H / stride, W / stride, F], rounded up."""
+    """Convolve images with a kernel [size, size, C, F] of odd size. Return [B, H / stride, W / stride, F], rounded up."""
     B, H, W, C = x_BHWC.shape
     size = kernel.shape[0]
     height, width, edge = -(-H // stride), -(-W // stride), (size - 1) // 2
@@ -35,9 +35,9 @@ def convolve(x_BHWC: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
 
 
 def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel convolved with a kernel of its own, [size, size, C], odd. Returns the shape of x.
+    """Convolve each channel with a kernel of its own, [size, size, C], of odd size. Return the shape of x.
 
-    On CPUs as a sum of shifted images: the general convolution there takes about twenty times as long.
+    This is a sum of shifted images on CPUs, where the general convolution takes about twenty times as long.
     """
     size, _, C = kernel.shape
 
@@ -52,11 +52,11 @@ def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x_BHWC, kernel, cpu=shifted, default=general)
 
 
-def pool_to_half(x_BHWC: jax.Array) -> jax.Array:
-    """Max-pooling 3×3 with stride 2, of images with an edge of one pixel that never is the largest; half the size, rounded up.
+def max_pool_3x3(x_BHWC: jax.Array) -> jax.Array:
+    """Max-pool 3×3 with stride 2 and padding of one pixel. Return half the size, rounded up.
 
-    As a maximum of nine slices: the gradient of a general max-pooling walks over windows, which is several times slower on a
-    CPU. Where values tie, each has a part of the gradient.
+    This is a maximum of nine slices: the gradient of a general max-pooling loops over windows, which is several times slower on a
+    CPU. Equal maxima share the gradient.
     """
     B, H, W, C = x_BHWC.shape
     slices = _shifted(x_BHWC, 3, 2, -(-H // 2), -(-W // 2), -jnp.inf)
@@ -67,7 +67,7 @@ def pool_to_half(x_BHWC: jax.Array) -> jax.Array:
 
 
 def patches(x_BHWC: jax.Array, size: int) -> jax.Array:
-    """Squares of size×size pixels as vectors: [B, H / size, W / size, size * size * C]; what is left over at the end is dropped."""
+    """Return squares of size×size pixels as vectors: [B, H / size, W / size, size * size * C]. Incomplete squares at the end are dropped."""
     B, H, W, C = x_BHWC.shape
     height, width = H // size, W // size
     x = x_BHWC[:, : height * size, : width * size].reshape(B, height, size, width, size, C)
@@ -75,7 +75,7 @@ def patches(x_BHWC: jax.Array, size: int) -> jax.Array:
 
 
 def _shifted(x_BHWC, size, stride, height, width, fill):
-    """What each place of a size×size window sees of an image with an edge of `fill`, window by window."""
+    """Return the image shifted to each of the size×size offsets of a window, with padding of `fill`."""
     edge = (size - 1) // 2
     x = jnp.pad(x_BHWC, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=fill)
     rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1

@@ -1,4 +1,4 @@
-"""The Transformer encoder, by default BERT's (Devlin et al. 2019), with a head for what it is to say.
+"""The Transformer encoder, by default BERT's (Devlin et al. 2019), with a head.
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -32,12 +32,12 @@ SIZES = {name: {"context": 512, "types": 2, "dropout": 0.1, **size} for name, si
 
 
 class Head(nnx.Module):
-    """What an encoder says of a sequence (`class`, `value`) or of each token (`tokens`, `tags`)."""
+    """The output of an encoder for a sequence (`class`, `value`) or for each token (`tokens`, `tags`)."""
 
     def __init__(self, kind: str, size: int, width: int, *, pool: str, dropout: float, activation: Activation, norm: Norm, epsilon: float, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         if kind not in ("tokens", "tags", "class", "value"):
-            raise ValueError(f"a head is 'tokens', 'tags', 'class' or 'value', not {kind!r}")
+            raise ValueError(f"a head must be 'tokens', 'tags', 'class' or 'value', got {kind!r}")
         self.dense = nnx.Linear(width, width, kernel_init=init, rngs=rngs) if kind != "tags" else None
         if kind == "tokens":
             self.norm = make_norm(norm, width, epsilon, True, rngs)
@@ -47,7 +47,7 @@ class Head(nnx.Module):
         self.kind, self.pool, self.dropout, self.activation = kind, pool, dropout, activation
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, embed: Embed, rngs: nnx.Rngs | None) -> jax.Array:
-        """[B, T, size], or [B, size] for a sequence. `embed` is the encoder's: its rows score tokens."""
+        """Return [B, T, size], or [B, size] for a sequence. `embed` is the encoder's embedding, whose rows score tokens."""
         if self.kind == "tokens":
             activate = ACTIVATIONS["gelu_exact" if self.activation in GATED else self.activation]
             return embed.attend(self.norm(activate(self.dense(x_BTD)))) + self.bias[...]
@@ -62,7 +62,7 @@ class Head(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Blocks that see the whole sequence, and a head, whose parameters alone lie under `head/`.
+    """Bidirectional Transformer blocks, and a head. Only the head's parameters are under `head/`.
 
     Named sizes (`bert-base`, `roberta-base`, …) have the published parameter counts.
     """
@@ -98,21 +98,21 @@ class Encoder(nnx.Module):
         """
         Args:
           vocab_size: V, rows of the embedding.
-          head: what it says, and how many: `("tokens", V)` scores of tokens, by the embedding; `("tags", K)` scores for
+          head: kind and size of the output: `("tokens", V)` scores of tokens, by the embedding; `("tags", K)` scores for
             each token; `("class", C)` scores and `("value", 1)` numbers for the sequence.
           context: the longest sequence.
           layers, heads, width, kv_heads, mlp_width, window: of the blocks, as in `transformer.Block`.
-          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` turns queries and keys.
+          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys.
           position_offset: of the first token in the table of learned positions (2 in RoBERTa).
           rotary_base: of the wavelengths of `rotary`.
-          types: kinds of tokens (2 in BERT: of a first and a second text); 0 for none.
+          types: number of token types (2 in BERT, for a first and a second text); 0 for none.
           norm: `layer` or `rms`.
-          epsilon: of the normalisation.
-          post_norm: normalise each sum, and the embedding (BERT); else the inputs of attention and feed-forward.
+          epsilon: of the normalization.
+          post_norm: normalize each residual sum, and the embedding (BERT). Otherwise normalize the inputs of attention and feed-forward.
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
-          bias: matrices and layer normalisations have one.
-          pool: a sequence is its `first` token (BERT's, which stands for all), or the `mean` of its tokens.
-          dropout: rate on the embedding, on what each block adds, and in the head.
+          bias: whether matrices and layer normalizations have a bias.
+          pool: a sequence is represented by its `first` token (BERT), or by the `mean` of its tokens.
+          dropout: rate on the embedding, on the residuals of each block, and in the head.
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
           rngs: draws the initial parameters from its `params` stream.
@@ -143,17 +143,17 @@ class Encoder(nnx.Module):
         positions: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """What the head says.
+        """Return the output of the head.
 
         Args:
           tokens: int [B, T], T at most `context`; -1 is padding.
-          segments: int [B, T] where several texts are packed into a row: each sees itself alone, from position 0.
-          types: int [B, T], the kinds of tokens; 0 unless given.
-          positions: int [B, K], where alone a head for tokens is asked; everywhere unless given.
-          rngs: dropout is drawn from; None to evaluate.
+          segments: int [B, T] for rows of several packed texts: each attends only to itself, from position 0.
+          types: int [B, T], token types. The default is 0.
+          positions: int [B, K], the positions at which a head for tokens is computed. The default is all.
+          rngs: provides the `dropout` stream; None to evaluate.
 
         Returns:
-          [B, T or K, size] of a head for tokens, [B, size] of one for the sequence.
+          [B, T or K, size] for a head for tokens, [B, size] for one for the sequence.
         """
         x_BTD = self.states(tokens, segments=segments, types=types, rngs=rngs)
         if positions is not None:
@@ -163,12 +163,12 @@ class Encoder(nnx.Module):
         return self.head(x_BTD, tokens >= 0, self.embed, rngs)
 
     def states(self, tokens: jax.Array, *, segments: jax.Array | None = None, types: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """The last block's output, [B, T, D]: what the head is given. Arguments as of a call."""
+        """Return the output of the last block, [B, T, D], which is the input of the head. Arguments as for a call."""
         T = tokens.shape[1]
         if T > self.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
         if types is not None and self.types is None:
-            raise ValueError("the model has no kinds of tokens; make it with types=2")
+            raise ValueError("the model has no token types; construct it with types=2")
         valid = tokens >= 0
         positions = jnp.arange(T)[None] if segments is None else positions_in(segments)
         x_BTD = self.embed(tokens)

@@ -41,7 +41,7 @@ SIZES = {
 
 
 class Side(nnx.Module):
-    """One half: positions, blocks, and where these do not end in one a normalisation."""
+    """The encoder or the decoder: positions, blocks, and a final normalization for pre-norm blocks."""
 
     def __init__(
         self, width: int, heads: int, *, causal: bool, positions: str, context: int, scan: bool, remat: Remat | tuple[str, ...], rngs: nnx.Rngs, **block
@@ -50,7 +50,7 @@ class Side(nnx.Module):
         norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         relative = positions == "relative"
-        # One table for all layers, as in T5. Its numbers begin small beside products of unit variance.
+        # One table for all layers, as in T5. Its initial values are small beside products of unit variance.
         self.relative = RelativePositions(heads, buckets=32, distance=128, causal=causal, init=init, rngs=rngs) if relative else None
         options = {"causal": causal, "memory": causal, "relative": relative, "init": "fan_in", **block}
         self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), block["layers"], scan, rngs)
@@ -58,7 +58,7 @@ class Side(nnx.Module):
         self.sinusoidal, self.remat, self.dropout = positions == "sinusoidal", remat, block["dropout"]
 
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None, **shared) -> jax.Array:
-        """From embeddings to what the last block says, [B, T, D]; `shared` as of `transformer.apply_blocks`."""
+        """Return the output of the last block for embeddings, [B, T, D]; `shared` as in `transformer.apply_blocks`."""
         positions = jnp.arange(x_BTD.shape[1])[None]
         x_BTD = self._placed(x_BTD, positions)
         if self.relative is not None:
@@ -67,24 +67,24 @@ class Side(nnx.Module):
         return x_BTD if self.final_norm is None else dropout(self.final_norm(x_BTD), self.dropout, rngs)
 
     def remember(self, memory_BSD: jax.Array) -> list | dict:
-        """What each block's attention to a memory needs of it: a list, or for stacked blocks [L, …]."""
+        """Return the keys and values of each block's cross-attention: a list, or [L, …] for stacked blocks."""
         if isinstance(self.blocks, nnx.List):
             return [block.memory_attention.remember(memory_BSD) for block in self.blocks]
         graphdef, state = nnx.split(self.blocks)
         return jax.lax.map(lambda state: nnx.merge(graphdef, state).memory_attention.remember(memory_BSD), state)
 
     def extend(self, x_B1D: jax.Array, cache: dict[str, Any], **shared) -> tuple[jax.Array, list | dict]:
-        """From the embedding of one token to what the last block says, [B, 1, D], and the layers of the cache; see `models.cache`."""
+        """Return the output of the last block for the embedding of one token, [B, 1, D], and the layers of the cache; see `models.cache`."""
         slot, layers = cache["slot"], cache["layers"]
         x_B1D = self._placed(x_B1D, slot[None, None])
         if self.relative is not None:
             size = jax.tree.leaves(layers)[0].shape[-2]
             shared["bias"] = self.relative(slot[None, None], cache_lib.numbers(slot, size)[None])
-        x_B1D, layers = extend_blocks(self.blocks, x_B1D, layers, slot=slot, pads=cache["pads"], **shared)
+        x_B1D, layers = extend_blocks(self.blocks, x_B1D, layers, slot=slot, left_padding=cache["left_padding"], **shared)
         return (x_B1D if self.final_norm is None else self.final_norm(x_B1D)), layers
 
     def _placed(self, x_BTD, positions):
-        """With what is added for positions."""
+        """Add absolute positions."""
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions)
         if self.sinusoidal:
@@ -93,10 +93,10 @@ class Side(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-    """An encoder of a source, and a decoder of the target that attends to it; by default the original Transformer.
+    """An encoder of a source, and a decoder of the target with cross-attention; by default the original Transformer.
 
-    Named sizes: `transformer-base`, `transformer-big`, and `t5-v1.1-small` to `-xxl`, which have the released checkpoints'
-    parameter counts.
+    Named sizes: `transformer-base`, `transformer-big`, and `t5-v1.1-small` to `-xxl`, which have the parameter counts of the released
+    checkpoints.
     """
 
     def __init__(
@@ -131,24 +131,24 @@ class EncoderDecoder(nnx.Module):
           context: the longest source or target.
           layers: of the encoder, and of the decoder.
           heads, width, kv_heads, head_width, mlp_width: of the blocks, as in `transformer.Block`.
-          positions: `learned` and `sinusoidal` are added to the embedding; `relative` adds a number for each head and range
+          positions: `learned` and `sinusoidal` are added to the embedding; `relative` adds a bias for each head and range
             of distances to attention's products (Raffel et al. 2020), one table for each side.
           norm: `layer` or `rms`.
-          epsilon: of the normalisation.
-          post_norm: normalise each sum, not the inputs of attention and feed-forward.
+          epsilon: of the normalization.
+          post_norm: normalize each residual sum, not the inputs of attention and feed-forward.
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
-          bias: matrices and layer normalisations have one.
-          scale_attention: divide products by the root of the heads' width (not in T5).
-          scale_embeddings: multiply embeddings by the root of D (not in T5).
+          bias: whether matrices and layer normalizations have a bias.
+          scale_attention: divide the products by the square root of the head width (not in T5).
+          scale_embeddings: multiply embeddings by the square root of D (not in T5).
           tie_embeddings: the output matrix is the embedding's.
-          dropout: rate on embeddings and on what each block adds; and, with norms before, on each side's end (T5).
+          dropout: rate on embeddings and on the residuals of each block; for pre-norm also on the final output of each side (T5).
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         check_sizes(context=context, layers=layers, heads=heads, width=width)
-        # What is scaled up by the root of D begins smaller by as much.
+        # Embeddings that are scaled up by the square root of D are initialized smaller by that factor.
         embed_init = nnx.initializers.normal(width**-0.5 if tie_embeddings else 1.0)
         self.embed = Embed(vocab_size, width, init=embed_init, rngs=rngs)
         options = {"positions": positions, "context": context, "kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width}
@@ -161,42 +161,42 @@ class EncoderDecoder(nnx.Module):
         self.context, self.scale = context, width**0.5 if scale_embeddings else None
 
     def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits of the token after each of the target.
+        """Return the logits of the token after each token of the target.
 
         Args:
           source: int [B, S], -1 is padding.
-          target: int [B, T], from its start token on; -1 is padding, after the tokens.
-          rngs: dropout is drawn from; None to evaluate.
+          target: int [B, T], beginning with its start token; -1 is padding, at the end.
+          rngs: provides the `dropout` stream; None to evaluate.
 
         Returns:
-          [B, T, V]; those at t see the source and the target's tokens 0..t.
+          [B, T, V]; logits at t see the source and the target's tokens 0..t.
         """
         return self.decode(target, self.encode(source, rngs=rngs), rngs=rngs)
 
     def encode(self, source: jax.Array, rngs: nnx.Rngs | None = None) -> dict[str, jax.Array]:
-        """What `decode` needs of a source [B, S]: `states` [B, S, D] and which are `valid` [B, S]."""
+        """Return the encoder output for a source [B, S]: `states` [B, S, D], and `valid` [B, S], the positions that are not padding."""
         valid = source >= 0
         segments = jnp.where(valid, 0, -1)
         return {"states": self.encoder(self._embed(source), rngs, segments=segments, valid=valid), "valid": valid}
 
     def decode(self, target: jax.Array, memory: dict[str, jax.Array], rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits [B, T, V] of the token after each of `target` [B, T], given what `encode` made of the source."""
-        # Every position of the target looks at the source's tokens, none at its padding.
+        """Return the logits [B, T, V] of the token after each of `target` [B, T], given the output of `encode`."""
+        # Every position of the target attends to the source's tokens, and none to its padding.
         segments = (jnp.zeros(target.shape, jnp.int32), jnp.where(memory["valid"], 0, -1))
         x_BTD = self.decoder(self._embed(target), rngs, memory=memory["states"], memory_segments=segments, valid=target >= 0)
         return self._logits(x_BTD)
 
     def make_cache(self, source: jax.Array, length: int) -> dict[str, Any]:
-        """A cache for targets of `length` tokens of a source, int [B, S] with -1 as padding; as `models.cache` has it."""
+        """Return a cache for targets of `length` tokens of a source, int [B, S] with -1 as padding; see `models.cache`."""
         if length > self.context:
             raise ValueError(f"{length} tokens are more than the model's context of {self.context}")
         batch, memory = len(source), self.encode(source)
         layers = make_layers(self.decoder.blocks, batch, length, memory["states"].dtype)
         remembered = {"layers": self.decoder.remember(memory["states"]), "valid": memory["valid"]}
-        return {"layers": layers, "memory": remembered, "pads": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
+        return {"layers": layers, "memory": remembered, "left_padding": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits [B, V] of what follows one more token of each target, int [B], and the cache with it; a row that has ended gets -1."""
+        """Read one more token of each target, int [B], with -1 for rows that have ended. Return the next logits [B, V] and the cache."""
         memory = cache["memory"]
         x_B1D, layers = self.decoder.extend(
             self._embed(tokens[:, None]), cache, memory=memory["layers"], memory_valid=memory["valid"], valid=tokens[:, None] >= 0

@@ -1,6 +1,6 @@
-"""Models that forecast: from the past of some variables to their future.
+"""Forecasting models: from the past of some variables to their future.
 
-Every variable is forecast on its own, by the same parameters ("channel independence", Nie et al. 2023). Shapes: B batch,
+Every variable is forecast separately with shared parameters ("channel independence", Nie et al. 2023). Shapes: B batch,
 L rows of the past, H rows of the future, V variables, P patches, D width.
 """
 
@@ -16,20 +16,20 @@ from jaxmodels.models.transformer import Block
 
 
 class LinearForecast(nnx.Module):
-    """DLinear (Zeng et al. 2023): the past as a moving average and what is left, each mapped to the future by one matrix."""
+    """DLinear (Zeng et al. 2023): moving average and remainder of the past, each mapped to the future by one matrix."""
 
     def __init__(self, lookback: int, horizon: int, variables: int, *, window: int = 25, dropout: float = 0.0, rngs: nnx.Rngs):
         """
         Args:
           lookback, horizon, variables: L, H and V.
-          window: rows of the moving average; 1 leaves the past whole and uses one matrix.
+          window: rows of the moving average; 1 does not split the past and uses one matrix.
           dropout: rate on the past.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         if window % 2 == 0 or window < 1:
             raise ValueError(f"window must be odd, got {window}")
-        init = nnx.initializers.constant(1 / lookback)  # at first, the mean of the past
+        init = nnx.initializers.constant(1 / lookback)  # initially the mean of the past
         self.trend = nnx.Linear(lookback, horizon, kernel_init=init, rngs=rngs)
         self.rest = nnx.Linear(lookback, horizon, kernel_init=init, rngs=rngs) if window > 1 else None
         self.window, self.dropout = window, dropout
@@ -46,13 +46,13 @@ class LinearForecast(nnx.Module):
 
 
 class _Patches(nnx.Module):
-    """Overlapping pieces of each variable's past, embedded, with learned positions."""
+    """Overlapping patches of each variable's past, embedded, with learned positions."""
 
     def __init__(self, lookback: int, patch: int, stride: int, width: int, *, rngs: nnx.Rngs):
         if patch > lookback or min(patch, stride) < 1:
             raise ValueError(f"patches of {patch} rows every {stride} do not fit into a past of {lookback}")
         self.count = (lookback - patch) // stride + 1
-        # Cut off at the front, so that the last row is always in the last patch.
+        # Surplus rows are dropped at the front, so that the last row is always in the last patch.
         self.first = lookback - (self.count - 1) * stride - patch
         self.patch, self.stride = patch, stride
         self.embed = nnx.Linear(patch, width, rngs=rngs)
@@ -67,7 +67,7 @@ class _Patches(nnx.Module):
 
 
 class TransformerForecast(nnx.Module):
-    """PatchTST (Nie et al. 2023): a Transformer encoder over patches of the past, one matrix to the future."""
+    """PatchTST (Nie et al. 2023): a Transformer encoder over patches of the past, and one matrix to the future."""
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class TransformerForecast(nnx.Module):
         """
         Args:
           lookback, horizon, variables: L, H and V.
-          patch, stride: rows of a patch, and between the starts of two.
+          patch, stride: rows of a patch, and rows between the starts of two patches.
           layers, heads, width, mlp_width: of the encoder.
-          dropout: rate on the embedding, on what each block adds, and before the last matrix.
+          dropout: rate on the embedding, on the residuals of each block, and before the last matrix.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
@@ -112,7 +112,7 @@ class TransformerForecast(nnx.Module):
 
 
 class RecurrentForecast(nnx.Module):
-    """An LSTM or GRU over patches of the past, one matrix from its last output to the future."""
+    """An LSTM or GRU over patches of the past, and one matrix from its last output to the future."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class RecurrentForecast(nnx.Module):
         Args:
           lookback, horizon, variables: L, H and V.
           cell: `lstm` or `gru`.
-          patch, stride: rows of a patch, and between the starts of two.
+          patch, stride: rows of a patch, and rows between the starts of two patches.
           layers, width: of the recurrent network.
           dropout: rate on the embedding and on every layer's output.
           rngs: draws the initial parameters from its `params` stream.

@@ -1,4 +1,4 @@
-"""A recurrent network over frames: vectors over time, as of speech or handwriting.
+"""A recurrent network over frames, such as those of speech or handwriting.
 
 Shapes: B batch, T time, D width of a frame, H width of a layer, C classes.
 """
@@ -36,17 +36,17 @@ class RecurrentFrames(nnx.Module):
           frame_width: D.
           head: ("tokens", C): C logits at every frame.
           cell: `lstm` or `gru`.
-          layers: how many are stacked.
+          layers: number of layers.
           width: H, of each direction.
-          bidirectional: read from both ends.
+          bidirectional: whether layers have a backward direction.
           dropout: rate between layers, and before the head.
-          kernel: `xla`, or `cudnn`, as of the other recurrent models.
+          kernel: `xla`, or `cudnn`, as in the other recurrent models.
           unroll: time steps per turn of the compiled loop.
           rngs: draws the initial parameters from its `params` stream.
         """
         kind, classes = head
         if kind != "tokens":
-            raise ValueError(f"the head of a model of frames is ('tokens', C), got {kind!r}")
+            raise ValueError(f"the head of a model of frames must be ('tokens', C), got {kind!r}")
         check_rate(dropout)
         check_sizes(frame_width=frame_width)
         options = {"cell": cell, "layers": layers, "bidirectional": bidirectional, "dropout": dropout, "kernel": kernel, "unroll": unroll}
@@ -55,6 +55,6 @@ class RecurrentFrames(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, frames: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """frames: float [B, T, D]; valid: bool [B, T], False at padding. Returns logits [B, T, C], computed in the parameters' type."""
+        """frames: float [B, T, D]; valid: bool [B, T], False at padding. Returns logits [B, T, C], computed in the dtype of the parameters."""
         x, _ = self.encoder(frames.astype(self.head.kernel.dtype), valid=valid, rngs=rngs)
         return self.head(dropout(x, self.dropout, rngs))

@@ -1,6 +1,6 @@
 """Flax NNX modules as pure functions: split into a graph and nested dictionaries of arrays, and merged again.
 
-The random streams of a module (`nnx.Dropout(0.1, rngs=rngs)` keeps one) are neither parameters nor state: `split` leaves them out, and
+The random streams of a module (`nnx.Dropout(0.1, rngs=rngs)` has one) are neither parameters nor state: `split` leaves them out, and
 `merge` makes them from a key. So a checkpoint holds no random state, and a resumed run draws what an uninterrupted one draws.
 """
 
@@ -41,7 +41,7 @@ def split(model: nnx.Module) -> tuple[Graph, dict, dict]:
     for path, variable in nnx.to_flat_state(stats):
         if jnp.issubdtype(variable.get_value().dtype, jax.dtypes.prng_key):
             name = "/".join(map(str, path))
-            raise ValueError(f"{name} holds a random key, which a checkpoint cannot: keep a stream in its place, self.{path[-1]} = rngs.dropout.fork()")
+            raise ValueError(f"{name} holds a random key, which a checkpoint cannot hold: use a stream, self.{path[-1]} = rngs.dropout.fork()")
     found = [(path, isinstance(variable, nnx.RngKey), tuple(variable.get_value().shape)) for path, variable in nnx.to_flat_state(streams)]
     graph = Graph(definition, tuple(sorted(found, key=lambda stream: tuple(map(str, stream[0])))))
     return graph, _string_keys(nnx.to_pure_dict(params)), _string_keys(nnx.to_pure_dict(stats))

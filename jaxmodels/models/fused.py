@@ -1,4 +1,4 @@
-"""Fused attention kernels, on one device or several: the compiler cannot spread them, so each device is given its part.
+"""Fused attention kernels on one device or several. The compiler cannot partition them, so each device runs one on its own shard.
 
 Shapes: B batch, T queries, S keys, N heads, G key-value heads, K width of a head.
 """
@@ -15,15 +15,15 @@ from jaxmodels.parallel.layout import Layout, current, on_each_device
 ROWS, NUMBERS = ("batch", "sequence", "heads", None), ("batch", "sequence")
 CUDNN_PARTS = "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
 # Queries and keys that the TPU's kernel works on at once, and the shortest sequence that they are for: larger blocks spend less time around their
-# products, but more of what a causal mask covers is computed in vain (`benchmarks/attention_kernels.py`). Of queries, no more than 1,024 have room in
+# products, but more of what a causal mask covers is computed without use (`benchmarks/attention_kernels.py`). Of queries, no more than 1,024 have room in
 # the vector memory, nor of heads wider than 128 more than 512 of both.
 BLOCKS = {2048: 32768, 1024: 2048, 512: 512, 256: 256, 128: 128}
 
 
 def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale) -> jax.Array:
-    """cuDNN's attention, through JAX; arguments as in `attention.attend`. Of several devices each has its rows and heads.
+    """cuDNN's attention, through JAX; arguments as in `attention.attend`. Each device computes its own rows and heads.
 
-    Parts of a sequence are given all keys.
+    Each shard of a sequence attends to all keys.
 
     Raises:
       ValueError: cuDNN cannot compute this.
@@ -32,7 +32,7 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
     if causal and layout is not None and layout.size("sequence") > 1 and q_BTNK.shape[1] % layout.size("sequence") == 0:
         raise ValueError(f"{CUDNN_PARTS}; use 'xla' or 'auto'")
     if bias is not None and layout is not None:
-        raise ValueError("cuDNN adds no bias on several devices; use 'xla' or 'auto'")
+        raise ValueError("cuDNN has no bias on several devices; use 'xla' or 'auto'")
 
     def attend(q, k, v, *segments):
         k, v, *numbers = _all_keys(layout, k_BSGK.shape[1], k, v, *segments[1:])
@@ -45,13 +45,13 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
 
 
 def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale, interpret: bool = False) -> jax.Array:
-    """JAX's Pallas kernel for TPUs; arguments as in `attention.attend`. Of several devices each has its rows and heads.
+    """JAX's Pallas kernel for TPUs; arguments as in `attention.attend`. Each device computes its own rows and heads.
 
-    Parts of a sequence are given all keys; what of the mask is theirs, they are given too. The kernel works in blocks of 128
-    or more, so sequences are filled up with a segment that nothing sees.
+    Each shard of a sequence attends to all keys, with its own part of the mask. The kernel works in blocks of at least 128, so sequences
+    are padded with a segment that no query sees.
 
     Args:
-      interpret: run as the CPU's interpreter does, for tests.
+      interpret: run in Pallas' interpreter, for tests on a CPU.
 
     Raises:
       ValueError: there is a bias.
@@ -61,14 +61,14 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     )
 
     if bias is not None:
-        raise ValueError("splash attention adds no bias; use 'xla' or 'auto'")
+        raise ValueError("splash attention has no bias; use 'xla' or 'auto'")
     layout = current()
     parts = 1 if layout is None else layout.size("sequence")
     (T, N, K), S = q_BTNK.shape[1:], k_BSGK.shape[1]
     filled_T, filled_S = (-(-length // (128 * parts)) * 128 * parts for length in (T, S))
     if segments is None and (S < filled_S or T < filled_T):
         segments = (jnp.zeros(q_BTNK.shape[:2], jnp.int32), jnp.zeros(k_BSGK.shape[:2], jnp.int32))
-    # The rows that fill up a query's side and a key's side see each other, so that no row is without a key.
+    # Padding queries see padding keys, so that no query is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
     heads, rows = N // _ways(layout, "heads", N), q_BTNK.shape[0] // _ways(layout, "batch", q_BTNK.shape[0])
     # The two cores of a chip share out rows, which are mapped, and nothing else of the backward pass. Of an odd number of rows heads are mapped too, in
@@ -94,7 +94,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         with jax.named_scope(blocks):
             return jax.vmap(of_row)(*heads_first, *numbers[:1], *key_numbers).swapaxes(1, 2)
 
-    # A mask is told as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
+    # The mask is given as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
     mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
     inputs = [ROWS] * 3 + [NUMBERS] * len(numbers) + mask_names
     filled = [_filled(x, length) for x, length in ((q_BTNK, filled_T), (k_BSGK, filled_S), (v_BSGK, filled_S))]
@@ -102,7 +102,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
 
 
 def _block(length: int, head_width: int, most: int = 2048) -> int:
-    """The block for a sequence of a multiple of 128."""
+    """Return the block size for a sequence whose length is a multiple of 128."""
     most = most if head_width <= 128 else 512
     return next(block for block, shortest in BLOCKS.items() if block <= most and shortest <= length and length % block == 0)
 
@@ -110,8 +110,10 @@ def _block(length: int, head_width: int, most: int = 2048) -> int:
 def _splash_kernel(
     shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, block: tuple[int, int], interpret: bool
 ) -> tuple[Callable, list, str]:
-    """The kernel for sequences of that shape, the queries in so many parts: masks -> kernel; the masks of all parts; and how many
-    blocks are computed, as `blocks=VISIBLEofALL`: a scope of that name tells those who read the compiled program (`plan.counts`)."""
+    """Return the kernel for sequences of that shape with `parts` shards of queries, as (masks -> kernel), the masks of all shards, and a scope name.
+
+    The name, `blocks=VISIBLEofALL`, holds the number of computed blocks, for the cost model.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel_lib,
     )
@@ -126,7 +128,7 @@ def _splash_kernel(
     # queries' gradient for each block of keys, and XLA's sum of these takes longer than is gained (`docs/large_models.md`).
     sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")} | {f"block_kv{of}": kv for of in ("", "_dkv", "_dq")}
     sizes |= {f"block_kv{of}_compute": min(kv, 512) for of in ("", "_dkv")}
-    # One shard of heads: the mask is the same for all of them.
+    # One shard of heads: all heads have the same mask.
     options = {"head_shards": 1, "q_seq_shards": parts, "block_sizes": kernel_lib.BlockSizes(**sizes), "interpret": interpret}
     options["residual_checkpoint_name"] = "attention"  # one of `remat.NAMES`
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
@@ -136,7 +138,7 @@ def _splash_kernel(
 
 
 def _visible_blocks(shape: tuple[int, int], parts: int, block: tuple[int, int], sides: tuple[int | None, int | None]) -> int:
-    """Blocks of queries × keys that hold something a query may see, of that of the parts which has most."""
+    """Return the number of query × key blocks in which a query sees a key, in the shard with the most of them."""
     left, right = (np.inf if side is None else side for side in sides)
     queries, keys = (np.arange(0, length, size) for length, size in zip(shape, block, strict=True))
     lowest = queries[:, None] - (keys[None] + block[1] - 1)  # places from a key of a block on to a query of it
@@ -146,10 +148,10 @@ def _visible_blocks(shape: tuple[int, int], parts: int, block: tuple[int, int], 
 
 @functools.cache
 def _band_mask() -> type:
-    """The kernel's mask of keys at most so far to the left and right, for long sequences.
+    """Return the kernel's mask of keys at most so far to the left and right, for long sequences.
 
-    The kernel's library asks for every block of a mask, to find those that are empty, full, or neither. Of 131072 tokens,
-    that takes minutes, if it is always told of all products.
+    The library inspects every block of a mask to find those that are empty, full, or neither. For 131,072 tokens that takes minutes with a
+    mask of all products.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as mask_lib,
@@ -169,18 +171,18 @@ def _band_mask() -> type:
 
 
 def _ways(layout: Layout | None, name: str, length: int) -> int:
-    """Parts that heads, or rows, are in on the devices: one where they do not divide."""
+    """Return the number of shards of heads or rows: 1 if they do not divide."""
     ways = 1 if layout is None else layout.size(name)
     return 1 if length % ways else ways
 
 
 def _all_keys(layout: Layout | None, length: int, *parts: jax.Array) -> list[jax.Array]:
-    """What a device has of keys, [B, S, ...], brought together along the sequence to that length."""
+    """Gather the keys of a device, [B, S, ...], along the sequence, and pad them to that length."""
     if parts[0].shape[1] == length:
         return list(parts)
     return [jax.lax.all_gather(x, layout.axes("sequence"), axis=1, tiled=True) for x in parts]
 
 
 def _filled(x: jax.Array, length: int, value: int = 0) -> jax.Array:
-    """[B, T, ...] with T filled up."""
+    """Pad [B, T, ...] along T."""
     return jnp.pad(x, [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)], constant_values=value)

@@ -1,4 +1,4 @@
-"""Products of groups of rows with a matrix each, which is what a mixture of experts computes.
+"""Grouped matrix products, one matrix for each group of rows, for mixtures of experts.
 
 Shapes: S rows (slots), E groups, D and F the matrices' sizes.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxmodels.parallel.layout import on_tpu
 
-# Rows that a matrix is applied to at once on a CPU; groups are filled up to whole blocks.
+# Rows that are multiplied at once on a CPU. Groups are padded to whole blocks.
 BLOCK = 64
 
 # Rows, and values of a row, that a TPU's kernel of the matrices' gradient takes at once: of 2-byte numbers 12 MB of its 16 in all.
@@ -18,20 +18,20 @@ TILE, SIDE = 512, 1024
 
 
 def whole_blocks(sizes: jax.Array | int) -> jax.Array | int:
-    """Sizes, rounded up to multiples of BLOCK."""
+    """Return sizes rounded up to multiples of BLOCK."""
     return -(-sizes // BLOCK) * BLOCK
 
 
 def rows(total: int, groups: int) -> int:
-    """Rows that groups in whole blocks may take up, of at most `total` rows together, however these fall to them."""
-    if not isinstance(total, int):  # not known while traced (jax.export), so not compared with anything
+    """Return the maximum number of rows of groups padded to whole blocks, for `total` rows in any distribution."""
+    if not isinstance(total, int):  # a symbolic size (jax.export) cannot be compared
         return whole_blocks(total) + (groups - 1) * BLOCK
     most = min(total * BLOCK, whole_blocks(total) + (groups - 1) * BLOCK)  # all groups but one end in a block that is not full
     return most if most < 8 * TILE else -(-most // TILE) * TILE
 
 
 def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Products of groups of rows, one after the other, with a matrix each; rows after the last group give no particular value.
+    """Multiply consecutive groups of rows with one matrix each. The result of rows after the last group is undefined.
 
     `jax.lax.ragged_dot` where there is an accelerator; on TPUs rows after the last group take no time, and the gradient of the
     matrices is that of Pallas' grouped product (after Gale et al. 2022, MegaBlocks), since that of `ragged_dot` takes every row
@@ -44,7 +44,7 @@ def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.
       kernels_EDF: matrices.
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
-    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # asked here: gradients are traced when the layout is no longer in use
+    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # read here: gradients are traced after the layout is no longer in use
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,7 +57,7 @@ def _product(for_tpu, x_SD, kernels_EDF, sizes_E):
 
 
 def _forward(for_tpu, x_SD, kernels_EDF, sizes_E):
-    # A gradient of its own, since what one platform keeps for it, copies of matrices, would be kept on all.
+    # A custom gradient: otherwise one platform's residuals, copies of matrices, would be saved on all.
     return _product(for_tpu, x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
 
 
@@ -66,7 +66,7 @@ def _backward(for_tpu, kept, g_SF):
         return jax.vjp(lambda x, kernels: way(x, kernels, sizes_E), x_SD, kernels_EDF)[1](g_SF)
 
     ways = {"cpu": functools.partial(transpose, _by_blocks), "default": functools.partial(transpose, jax.lax.ragged_dot)}
-    if for_tpu:  # not traced elsewhere, which would take a second
+    if for_tpu:  # tracing it takes a second, so only where it is used
         ways["tpu"] = _transpose_on_tpu
     gradients = jax.custom_batching.sequential_vmap(functools.partial(jax.lax.platform_dependent, **ways))
     return *gradients(*kept, g_SF), None
@@ -84,7 +84,7 @@ def _by_blocks(x_SD, kernels_EDF, sizes_E):
 
 
 def _way_on_tpu(kernels_EDF, interpret=False):
-    """`ragged_dot`; of one matrix Pallas' product, since the compiler cannot lower a `ragged_dot` whose only size it has in scalar memory."""
+    """Return `ragged_dot`, or Pallas' product for one matrix: the compiler cannot lower a `ragged_dot` whose only size is in scalar memory."""
     return jax.lax.ragged_dot if len(kernels_EDF) > 1 else functools.partial(_by_tiles, interpret=interpret)
 
 

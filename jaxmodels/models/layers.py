@@ -1,4 +1,4 @@
-"""Pieces that several families share."""
+"""Layers and functions that several families of models share."""
 
 import functools
 from typing import Literal
@@ -11,7 +11,7 @@ from jaxmodels.parallel.layout import gathered
 
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 
-# The non-linearity of a feed-forward. The gated ones (Shazeer 2020) have a third matrix, and theirs is the gate's.
+# Activation functions of feed-forwards. Gated ones (Shazeer 2020) have a third matrix, the gate, to which the function is applied.
 ACTIVATIONS = {
     "gelu": functools.partial(nnx.gelu, approximate=True),
     "gelu_exact": functools.partial(nnx.gelu, approximate=False),
@@ -23,25 +23,33 @@ GATED = ("swiglu", "geglu")
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises ValueError, naming it, for a size below 1."""
+    """Check that sizes are at least 1.
+
+    Raises:
+      ValueError: one is below 1; the message names it.
+    """
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_rate(rate: float, name: str = "dropout") -> None:
-    """Raises ValueError for a rate of dropout outside [0, 1)."""
+    """Check that a dropout rate lies in [0, 1).
+
+    Raises:
+      ValueError: it does not.
+    """
     if not 0 <= rate < 1:
         raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Inverted dropout (Srivastava et al. 2014); does nothing without `rngs`, which is how a model evaluates.
+    """Inverted dropout (Srivastava et al. 2014). Return x unchanged without `rngs`, for evaluation.
 
     Args:
       x: any shape.
       rate: probability that a value is dropped, in [0, 1).
-      rngs: draws from its `dropout` stream.
+      rngs: provides the `dropout` stream.
     """
     if rngs is None or rate == 0.0:
         return x
@@ -50,12 +58,12 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 
 
 def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """What a block adds to its input, left out for whole examples at random (Huang et al. 2016); scaled up for the others.
+    """Drop the residual of whole examples at random (Huang et al. 2016), and scale up that of the others.
 
     Args:
-      change: [B, ...].
-      rate: probability that an example's change is dropped, in [0, 1).
-      rngs: draws from its `dropout` stream; without it nothing is dropped.
+      change: residual that a block adds, [B, ...].
+      rate: probability that the residual of an example is dropped, in [0, 1).
+      rngs: provides the `dropout` stream. None drops nothing.
     """
     if rngs is None or rate == 0.0:
         return change
@@ -64,10 +72,10 @@ def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> j
 
 
 class Embed(nnx.Module):
-    """A table of vectors, one a row: looked up, or multiplied with to score every row. Keeps the table's type."""
+    """An embedding table: looked up by index, or multiplied with vectors to score every row. Returns the dtype of the table."""
 
     def __init__(self, rows: int, width: int, *, init, name: str | None = "vocab", rngs: nnx.Rngs):
-        """`name` is that of the rows in `parallel.layout`."""
+        """`name` is the logical axis of the rows in `parallel.layout`."""
         self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
         self.names = (name, "embed")
 
@@ -77,18 +85,21 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [..., width]. Returns products with every row, [..., rows]."""
-        # Named this way, no compiler makes a transposed copy of the table, which one for CPUs does for a single vector.
+        # As a dot_general the table is not transposed: XLA for CPUs copies a transposed table for a single vector.
         return jax.lax.dot_general(x, gathered(self.embedding[...], *self.names), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def max_pool_2x2(image: jax.Array) -> jax.Array:
-    """Max-pooling 2×2 with stride 2; an odd last row or column is left out.
+    """Max-pool 2×2 with stride 2. An odd last row or column is dropped.
 
-    As a maximum over a reshaped axis, whose gradient is elementwise: that of a general max-pooling walks over
-    windows, which is several times slower on a CPU.
+    This is a maximum over a reshaped axis, with an elementwise gradient. The gradient of a general max-pooling loops over windows, which is
+    several times slower on a CPU.
 
     Args:
       image: [B, H, W, C].
+
+    Returns:
+      [B, H // 2, W // 2, C].
     """
     B, H, W, C = image.shape
     return image[:, : H // 2 * 2, : W // 2 * 2].reshape(B, H // 2, 2, W // 2, 2, C).max(axis=(2, 4))

@@ -1,6 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021): a layer whose trained part is a product of two thin matrices.
+"""Low-rank adapters (Hu et al. 2021): the trained part of a layer is a product of two thin matrices.
 
-Shapes: D width in, F width out, R rank, V rows of an embedding; a stack of layers has further axes in front.
+Shapes: D width in, F width out, R rank, V rows of an embedding; stacked layers have additional leading axes.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from flax import nnx
 
 from jaxmodels.models.layers import Embed
 
-ADAPTERS = ("lora_a", "lora_b")  # the last part of their paths
+ADAPTERS = ("lora_a", "lora_b")  # the last part of the parameters' paths
 
 
 class LoRALinear(nnx.Linear):
-    """A linear layer with an adapter: x W + b + scale · (x A) B, A [D, R] random and B [R, F] zero at first.
+    """A linear layer with an adapter: x W + b + scale · (x A) B. Initially A [D, R] is random and B [R, F] is zero.
 
-    Its own parameters keep their names, so that weights of the plain layer fit it.
+    The layer's own parameters keep their names, so that the weights of a plain layer fit.
     """
 
     def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
@@ -35,14 +35,14 @@ class LoRALinear(nnx.Linear):
 
 
 def matrix(linear: nnx.Linear) -> jax.Array:
-    """What a linear layer multiplies with, its adapter's product in it if it has one: for those that do not call it, [D, F]."""
+    """Return the matrix of a linear layer, [D, F], with its adapter's product added, for callers that do not call the layer."""
     if not isinstance(linear, LoRALinear):
         return linear.kernel[...]
     return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
 
 
 class LoRAEmbed(Embed):
-    """An embedding with an adapter: row i is E_i + scale · A_i B, A [V, R] zero at first and B [R, D] random."""
+    """An embedding with an adapter: row i is E_i + scale · A_i B. Initially A [V, R] is zero and B [R, D] is random."""
 
     def __init__(self, embed: Embed, rank: int, scale: float, *, rngs: nnx.Rngs):
         _take_over(self, embed)
@@ -64,24 +64,24 @@ LAYERS = {nnx.Linear: LoRALinear, Embed: LoRAEmbed}
 
 
 def _take_over(module: nnx.Module, other: nnx.Module) -> None:
-    """Gives a module the parameters and settings of another, under their own names."""
+    """Copy the parameters and settings of another module, under their own names."""
     for name, value in vars(other).items():
         if not name.startswith("_"):
             setattr(module, name, value)
 
 
 def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, ...], rngs: nnx.Rngs) -> None:
-    """Gives an adapter to every linear layer and embedding of `model` whose path matches one of `targets` (anywhere in it).
+    """Add an adapter to every linear layer and embedding of `model` whose path matches one of `targets` anywhere.
 
     Args:
       model: changed in place; its layers may be stacked.
       rank: R.
       alpha: the adapter's output is multiplied by alpha / rank.
       targets: regular expressions on paths such as `blocks/0/attention/query`.
-      rngs: draws A from its `params` stream, after whatever made the model.
+      rngs: draws A from its `params` stream.
 
     Raises:
-      ValueError: a pattern matches no such layer; names those there are.
+      ValueError: a pattern matches no such layer; the message lists paths.
     """
     layers = {"/".join(map(str, path)): (path, module) for path, module in nnx.iter_modules(model) if type(module) in LAYERS}
     for target in targets:
@@ -105,14 +105,14 @@ def _child(module, key):
 
 
 def merge_adapters(params: dict, scale: float) -> dict:
-    """Weights without adapters that compute the same.
+    """Return equivalent weights without adapters.
 
     Args:
       params: flat, path -> array.
       scale: alpha / rank.
 
     Returns:
-      The same without adapters, each added to its layer's matrix: W + scale · A B.
+      The weights without adapters, whose products are added to their layers' matrices: W + scale · A B.
     """
     merged = {path: value for path, value in params.items() if not path.endswith(ADAPTERS)}
     for path, a in params.items():
@@ -125,12 +125,12 @@ def merge_adapters(params: dict, scale: float) -> dict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The `lora` section: low-rank adapters beside linear layers and embeddings, trained in their place (Hu et al. 2021).
+    """The `lora` section: low-rank adapters of linear layers and embeddings, trained in their place (Hu et al. 2021).
 
     Attributes:
-      rank: of an adapter's two matrices.
-      targets: patterns on paths of linear layers and embeddings (anywhere in them).
-      alpha: an adapter's output is multiplied by alpha / rank; `rank` unless given.
+      rank: inner size R of an adapter's two matrices.
+      targets: patterns on paths of linear layers and embeddings.
+      alpha: an adapter's output is multiplied by alpha / rank. The default is `rank`.
     """
 
     rank: int

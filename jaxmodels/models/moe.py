@@ -3,13 +3,13 @@
 Shapes: B batch, T time, D width, F width of an expert, E experts, K experts of a token, A = T K assignments of a row
 (or B T K of all), C slots of an expert, S slots of all experts.
 
-An assignment is one token going to one expert. Tokens are laid out in slots, every slot belonging to one expert, so
-that an expert's tokens lie together and go through its matrices in one product; what comes out is gathered back and
-summed with the router's weights.
+An assignment is one token routed to one expert. Tokens are copied to slots, each of which belongs to one expert. So an expert's
+tokens are adjacent, and are multiplied with its matrices in one product. The outputs are gathered back and summed with the router's
+weights.
 
-Over several devices (see `parallel.layout`), each has some of the rows, and some of the experts. With capacity, slots
-go to their experts and back, by one all-to-all each way. Without, where a device may get any number of assignments, all
-tokens of a group come to all its experts, and each device computes those assignments that are to its own (`_dropless`).
+On several devices (see `parallel.layout`), each has a shard of the rows and of the experts. With `capacity`, slots are sent to their
+experts and back by one all-to-all each way. With `dropless`, a device may receive any number of assignments: all tokens of a group
+are gathered on the devices of its experts, and each device computes the assignments to its own (`_dropless`).
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ _INIT = nnx.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """How tokens go to experts.
+    """Routing of tokens to experts.
 
     Attributes:
       experts: E.
-      top_k: K; a token's experts are those with the largest probabilities.
-      normalize: the weights of a token's experts are scaled to sum to 1, which is the softmax over the K largest
-        logits: Mixtral, Qwen3-MoE. Otherwise they are the probabilities among all experts: Switch, OLMoE.
-      dispatch: `dropless` computes every assignment. With `capacity`, an expert takes at most
-        ceil(capacity_factor * T * K / E) assignments of a row of the batch; those of later positions are dropped, and
-        add nothing. What is dropped depends on no other row and no later position, so a causal model stays one.
-      capacity_factor: how much more than its even share an expert takes; E / K drops nothing.
-      balance_coefficient: of the load-balancing loss in the auxiliary loss.
-      router_z_coefficient: of the router z-loss in it.
+      top_k: K; a token is routed to the experts with the largest probabilities.
+      normalize: scale the weights of a token's experts to sum to 1, which is the softmax over the K largest
+        logits (Mixtral, Qwen3-MoE). Otherwise they are the probabilities among all experts (Switch, OLMoE).
+      dispatch: `dropless` computes every assignment. With `capacity`, an expert computes at most
+        ceil(capacity_factor * T * K / E) assignments of a row of the batch. Those at later positions are dropped, and
+        add nothing. Which are dropped depends on no other row and no later position, so a causal model stays causal.
+      capacity_factor: slots of an expert relative to an even load; E / K drops nothing.
+      balance_coefficient: factor of the load-balancing loss in the auxiliary loss.
+      router_z_coefficient: factor of the router z-loss in the auxiliary loss.
     """
 
     experts: int
@@ -58,9 +58,9 @@ class Mixture:
     def __post_init__(self):
         check_sizes(experts=self.experts, top_k=self.top_k)
         if self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k} is more than the {self.experts} experts there are")
+            raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
         if self.dispatch not in ("capacity", "dropless"):
-            raise ValueError(f"dispatch is 'capacity' or 'dropless', got {self.dispatch!r}")
+            raise ValueError(f"dispatch must be 'capacity' or 'dropless', got {self.dispatch!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"capacity_factor must be above 0 and finite, got {self.capacity_factor}")
         if not (0 <= self.balance_coefficient < math.inf and 0 <= self.router_z_coefficient < math.inf):
@@ -68,14 +68,14 @@ class Mixture:
 
 
 class Kernels(nnx.Module):
-    """One matrix an expert, [E, in, out]."""
+    """One matrix for each expert, [E, in, out]."""
 
     def __init__(self, experts: int, width: int, to: int, *, init, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (experts, width, to)))
 
 
 class Experts(nnx.Module):
-    """E feed-forward networks of one shape: down(activation(up(x))), or gated down(activation(gate(x)) * up(x)); no biases."""
+    """E feed-forward networks of one shape, without biases: down(activation(up(x))), or gated down(activation(gate(x)) * up(x))."""
 
     def __init__(self, width: int, mlp_width: int, *, experts: int, activation: Activation, init, out_init, rngs: nnx.Rngs):
         self.gate = Kernels(experts, width, mlp_width, init=init, rngs=rngs) if activation in GATED else None
@@ -84,17 +84,17 @@ class Experts(nnx.Module):
         self.activation = activation
 
     def kernels(self) -> dict[str, jax.Array]:
-        """The matrices: `up` and maybe `gate` [E, D, F], `down` [E, F, D]."""
+        """Return the matrices: `up` and for gated experts `gate` [E, D, F], `down` [E, F, D]."""
         return {name: getattr(self, name).kernel[...] for name in ("gate", "up", "down") if getattr(self, name) is not None}
 
     def __call__(self, x: jax.Array, kernels: dict[str, jax.Array], product: Callable[..., jax.Array]) -> jax.Array:
-        """What the experts say of slots in any layout [..., D].
+        """Return the experts' outputs for slots in any layout [..., D].
 
         Args:
           x: the slots.
-          kernels: as `kernels` gives them, or some experts' part of them.
-          product: (slots [..., in], kernels [E, in, out], name) -> [..., out], by each slot's expert; `name` is that of the last
-            dimension in `parallel.layout`.
+          kernels: as `kernels` returns, or those of some experts.
+          product: (slots [..., in], kernels [E, in, out], name) -> [..., out], with the matrix of each slot's expert; `name` is the logical
+            axis of the last dimension in `parallel.layout`.
         """
         activate = ACTIVATIONS[self.activation]
         hidden = product(x, kernels["up"], "mlp")
@@ -103,9 +103,9 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """A layer of experts that stands where a Transformer block has its feed-forward.
+    """A layer of experts in place of the feed-forward of a Transformer block.
 
-    Routed as in Mixtral (Jiang et al. 2024) or Qwen3-MoE (Yang et al. 2025). All of the router is computed in float32
+    Routing is as in Mixtral (Jiang et al. 2024) or Qwen3-MoE (Yang et al. 2025). The router is computed in float32
     (Fedus et al. 2022).
     """
 
@@ -134,35 +134,35 @@ class MoE(nnx.Module):
         """
         check_sizes(width=width, mlp_width=mlp_width)
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.mixture = Mixture(**mixture)
         experts = self.mixture.experts
         self.router = nnx.Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
         self.experts = Experts(width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Routes each token to its experts.
+        """Route each token to its experts.
 
         Args:
           x_BTD: float [B, T, D].
-          valid: bool [B, T], False where there is padding: it goes to no expert, gets zeros, and counts nowhere. All are
-            real unless given.
-          rngs: as other layers take it; nothing here is random.
+          valid: bool [B, T], False at padding, which is routed to no expert, has output zero, and is excluded from statistics. None: no
+            padding.
+          rngs: unused; for the signature of a feed-forward.
 
         Returns:
-          What the experts add, [B, T, D], and float32 sums over all real tokens, of which `statistics` makes the auxiliary loss
-          and the rest:
-            tokens: how many.
+          The experts' weighted outputs, [B, T, D], and float32 sums over all real tokens, from which `statistics` computes the auxiliary loss
+          and the metrics:
+            tokens: number of tokens.
             assignments: [E], to each expert, before any is dropped.
             probabilities: [E], of each expert.
             router_z: of the squared logs of the sum of exponentials of a token's logits.
-            dropped: assignments that found no room.
+            dropped: assignments without a slot.
         """
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
         logits_BTE = self.router(x_BTD.astype(jnp.float32))
         probabilities_BTE = jax.nn.softmax(logits_BTE)
         tokens = ("batch", "sequence", None)
-        # By each device for its own tokens, since compilers gather the operand of a top_k.
+        # On each device for its own tokens, since compilers gather the operand of a top_k.
         best = on_each_device(lambda probabilities_BTE: jax.lax.top_k(probabilities_BTE, self.mixture.top_k)[1], (tokens,), tokens)
         chosen_BTK = best(jax.lax.stop_gradient(probabilities_BTE))
         is_chosen_BTKE = chosen_BTK[..., None] == jnp.arange(self.mixture.experts)
@@ -184,9 +184,9 @@ class MoE(nnx.Module):
         }
 
     def _capacity(self, x_BTD, chosen_BTK, weights_BTK):
-        """The weighted sums over each token's experts [B, T, D], but for assignments that are dropped; and how many are."""
+        """Return the weighted sums over each token's experts [B, T, D], without dropped assignments, and the number of these."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, self.mixture.experts
-        C = min(T, math.ceil(self.mixture.capacity_factor * T * K / E))  # a token chooses an expert once at most
+        C = min(T, math.ceil(self.mixture.capacity_factor * T * K / E))  # a token is routed to an expert at most once
         chosen_BA = chosen_BTK.reshape(B, T * K)
         rank_BA = _rank(chosen_BA, E)
         kept_BA = (rank_BA < C) & (chosen_BA < E)
@@ -206,13 +206,12 @@ class MoE(nnx.Module):
         return y_BTD, jnp.sum((chosen_BA < E) & ~kept_BA)
 
     def _dropless(self, x_BTD, chosen_BTK, weights_BTK):
-        """The weighted sums over each token's experts [B, T, D], zeros for padding; and that none is dropped.
+        """Return the weighted sums over each token's experts [B, T, D], zero for padding, and 0 dropped assignments.
 
-        A device's share of the assignments is not known in advance, so an all-to-all would need room for the worst case, in
-        which all come to one device; and as many collectives. The tokens themselves, which are fewer than their
-        assignments, are gathered over the axis of experts instead, and the results summed and scattered back: exact, of fixed
-        shapes, and a device computes what is its own and no more. For few experts a token it moves up to E / K times
-        as much as an all-to-all of just the assignments would.
+        A device's share of the assignments is not known in advance. So an all-to-all would need buffers for the worst case, in
+        which all go to one device, and as many collectives. Instead the tokens, which are fewer than their assignments, are gathered over the
+        axis `expert`, and the results are summed and scattered back. This is exact, has fixed shapes, and a device computes only its own
+        assignments. For few experts per token it moves up to E / K times as much as an all-to-all of the assignments.
         """
         layout, kernels = current(), self.experts.kernels()
         B, (E, F, D) = x_BTD.shape[0], kernels["down"].shape
@@ -243,7 +242,7 @@ class MoE(nnx.Module):
                 y_BTD = jax.lax.psum_scatter(y_BTD, shared, tiled=True)
             return (jax.lax.psum(y_BTD, summed) if summed else y_BTD)[None]
 
-        if stored or shared:  # what was gathered is gathered again for the gradient, not kept of every layer
+        if stored or shared:  # gathered parameters are gathered again for the gradient instead of saved for every layer
             on_device = jax.checkpoint(on_device, prevent_cse=False, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
         tokens = ("batch", "sequence", None)
         inputs = (tokens, tokens, tokens, *(sides[name] for name in kernels))
@@ -252,7 +251,7 @@ class MoE(nnx.Module):
         return jax.lax.reduce(parts, np.zeros((), parts.dtype), jax.lax.add, (0,)), jnp.zeros(())
 
     def _own_experts(self, x_BTD, chosen_BTK, weights_BTK, kernels):
-        """The weighted sums [B, T, D] of those assignments that are to experts of `kernels`; others have their number."""
+        """Return the weighted sums [B, T, D] of the assignments to the experts of `kernels`. Other assignments have their number."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, len(kernels["up"])
         even = B * T * K * E // self.mixture.experts
         if E < K:  # at most E of a token's: these, expert by expert
@@ -274,18 +273,18 @@ class MoE(nnx.Module):
 
 
 def statistics(sums: dict[str, jax.Array], mixture: Mixture) -> dict[str, jax.Array]:
-    """What the sums of one `MoE` say, which may be added up over devices and parts of a batch before.
+    """Return the auxiliary loss and metrics from the sums of one `MoE`, which may be summed over devices and parts of a batch before.
 
     Returns:
       float32, over all real tokens:
         loss: the auxiliary loss, with its coefficients.
         load_balance: E times the sum over experts of (share of assignments) * (mean probability), as in the Switch
           Transformer (Fedus et al. 2022) for K = 1 and as Mixtral's divided by K: 1 for an even load, E for one
-          expert that takes all.
+          expert with all tokens.
         router_z: the mean square of the log of the sum of exponentials of a token's logits (Zoph et al. 2022).
         load: [E], shares of assignments before any is dropped; they sum to 1.
         expert_load_min, expert_load_max: the smallest and largest of these times E: 1 and 1 for an even load, 0 and E / K for collapse.
-        dropped: share of assignments that found no room.
+        dropped: share of assignments without a slot.
     """
     tokens = jnp.maximum(sums["tokens"], 1)
     E = mixture.experts
@@ -304,18 +303,18 @@ def statistics(sums: dict[str, jax.Array], mixture: Mixture) -> dict[str, jax.Ar
 
 
 def _rank(chosen_A: jax.Array, experts: int) -> jax.Array:
-    """How many assignments before this one are to the same expert; along the last axis."""
+    """Return the number of earlier assignments to the same expert, along the last axis."""
     one_hot = jax.nn.one_hot(chosen_A, experts, dtype=jnp.int32)
     before = jnp.cumsum(one_hot, axis=-2) - one_hot
     return jnp.sum(before * one_hot, axis=-1)
 
 
 def _lay_out(x_TD: jax.Array, slot_A: jax.Array, *, slots: int, each: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens in slots, zeros in empty ones [S, D]; and the assignment in each slot [S], A in empty ones.
+    """Return tokens in slots, zero in empty ones [S, D], and the assignment in each slot [S], A in empty ones.
 
     Args:
       x_TD: tokens.
-      slot_A: of each assignment, token by token; S for none.
+      slot_A: slot of each assignment, token by token; S for none.
       slots: S.
       each: assignments of a token.
     """
@@ -325,14 +324,17 @@ def _lay_out(x_TD: jax.Array, slot_A: jax.Array, *, slots: int, each: int) -> tu
 
 
 def _gather_back(y_SD: jax.Array, slot_A: jax.Array, assignment_S: jax.Array) -> jax.Array:
-    """What lies in the slot of each assignment [A, D]; zeros for those that have none."""
+    """Return the content of the slot of each assignment [A, D]; zero for assignments without a slot."""
     return _gather(y_SD, slot_A, assignment_S[:, None])
 
 
 @jax.custom_vjp
 def _gather(x_ND, rows_M, places_NK):
-    """Rows of x [M, D], zeros where a row is N. `places` says where each row of x went, M for nowhere: the gradient gathers
-    from there, where that of a general gather would scatter, which is slow and adds in no fixed order on GPUs."""
+    """Return rows of x [M, D], zero where the index is N.
+
+    `places` holds the index to which each row of x went, M for none. The gradient gathers with it. The gradient of a general gather would
+    scatter, which is slow, and adds in no fixed order on GPUs.
+    """
     return jnp.take(x_ND, rows_M, axis=0, mode="fill", fill_value=0)
 
 

@@ -1,4 +1,4 @@
-"""Where a token stands: positions inside packed sequences, rotary angles, sines, relative distances.
+"""Positions of tokens: within packed sequences, rotary, sinusoidal, and relative.
 
 Shapes: B batch, T time, S keys' time, N heads, K width of a head, D width.
 """
@@ -17,16 +17,16 @@ from jaxmodels.parallel.layout import on_tpu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """How rotary angles are slowed down for contexts longer than those first trained on.
+    """Scaling of rotary frequencies for contexts longer than those of pretraining.
 
     Attributes:
-      kind: `linear` slows all angles down alike (Chen et al. 2023); `llama3` those that turn slowly (Llama 3.1);
-        `yarn` too, and sharpens attention a little (Peng et al. 2024).
-      factor: how much longer.
-      original_context: the context first trained on (llama3, yarn).
-      low_frequency, high_frequency: turns within that context below which an angle is slowed down wholly, and above
-        which it is left alone (llama3).
-      fast, slow: the same for yarn: left alone above `fast` turns, slowed down wholly below `slow`.
+      kind: `linear` divides all frequencies by `factor` (Chen et al. 2023); `llama3` only low ones (Llama 3.1);
+        `yarn` too, and it sharpens attention a little (Peng et al. 2024).
+      factor: ratio of the new context to the original one.
+      original_context: the context of pretraining (llama3, yarn).
+      low_frequency, high_frequency: rotations within that context. Frequencies below the first are divided by `factor`, those above the
+        second are unchanged (llama3).
+      fast, slow: the same for yarn: unchanged above `fast` rotations, divided by `factor` below `slow`.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -39,16 +39,16 @@ class RotaryScaling:
 
 
 def positions_in(segments_BT: jax.Array) -> jax.Array:
-    """Places within each segment: 0, 1, … from wherever the number differs from the one before. int [B, T]."""
+    """Return the positions within each segment, int [B, T]: 0, 1, … from each change of the segment number."""
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
     begins_BT = jnp.concatenate([jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
 
 
 def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:
-    """Radians a position for each pair of a head's channels, float [K / 2], and a factor on their sines and cosines."""
+    """Return radians per position for each pair of channels of a head, float [K / 2], and a factor on sines and cosines."""
     if head_width % 2:
-        raise ValueError(f"rotary positions turn pairs of channels: heads cannot be {head_width} wide")
+        raise ValueError(f"rotary positions need an even head width, got {head_width}")
     frequencies = base ** (-np.arange(0, head_width, 2) / head_width)
     if scaling is None:
         return frequencies, 1.0
@@ -60,7 +60,7 @@ def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | No
         return kept * frequencies + (1 - kept) * frequencies / scaling.factor, 1.0
 
     def pair(turns):
-        """The (fractional) pair of channels that turns so often within the original context."""
+        """Return the (fractional) pair of channels with that number of rotations within the original context."""
         return head_width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = max(math.floor(pair(scaling.fast)), 0), min(math.ceil(pair(scaling.slow)), head_width - 1)
@@ -69,14 +69,14 @@ def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | No
 
 
 def rotary_table(positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for `rotate` at int positions [1 or B, T]: float32 [1 or B, T, 1, K / 2] each."""
+    """Return cosines and sines for `rotate` at int positions [1 or B, T]: float32 [1 or B, T, 1, K / 2] each."""
     frequencies, factor = rotary_frequencies(head_width, base, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021): channels i and i + K/2 turn by their angle, so that products depend on distances alone."""
+    """Apply rotary positions (Su et al. 2021): rotate channels i and i + K/2 by their angle, so that products depend on distances alone."""
     if on_tpu():
         return _rotate_by_product(x_BTNK, cosine, sine)
     one, other = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
@@ -84,9 +84,9 @@ def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
 
 
 def _rotate_by_product(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """`rotate`, whose halves of channels change places in a product with a matrix of 0, 1 and -1, which is exact.
+    """`rotate`, with the halves of channels exchanged by a product with a matrix of 0, 1 and -1, which is exact.
 
-    On a TPU, channels lie along the lanes of a vector: to cut them in halves and put these together again takes several times as long.
+    On a TPU, channels are along the lanes of a vector. Slicing them into halves and concatenating these takes several times as long.
     """
     K = x_BTNK.shape[-1]
     places = np.zeros((K, K), np.float32)
@@ -100,22 +100,22 @@ def _rotate_by_product(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) ->
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
-    """Sines and cosines of positions (Vaswani et al. 2017), float32 [..., D], channels 2i and 2i + 1 at one frequency."""
+    """Return sines and cosines of positions (Vaswani et al. 2017), float32 [..., D]; channels 2i and 2i + 1 share a frequency."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :width]
 
 
 def relative_buckets(query_positions: jax.Array, key_positions: jax.Array, *, buckets: int, distance: int, causal: bool) -> jax.Array:
-    """A number in [0, buckets) for each distance from query to key (Raffel et al. 2020).
+    """Return a bucket in [0, buckets) for each distance from query to key (Raffel et al. 2020).
 
-    Half of the numbers (of each direction) stand for one distance each, the others for ranges that grow exponentially
-    up to `distance`; all beyond share the last.
+    Half of the buckets (of each direction) hold one distance each, the others ranges that grow exponentially
+    up to `distance`. All larger distances share the last bucket.
 
     Args:
       query_positions, key_positions: int [..., T] and [..., S].
-      buckets: how many; without `causal` half of them are for keys ahead.
-      distance: from which on all share one.
-      causal: keys ahead count as distance 0.
+      buckets: number of buckets; without `causal`, half of them are for keys after the query.
+      distance: distance from which on all share one bucket.
+      causal: treat keys after the query as distance 0.
 
     Returns:
       int32 [..., T, S].
@@ -134,13 +134,13 @@ def relative_buckets(query_positions: jax.Array, key_positions: jax.Array, *, bu
 
 
 class RelativePositions(nnx.Module):
-    """A learned number for each head and bucket of distance, added to attention's products (Raffel et al. 2020)."""
+    """A learned bias on the attention products for each head and bucket of distances (Raffel et al. 2020)."""
 
     def __init__(self, heads: int, *, buckets: int, distance: int, causal: bool, init, rngs: nnx.Rngs):
         self.embedding = nnx.Param(init(rngs.params(), (buckets, heads)))
         self.buckets, self.distance, self.causal = buckets, distance, causal
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """int [1 or B, T] and [1 or B, S] to [1 or B, N, T, S]."""
+        """Return the bias [1 or B, N, T, S] for int positions [1 or B, T] of queries and [1 or B, S] of keys."""
         buckets = relative_buckets(query_positions, key_positions, buckets=self.buckets, distance=self.distance, causal=self.causal)
         return jnp.moveaxis(jnp.take(self.embedding[...], buckets, axis=0), -1, 1)

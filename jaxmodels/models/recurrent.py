@@ -1,6 +1,6 @@
 """Recurrent encoders, and encoder–decoders with attention.
 
-Tokens of -1 are padding, at any place: states pass it by, and neither pooling nor attention sees it.
+Tokens of -1 are padding, at any position: they do not change states, and are excluded from pooling and attention.
 
 Shapes: B batch, T time, S time of the source, E width of the embedding, H width of a layer, V vocabulary.
 """
@@ -25,7 +25,7 @@ POOLS = ("max", "mean", "last", "attention")
 
 
 class Head(nnx.Module):
-    """From the outputs of an encoder to what a task wants: at every token, or pooled to one for the sequence."""
+    """From the outputs of an encoder to a task's output: at every token, or pooled to one for the sequence."""
 
     def __init__(self, kind: str, width_in: int, width_out: int, *, pool: str, rngs: nnx.Rngs):
         self.pool = pool if kind in ("class", "value") else None
@@ -34,14 +34,14 @@ class Head(nnx.Module):
         self.output = nnx.Linear(width_in, width_out, rngs=rngs)
 
     def __call__(self, x, last, valid, rate: float, rngs: nnx.Rngs | None):
-        """x: [B, T, W], zero at padding; last: [B, W], the layer's last states; valid: bool [B, T]."""
+        """x: [B, T, W], zero at padding; last: [B, W], the last states of the layer; valid: bool [B, T]."""
         if self.pool is not None:
             x = _pool(self.pool, x, last, valid, self.score)
         return self.output(dropout(x, rate, rngs))
 
 
 def _pool(pool: str, x, last, valid, score):
-    """[B, W]: over real tokens only; zero for a row that has none."""
+    """Pool over real tokens, [B, W]. A row without tokens gives zero."""
     real = valid[:, :, None]
     if pool == "last":
         return last
@@ -55,7 +55,7 @@ def _pool(pool: str, x, last, valid, score):
 
 
 def _softmax(scores, valid):
-    """Over the last axis, in float32, where valid; zero elsewhere, and everywhere in a row without a valid place."""
+    """Return the softmax over the last axis in float32, restricted to valid positions. Others are zero, as are rows without a valid position."""
     scores = jnp.where(valid, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     return (jax.nn.softmax(scores, axis=-1) * valid).astype(jnp.float32)
 
@@ -63,7 +63,7 @@ def _softmax(scores, valid):
 class RecurrentEncoder(nnx.Module):
     """An embedding, LSTM or GRU layers in both directions, and a head: classifies, scores or tags a sequence.
 
-    Heads: ("class", C) and ("value", 1) pool the sequence; ("tags", K) and ("tokens", V) give logits at every token.
+    Heads: ("class", C) and ("value", 1) pool the sequence; ("tags", K) and ("tokens", V) return logits at every token.
     """
 
     def __init__(
@@ -86,24 +86,24 @@ class RecurrentEncoder(nnx.Module):
         """
         Args:
           vocab_size: V, rows of the embedding.
-          head: what comes out, and how wide: see above.
+          head: kind and size of the output; see above.
           cell: `lstm` or `gru`.
-          layers: how many are stacked.
+          layers: number of layers.
           width: H, of each direction.
-          embedding: E; `width` unless given.
-          bidirectional: read from both ends.
+          embedding: E. The default is `width`.
+          bidirectional: whether layers have a backward direction.
           pool: how a sequence becomes one vector: the largest or the mean value over tokens, the last states (of both
             directions), or a mean weighted by attention. For heads of one output.
           dropout: rate on the embedding, between layers, and before the head.
-          word_dropout: rate at which whole tokens are left out of the embedding (as zeros).
+          word_dropout: rate at which the embeddings of whole tokens are set to zero.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU with padding at the ends of rows;
             the parameters are the same.
-          unroll: time steps per turn of the compiled loop: more is faster and slower to compile.
+          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
           rngs: draws the initial parameters from its `params` stream.
         """
         kind, width_out = head
         if kind not in ("class", "value", "tags", "tokens"):
-            raise ValueError(f"a head is one of class, value, tags, tokens; got {kind!r}")
+            raise ValueError(f"a head must be one of class, value, tags, tokens; got {kind!r}")
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
         check_rate(word_dropout)
@@ -125,7 +125,7 @@ class RecurrentEncoder(nnx.Module):
         self.dropout, self.word_dropout = dropout, word_dropout
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """tokens: int [B, T], -1 is padding. Returns what the head gives: [B, C], [B, 1], [B, T, K] or [B, T, V]."""
+        """tokens: int [B, T], -1 is padding. Return the output of the head: [B, C], [B, 1], [B, T, K] or [B, T, V]."""
         valid = tokens >= 0
         x = dropout(_embed(self.embed, tokens, self.word_dropout, rngs), self.dropout, rngs)
         x, states = self.encoder(x, valid=valid, rngs=rngs)
@@ -133,7 +133,7 @@ class RecurrentEncoder(nnx.Module):
 
 
 def _embed(embed: Embed, tokens, word_dropout: float, rngs):
-    """[B, T, E], with whole tokens dropped in training."""
+    """Return embeddings [B, T, E], with whole tokens dropped in training."""
     x = embed(tokens)
     if rngs is None or word_dropout == 0.0:
         return x
@@ -142,17 +142,17 @@ def _embed(embed: Embed, tokens, word_dropout: float, rngs):
 
 
 def _hidden(states):
-    """The hidden states of a layer's directions side by side, [B, H or 2H]; an LSTM's state is (hidden, cell)."""
+    """Return the hidden states of a layer's directions, concatenated, [B, H or 2H]; an LSTM's state is (hidden, cell)."""
     return jnp.concatenate([state[0] if isinstance(state, tuple) else state for state in states], axis=-1)
 
 
 class RecurrentSeq2Seq(nnx.Module):
     """An encoder in both directions and a decoder with attention to it (Luong et al. 2015, "global", "general").
 
-    The decoder's layers run over the target first; then each position attends to the source with its output h, weights
-    softmax(h W s) over the source's outputs s, and the logits come from tanh(W [context; h]). Luong's input feeding is left
-    out: without it all positions attend at once. Each layer of the decoder begins with the last states of the encoder's
-    layer, both directions mapped to one.
+    The decoder's layers run over the target first. Then each position attends to the source with its output h and weights
+    softmax(h W s) over the source's outputs s, and the logits are computed from tanh(W [context; h]). Without Luong's input feeding all
+    positions attend at once. Each layer of the decoder starts from the last states of the encoder's layer, with both directions mapped to
+    one.
     """
 
     def __init__(
@@ -174,16 +174,16 @@ class RecurrentSeq2Seq(nnx.Module):
           cell: `lstm` or `gru`.
           layers: of the encoder, and of the decoder.
           width: H, of the decoder, and of each direction of the encoder.
-          embedding: E, one table for source and target; `width` unless given.
+          embedding: E, of one table for source and target. The default is `width`.
           dropout: rate on embeddings, between layers, and before the logits.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU with padding at the ends of rows.
-          unroll: time steps per turn of the compiled loop: more is faster and slower to compile.
+          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
           rngs: draws the initial parameters from its `params` stream.
         """
         embedding = width if embedding is None else embedding
         check_sizes(embedding=embedding)
         options = {"cell": cell, "layers": layers, "dropout": dropout, "kernel": kernel, "unroll": unroll, "rngs": rngs}
-        # Of unit size, as what the gates read: with embeddings of 0.1 the same training takes several times as long.
+        # Unit variance: with embeddings of deviation 0.1 the same training takes several times as long.
         self.embed = Embed(vocab_size, embedding, init=nnx.initializers.normal(1.0), rngs=rngs)
         self.encoder = Recurrent(embedding, width, bidirectional=True, **options)
         self.decoder = Recurrent(embedding, width, **options)
@@ -195,11 +195,11 @@ class RecurrentSeq2Seq(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """source: int [B, S]; target: int [B, T]; -1 is padding. Returns logits [B, T, V]; those at t see target 0..t."""
+        """source: int [B, S]; target: int [B, T]; -1 is padding. Return logits [B, T, V]; those at t see target 0..t."""
         return self.decode(target, self.encode(source, rngs=rngs), rngs=rngs)
 
     def encode(self, source: jax.Array, rngs: nnx.Rngs | None = None) -> dict:
-        """What the decoder needs of a source, int [B, S]: arrays with B rows."""
+        """Return the decoder's memory of a source, int [B, S]: arrays with B rows."""
         valid = source >= 0
         x = dropout(self.embed(source), self.dropout, rngs)
         outputs, states = self.encoder(x, valid=valid, rngs=rngs)
@@ -211,23 +211,23 @@ class RecurrentSeq2Seq(nnx.Module):
         return {"outputs": outputs, "valid": valid, "states": states}
 
     def decode(self, target: jax.Array, memory: dict, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits [B, T, V] after each token of target, int [B, T], given `encode`'s memory."""
+        """Return logits [B, T, V] after each token of target, int [B, T], given the memory of `encode`."""
         logits, _ = self.decode_from(target, memory, memory["states"], rngs=rngs)
         return logits
 
     def make_cache(self, source: jax.Array, length: int) -> dict:
-        """What the decoder begins with, given a source, int [B, S]; as `models.cache` has it."""
+        """Return the initial cache of the decoder for a source, int [B, S]; see `models.cache`."""
         memory = self.encode(source)
         states = memory.pop("states")
         return {"memory": memory, "states": states}
 
     def extend(self, tokens: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
-        """Logits [B, V] of what follows one more token of each target, int [B], and the cache after it; a row that has ended gets -1."""
+        """Read one more token of each target, int [B], with -1 for rows that have ended. Return the next logits [B, V] and the cache."""
         logits, states = self.decode_from(tokens[:, None], cache["memory"], cache["states"])
         return logits[:, 0], cache | {"states": states}
 
     def decode_from(self, target: jax.Array, memory: dict, states: tuple, rngs: nnx.Rngs | None = None):
-        """`decode`, going on from the decoder's states (flat, as in the memory). Returns logits and the states after."""
+        """Continue `decode` from the decoder's states (flat, as in the memory). Return logits and the new states."""
         parts = len(self.bridges) // len(self.decoder.forward)
         layers = [states[i : i + parts] for i in range(0, len(states), parts)]
         x = dropout(self.embed(target), self.dropout, rngs)

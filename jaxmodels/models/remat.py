@@ -1,13 +1,12 @@
-"""What the forward pass of a block leaves for the backward pass: the rest is computed again, or fetched from the host's memory.
+"""Rematerialization: which activations of a block are saved for the backward pass. The others are recomputed, or offloaded to host memory.
 
-Chen et al. 2016 for the method. A block names its activations (`kept`), and a policy says which of them stay.
+Chen et al. 2016 describe the method. A block names its activations (`checkpoint_name`), and a policy selects from the names.
 """
 
 from collections.abc import Callable
 from typing import Literal
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
@@ -17,24 +16,19 @@ POLICIES = {
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Activations that a block names, in the order that they are computed in. `input` is what the block is given, which is kept anyway, on the
-# device unless it is offloaded; `attention` is what the attention's kernel gives, with what its own gradient needs.
+# Activations that a block names, in the order of computation. `input` is the block's input, which is always saved, on the device unless
+# it is offloaded. `attention` is the output of the attention kernel with the residuals of its gradient.
 NAMES = ("input", "query", "key", "value", "attention", "middle", "gate", "up", "hidden")
 
 
-def kept(x: jax.Array, name: str) -> jax.Array:
-    """x, under one of NAMES."""
-    return checkpoint_name(x, name)
-
-
 def checkpointed(function: Callable, remat: Remat | tuple[str, ...], offload: tuple[str, ...], *, scan: bool, static_argnums: int) -> Callable:
-    """The function, whose backward pass computes again what `remat` does not keep.
+    """Return the function with a backward pass that recomputes what `remat` does not save.
 
     Args:
       function: of a block.
-      remat: a name in POLICIES or `none`; or the names of activations to keep.
-      offload: names of activations that wait in the host's memory.
-      scan: the function is the body of a loop, which keeps the compiler from undoing this.
+      remat: a name in POLICIES or `none`; or the names of activations to save.
+      offload: names of activations that are offloaded to host memory.
+      scan: whether the function is the body of a loop, where no barrier is needed against common-subexpression elimination.
       static_argnums: of the function.
     """
     if remat == "none" and not offload:
@@ -52,14 +46,18 @@ def checkpointed(function: Callable, remat: Remat | tuple[str, ...], offload: tu
 
 
 def check(remat: Remat | tuple[str, ...], offload: tuple[str, ...]) -> None:
-    """Raises ValueError for a policy or a name that there is not."""
+    """Check a policy and the names of activations.
+
+    Raises:
+      ValueError: one is unknown, or the two exclude each other.
+    """
     if remat not in ("none", *POLICIES) if isinstance(remat, str) else not isinstance(remat, tuple | list):
-        raise ValueError(f"remat is 'none', {', '.join(map(repr, POLICIES))}, or names of activations to keep, not {remat!r}")
+        raise ValueError(f"remat is 'none', {', '.join(map(repr, POLICIES))}, or names of activations to save, got {remat!r}")
     for key, names in (("remat", () if isinstance(remat, str) else remat), ("offload", offload)):
         for name in names:
             if name not in NAMES:
                 raise ValueError(f"{key}: blocks have no activation {name!r}; they have {', '.join(NAMES)}")
     if offload and isinstance(remat, str) and remat != "full":
-        raise ValueError(f"offload goes with remat='full' or with names of activations to keep, not with remat={remat!r}")
+        raise ValueError(f"offload needs remat='full' or names of activations to save, got remat={remat!r}")
     if both := set(offload) & (set() if isinstance(remat, str) else set(remat)):
-        raise ValueError(f"{min(both)!r} is both kept on the device (remat) and offloaded")
+        raise ValueError(f"{min(both)!r} is both saved on the device (remat) and offloaded")

@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al. 2015; the stride of a bottleneck on its 3×3 convolution, as Goyal et al. 2017 have it)."""
+"""ResNet v1.5 (He et al. 2015; with the stride of a bottleneck on its 3×3 convolution, as in Goyal et al. 2017)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from jaxmodels.models.convolution import Conv, pool_to_half
+from jaxmodels.models.convolution import Conv, max_pool_3x3
 from jaxmodels.models.layers import check_sizes
 
 SIZES = {
@@ -20,7 +20,7 @@ he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ConvNorm(nnx.Module):
-    """A convolution without bias, and batch normalisation: over the batch with `train`, else with running statistics."""
+    """A convolution without bias, and batch normalization: over the batch with `train`, else with running statistics."""
 
     def __init__(self, channels: int, features: int, kernel: int, stride: int = 1, *, zero_scale: bool = False, rngs: nnx.Rngs):
         self.conv = Conv(channels, features, kernel, stride, init=he_normal, rngs=rngs)
@@ -28,12 +28,12 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, scale_init=scale, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        # In training as its own setting says: one whose parameters are frozen is held to its running statistics.
+        # In training the layer decides: one with frozen parameters uses its running statistics.
         return self.norm(self.conv(x), use_running_average=None if train else True).astype(x.dtype)
 
 
 class Basic(nnx.Module):
-    """Two 3×3 convolutions beside a shortcut."""
+    """Two 3×3 convolutions with a shortcut."""
 
     expansion = 1
 
@@ -48,7 +48,7 @@ class Basic(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1×1, 3×3 and 1×1 convolutions, the last four times as wide, beside a shortcut."""
+    """1×1, 3×3 and 1×1 convolutions, the last with four times the width, with a shortcut."""
 
     expansion = 4
 
@@ -68,7 +68,7 @@ BLOCKS = {"basic": Basic, "bottleneck": Bottleneck}
 
 
 class ResNet(nnx.Module):
-    """Stages of residual blocks, each after the first at half the resolution and twice the width, mean pooling, logits.
+    """Stages of residual blocks, with half the resolution and twice the width from stage to stage, then mean pooling and logits.
 
     Named sizes `resnet18`, `resnet34`, `resnet50` and `resnet101` have the published parameter counts at 1,000 classes.
     """
@@ -86,9 +86,9 @@ class ResNet(nnx.Module):
     ):
         """
         Args:
-          image_shape: (height, width, channels); any height and width will do.
+          image_shape: (height, width, channels); any height and width.
           num_classes: width of the output.
-          stages: blocks in each.
+          stages: number of blocks in each stage.
           block: `basic` or `bottleneck`.
           width: channels of the stem and of the first stage's blocks.
           stem: `imagenet` is a 7×7 convolution of stride 2 and a 3×3 max-pooling of stride 2; `cifar`, for small images, a
@@ -109,14 +109,14 @@ class ResNet(nnx.Module):
         self.output = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes].
+        """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes].
 
-        With `rngs` it trains: normalisation is over the batch, and running statistics move.
+        With `rngs` (training), normalization is over the batch, and running statistics are updated.
         """
         train = rngs is not None
         x = nnx.relu(self.first(image.astype(self.output.kernel.dtype), train))
         if self.stem == "imagenet":
-            x = pool_to_half(x)
+            x = max_pool_3x3(x)
         for block in self.blocks:
             x = block(x, train)
         return self.output(x.mean(axis=(1, 2)))

@@ -1,13 +1,13 @@
-"""Ring attention: sequences lie in parts on the devices of an axis, and keys and values are passed round.
+"""Ring attention: sequences are sharded over the devices of an axis, and keys and values are sent around the ring of these devices.
 
 Liu et al. 2023 (arXiv 2310.01889). Every device keeps its queries. In each turn it attends to the keys that it holds, while
-they are on their way to the next one. What each turn adds is joined by the running maximum and sum of its softmax (Milakov
-and Gimelshein 2018), in float32. The backward pass computes the products anew, from the logarithm of that sum (Dao et al.
-2022), and sends the gradients of keys and values round with them. So a device holds its own part of everything, one
-more part of keys and values, and the products of one block of queries with one of keys: memory grows as T / devices.
+they are sent to the next device. The results of the turns are combined by the running maximum and sum of the softmax (Milakov
+and Gimelshein 2018), in float32. The backward pass recomputes the products from the logarithm of that sum (Dao et al.
+2022), and sends the gradients of keys and values around with them. So a device holds its own shards, one more
+shard of keys and values, and the products of one block of queries with one of keys: memory grows as T / devices.
 
 Shapes: B batch, T queries, S keys, N heads, G key-value heads, R = N / G, K width of a head; in a block: b queries, s keys; i, j
-numbers of blocks.
+indices of blocks.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ import jax.numpy as jnp
 
 from jaxmodels.parallel.layout import Layout, on_each_device
 
-BLOCK = 1024  # the most queries, and keys, whose products are in memory at a time
-LOW = -1e30  # below every product, and finite: the difference of two of these is zero
-FILL = 2**30  # position of what fills up a block of keys
+BLOCK = 1024  # maximum number of queries, and of keys, in a block of products
+LOW = -1e30  # below every product, and finite, so that the difference of two is zero
+FILL = 2**30  # position of padding in a block of keys
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is the same in all turns.
+    """Constants of all turns.
 
     Attributes:
-      axes: of the mesh, that sequences lie along.
-      parts: devices along them.
-      turns: of the ring; fewer than parts, where a window reaches no further.
+      axes: of the mesh, that shard sequences.
+      parts: number of devices along them.
+      turns: number of turns; fewer than parts if a window reaches fewer devices.
       causal, window, scale: as in `attention.attend`.
       part_T, part_S: queries and keys of a device.
     """
@@ -46,22 +46,24 @@ class _Ring:
     part_S: int
 
     def shift(self, tree: Any, by: int) -> Any:
-        """Every device's arrays, sent to that so many places on."""
+        """Send every device's arrays to the device that many steps further."""
         route = [(i, (i + by) % self.parts) for i in range(self.parts)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, route), tree)
 
     def place(self, q: jax.Array) -> jax.Array:
-        """This device's number on the axes: known only once its queries are. What depends on no layer, JAX computes once before a
-        loop over layers; of masks, that would be those of all turns, in memory all the time."""
+        """Return this device's index on the axes, made to depend on its queries.
+
+        JAX computes what depends on no layer once, before a loop over layers: for masks, those of all turns would stay in memory.
+        """
         return jax.lax.optimization_barrier((jax.lax.axis_index(self.axes), q))[0]
 
     def query_positions(self, place: jax.Array) -> jax.Array:
-        """[i, b]: of this device's queries in their sequence."""
+        """Return the positions of this device's queries in their sequence, [i, b]."""
         first = place * self.part_T
         return _blocks(first + jnp.arange(self.part_T), 0, mode="edge")
 
     def key_positions(self, place: jax.Array, turn: jax.Array | int) -> jax.Array:
-        """[j, s]: of the keys that this device holds in a turn."""
+        """Return the positions of the keys that this device holds in a turn, [j, s]."""
         first = (place - turn) % self.parts * self.part_S
         return _blocks(first + jnp.arange(self.part_S), 0, constant_values=FILL)
 
@@ -79,10 +81,10 @@ def ring_attend(
 ) -> jax.Array:
     """Attention by a ring over the axes of `sequence`; arguments as in `attention.attend`.
 
-    T and S must divide over them, and G over those of `heads` if N does. A query that sees no key gives zero.
+    The number of devices must divide T and S, and G if it divides N along `heads`. A query that sees no key has output zero.
 
-    With `causal`, the device with the first queries has the least to do, and waits in every turn for that with the last. With
-    a window too, keys go only as far as it reaches.
+    With `causal`, the device with the first queries has the least work, and waits in every turn for the one with the last queries. With
+    a window too, keys are only sent as far as it reaches.
 
     Returns:
       [B, T, N, K].
@@ -113,7 +115,7 @@ def ring_attend(
 
 
 def _forward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, *segments):
-    """What a device gives for its queries, and the logarithms of the sums of their softmax, [B, T, N] in float32."""
+    """Return a device's output for its queries, and the logarithms of the sums of their softmax, [B, T, N] in float32."""
     G, place = k_BSGK.shape[2], ring.place(q_BTNK)
     q_iBGRbK, (q_numbers, k_numbers) = _heads_first(_blocks(q_BTNK), G), _numbers(segments)
     shape = q_iBGRbK.shape[:-1]
@@ -150,7 +152,7 @@ def _forward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, *segments):
 
 
 def _join(ring: _Ring, so_far, q, k, v, sees):
-    """Sums, maximum and sum of weights of a block of queries, with a block of keys added."""
+    """Add a block of keys to the sums, the maximum and the sum of weights of a block of queries."""
     y, top, total = so_far
     products = _products(ring, q, k)
     if sees is not None:
@@ -165,7 +167,7 @@ def _join(ring: _Ring, so_far, q, k, v, sees):
 
 
 def _backward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, y_BTNK, dy_BTNK, log_sum_BTN, *segments):
-    """The gradients of a device's queries, keys and values."""
+    """Return the gradients of a device's queries, keys and values."""
     G, place = k_BSGK.shape[2], ring.place(q_BTNK)
     q, dy = (_heads_first(_blocks(x), G) for x in (q_BTNK, dy_BTNK))
     mean_BTN = (dy_BTNK.astype(jnp.float32) * y_BTNK.astype(jnp.float32)).sum(-1)
@@ -195,20 +197,20 @@ def _backward(ring: _Ring, q_BTNK, k_BSGK, v_BSGK, y_BTNK, dy_BTNK, log_sum_BTN,
     def turn(carry, number):
         dq, changes, keys = carry
         following = ring.shift(keys, 1)
-        dq, changes = attend_to(dq, ring.shift(changes, 1), keys, number)  # nothing of this turn waits for `following`
+        dq, changes = attend_to(dq, ring.shift(changes, 1), keys, number)  # this turn does not depend on `following`, so that sending overlaps with it
         return (dq, changes, following), None
 
     carry = (jnp.zeros(q.shape, jnp.float32), changes, keys)
     (dq, changes, keys), _ = jax.lax.scan(turn, carry, jnp.arange(ring.turns - 1))
     dq, changes = attend_to(dq, ring.shift(changes, 1) if ring.turns > 1 else changes, keys, ring.turns - 1)
     if ring.turns > 1:
-        changes = ring.shift(changes, 1 - ring.turns)  # home
+        changes = ring.shift(changes, 1 - ring.turns)  # back to its own device
     dk, dv = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : ring.part_S].astype(k_BSGK.dtype) for x in changes)
     return _rows(dq, ring.part_T).astype(q_BTNK.dtype), dk, dv
 
 
 def _join_backward(ring: _Ring, change, dq, q, k, v, dy, log_sum, mean, sees):
-    """The gradients with what one block of queries and one of keys give to each other."""
+    """Add the gradients of one block of queries and one of keys to each other."""
     dk, dv = change
     weights = jnp.exp(_products(ring, q, k) - log_sum[..., None])
     if sees is not None:
@@ -225,7 +227,7 @@ def _products(ring: _Ring, q, k) -> jax.Array:
 
 
 def _where_seen(ring: _Ring, q_at, k_at, function, sums):
-    """function(sums), or the sums as they are where no query of a block sees any key of another."""
+    """Return function(sums), or the sums unchanged if no query of the block sees a key of the other."""
     if not ring.causal and ring.window is None:
         return function(sums)
     seen = jnp.array(True)
@@ -238,7 +240,7 @@ def _where_seen(ring: _Ring, q_at, k_at, function, sums):
 
 
 def _sees(ring: _Ring, q_at, k_at, q_number, k_number) -> jax.Array | None:
-    """Which keys each query sees, of the shape of [B, G, R, b, s] or 1 for some; None for all."""
+    """Return which keys each query sees, broadcastable to [B, G, R, b, s]; None for all."""
     back = q_at[:, None] - k_at[None, :]
     rules = [back >= 0] if ring.causal else []
     if ring.window is not None:
@@ -251,7 +253,7 @@ def _sees(ring: _Ring, q_at, k_at, q_number, k_number) -> jax.Array | None:
 
 
 def _blocks(x: jax.Array, axis: int = 1, **fill) -> jax.Array:
-    """[B, T, ...] -> [i, B, b, ...]: T cut into equal blocks of BLOCK at most, the last filled up."""
+    """Split T into equal blocks of at most BLOCK, with padding in the last: [B, T, ...] -> [i, B, b, ...]."""
     length = x.shape[axis]
     count = -(-length // BLOCK)
     size = -(-length // count)
@@ -264,12 +266,12 @@ def _numbers(segments) -> tuple[jax.Array | None, jax.Array | None]:
 
 
 def _heads_first(x_iBbNK: jax.Array, G: int) -> jax.Array:
-    """[i, B, G, R, b, K]."""
+    """Return blocks as [i, B, G, R, b, K]."""
     i, B, b, N, K = x_iBbNK.shape
     return x_iBbNK.reshape(i, B, b, G, N // G, K).transpose(0, 1, 3, 4, 2, 5)
 
 
 def _rows(x_iBGRbK: jax.Array, length: int) -> jax.Array:
-    """[B, T, N, K], the opposite of `_blocks` and `_heads_first`."""
+    """Return [B, T, N, K], the inverse of `_blocks` and `_heads_first`."""
     i, B, G, R, b, K = x_iBGRbK.shape
     return x_iBGRbK.transpose(1, 0, 4, 2, 3, 5).reshape(B, i * b, G * R, K)[:, :length]

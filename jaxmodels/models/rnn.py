@@ -1,7 +1,7 @@
 """Recurrent networks: LSTM and GRU layers, stacks of them in one direction or both, and a language model.
 
-Padding never enters a state: given `valid` [B, T], a layer keeps its state where that is False, so that its last state
-is that of the last real token, and the backward direction, which walks from the end, begins at it.
+Padding does not change a state: where `valid` [B, T] is False, a layer keeps its state. So the last state is that after the last real
+token, and the backward direction, which starts at the end, starts at that token.
 
 Shapes: B batch, T time, D width in, H width of a layer, V vocabulary.
 """
@@ -19,25 +19,24 @@ SIZES = {"lstm": {"cell": "lstm"}, "gru": {"cell": "gru"}}
 
 
 class LSTM(nnx.Module):
-    """One LSTM layer over time (Hochreiter and Schmidhuber 1997; gates in the order input, forget, cell, output).
+    """One LSTM layer over time (Hochreiter and Schmidhuber 1997), with gates in the order input, forget, cell, output.
 
-    The products with the inputs of all times are one matrix product before the loop; only the recurrent
-    product stays inside it.
+    The products with the inputs of all times are one matrix product before the loop. Only the recurrent product is inside it.
     """
 
     def __init__(self, width_in: int, width: int, *, unroll: int = 1, rngs: nnx.Rngs):
         self.input = nnx.Linear(width_in, 4 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
         self.recurrent = nnx.Param(_orthogonal_gates(rngs.params(), width, 4))
-        # A forget gate that starts open (Jozefowicz et al. 2015).
+        # The forget gate is open initially (Jozefowicz et al. 2015).
         self.input.bias[...] = self.input.bias[...].at[width : 2 * width].set(1.0)
         self.width, self.unroll = width, unroll
 
     def initial_state(self, batch: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-        """Zero (hidden, cell), each [B, H]."""
+        """Return zero (hidden, cell), each [B, H]."""
         return jnp.zeros((batch, self.width), dtype), jnp.zeros((batch, self.width), dtype)
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
-        """x: [B, T, D]; state: (hidden, cell) or None for zeros. Returns outputs [B, T, H] and the last state; see `_loop`."""
+        """x: [B, T, D]; state: (hidden, cell), or None for zeros. Return outputs [B, T, H] and the last state; see `_loop`."""
         recurrent = self.recurrent[...]
 
         def step(state, gates):
@@ -53,7 +52,7 @@ class LSTM(nnx.Module):
 
 
 class GRU(nnx.Module):
-    """One GRU layer over time (Cho et al. 2014), with the reset gate after the recurrent product, as cuDNN has it."""
+    """One GRU layer over time (Cho et al. 2014), with the reset gate after the recurrent product, as in cuDNN."""
 
     def __init__(self, width_in: int, width: int, *, unroll: int = 1, rngs: nnx.Rngs):
         self.input = nnx.Linear(width_in, 3 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
@@ -62,11 +61,11 @@ class GRU(nnx.Module):
         self.width, self.unroll = width, unroll
 
     def initial_state(self, batch: int, dtype=jnp.float32) -> jax.Array:
-        """Zero hidden state [B, H]."""
+        """Return a zero hidden state [B, H]."""
         return jnp.zeros((batch, self.width), dtype)
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
-        """x: [B, T, D]; state: hidden [B, H] or None for zeros. Returns outputs [B, T, H] and the last state; see `_loop`."""
+        """x: [B, T, D]; state: hidden [B, H], or None for zeros. Return outputs [B, T, H] and the last state; see `_loop`."""
         recurrent, bias = self.recurrent[...], self.recurrent_bias[...]
 
         def step(hidden, gates):
@@ -83,16 +82,16 @@ class GRU(nnx.Module):
 
 
 def _loop(step, state, gates, valid, restart, reverse, unroll):
-    """A layer's step over time.
+    """Run a layer's step over time.
 
     Args:
       step: (state, gates [B, G]) -> (state, output [B, H]).
-      state: the first.
-      gates: [B, T, G], what the inputs add to the gates.
-      valid: bool [B, T] or None; where False the state stays, and the output is zero.
-      restart: bool [B, T] or None; where True the state is zero before the step.
-      reverse: walk from the last time to the first.
-      unroll: steps per turn of the compiled loop.
+      state: the initial state.
+      gates: [B, T, G], contribution of the inputs to the gates.
+      valid: bool [B, T] or None; where False the state is unchanged, and the output is zero.
+      restart: bool [B, T] or None; where True the state is set to zero before the step.
+      reverse: loop from the last time to the first.
+      unroll: steps per iteration of the compiled loop.
 
     Returns:
       outputs [B, T, H], each at its own time, and the last state.
@@ -119,7 +118,7 @@ CELLS = {"lstm": LSTM, "gru": GRU}
 class Recurrent(nnx.Module):
     """Stacked layers, each in one direction or both (Schuster and Paliwal 1997), with dropout between them.
 
-    Both directions read the outputs of both below; a layer's output is theirs side by side.
+    The outputs of both directions of a layer are concatenated, and are the input of both directions of the next.
     """
 
     def __init__(
@@ -140,11 +139,11 @@ class Recurrent(nnx.Module):
           width_in: D.
           width: H, of each direction.
           cell: `lstm` or `gru`.
-          layers: how many are stacked.
-          bidirectional: a second direction in each layer, from the last token to the first.
-          dropout: rate on what goes from a layer to the next.
+          layers: number of layers.
+          bidirectional: whether layers have a backward direction.
+          dropout: rate on the outputs between layers.
           kernel: `xla`, or `cudnn`; see `models.cudnn`.
-          unroll: time steps per turn of the compiled loop.
+          unroll: time steps per iteration of the compiled loop.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
@@ -157,13 +156,14 @@ class Recurrent(nnx.Module):
         self.dropout, self.kernel, self.width_out = dropout, kernel, directions * width
 
     def __call__(self, x, state=None, *, valid=None, restart=None, rngs: nnx.Rngs | None = None):
-        """Outputs of the last layer and the last states.
+        """Return the outputs of the last layer, and the last states.
 
         Args:
           x: [B, T, D].
           state: for each layer a tuple of its directions' states, or None for zeros.
-          valid, restart: bool [B, T] or None: where tokens are real, and where the states begin anew.
-          rngs: draws dropout, in training.
+          valid: bool [B, T] or None, False at padding.
+          restart: bool [B, T] or None, True where the states restart at zero.
+          rngs: provides the `dropout` stream, in training.
 
         Returns:
           [B, T, H] (2H with both directions; zero where not `valid`), and the states in the form of `state`.
@@ -180,7 +180,7 @@ class Recurrent(nnx.Module):
 
 
 def run_layer(cells, x, states, valid, restart, kernel: str):
-    """One layer of one or two directions through a kernel. Returns outputs [B, T, H or 2H] and a tuple of last states."""
+    """Run one layer of one or two directions with a kernel. Return outputs [B, T, H or 2H] and a tuple of last states."""
     if kernel == "cudnn":
         if restart is not None:
             raise ValueError("kernel='cudnn' cannot restart within a row, as packed sequences need; use kernel='xla'")
@@ -192,7 +192,7 @@ def run_layer(cells, x, states, valid, restart, kernel: str):
 
 
 class RecurrentLM(nnx.Module):
-    """A language model of stacked LSTM or GRU layers: embedding, layers, logits, with dropout between all of them."""
+    """A language model: embedding, stacked LSTM or GRU layers and logits, with dropout between all of them."""
 
     def __init__(
         self,
@@ -212,13 +212,13 @@ class RecurrentLM(nnx.Module):
         Args:
           vocab_size: V, rows of the embedding and width of the output.
           cell: `lstm` or `gru`.
-          layers: how many are stacked.
+          layers: number of layers.
           width: of each layer.
-          embedding: width of the embedding; that of the layers unless given.
+          embedding: width of the embedding. The default is that of the layers.
           dropout: rate on the embedding and on every layer's output.
           tie_embeddings: the output matrix is the embedding's (Press and Wolf 2017); their widths must be equal.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU; the parameters are the same.
-          unroll: time steps per turn of the compiled loop: more is faster and slower to compile.
+          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
@@ -234,12 +234,12 @@ class RecurrentLM(nnx.Module):
         self.dropout, self.kernel = dropout, kernel
 
     def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits of the next token.
+        """Return the logits of the next token.
 
         Args:
           tokens: int [B, T].
-          segments: int [B, T] or None; with several sequences in a row, each one's number: the state begins anew with each.
-          rngs: draws dropout, in training.
+          segments: int [B, T] or None; for rows of several packed sequences, the number of each. The state restarts with each segment.
+          rngs: provides the `dropout` stream, in training.
 
         Returns:
           [B, T, V]; those at t see the tokens 0..t of their segment.
@@ -248,11 +248,11 @@ class RecurrentLM(nnx.Module):
         return logits
 
     def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """States before the first token; as `models.cache` has it. They take the same room however long a text is."""
+        """Return the initial states; see `models.cache`. Their size does not depend on `length`."""
         return {"states": tuple(layer.initial_state(batch, dtype) for layer in self.layers)}
 
     def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits [B, V] of what follows each of the prompts `tokens`, int [B, P] with -1 before the tokens, and the states after them."""
+        """Return the next logits [B, V] after prompts `tokens`, int [B, P] padded with -1 on the left, and the states after them."""
         x_BTD, valid, states = self.embed(tokens), tokens >= 0, []
         for layer, state in zip(self.layers, cache["states"], strict=True):
             x_BTD, last = layer(x_BTD, state, valid=valid)
@@ -261,11 +261,11 @@ class RecurrentLM(nnx.Module):
         return (self.embed.attend(x_BD) if self.output is None else self.output(x_BD)), {"states": tuple(states)}
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits [B, V] of what follows one more token of each row, int [B], and the states after it; a row that has ended gets -1."""
+        """Read one more token of each row, int [B], with -1 for rows that have ended. Return the next logits [B, V] and the states."""
         return self.prefill(tokens[:, None], cache)
 
     def with_state(self, tokens: jax.Array, state, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None):
-        """Goes on from `state` (a tuple with one state per layer, or None for zeros). Returns logits and the new state."""
+        """Continue from `state` (a tuple with one state per layer, or None for zeros). Return logits and the new state."""
         restart = None
         if segments is not None:
             restart = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
@@ -281,18 +281,18 @@ class RecurrentLM(nnx.Module):
 
 
 def resolve_implementation(model: nnx.Module, platform: str | None, dtype=jnp.float32) -> dict[str, str]:
-    """Which kernel a model's recurrent layers run with.
+    """Return the kernel of a model's recurrent layers, after checking that it runs on the platform.
 
     Args:
-      model: a module, or the shapes of one.
-      platform: `cpu`, `gpu` or `tpu`; None while there is none.
+      model: a module of arrays or of shapes.
+      platform: `cpu`, `gpu` or `tpu`; None if it is not known yet.
       dtype: of the computation.
 
     Returns:
-      What was asked, what is used and why: empty for a model that has no choice.
+      The kernel that was requested (`asked`), the one that is `used`, and `why`. Empty for a model without a choice.
 
     Raises:
-      ValueError: what is asked for cannot run there; says why.
+      ValueError: the kernel cannot run on the platform; the message says why.
     """
     kernels = {module.kernel for _, module in nnx.iter_modules(model) if isinstance(module, (Recurrent, RecurrentLM))}
     if not kernels:
@@ -300,10 +300,10 @@ def resolve_implementation(model: nnx.Module, platform: str | None, dtype=jnp.fl
     (kernel,) = kernels
     if kernel == "cudnn" and platform is not None:
         cudnn.check_place(platform, dtype)
-    return {"asked": kernel, "used": kernel, "why": "as model.kernel says"}
+    return {"asked": kernel, "used": kernel, "why": "set by model.kernel"}
 
 
 def _orthogonal_gates(key: jax.Array, width: int, gates: int) -> jax.Array:
-    """[H, gates * H]: an orthogonal matrix for each gate (Saxe et al. 2014)."""
+    """Return [H, gates * H]: an orthogonal matrix for each gate (Saxe et al. 2014)."""
     init = nnx.initializers.orthogonal()
     return jnp.concatenate([init(k, (width, width)) for k in jax.random.split(key, gates)], axis=1)

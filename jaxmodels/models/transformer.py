@@ -1,4 +1,4 @@
-"""The Transformer (Vaswani et al. 2017): the block that all its shapes are made of, and the decoder (GPT-2 and its kind).
+"""The Transformer (Vaswani et al. 2017): its block, and the decoder (GPT-2 and similar models).
 
 The encoder is in `encoder.py`, the encoder–decoder in `encoder_decoder.py`.
 
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import remat as remat_lib
@@ -21,7 +22,7 @@ from jaxmodels.models.attention import Attention, Implementation
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.moe import Mixture, MoE, statistics
 from jaxmodels.models.positions import RotaryScaling, positions_in, rotary_table, sinusoids
-from jaxmodels.models.remat import Remat, kept
+from jaxmodels.models.remat import Remat
 from jaxmodels.models.sizes import DECODERS
 from jaxmodels.parallel.layout import constrain, gathered, row_major, sum_over_devices
 from jaxmodels.parallel.pipeline import over_layers
@@ -32,14 +33,14 @@ SIZES = DECODERS
 
 
 def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """Layer normalisation (Ba et al. 2016), or by the root mean square alone (Zhang and Sennrich 2019), which has no bias."""
+    """Return a layer normalization (Ba et al. 2016), or a root-mean-square one (Zhang and Sennrich 2019), which has no bias."""
     if kind == "rms":
         return nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
     return nnx.LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
 
 
 class MLP(nnx.Module):
-    """Two matrices with a non-linearity between; with `swiglu` and `geglu` a third one gates (Shazeer 2020)."""
+    """Two matrices with an activation function between; with `swiglu` and `geglu` a third one gates (Shazeer 2020)."""
 
     def __init__(self, width: int, mlp_width: int, *, activation: Activation = "gelu", bias: bool = True, init, out_init, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=bias, rngs=rngs)
@@ -49,15 +50,15 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """x: [B, T, D]. Returns the same shape. `valid` and `rngs` are for those that stand in its place."""
+        """x: [B, T, D]. Return the same shape. `valid` and `rngs` are unused; modules in its place may use them."""
         activate = ACTIVATIONS[self.activation]
-        up = kept(self.up(x_BTD), "up")
-        hidden = activate(up) if self.gate is None else activate(kept(self.gate(x_BTD), "gate")) * up
-        return self.down(kept(constrain(hidden, "batch", "sequence", "mlp"), "hidden"))
+        up = checkpoint_name(self.up(x_BTD), "up")
+        hidden = activate(up) if self.gate is None else activate(checkpoint_name(self.gate(x_BTD), "gate")) * up
+        return self.down(checkpoint_name(constrain(hidden, "batch", "sequence", "mlp"), "hidden"))
 
 
 class Block(nnx.Module):
-    """Attention and a feed-forward, each added to its input; in a decoder over a memory, attention to that between them."""
+    """Attention and a feed-forward, each with a residual connection; between them cross-attention, in a decoder with a memory."""
 
     def __init__(
         self,
@@ -89,33 +90,33 @@ class Block(nnx.Module):
         """
         Args:
           width, heads: D and N.
-          mlp_width: of the feed-forward; 4 D unless given.
+          mlp_width: hidden width of the feed-forward. The default is 4 D.
           causal: position t sees positions 0..t.
-          dropout: rate on what is added.
-          layers: how many blocks are stacked.
-          kv_heads, head_width, window, query_key_norm, scale: of `attention.Attention`.
+          dropout: rate on the residuals.
+          layers: number of blocks in the model.
+          kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
           norm: `layer` or `rms`.
-          epsilon: of the normalisation.
-          post_norm: normalise the sums (Vaswani et al. 2017), not the inputs of attention and feed-forward.
+          epsilon: of the normalization.
+          post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs of attention and feed-forward.
           activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu` and `geglu`.
-          bias: every matrix and layer normalisation has one.
-          qkv_bias: queries, keys and values have one; as `bias` unless given.
-          relative: a bias is added to the products of self-attention when called.
-          memory: attend to another sequence too.
+          bias: whether matrices and layer normalizations have a bias.
+          qkv_bias: whether queries, keys and values have a bias. The default is `bias`.
+          relative: whether calls pass a bias for the products of self-attention.
+          memory: whether the block has cross-attention.
           attention: its implementation, as in `attention.attend`.
           init: of the matrices: `normal` with a deviation of 0.02 (GPT-2, BERT), or by `fan_in` (T5).
-          mlp: makes another module in the feed-forward's place. It is called as `mlp(x, valid=…, rngs=…)` with [B, T, D],
-            bool [B, T] (None: all) and what dropout draws from, and returns [B, T, D], or that and a dict of arrays, sums
+          mlp: constructor of a module in the feed-forward's place. It is called as `mlp(x, valid=…, rngs=…)` with [B, T, D],
+            bool [B, T] (None: no padding) and `nnx.Rngs`, and returns [B, T, D], or that and a dict of arrays, sums
             over tokens, which the block then returns too.
           rngs: draws the initial parameters from its `params` stream.
         """
         if init == "normal":
             matrix = query = nnx.initializers.normal(0.02)
-            # A pre-norm block adds to a stream that is never normalised; GPT-2 scales those sums back to unit growth.
+            # The residual stream of pre-norm blocks is not normalized; GPT-2 scales down the matrices that add to it.
             out = matrix if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
         else:
             matrix = out = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-            # Products that are not scaled are scaled at the start, by the queries.
+            # Without a scale on the products, the queries are initialized smaller.
             unscaled = 1 if scale is None else (head_width or width // heads)
             query = nnx.initializers.variance_scaling(1.0 / unscaled, "fan_in", "normal")
         options = {"kv_heads": kv_heads, "head_width": head_width, "query_key_norm": query_key_norm, "epsilon": epsilon}
@@ -144,31 +145,31 @@ class Block(nnx.Module):
         memory_segments: tuple[jax.Array, jax.Array] | None = None,
         valid: jax.Array | None = None,
     ):
-        """One block.
+        """Run the block.
 
         Args:
           x_BTD: float [B, T, D].
-          rngs: dropout is drawn from; None to evaluate.
+          rngs: provides the `dropout` stream; None to evaluate.
           rotary: cosines and sines of `positions.rotary_table`.
-          segments: int [B, T]; a position sees only those of its own number.
+          segments: int [B, T]; a position sees only those with its own number.
           bias: added to the products of self-attention.
           memory: float [B, S, D], for blocks made with `memory`.
           memory_segments: of x and of the memory, as in `attention.attend`.
-          valid: bool [B, T], what is not padding; for the feed-forward.
+          valid: bool [B, T], False at padding; for the feed-forward.
 
         Returns:
-          [B, T, D]; and the dict of the module in the feed-forward's place, if that gives one.
+          [B, T, D]; and the dict of the module in the feed-forward's place, if it returns one.
         """
         pair = None if segments is None else (segments, segments)
         x_BTD, _ = self._add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary=rotary, segments=pair, bias=bias), rngs)
-        x_BTD = kept(x_BTD, "middle")
+        x_BTD = checkpoint_name(x_BTD, "middle")
         if self.memory_attention is not None:
             x_BTD, _ = self._add(x_BTD, self.memory_norm, lambda x: self.memory_attention(x, memory, segments=memory_segments), rngs)
         x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs)
         return x_BTD if aux is None else (x_BTD, aux)
 
     def prefill(self, x_BTD: jax.Array, layer: dict, *, rotary, segments: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
-        """`__call__` without a memory, and the empty `layer` of a cache with the keys and values; see `models.cache`."""
+        """Run the block without a memory, and write keys and values into the empty cache `layer`; see `models.cache`."""
         attend = functools.partial(self.attention.prefill, layer=layer, rotary=rotary, segments=(segments, segments))
         x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None)
         return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
@@ -178,7 +179,7 @@ class Block(nnx.Module):
         x_B1D: jax.Array,
         layer: dict,
         slot: jax.Array,
-        pads: jax.Array,
+        left_padding: jax.Array,
         *,
         index: jax.Array | None = None,
         rotary=None,
@@ -187,15 +188,15 @@ class Block(nnx.Module):
         memory_valid: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
-        """One token more; arguments as of `attention.Attention.extend`, and of `read` for the memory. Returns [B, 1, D] and the layer's cache."""
-        attend = functools.partial(self.attention.extend, layer=layer, slot=slot, pads_B=pads, index=index, rotary=rotary, bias=bias)
+        """Run the block on one token; arguments as in `attention.Attention.extend`, and `read` for the memory. Return [B, 1, D] and the cache layer."""
+        attend = functools.partial(self.attention.extend, layer=layer, slot=slot, left_padding_B=left_padding, index=index, rotary=rotary, bias=bias)
         x_B1D, layer = self._add(x_B1D, self.attention_norm, attend, None)
         if self.memory_attention is not None:
             x_B1D, _ = self._add(x_B1D, self.memory_norm, lambda x: self.memory_attention.read(x, memory, memory_valid), None)
         return self._add(x_B1D, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
 
     def make_layer(self, batch: int, length: int, dtype: Any) -> dict:
-        """An empty layer of a cache."""
+        """Return an empty layer of a cache."""
         a = self.attention
         return cache_lib.make_layer(batch, length, a.kv_heads, a.head_width, a.window, dtype)
 
@@ -207,29 +208,29 @@ class Block(nnx.Module):
 
 
 def make_blocks(make: Callable[[nnx.Rngs], nnx.Module], layers: int, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """A list of `layers` blocks; with `scan` one module whose parameters are all of theirs stacked, [L, ...]."""
+    """Return a list of `layers` blocks; with `scan`, one module with the parameters of all blocks stacked, [L, ...]."""
     return nnx.vmap(make)(rngs.split(layers)) if scan else nnx.List([make(rngs) for _ in range(layers)])
 
 
 def apply_blocks(
     blocks: nnx.Module, x_BTD: jax.Array, rngs: nnx.Rngs | None, *, remat: Remat | tuple[str, ...] = "none", offload: tuple[str, ...] = (), **shared: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs blocks one after the other, as `make_blocks` made them: a list is unrolled, stacked ones are looped over.
+    """Run blocks one after the other: a list is unrolled, and stacked ones are looped over.
 
-    Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised are one function.
+    Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised blocks give the same result.
 
     Args:
-      blocks: of `make_blocks`.
-      x_BTD: the first one's input.
-      rngs: dropout is drawn from; None to evaluate.
-      remat: what is computed again in the backward pass instead of kept: `none`; `full` all but each block's input;
-        `dots` all but that and the results of matrix products; `dots_no_batch` keeps those with parameters alone; or the names, of
-        `remat.NAMES`, of what is kept.
-      offload: names of what waits in the host's memory.
+      blocks: from `make_blocks`.
+      x_BTD: input of the first block.
+      rngs: provides the `dropout` stream; None to evaluate.
+      remat: what the backward pass recomputes: `none`; `full`, all but each block's input;
+        `dots`, all but that and the results of matrix products; `dots_no_batch` saves only those with parameters; or the names, of
+        `remat.NAMES`, of what is saved.
+      offload: names of activations that are offloaded to host memory.
       shared: further arguments of every block.
 
     Returns:
-      The last one's output, and what blocks returned beside theirs, stacked over those that did: {} for dense ones.
+      The output of the last block, and the blocks' statistics, stacked over the blocks that return any: {} for dense ones.
     """
     remat_lib.check(remat, offload)
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
@@ -240,7 +241,7 @@ def apply_blocks(
 
     def apply(x_BTD, block_state, key, shared, graphdef):
         block = nnx.merge(graphdef, block_state)
-        x_BTD = kept(row_major(x_BTD), "input")
+        x_BTD = checkpoint_name(row_major(x_BTD), "input")
         result = block(x_BTD, None if key is None else nnx.Rngs(dropout=key), **shared)
         return result if isinstance(result, tuple) else (result, {})
 
@@ -262,7 +263,7 @@ def apply_blocks(
 
 
 def make_layers(blocks: nnx.Module, batch: int, length: int, dtype: Any) -> list | dict:
-    """The empty layers of a cache for blocks of `make_blocks`."""
+    """Return the empty layers of a cache for blocks of `make_blocks`."""
     if isinstance(blocks, nnx.List):
         return [block.make_layer(batch, length, dtype) for block in blocks]
     layers = jax.tree.leaves(nnx.split(blocks)[1])[0].shape[0]
@@ -270,7 +271,7 @@ def make_layers(blocks: nnx.Module, batch: int, length: int, dtype: Any) -> list
 
 
 def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **shared: Any) -> tuple[jax.Array, list | dict]:
-    """Runs blocks one after the other on prompts. Returns what the last one gives, and the layers with their keys and values."""
+    """Run blocks one after the other on prompts. Return the output of the last one, and the layers with their keys and values."""
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
     if isinstance(blocks, nnx.List):
         filled = []
@@ -285,9 +286,9 @@ def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **
 def extend_blocks(
     blocks: nnx.Module, x_B1D: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any
 ) -> tuple[jax.Array, list | dict]:
-    """Runs blocks one after the other on one token of every row. Returns what the last one gives, and the layers of the cache.
+    """Run blocks one after the other on one token of every row. Return the output of the last one, and the layers of the cache.
 
-    Stacked layers are carried through the loop whole and written in place, where a loop's own inputs and outputs would be copies.
+    Stacked layers are the carry of the loop and are written in place. As inputs and outputs of the loop they would be copied.
     """
     if isinstance(blocks, nnx.List):
         after = []
@@ -347,36 +348,36 @@ class Decoder(nnx.Module):
           vocab_size: V, rows of the embedding and width of the output.
           context: the longest sequence; rows of the table of learned positions.
           layers, heads, width: L, N and D; N must divide D unless `head_width` is given.
-          kv_heads: heads of keys and values, each for several of the queries' (Ainslie et al. 2023); N unless given.
-          head_width: K; D / N unless given.
-          mlp_width: of the feed-forward; 4 D unless given.
-          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` turns queries and keys (Su et al. 2021).
+          kv_heads: heads of keys and values, each for several query heads (Ainslie et al. 2023). The default is N.
+          head_width: K. The default is D / N.
+          mlp_width: hidden width of the feed-forward. The default is 4 D.
+          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys (Su et al. 2021).
           rotary_base: of the wavelengths of `rotary`.
-          rotary_scaling: for longer contexts than first trained on.
-          window: positions see only the last so many (Jiang et al. 2023).
+          rotary_scaling: for contexts longer than that of pretraining.
+          window: number of last positions that a position sees (Jiang et al. 2023).
           norm: `layer` or `rms`.
-          epsilon: of the normalisation.
-          post_norm: normalise each sum, not the inputs of attention and feed-forward.
+          epsilon: of the normalization.
+          post_norm: normalize each residual sum, not the inputs of attention and feed-forward.
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
-          bias: matrices and layer normalisations have one.
-          qkv_bias: those of queries, keys and values do; as `bias` unless given.
-          query_key_norm: normalise queries and keys (Qwen 3).
+          bias: whether matrices and layer normalizations have a bias.
+          qkv_bias: whether queries, keys and values have a bias. The default is `bias`.
+          query_key_norm: whether queries and keys are normalized (Qwen 3).
           moe: each feed-forward is a mixture of experts, each of width `mlp_width`: `{"experts": 8, "top_k": 2}`.
-          dropout: rate on the embedding and on what each block adds.
+          dropout: rate on the embedding and on the residuals of each block.
           tie_embeddings: the output matrix is the token embedding's (Press and Wolf 2017).
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
-          scan: keep the blocks' parameters stacked, [L, ...], and loop over them: compiling takes the time of
-            one block, however many there are.
-          remat: what of each block is computed again in the backward pass instead of kept: `none`, `full` (all),
+          scan: stack the blocks' parameters, [L, ...], and loop over them: compiling takes the time of
+            one block for any number of layers.
+          remat: what the backward pass recomputes of each block: `none`, `full` (all),
             `dots` (all but matrix products), `dots_no_batch` (all but matrix products with parameters); or the names of
-            what is kept, of `remat.NAMES`.
-          offload: names of activations that wait for the backward pass in the host's memory.
+            saved activations, of `remat.NAMES`.
+          offload: names of activations that are offloaded to host memory until the backward pass.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         check_sizes(context=context, layers=layers, heads=heads, width=width)
         if rotary_scaling is not None and positions != "rotary":
-            raise ValueError(f"rotary_scaling means nothing to positions={positions!r}")
+            raise ValueError(f"rotary_scaling has no meaning for positions={positions!r}")
         init = nnx.initializers.normal(0.02)
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
@@ -401,12 +402,12 @@ class Decoder(nnx.Module):
         self.remat, self.offload = remat if isinstance(remat, str) else tuple(remat), tuple(offload)
 
     def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits of the token after each.
+        """Return the logits of the token after each token.
 
         Args:
-          tokens: int [B, T], T at most `context`; -1 is padding, after the tokens.
-          segments: int [B, T] where several texts are packed into a row: each sees itself alone, from position 0.
-          rngs: dropout is drawn from; None to evaluate.
+          tokens: int [B, T], T at most `context`; -1 is padding, at the end.
+          segments: int [B, T] for rows of several packed texts: each attends only to itself, from position 0.
+          rngs: provides the `dropout` stream; None to evaluate.
 
         Returns:
           [B, T, V]; those at t see tokens 0..t.
@@ -414,22 +415,22 @@ class Decoder(nnx.Module):
         return self.with_auxiliary(tokens, segments=segments, rngs=rngs)[0]
 
     def with_auxiliary(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Logits, and what the blocks' feed-forwards tell of themselves: {} unless they are mixtures of experts.
+        """Return logits, and the statistics of mixtures of experts ({} for dense blocks).
 
-        Of that, `loss` is the sum over layers; all else is the mean.
+        Of these, `loss` is the sum over layers; all others are the mean.
         """
         x_BTD, told = self.features(tokens, segments=segments, rngs=rngs)
         return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), told
 
     def features(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What the blocks make of tokens, [B, T, D], and what these tell: `with_auxiliary` without the output, which `head` is."""
+        """Return the final hidden states [B, T, D] and the statistics: `with_auxiliary` without the output layer, `head`."""
         T = tokens.shape[1]
         if T > self.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.context}")
         valid = tokens >= 0
         x_BTD, rotary = self._enter(tokens, jnp.arange(T)[None] if segments is None else positions_in(segments))
         shared = {"rotary": rotary, "valid": valid}
-        if segments is not None:  # without, no token sees the padding after it
+        if segments is not None:  # without segments, no token sees the padding after it
             shared["segments"] = jnp.where(valid, segments, -1)
         x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, offload=self.offload, **shared)
         if self.mixture is None:
@@ -438,7 +439,7 @@ class Decoder(nnx.Module):
         return x_BTD, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
 
     def head(self) -> Callable[[jax.Array], jax.Array]:
-        """Features [B, T, D] to logits [B, T, V], for several calls on parts: its matrix comes together once, and gradients add up in float32."""
+        """Map features [B, T, D] to logits [B, T, V]. For several calls on parts: the matrix is gathered once, and gradients add up in float32."""
         plain = self.output is None or (type(self.output) is nnx.Linear and self.output.bias is None)
         if not plain:
             return lambda x_BTD: constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
@@ -453,29 +454,29 @@ class Decoder(nnx.Module):
         return logits
 
     def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """An empty cache for `batch` rows of `length` tokens, as `models.cache` has it."""
+        """Return an empty cache for `batch` rows of `length` tokens; see `models.cache`."""
         layers = make_layers(self.blocks, batch, length, dtype)
-        return {"layers": layers, "pads": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
+        return {"layers": layers, "left_padding": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
 
     def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits [B, V] of what follows each of the prompts `tokens`, int [B, P] with -1 before the tokens, and the cache with them in it."""
+        """Return the next logits [B, V] after prompts `tokens`, int [B, P] padded with -1 on the left, and the cache with them."""
         valid = tokens >= 0
-        pads = jnp.argmax(valid, axis=1).astype(jnp.int32)
-        x_BTD, rotary = self._enter(tokens, jnp.maximum(jnp.arange(tokens.shape[1])[None] - pads[:, None], 0))
+        left_padding = jnp.argmax(valid, axis=1).astype(jnp.int32)
+        x_BTD, rotary = self._enter(tokens, jnp.maximum(jnp.arange(tokens.shape[1])[None] - left_padding[:, None], 0))
         x_BTD, layers = prefill_blocks(self.blocks, x_BTD, cache["layers"], rotary=rotary, segments=jnp.where(valid, 0, -1), valid=valid)
         logits = constrain(self._logits(x_BTD[:, -1]), "rows", "vocab")
-        return logits, {"layers": layers, "pads": pads, "slot": jnp.asarray(tokens.shape[1], jnp.int32)}
+        return logits, {"layers": layers, "left_padding": left_padding, "slot": jnp.asarray(tokens.shape[1], jnp.int32)}
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits [B, V] of what follows one more token of each row, int [B], and the cache with it; a row that has ended gets -1."""
-        slot, pads = cache["slot"], cache["pads"]
-        x_B1D, rotary = self._enter(tokens[:, None], (slot - pads)[:, None])
-        x_B1D, layers = extend_blocks(self.blocks, x_B1D, cache["layers"], slot=slot, pads=pads, rotary=rotary, valid=tokens[:, None] >= 0)
+        """Read one more token of each row, int [B], with -1 for rows that have ended. Return the next logits [B, V] and the cache."""
+        slot, left_padding = cache["slot"], cache["left_padding"]
+        x_B1D, rotary = self._enter(tokens[:, None], (slot - left_padding)[:, None])
+        x_B1D, layers = extend_blocks(self.blocks, x_B1D, cache["layers"], slot=slot, left_padding=left_padding, rotary=rotary, valid=tokens[:, None] >= 0)
         logits = constrain(self._logits(x_B1D[:, 0]), "rows", "vocab")
-        return logits, {"layers": layers, "pads": pads, "slot": slot + 1}
+        return logits, {"layers": layers, "left_padding": left_padding, "slot": slot + 1}
 
     def _enter(self, tokens, positions):
-        """What goes into the blocks, [B, T, D]; and the rotary table."""
+        """Return the input of the blocks, [B, T, D], and the rotary table."""
         x_BTD = self.embed(tokens)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions)

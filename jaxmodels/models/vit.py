@@ -1,6 +1,6 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021): a Transformer encoder over squares of an image.
+"""The Vision Transformer (Dosovitskiy et al. 2021): a Transformer encoder over square patches of an image.
 
-Shapes: B batch, T patches (and the class token, which comes first), D width, P side of a patch.
+Shapes: B batch, T patches (and the class token, which is first), D width, P side of a patch.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ SIZES = {
 
 
 class VisionBlock(Block):
-    """A Transformer block that whole examples skip at random in training."""
+    """A Transformer block with stochastic depth."""
 
     def __init__(self, width: int, heads: int, *, stochastic_depth: float, rngs: nnx.Rngs, **options):
         super().__init__(width, heads, causal=False, activation="gelu_exact", rngs=rngs, **options)
@@ -46,7 +46,7 @@ class VisionBlock(Block):
 
 
 class VisionTransformer(nnx.Module):
-    """Class logits of an image, by pre-norm blocks over its patches.
+    """Pre-norm blocks over the patches of an image, and class logits.
 
     Named sizes (`vit_ti16`, `vit_s16`, `vit_s32`, `vit_b16`, `vit_b32`, `vit_l16`, `vit_l32`: the number is the patch) have the
     published parameter counts at 224×224 pixels and 1,000 classes; Ti and S are those of Touvron et al. 2021.
@@ -79,16 +79,16 @@ class VisionTransformer(nnx.Module):
           num_classes: width of the output.
           patch: P, in pixels.
           layers, heads, width: of the blocks; `heads` must divide `width`.
-          mlp_width: of the feed-forward; 4 D unless given.
-          pool: the output sees the class token, or the mean over patches (there is no class token then).
-          positions: `learned`, or fixed sines and cosines of row and column, half of the width each, with none for the class
+          mlp_width: hidden width of the feed-forward. The default is 4 D.
+          pool: input of the output layer: the class token, or the mean over patches (without a class token).
+          positions: `learned`, or fixed sines and cosines of row and column, half of the width each, and zero for the class
             token (Chen et al. 2021).
-          epsilon: of the normalisation.
-          qkv_bias: queries, keys and values have one.
-          dropout: rate on the embedding and on what is added in each block.
-          stochastic_depth: rate at which whole examples skip a block, the same for all blocks (Touvron et al. 2022).
-          scan: keep the blocks' parameters stacked, [layers, ...], and loop over them: compiling takes the time of one.
-          remat: what the backward pass computes again, as in `transformer.apply_blocks`.
+          epsilon: of the normalization.
+          qkv_bias: whether queries, keys and values have a bias.
+          dropout: rate on the embedding and on the residuals of each block.
+          stochastic_depth: rate at which examples skip a block, the same for all blocks (Touvron et al. 2022).
+          scan: stack the blocks' parameters, [layers, ...], and loop over them: compiling takes the time of one block.
+          remat: what the backward pass recomputes, as in `transformer.apply_blocks`.
           attention: its implementation, as in `attention.attend`.
           rngs: draws the initial parameters from its `params` stream.
         """
@@ -111,7 +111,7 @@ class VisionTransformer(nnx.Module):
             self.positions = None
 
         def block(rngs):
-            # By the width of what comes in: at small widths, a deviation of 0.02 leaves blocks that add next to nothing.
+            # Scaled by fan-in: at small widths, blocks with a deviation of 0.02 add almost nothing.
             options = {"mlp_width": mlp_width, "dropout": dropout, "layers": layers, "attention": attention, "init": "fan_in"}
             options |= {"epsilon": epsilon, "qkv_bias": qkv_bias}
             return VisionBlock(width, heads, stochastic_depth=stochastic_depth, rngs=rngs, **options)
@@ -122,16 +122,16 @@ class VisionTransformer(nnx.Module):
         self.patch, self.grid, self.dropout, self.remat = patch, (rows, columns), dropout, remat
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """image: float [B, H, W, C], computed on in the parameters' type. Returns logits [B, num_classes]."""
+        """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes]."""
         x_BTD = self.embed(image)
         x_BTD, _ = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat)
         x_BTD = self.norm(x_BTD)
         return self.output(x_BTD.mean(axis=1) if self.token is None else x_BTD[:, 0])
 
     def embed(self, image: jax.Array) -> jax.Array:
-        """Patches as vectors with their positions, the class token before them: [B, T, D].
+        """Return patches as vectors with positions, after the class token: [B, T, D].
 
-        One matrix for every patch is what others write as a convolution with a stride of its size.
+        One matrix for every patch equals a convolution with a stride of the patch size.
         """
         x = self.patches(patches(image.astype(self.output.kernel.dtype), self.patch))
         x_BTD = x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""Names for the axes of arrays inside a model, which mean something only where a step is spread over devices.
+"""Logical axes of arrays inside a model, and the layout that maps them to axes of a mesh.
 
-A model says `constrain(x_BTD, "batch", "sequence", None)`: where there is no layout, or one device, that is x itself. So
-models know names and no mesh, and run as they are without one.
+A model calls `constrain(x_BTD, "batch", "sequence", None)`. Without a layout, or on one device, this returns x unchanged. So models
+know logical axes and no mesh.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from jax.experimental.layout import Layout as DeviceLayout
 from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Which mesh axes each logical axis is spread over; `sharding.rules` of a config goes before.
+# Logical axis -> mesh axes. The config key `sharding.rules` overrides these.
 RULES: Mapping[str, tuple[str, ...]] = {
     # Of activations.
     "batch": ("slices", "data", "fsdp", "expert"),
-    "group": ("slices", "data", "fsdp"),  # rows of a batch, where experts have the axis `expert`
+    "group": ("slices", "data", "fsdp"),  # rows of a batch, next to an axis of experts
     "sequence": ("context",),
     # Of both.
     "heads": ("tensor",),
@@ -31,23 +31,23 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # Of parameters.
     "embed": ("fsdp",),
-    "largest": ("fsdp",),  # the largest dimension that divides, of parameters that no pattern names
+    "largest": ("fsdp",),  # the largest dimension that divides, of parameters without a pattern
     "layers": ("pipeline",),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one compiled function is spread over devices.
+    """How one compiled function is sharded over devices.
 
     Attributes:
-      mesh: of all devices.
-      rules: as `RULES`, the config's own first.
-      context: how attention spreads over parts of a sequence: as `sharding.Sharding` has it.
-      microbatches: that a pipeline cuts a batch into.
-      axis: under `pmap`, the name of the mapped axis: each device then runs the model on its own rows.
-      left_whole: notes of what could not be spread, for the log and the manifest: filled while tracing.
-      used: axes that something is spread over: filled while tracing.
+      mesh: all devices.
+      rules: logical axis -> mesh axes, as `RULES`, with the config's own rules.
+      context: how attention spans the shards of a sequence, as in `sharding.Sharding`.
+      microbatches: number of parts that a pipeline splits a batch into.
+      axis: under `pmap`, the name of the mapped axis. Each device then runs the model on its own rows.
+      left_whole: notes about dimensions that could not be sharded, for the log and the manifest. Filled while tracing.
+      used: mesh axes that an array is sharded over. Filled while tracing.
     """
 
     mesh: Mesh
@@ -59,18 +59,21 @@ class Layout:
     used: set[str] = dataclasses.field(default_factory=set)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes, larger than 1, of a logical name. Rows of a batch are `batch`; and `rows` outside the layers of a pipeline,
-        where its stages would all do the same: there each takes a part of them."""
+        """Return the mesh axes, of size above 1, of a logical axis.
+
+        Rows of a batch are `batch` inside of a pipeline's layers, and `rows` outside of them. There all stages would do the same work, so
+        each takes a part of the rows.
+        """
         if name == "rows":
             return tuple(dict.fromkeys((*self.axes("batch"), *self.axes("layers"))))
         return tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1) if name is not None else ()
 
     def size(self, name: str | None) -> int:
-        """Parts that a dimension of that name is cut into."""
+        """Return the number of shards of a dimension with that logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
 
     def spec(self, *names: str | None, shape: Sequence[int] | None = None) -> PartitionSpec:
-        """The partition of an array whose dimensions have these names; of that shape, dimensions that do not divide stay whole."""
+        """Return the partition of an array whose dimensions have these logical axes. Given `shape`, dimensions that do not divide are replicated."""
         parts, used = [], set()
         for i, name in enumerate(names):
             if name == "rows" and shape is not None and shape[i] % self.size("rows"):
@@ -86,12 +89,12 @@ class Layout:
         return PartitionSpec(*parts)
 
     def sharding(self, *names: str | None, shape: Sequence[int] | None = None) -> NamedSharding:
-        """`spec` on the mesh."""
+        """Return `spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(*names, shape=shape))
 
 
 def axes_in(spec: PartitionSpec) -> list[str]:
-    """The mesh axes of a partition."""
+    """Return the mesh axes of a partition."""
     return [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
 
 
@@ -100,7 +103,7 @@ _layout: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def use(layout: Layout | None):
-    """Inside, what is traced is spread as `layout` says."""
+    """Shard what is traced inside the context by `layout`."""
     token = _layout.set(layout)
     try:
         yield
@@ -109,62 +112,67 @@ def use(layout: Layout | None):
 
 
 def current() -> Layout | None:
-    """The layout of a function that is traced for several devices as one program; None elsewhere, also under `pmap`."""
+    """Return the layout of a function that is traced as one program for several devices, and None elsewhere, also under `pmap`."""
     layout = _layout.get()
     return None if layout is None or layout.axis is not None or layout.mesh.size == 1 else layout
 
 
 def on_tpu() -> bool:
-    """Whether the function being traced is for TPUs, as its layout says: without one False, since to ask JAX would start the devices."""
+    """Return whether the function being traced is for TPUs, by its layout.
+
+    Returns False without a layout: querying JAX here would initialise the backend.
+    """
     layout = _layout.get()
     return layout is not None and layout.mesh.devices.flat[0].platform == "tpu"
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, spread as the names of its dimensions say (None: whole); x itself where there is nothing to spread over."""
+    """Constrain the sharding of x by the logical names of its axes (None: replicated). Return x unchanged without a layout."""
     layout = current()
     if layout is None:
         return x
     if x.ndim != len(names):
-        raise ValueError(f"{len(names)} names for an array of {x.ndim} dimensions")
+        raise ValueError(f"constrain got {len(names)} logical axes for an array of {x.ndim} dimensions")
     sharding = layout.sharding(*names, shape=x.shape)
     layout.used.update(axes_in(sharding.spec))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def row_major(x_BTD: jax.Array) -> jax.Array:
-    """x [B, T, D], on a TPU with D along the lanes of a vector and T along its sublanes; elsewhere as it is.
+    """On a TPU, constrain x [B, T, D] to a memory layout with D along the lanes of a vector and T along its sublanes.
 
-    For the stream that a Transformer's blocks add to: the compiler would lay it out for the norms, and copy it for the products.
+    This is for the residual stream of a Transformer. The compiler would choose a layout for the norms, and copy it for the products.
     """
     layout = current()
     if not on_tpu() or (layout is not None and layout.axes("layers")):
-        return x_BTD  # in a pipeline, the stages are a dimension in front
+        return x_BTD  # a pipeline adds a leading dimension for the stages
     names = ("batch", "sequence", None)
-    # Each device lays out its own part: libtpu 0.0.42 takes such a constraint on a spread array for one on all of it.
+    # Per device: libtpu 0.0.42 reads such a constraint on a sharded array as one on the whole array.
     return on_each_device(lambda x: with_layout_constraint(x, DeviceLayout((0, 1, 2))), [names], names)(x_BTD)
 
 
 def gathered(parameter: jax.Array, *names: str | None) -> jax.Array:
-    """A parameter, whole over the axes that it is only stored along (`embed`): for lookups, where the compiler would move
-    activations instead; elsewhere it gathers of itself what a product needs."""
+    """Gather a parameter over the axes that only store it (`embed`).
+
+    This is for lookups, where the compiler would move activations instead. For products it gathers the parameter without help.
+    """
     return constrain(parameter, *(None if name == "embed" else name for name in names))
 
 
 def mapped_axis() -> str | None:
-    """Under `pmap`, the name of the mapped axis; None elsewhere."""
+    """Return the name of the mapped axis under `pmap`, and None elsewhere."""
     layout = _layout.get()
     return None if layout is None else layout.axis
 
 
 def sum_over_devices(tree: Any) -> Any:
-    """Under `pmap`, the sums over all devices of what each has of its own rows; elsewhere `tree` itself, which is of all rows."""
+    """Return the sum of a tree over all devices under `pmap`. Elsewhere return the tree, which covers all rows already."""
     axis = mapped_axis()
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def own_key(key: jax.Array) -> jax.Array:
-    """The key; under `pmap` each device's own, since there each draws for its own rows. The first device's is the key itself."""
+    """Return the key; under `pmap`, a key for each device, since each draws for its own rows. The first device has the key itself."""
     axis = mapped_axis()
     if axis is None:
         return key
@@ -173,7 +181,7 @@ def own_key(key: jax.Array) -> jax.Array:
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """A key for each row of a batch [rows], the same ones however rows are spread over devices."""
+    """Return a key for each row of a batch [rows]. The keys do not depend on the sharding of the rows."""
     layout, axis = _layout.get(), mapped_axis()
     if axis is None:
         return jax.random.split(key, rows)
@@ -184,14 +192,14 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
 
 
 def on_each_device(function: Callable, inputs: Sequence[Sequence[str | None]], output: Any) -> Callable:
-    """The function, run by every device on its own part of the arguments; itself where there is one device.
+    """Return the function mapped over devices: each runs it on its own shards of the arguments. Return the function itself on one device.
 
-    For kernels that the compiler cannot spread, and for collectives by hand (`layout.axes` names their axes).
+    This is for kernels that the compiler cannot partition, and for explicit collectives (`layout.axes` names their axes).
 
     Args:
       function: of arrays.
-      inputs: names of each argument's dimensions.
-      output: names of the result's dimensions; or a dict, or tuple, of such for several.
+      inputs: logical axes of each argument.
+      output: logical axes of the result; or a dict or tuple of these for several results.
     """
     layout = current()
     if layout is None:

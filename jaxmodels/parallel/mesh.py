@@ -1,4 +1,4 @@
-"""The mesh of devices, and which rows of a batch each process reads."""
+"""The mesh of devices, and the rows of a batch that each process reads."""
 
 import dataclasses
 import math
@@ -12,24 +12,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import ConfigError
 
-# Axes that rows of a batch are spread over. Those of a mixture's experts are no copies of the rest of the model's work.
+# Axes that shard the rows of a batch. Devices along `expert` have different rows too: outside the experts they do not repeat work.
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    """The `mesh` section: devices along each axis; -1, on one of them, takes what the others leave.
+    """The `mesh` section: number of devices along each axis. One of the sizes may be -1: it takes the remaining devices.
 
-    The order is that of the mesh: the last axes lie on the nearest devices.
+    The axes are in the mesh's order: later axes connect devices that are closer to each other.
 
     Attributes:
-      slices: groups of devices on the slower network: TPU slices, or GPU nodes. Rows of the batch are spread over them.
+      slices: groups of devices on the slower network (TPU slices or GPU nodes). Rows of the batch are sharded over them.
       pipeline: stages of consecutive blocks, for Transformers with `scan`.
-      data: copies of the model, each with a share of the batch.
-      fsdp: shares of the batch, and of parameters, gradients and optimizer state: each layer's are gathered when it runs.
-      expert: shares of the batch, and of a mixture's experts: tokens go where theirs are.
-      context: parts of every sequence.
-      tensor: parts of heads, hidden units and vocabulary.
+      data: copies of the model, each with a shard of the batch.
+      fsdp: shards of the batch, and of parameters, gradients and optimizer state. A layer's parameters are gathered when it runs.
+      expert: shards of the batch, and of a mixture's experts. Tokens are sent to the devices of their experts.
+      context: shards of every sequence.
+      tensor: shards of heads, hidden units and vocabulary.
     """
 
     slices: int = 1
@@ -42,24 +42,24 @@ class MeshSizes:
 
 
 def simulate_devices(count: int) -> None:
-    """Has JAX make so many devices of this machine's CPU; before it makes any."""
-    # As many threads as devices, which is what there are otherwise, are too few: devices that wait for each other hold one each,
-    # and those they wait for may find none (seen with eight on two cores: the gathers of `fsdp` hung in two of three runs).
+    """Make JAX use `count` devices on the CPU. Call it before JAX initialises a backend."""
+    # XLA's default of one thread per device can deadlock: devices that wait in a collective hold a thread each, so that
+    # others may not get one (with eight on two cores, the gathers of `fsdp` hung in two of three runs).
     os.environ.setdefault("PJRT_NPROC", str(4 * count))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
-    """The size of every axis, for so many devices.
+    """Return the size of every axis for a number of devices.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the product of the sizes is not the number of devices.
     """
     shape = dataclasses.asdict(sizes)
     free = [axis for axis, size in shape.items() if size == -1]
     if any(size == 0 or size < -1 for size in shape.values()):
-        raise ConfigError(f"config.mesh: sizes are 1 or more, or -1 for what the others leave; got {shown(shape)}.")
+        raise ConfigError(f"config.mesh: sizes must be at least 1, or -1 for the remaining devices; got {shown(shape)}.")
     if len(free) > 1:
         raise ConfigError(f"config.mesh: only one axis may be -1, but {' and '.join(free)} are; give --config.mesh.{free[0]}=1, or another number.")
     known = math.prod(size for size in shape.values() if size != -1)
@@ -72,15 +72,15 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
 
 
 def shown(shape: Mapping[str, int]) -> str:
-    """`data=2 × fsdp=4`: the axes larger than 1."""
+    """Return the axes larger than 1 as text: `data=2 × fsdp=4`."""
     return " × ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
 
 
 def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
-    """A mesh of all devices (or those given), with every axis of `MeshSizes` in order, laid out as the hardware's network is.
+    """Return a mesh of all devices (or of those given), with every axis of `MeshSizes` in order, arranged by the hardware's network.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or not to the devices of a slice.
+      ConfigError: the product of the sizes is not the number of devices, or does not fit the devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
@@ -89,7 +89,7 @@ def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
 
 
 def _arrange(shape: Mapping[str, int], devices) -> np.ndarray:
-    """The devices as an array of that shape."""
+    """Return the devices as an array of that shape."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     inner = tuple(1 if axis == "slices" else size for axis, size in shape.items())
     outer = tuple(size if axis == "slices" else 1 for axis, size in shape.items())
@@ -97,34 +97,38 @@ def _arrange(shape: Mapping[str, int], devices) -> np.ndarray:
     split = {"allow_split_physical_axes": True}
     if len(slices) > 1:
         if shape["slices"] != len(slices):
-            raise ConfigError(f"config.mesh.slices={shape['slices']}, but the devices lie in {len(slices)} slices: --config.mesh.slices={len(slices)}.")
+            raise ConfigError(f"config.mesh.slices={shape['slices']}, but the devices are in {len(slices)} slices: use --config.mesh.slices={len(slices)}.")
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, **split)
     if shape["slices"] == 1 or devices[0].platform == "cpu":
-        # Without a network of its own, each slice has neighbours in the devices' own order.
+        # Without a torus network, neighbours in a slice follow the order of the devices.
         return np.asarray(mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, **split))
     processes = len({device.process_index for device in devices})
     if processes % shape["slices"] == 0:  # nodes of GPUs
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, process_is_granule=processes == shape["slices"], **split)
-    raise ConfigError(f"config.mesh.slices={shape['slices']} does not divide the {processes} processes that there are.")
+    raise ConfigError(f"config.mesh.slices={shape['slices']} does not divide the {processes} processes.")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows spread over all axes that a batch is."""
+    """Return the sharding of a batch: rows over all axes that shard a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Parts that a batch is cut into."""
+    """Return the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:
-    """Raises ConfigError unless a batch divides over accumulation steps, a pipeline's microbatches and devices."""
+    """Check that a batch divides over accumulation steps, the microbatches of a pipeline, and devices.
+
+    Raises:
+      ConfigError: it does not divide; the message names the nearest sizes that do.
+    """
     ways = {f"{batch_ways(mesh)} devices": batch_ways(mesh), f"{accumulate} accumulation steps": accumulate, f"{microbatches} microbatches": microbatches}
     product = math.prod(ways.values())
     if batch_size % product:
@@ -134,13 +138,13 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh, key: str, microbat
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process's devices need, in order."""
+    """Return the indices of the rows of a global batch that this process's devices need, in order."""
     parts = {s.indices(batch_size)[:2] for (s, *_) in sharding.addressable_devices_indices_map((batch_size,)).values()}
     return np.concatenate([np.arange(start, stop) for start, stop in sorted(parts)])
 
 
 def place(batch, sharding: NamedSharding, batch_size: int):
-    """This process's rows of a batch, those of `local_rows`, as arrays of the global batch on the devices."""
+    """Return the arrays of the global batch on the devices, from this process's rows (those of `local_rows`)."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     rows = local_rows(sharding, batch_size)
@@ -157,5 +161,5 @@ def place(batch, sharding: NamedSharding, batch_size: int):
 
 
 def bytes_per_device(tree) -> int:
-    """Bytes that one device holds of arrays, or of shapes with shardings."""
+    """Return the bytes that one device holds of arrays, or of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

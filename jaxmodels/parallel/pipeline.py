@@ -1,10 +1,10 @@
-"""Consecutive layers on consecutive devices, which work on different microbatches of a batch at a time (GPipe, Huang et al. 2019).
+"""Pipeline parallelism: stages of consecutive layers on consecutive devices, working on different microbatches (GPipe, Huang et al. 2019).
 
-Turn by turn every stage runs its layers on the microbatch it holds, then hands the result to the next stage. At the first
-turns the later stages have nothing of a batch to do yet, and at the last ones the earlier stages no more: the bubble.
+In each turn every stage runs its layers on one microbatch and passes the result to the next stage. In the first turns the later stages
+have no work, and in the last turns the earlier stages: this is the bubble.
 
-All stages are one program that the compiler partitions: their arrays have a dimension for the stage, which lies over the
-mesh's axis. So the axis goes together with all others.
+All stages are one program that the compiler partitions. Arrays have a dimension for the stage, which is sharded over the mesh axis
+`pipeline`. So this axis combines with all others.
 
 Shapes: S stages, M microbatches, U = M + S - 1 turns, L layers, B rows of a batch, R = B / M rows of a microbatch.
 """
@@ -23,31 +23,31 @@ from jaxmodels.parallel.layout import Layout
 
 
 def turns(stages: int, microbatches: int) -> int:
-    """Turns until the last stage is done with the last microbatch."""
+    """Return the number of turns, U."""
     return microbatches + stages - 1
 
 
 def bubble(stages: int, microbatches: int) -> float:
-    """The share of a device's turns in which it works on no microbatch: (S - 1) / (M + S - 1)."""
+    """Return the share of a device's turns without work: (S - 1) / (M + S - 1)."""
     return (stages - 1) / turns(stages, microbatches)
 
 
 def describe(stages: int, microbatches: int) -> str:
-    """The schedule, for people."""
+    """Return the schedule as text."""
     share = bubble(stages, microbatches)
     return f"{stages} stages, {microbatches} microbatches in {turns(stages, microbatches)} turns: each stage is idle in {share:.0%} of them"
 
 
 def over_layers(function: Callable, layers: Any, keys: jax.Array | None, x: jax.Array, shared: Any) -> tuple[jax.Array, Any]:
-    """Runs all layers on x: one after the other on all rows, or where the layout has stages, as a pipeline.
+    """Run all layers on x: as a pipeline if the layout has stages, else one layer after the other on all rows.
 
     Args:
-      function: (x, layers, keys, shared) -> y of x's shape, and sums: runs those layers. `sums` is a tree of arrays, of each
-        layer in front and each a sum over rows: those of the microbatches are added up.
-      layers: a tree of arrays [L, …]; L divides by the number of stages.
-      keys: [L] of `jax.random`, None where nothing is random. In a pipeline every microbatch has its own.
+      function: (x, layers, keys, shared) -> y of the shape of x, and sums: runs those layers. `sums` is a tree of arrays with a leading axis
+        of layers, each a sum over rows. Those of the microbatches are added up.
+      layers: a tree of arrays [L, …]; the number of stages must divide L.
+      keys: [L] of `jax.random`, or None without randomness. In a pipeline every microbatch has its own.
       x: [B, …].
-      shared: a tree of arrays that all layers are given: [B, …] of each row, or [1, …] of all.
+      shared: a tree of arrays that all layers receive: [B, …], one for each row, or [1, …] for all rows.
 
     Returns:
       y [B, …], and the sums of all layers [L, …].
@@ -61,14 +61,16 @@ def over_layers(function: Callable, layers: Any, keys: jax.Array | None, x: jax.
     real_US, number_US = (number_US >= 0) & (number_US < M), np.clip(number_US, 0, M - 1)
 
     def by_turn(x_B):
-        """What every stage needs at every turn, [U, S, R, …]: of its microbatch, and where the stage is. So no turn moves it, and
-        its gradients are added up over stages once, after the last turn, not at each."""
+        """Return what every stage needs in every turn, [U, S, R, …], already on the devices of its stage.
+
+        So no turn moves it, and its gradients are added up over stages once, after the last turn.
+        """
         return _placed(layout, jnp.take(_cut(x_B, M), number_US, axis=0), None, "layers", "batch")
 
     leaves, structure = jax.tree.flatten(shared)
     of_rows = [leaf.shape[0] == x.shape[0] for leaf in leaves]
     if not all(own or leaf.shape[0] == 1 for leaf, own in zip(leaves, of_rows, strict=True)):
-        raise ValueError(f"what layers share is of {x.shape[0]} rows, or of 1; got {[leaf.shape for leaf in leaves]}")
+        raise ValueError(f"arrays that layers share must have {x.shape[0]} rows, or 1; got {[leaf.shape for leaf in leaves]}")
     rows = [by_turn(leaf) if own else None for leaf, own in zip(leaves, of_rows, strict=True)]
     whole = [None if own else _placed(layout, jnp.broadcast_to(leaf, (S, *leaf.shape)), "layers") for leaf, own in zip(leaves, of_rows, strict=True)]
     layers = jax.tree.map(lambda p: _placed(layout, p.reshape(S, -1, *p.shape[1:]), "layers"), layers)
@@ -89,45 +91,45 @@ def over_layers(function: Callable, layers: Any, keys: jax.Array | None, x: jax.
         return _placed(layout, y_SR, "layers", "batch"), (y_SR, sums)
 
     entering_USR = by_turn(x)
-    # A stage that has nothing to do yet runs on a real microbatch too: what is finite for these is finite there.
+    # A stage without work runs on a real microbatch too, so that its values are finite.
     begin_SR = jax.lax.stop_gradient(entering_USR[0])
     _, (y_USR, sums) = jax.lax.scan(turn, begin_SR, (entering_USR, jnp.asarray(number_US), jnp.asarray(real_US), rows))
     last = (jnp.arange(S) == S - 1).reshape(-1, *[1] * x.ndim)
-    y_MR = jnp.where(last, y_USR[S - 1 :], 0).sum(1)  # what the last stage says, to all devices of the axis
+    y_MR = jnp.where(last, y_USR[S - 1 :], 0).sum(1)  # broadcasts the output of the last stage to all devices of the axis
     return _placed(layout, _joined(y_MR), "rows"), jax.tree.map(lambda v: v.sum(0).reshape(-1, *v.shape[3:]), sums)
 
 
 def microbatches_of(rows: int, layout: Layout) -> int:
-    """Microbatches that so many rows are cut into: as many as the layout says, or less where these do not divide.
+    """Return the number of microbatches for a number of rows: that of the layout, or fewer if it does not divide the rows.
 
-    Batches to train on and to evaluate do (`mesh.check_batch`); few rows, such as a prompt, may not.
+    Batches of training and evaluation always divide (`mesh.check_batch`). A few rows, such as prompts, may not.
     """
     ways = math.gcd(layout.size("batch"), rows)
     return next(m for m in range(layout.microbatches, 0, -1) if rows % (m * ways) == 0)
 
 
 def _cut(x_B: jax.Array, count: int) -> jax.Array:
-    """[M, R, …]: row r goes to microbatch r % M, so that each device's rows stay on that device."""
+    """Return x as [M, R, …]. Row r goes to microbatch r % M, so that each device's rows stay on that device."""
     return x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)
 
 
 def _joined(x_MR: jax.Array) -> jax.Array:
-    """The rows of `_cut` again, [B, …]."""
+    """Return the rows of `_cut` as [B, …]."""
     return x_MR.swapaxes(0, 1).reshape(-1, *x_MR.shape[2:])
 
 
 @jax.custom_vjp
 def _handed_on(x_SR: jax.Array) -> jax.Array:
-    """What each stage has from the one before it, and the first from the last: one permutation of the devices either way."""
+    """Pass the output of each stage to the next one, and of the last to the first: one permutation of the devices in either direction."""
     return jnp.roll(x_SR, 1, axis=0)
 
 
-# JAX's own derivative is of slices put together: the compiler makes several permutations of it.
+# JAX's derivative concatenates slices, which the compiler turns into several permutations.
 _handed_on.defvjp(lambda x_SR: (_handed_on(x_SR), None), lambda _, g_SR: (jnp.roll(g_SR, -1, axis=0),))
 
 
 def _placed(layout: Layout, x: jax.Array, *names: str | None) -> jax.Array:
-    """x, its first dimensions spread as named, the others as the compiler likes."""
+    """Constrain the first dimensions of x by name, and leave the others to the compiler."""
     spec = layout.spec(*names, shape=x.shape[: len(names)])
     spec = PartitionSpec(*spec, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - len(names)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))

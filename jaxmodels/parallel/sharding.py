@@ -1,4 +1,4 @@
-"""Where the train state lies: parameter path -> names of its dimensions -> mesh axes."""
+"""Shardings of the train state: parameter path -> logical axes of its dimensions -> mesh axes."""
 
 import dataclasses
 import math
@@ -12,11 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.layout import RULES, Layout, axes_in
 
-# Pattern on a parameter's path -> names of its dimensions, of which the first that matches counts; `layout.RULES` says what
-# names mean. Stacked blocks have one dimension more, in front: `layers`. Parameters that no pattern names are spread
-# along `largest`, if they have SMALL values or more.
+# Pattern on a parameter's path -> logical axes of its dimensions (see `layout.RULES`). The first match counts. Stacked blocks have a leading
+# axis `layers`. Parameters without a pattern are sharded along `largest`, if they have at least SMALL values.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Transformers of all shapes
+    # Transformers
     (r"(norm|_norm)/(scale|bias)$", (None,)),
     (r"embed/embedding$", ("vocab", "embed")),
     (r"(positions|types)/embedding$", (None, "embed")),
@@ -42,18 +41,18 @@ SMALL = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """The `sharding` section: how parameters and sequences are spread over the axes of `mesh`.
+    """The `sharding` section: how parameters and sequences are sharded over the axes of `mesh`.
 
     Attributes:
-      parameters: (pattern, name, name, …): names of the dimensions of parameters whose path matches; these go before the
-        built-in table. An empty name leaves a dimension whole.
-      rules: (name, axis, axis, …): the mesh axes that a name is spread over, none to leave it whole; before the built-in ones.
-      optimizer: where the optimizer's state and the moving average lie: as the `parameters`, or spread over the copies of the
-        `data` axis too (Rajbhandari et al. 2019, stage 1).
-      context: how attention spans the parts of a sequence: `gather` brings keys and values together; `heads` gives each
-        device all positions of a share of the heads; `ring` passes keys and values round.
-      microbatches: parts of a batch that are in a pipeline at a time; as many as stages unless given.
-      warn_mb: a parameter that is whole on every device, though there are axes to spread it over, is told of from this size on.
+      parameters: (pattern, name, name, …): logical axes of the dimensions of parameters whose path matches. These override the
+        built-in table. An empty name replicates a dimension.
+      rules: (name, axis, axis, …): the mesh axes of a logical axis, or none to replicate it. These override the built-in rules.
+      optimizer: sharding of the optimizer state and the EMA: as the `parameters`, or over the `data` axis too (Rajbhandari et al. 2019,
+        ZeRO stage 1).
+      context: how attention spans the shards of a sequence: `gather` gathers keys and values on each device; `heads` gives each
+        device all positions of some heads; `ring` sends keys and values from device to device.
+      microbatches: number of microbatches in a pipeline. The default is the number of stages.
+      warn_mb: size in MiB from which a replicated parameter is reported, on a mesh with axes that could shard it.
     """
 
     parameters: tuple[tuple[str, ...], ...] = ()
@@ -65,18 +64,22 @@ class Sharding:
 
 
 def check(section: Sharding) -> None:
-    """Raises ConfigError for a rule or pattern that can mean nothing."""
+    """Check the section without the model.
+
+    Raises:
+      ConfigError: a rule or pattern is empty or invalid, or names an unknown axis.
+    """
     for key in ("rules", "parameters"):
         if not all(getattr(section, key)):
-            raise ConfigError(f"config.sharding.{key} holds tuples of a {'name' if key == 'rules' else 'pattern'} and more, got an empty one.")
+            raise ConfigError(f"config.sharding.{key} holds tuples that begin with a {'name' if key == 'rules' else 'pattern'}, got an empty one.")
     for name, *axes in section.rules:
         if len(set(axes)) < len(axes):
-            raise ConfigError(f"config.sharding.rules: {name!r} is spread over an axis twice: {', '.join(axes)}.")
+            raise ConfigError(f"config.sharding.rules: {name!r} names a mesh axis twice: {', '.join(axes)}.")
         if name not in RULES:
             raise ConfigError(f"config.sharding.rules: there is no name {name!r}; there are {', '.join(RULES)}.")
         for axis in axes:
             if axis not in {a for rule in RULES.values() for a in rule}:
-                raise ConfigError(f"config.sharding.rules: there is no mesh axis {axis!r} for {name!r} to be spread over.")
+                raise ConfigError(f"config.sharding.rules: there is no mesh axis {axis!r}, given for {name!r}.")
     for pattern, *names in section.parameters:
         try:
             re.compile(pattern)
@@ -84,11 +87,19 @@ def check(section: Sharding) -> None:
             raise ConfigError(f"config.sharding.parameters: {pattern!r} is not a regular expression: {error}.") from error
         for name in names:
             if name and name not in RULES:
-                raise ConfigError(f"config.sharding.parameters: there is no name {name!r} for {pattern!r}; there are {', '.join(RULES)}.")
+                raise ConfigError(f"config.sharding.parameters: there is no name {name!r}, given for {pattern!r}; there are {', '.join(RULES)}.")
 
 
 def check_patterns(params: Mapping[str, tuple[int, ...]], section: Sharding) -> None:
-    """Raises ConfigError for a pattern that matches no parameter of such paths and shapes, or names more or fewer dimensions than it has."""
+    """Check the patterns of the section against the parameters.
+
+    Args:
+      params: path -> shape.
+      section: the section.
+
+    Raises:
+      ConfigError: a pattern matches no parameter, or has more or fewer names than a parameter has dimensions.
+    """
     for pattern, *names in section.parameters:
         matched = {path: shape for path, shape in params.items() if re.search(pattern, path)}
         if not matched:
@@ -99,38 +110,57 @@ def check_patterns(params: Mapping[str, tuple[int, ...]], section: Sharding) -> 
 
 
 def make_layout(mesh: jax.sharding.Mesh, section: Sharding, partition: str = "jit") -> Layout:
-    """The layout of a run.
+    """Return the layout of a run.
 
     Raises:
-      ConfigError: `pmap` with an axis that cuts the model.
+      ConfigError: `pmap` with a mesh axis that shards the model.
     """
     rules = dict(RULES) | {name: tuple(axes) for name, *axes in section.rules}
     if partition == "pmap":
         cut = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "slices")]
         if cut or section.optimizer == "data":
             what = f"mesh.{cut[0]}={mesh.shape[cut[0]]}" if cut else "sharding.optimizer=data"
-            raise ConfigError(f"config.partition=pmap has the whole model on every device, so config.{what} cannot be; use partition=jit for it.")
+            raise ConfigError(f"config.partition=pmap replicates the model on every device, which excludes config.{what}; use partition=jit.")
     stages = mesh.shape["pipeline"]
     microbatches = (section.microbatches or stages) if stages > 1 else 1
     return Layout(mesh, rules, section.context, microbatches, axis="devices" if partition == "pmap" else None)
 
 
 def names_of(path: str, shape: tuple[int, ...], section: Sharding, layout: Layout) -> tuple[str | None, ...]:
-    """The names of a parameter's dimensions."""
+    """Return the logical axes of a parameter's dimensions."""
     return _named(path, shape, section) or _largest(shape, layout)
 
 
 def _named(path: str, shape: tuple[int, ...], section: Sharding) -> tuple[str | None, ...] | None:
-    """What the first pattern that matches says; None where none does."""
-    own = [(pattern, tuple(name or None for name in names)) for pattern, *names in section.parameters]
-    for pattern, names in (*own, *PARAMETERS):
+    """Return the logical axes by the first pattern that matches, or None."""
+    for pattern, *listed in section.parameters:
+        names = tuple(name or None for name in listed)
         if re.search(pattern, path) and len(shape) in (len(names), len(names) + 1):
             return names if len(shape) == len(names) else ("layers", *names)
+    # Only stacked blocks have a leading axis: `nnx.MultiHeadAttention` has kernels [D, heads, K], of three axes without one.
+    layers = ("layers",) if is_stacked(path) else ()
+    for pattern, names in PARAMETERS:
+        if re.search(pattern, path) and len(shape) == len(layers) + len(names):
+            return (*layers, *names)
     return None
 
 
+def is_stacked(path: str) -> bool:
+    """Return whether a parameter holds all blocks of a model, stacked along its first axis (`model.scan=True`)."""
+    return re.search(r"(^|/)blocks/(?!\d+/)", path) is not None
+
+
 def check_stages(params: Mapping[str, tuple[int, ...]], stages: int, section: Sharding) -> None:
-    """Raises ConfigError where a model, of parameters of such paths and shapes, cannot be cut into so many stages of a pipeline."""
+    """Check that a model can be split into pipeline stages.
+
+    Args:
+      params: path -> shape.
+      stages: number of stages.
+      section: the section.
+
+    Raises:
+      ConfigError: the model has no stacked blocks, or their number does not divide by the stages.
+    """
     named = [(_named(path, shape, section), shape) for path, shape in params.items()]
     stacks = {shape[names.index("layers")] for names, shape in named if names and "layers" in names}
     if stages <= 1:
@@ -144,7 +174,7 @@ def check_stages(params: Mapping[str, tuple[int, ...]], stages: int, section: Sh
 
 
 def _largest(shape: tuple[int, ...], layout: Layout) -> tuple[str | None, ...]:
-    """The largest dimension that divides, and of those the last."""
+    """Return logical axes that shard the largest dimension that divides; of equal ones, the last."""
     ways = layout.size("largest")
     best = max((i for i, size in enumerate(shape) if size % ways == 0), key=lambda i: (shape[i], i), default=None)
     if math.prod(shape) < SMALL or best is None:
@@ -153,7 +183,7 @@ def _largest(shape: tuple[int, ...], layout: Layout) -> tuple[str | None, ...]:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], section: Sharding, layout: Layout) -> PartitionSpec:
-    """Where a parameter lies.
+    """Return the partition of a parameter.
 
     Raises:
       ConfigError: a dimension does not divide over its axes.
@@ -164,17 +194,17 @@ def parameter_spec(path: str, shape: tuple[int, ...], section: Sharding, layout:
             axes = " × ".join(f"{axis}={layout.mesh.shape[axis]}" for axis in layout.axes(name))
             raise ConfigError(
                 f"config.mesh: dimension {i} of {path} {list(shape)} ({name}) does not divide over {axes}. Choose sizes that divide "
-                f"{shape[i]}, or leave that dimension whole: --config.sharding.rules=\"(('{name}',),)\"."
+                f"{shape[i]}, or replicate that dimension: --config.sharding.rules=\"(('{name}',),)\"."
             )
-    # Few vocabularies divide by anything: such a table stays whole along it, and the layout says so.
+    # Few vocabularies divide: such a table is replicated along that dimension, with a note.
     return layout.spec(*names, shape=shape)
 
 
 def place_state(shapes: Any, section: Sharding, layout: Layout) -> Any:
-    """The shapes of a train state, each with its sharding.
+    """Return the shapes of a train state with their shardings.
 
-    Parameters and what is shaped like them (moments, moving average) lie alike. Of the optimizer's state, other arrays
-    that belong to no parameter are spread along their largest dimension; statistics, metrics and counters are whole.
+    Parameters have the shardings of their logical axes, and so do arrays of the same path and shape (moments, EMA). Other arrays of the
+    optimizer state are sharded along their largest dimension. Statistics, metrics and counters are replicated.
 
     Raises:
       ConfigError: a dimension does not divide over its axes, or the layers over stages.
@@ -209,7 +239,10 @@ def place_state(shapes: Any, section: Sharding, layout: Layout) -> Any:
 
 
 def _worth_telling(params: Mapping[str, tuple[int, ...]], specs: Mapping[str, PartitionSpec]) -> list[str]:
-    """Axes that a quarter of the parameters or more is spread over: the last layer of a CNN alone is not what an axis is there for."""
+    """Return the axes that shard at least a quarter of the parameters.
+
+    An axis that shards the last layer of a CNN alone is reported as unused.
+    """
     sizes: dict[str, int] = {}
     for path, shape in params.items():
         for axis in axes_in(specs[path]):
@@ -219,18 +252,18 @@ def _worth_telling(params: Mapping[str, tuple[int, ...]], specs: Mapping[str, Pa
 
 
 def _leaves(tree: Any) -> Iterable[tuple[str, Any]]:
-    """(path, array) of every leaf, the path such as `blocks/0/mlp/up/kernel`."""
+    """Return (path, array) of every leaf, with paths such as `blocks/0/mlp/up/kernel`."""
     return ((jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _ends(path: str) -> Iterable[str]:
-    """The path without its first, second, … part: an optimizer keeps its arrays under the parameters' own paths."""
+    """Return the path without its first, second, … part: the optimizer state stores its arrays under the parameters' paths."""
     parts = path.split("/")
     return ("/".join(parts[i:]) for i in range(len(parts)))
 
 
 def _over_data(spec: PartitionSpec, shape: tuple[int, ...], layout: Layout) -> PartitionSpec:
-    """The spec with the copies' axis added to the largest dimension that divides."""
+    """Return the spec with the axis `data` added to the largest dimension that divides."""
     ways = layout.mesh.shape["data"]
     axes = [part if isinstance(part, tuple) else (part,) if part else () for part in (*spec, *[None] * (len(shape) - len(spec)))]
     parts = [math.prod(layout.mesh.shape[axis] for axis in dimension) for dimension in axes]
@@ -242,19 +275,17 @@ def _over_data(spec: PartitionSpec, shape: tuple[int, ...], layout: Layout) -> P
 
 
 def notes(layout: Layout) -> list[str]:
-    """What a traced function leaves whole, or repeats: for the log and the manifest."""
+    """Return notes about dimensions that are replicated and work that is repeated, for the log and the manifest."""
     busy = {*layout.used, *layout.rules["batch"]}
     idle = [axis for axis, size in layout.mesh.shape.items() if size > 1 and axis not in busy and layout.axis is None]
-    repeated = [f"nothing of this model is spread over mesh.{axis}={layout.mesh.shape[axis]}: those devices repeat each other's work" for axis in idle]
-    return [*repeated, *(f"{note}: it stays whole on each of their devices" for note in layout.left_whole)]
+    repeated = [f"mesh.{axis}={layout.mesh.shape[axis]} shards nothing of this model: those devices repeat each other's work" for axis in idle]
+    return [*repeated, *(f"{note}: it is replicated on their devices" for note in layout.left_whole)]
 
 
 def replicated_notes(shapes: Any, section: Sharding, layout: Layout) -> list[str]:
-    """Parameters of `warn_mb` or more that are whole on every device, where there is an axis for them."""
+    """Return notes about replicated parameters of `warn_mb` MiB or more, on a mesh with an axis that could shard them."""
     if all(layout.mesh.shape[axis] == 1 for axis in ("fsdp", "tensor", "expert", "pipeline")):
         return []
     found = ((path, x) for part in (shapes.params, shapes.frozen) for path, x in _leaves(part) if x.sharding.is_fully_replicated)
     sizes = ((path, x.size * x.dtype.itemsize / 2**20) for path, x in found)
-    return [
-        f"{path} ({size:.3g} MiB) is whole on every device: see config.sharding for what could spread it" for path, size in sizes if size >= section.warn_mb
-    ]
+    return [f"{path} ({size:.3g} MiB) is replicated on every device; config.sharding can shard it" for path, size in sizes if size >= section.warn_mb]

@@ -13,6 +13,7 @@ import optax
 from optax import contrib
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.parallel.sharding import is_stacked
 from jaxmodels.step.parameters import matches, path_name
 
 # Keys of the section besides those of `optax.contrib.muon`: name -> (type, default).
@@ -20,7 +21,6 @@ KEYS = {"adam_parameters": (tuple[str, ...], ())}
 # Arguments of `optax.contrib.muon` that are functions of the parameters, and so no keys of a config.
 SET_HERE = ("muon_weight_dimension_numbers",)
 
-_STACKED_BLOCKS = re.compile(r"(^|/)blocks/(?!\d+/)")
 _EXPERTS = re.compile(r"(^|/)experts/")
 
 
@@ -63,7 +63,7 @@ def make_muon(arguments: Mapping[str, Any], learning_rate: float, schedule: opta
 
 def _dimensions(path: str, x: jax.Array, by_adam: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
     """Return the axes of a matrix, or None for a parameter that Adam updates."""
-    stacked = bool(_STACKED_BLOCKS.search(path)) + bool(_EXPERTS.search(path))
+    stacked = is_stacked(path) + bool(_EXPERTS.search(path))
     if matches(by_adam, path) or x.ndim != stacked + 2:
         return None
     return contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodels.models.convolution import convolve, depthwise, patches, pool_to_half
+from jaxmodels.models.convolution import convolve, depthwise, patches, max_pool_3x3
 
 
 def general(x, kernel, stride, groups=1):
@@ -41,8 +41,8 @@ def test_pooling_to_half_is_max_pooling(size):
     def pool(x):
         return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
-    np.testing.assert_array_equal(pool_to_half(x), pool(x))
-    one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (pool_to_half, pool))
+    np.testing.assert_array_equal(max_pool_3x3(x), pool(x))
+    one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (max_pool_3x3, pool))
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
 

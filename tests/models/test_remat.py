@@ -81,7 +81,7 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back():
         (("querry",), (), "no activation 'querry'"),
         ("full", ("inputs",), "no activation 'inputs'"),
         ("dots", ("input",), "goes with remat='full'"),
-        (("input",), ("input",), "both kept"),
+        (("input",), ("input",), "both saved"),
     ],
 )
 def test_names_that_there_are_not_are_refused(remat, offload, message):

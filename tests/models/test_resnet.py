@@ -44,7 +44,7 @@ def test_a_block_starts_as_the_identity():
     np.testing.assert_allclose(model.blocks[0](x, False), x, atol=1e-6)
 
 
-def test_normalisation_uses_the_batch_in_training_and_running_statistics_else():
+def test_normalization_uses_the_batch_in_training_and_running_statistics_else():
     layer = ConvNorm(3, 4, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (8, 6, 6, 3)) * 3 + 1
     raw = np.asarray(layer.conv(x))

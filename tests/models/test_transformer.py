@@ -341,7 +341,7 @@ def test_rotary_products_depend_on_the_distance_alone():
     [
         ({"positions": "rotary", "heads": 8}, "pairs of channels"),
         ({"kv_heads": 3}, "kv_heads must divide"),
-        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "means nothing"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "has no meaning"),
         ({"remat": True}, "remat is"),
         ({"context": 4}, "5 tokens are more"),
     ],

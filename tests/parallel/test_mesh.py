@@ -57,7 +57,7 @@ def test_a_section_that_means_nothing():
         ({"sharding": {"microbatches": 0}}, "microbatches must be above 0"),
         ({"sharding": {"rules": ((),)}}, "an empty one"),
         ({"sharding": {"parameters": ((),)}}, "an empty one"),
-        ({"sharding": {"rules": (("embed", "fsdp", "fsdp"),)}}, "'embed' is spread over an axis twice"),
+        ({"sharding": {"rules": (("embed", "fsdp", "fsdp"),)}}, "'embed' names a mesh axis twice"),
         ({"partition": "pjit"}, "config.partition"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -90,6 +90,16 @@ def test_nodes_of_gpus_are_slices():
         mesh_lib._arrange(mesh_shape(MeshSizes(slices=8, data=1), 8), devices)
 
 
+def test_only_stacked_blocks_have_an_axis_of_layers():
+    """`nnx.MultiHeadAttention` has kernels [D, heads, K], which are no stack of matrices."""
+    names = lambda path, *shape: sharding_lib.names_of(path, shape, Sharding(), layout(fsdp=8))  # noqa: E731
+    assert names("blocks/attention/query/kernel", 4, 64, 64) == ("layers", "embed", "heads")
+    assert names("encoder/blocks/attention/query/kernel", 4, 64, 64) == ("layers", "embed", "heads")
+    assert names("blocks/3/attention/query/kernel", 64, 64) == ("embed", "heads")
+    assert names("attention/query/kernel", 64, 2, 32) == ("largest", None, None)
+    assert names("blocks/3/attention/query/kernel", 64, 2, 32) == ("largest", None, None)
+
+
 def test_batches_divide():
     mesh = layout(data=2, fsdp=2, tensor=2).mesh
     mesh_lib.check_batch(8, 2, mesh, "data.batch_size")
@@ -112,7 +122,7 @@ def test_paths_become_axes():
     assert spec("blocks/attention/query/kernel", (12, 32, 32), **both, pipeline=3) == PartitionSpec(("pipeline",), ("fsdp",), ("tensor",))
     assert spec("blocks/0/mlp/experts/down/kernel", (8, 64, 32), expert=8) == PartitionSpec(("expert",), None, None)
     assert spec("blocks/0/attention_norm/scale", (32,), **both) == PartitionSpec(None)
-    # A table that does not divide stays whole along its rows.
+    # A table that does not divide is replicated along its rows.
     assert spec("embed/embedding", (103, 32), **both) == PartitionSpec(None, ("fsdp",))
     # What no pattern names: its largest dimension that divides, of large ones.
     assert spec("first/kernel", (3, 3, 64, 128), fsdp=4) == PartitionSpec(None, None, None, ("fsdp",))
@@ -171,7 +181,7 @@ def test_an_axis_that_cuts_a_last_layer_alone_repeats_the_rest():
     assert any("mesh.tensor=2" in note for note in sharding_lib.notes(where))
     data = {"source": "synthetic", "vocab_size": 103, "sequence_length": 16, "examples": 64, "batch_size": 8}
     sharding_lib.place_state(build_experiment(small_configs.config(small_configs.GPT, data=data, task__sample_length=0)).state_shapes(), Sharding(), where)
-    assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it stays whole on each of their devices"]
+    assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it is replicated on their devices"]
 
 
 def test_names_mean_nothing_without_a_mesh():
@@ -189,8 +199,8 @@ def test_what_is_left_whole_is_told():
     assert where.spec("batch", "sequence", "vocab", shape=(8, 15, 16)) == PartitionSpec(None, None, ("tensor",))
     where.used.add("tensor")
     assert sharding_lib.notes(where) == [
-        "nothing of this model is spread over mesh.context=2: those devices repeat each other's work",
-        "sequence of 15 does not divide over context=2: it stays whole on each of their devices",
+        "mesh.context=2 shards nothing of this model: those devices repeat each other's work",
+        "sequence of 15 does not divide over context=2: it is replicated on their devices",
     ]
 
 
