@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.attention import Implementation
+from jaxmodels.models.blocks import Block, Norm, apply_blocks, make_blocks, make_norm
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
 from jaxmodels.models.remat import Remat
-from jaxmodels.models.transformer import Block, Norm, apply_blocks, make_blocks, make_norm
 
 _ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
 
@@ -101,7 +101,7 @@ class Encoder(nnx.Module):
           head: kind and size of the output: `("tokens", V)` scores of tokens, by the embedding; `("tags", K)` scores for
             each token; `("class", C)` scores and `("value", 1)` numbers for the sequence.
           context: the longest sequence.
-          layers, heads, width, kv_heads, mlp_width, window: of the blocks, as in `transformer.Block`.
+          layers, heads, width, kv_heads, mlp_width, window: of the blocks, as in `blocks.Block`.
           positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys.
           position_offset: of the first token in the table of learned positions (2 in RoBERTa).
           rotary_base: of the wavelengths of `rotary`.

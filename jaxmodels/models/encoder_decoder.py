@@ -11,10 +11,10 @@ from flax import nnx
 
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models.attention import Implementation
-from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm
+from jaxmodels.models.layers import Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import RelativePositions, sinusoids
 from jaxmodels.models.remat import Remat
-from jaxmodels.models.transformer import Activation, Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm
 
 _T5 = {
     "positions": "relative",
@@ -58,7 +58,7 @@ class Side(nnx.Module):
         self.sinusoidal, self.remat, self.dropout = positions == "sinusoidal", remat, block["dropout"]
 
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None, **shared) -> jax.Array:
-        """Return the output of the last block for embeddings, [B, T, D]; `shared` as in `transformer.apply_blocks`."""
+        """Return the output of the last block for embeddings, [B, T, D]; `shared` as in `blocks.apply_blocks`."""
         positions = jnp.arange(x_BTD.shape[1])[None]
         x_BTD = self._placed(x_BTD, positions)
         if self.relative is not None:
@@ -130,7 +130,7 @@ class EncoderDecoder(nnx.Module):
           vocab_size: V, rows of the embedding that source and target share, and width of the output.
           context: the longest source or target.
           layers: of the encoder, and of the decoder.
-          heads, width, kv_heads, head_width, mlp_width: of the blocks, as in `transformer.Block`.
+          heads, width, kv_heads, head_width, mlp_width: of the blocks, as in `blocks.Block`.
           positions: `learned` and `sinusoidal` are added to the embedding; `relative` adds a bias for each head and range
             of distances to attention's products (Raffel et al. 2020), one table for each side.
           norm: `layer` or `rms`.

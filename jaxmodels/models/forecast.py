@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models.blocks import Block
 from jaxmodels.models.layers import check_rate, check_sizes, dropout
 from jaxmodels.models.rnn import CELLS
-from jaxmodels.models.transformer import Block
 
 
 class LinearForecast(nnx.Module):

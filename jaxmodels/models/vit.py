@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.models.attention import Implementation
+from jaxmodels.models.blocks import Block, apply_blocks, make_blocks
 from jaxmodels.models.convolution import patches
 from jaxmodels.models.layers import check_rate, check_sizes, dropout, stochastic_depth
 from jaxmodels.models.remat import Remat
-from jaxmodels.models.transformer import Block, apply_blocks, make_blocks
 
 _TINY = {"layers": 12, "heads": 3, "width": 192}
 _SMALL = {"layers": 12, "heads": 6, "width": 384}
@@ -88,7 +88,7 @@ class VisionTransformer(nnx.Module):
           dropout: rate on the embedding and on the residuals of each block.
           stochastic_depth: rate at which examples skip a block, the same for all blocks (Touvron et al. 2022).
           scan: stack the blocks' parameters, [layers, ...], and loop over them: compiling takes the time of one block.
-          remat: what the backward pass recomputes, as in `transformer.apply_blocks`.
+          remat: what the backward pass recomputes, as in `blocks.apply_blocks`.
           attention: its implementation, as in `attention.attend`.
           rngs: draws the initial parameters from its `params` stream.
         """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodels.models.convolution import convolve, depthwise, patches, max_pool_3x3
+from jaxmodels.models.convolution import convolve, depthwise, max_pool_3x3, patches
 
 
 def general(x, kernel, stride, groups=1):

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 
 from jaxmodels.models import create
+from jaxmodels.models.blocks import Block, apply_blocks, make_blocks
 from jaxmodels.models.encoder_decoder import EncoderDecoder
 from jaxmodels.models.functional import merge, split
 from jaxmodels.models.positions import RotaryScaling, positions_in, relative_buckets, rotary_frequencies, rotary_table, rotate
-from jaxmodels.models.transformer import Block, Decoder, apply_blocks, make_blocks
+from jaxmodels.models.transformer import Decoder
 
 
 def count(make):
