@@ -173,4 +173,4 @@ def test_attention_that_cannot_run_is_an_error_of_the_config():
         experiment.on("cpu")
     assert experiment.on("gpu").kernels["attention"]["used"] == "cudnn"
     # Where a trained run is only evaluated, it runs on what there is.
-    assert build_experiment(load._for_any_platform(experiment.config)).on("cpu").kernels["attention"]["used"] == "xla"
+    assert build_experiment(load.portable_config(experiment.config)).on("cpu").kernels["attention"]["used"] == "xla"
