@@ -18,8 +18,8 @@ import pytest
 import recording_sources
 import small_configs
 from conftest import HELPERS, ROOT
-from run_state import final_state
 from ports import free_port
+from run_state import final_state
 
 from jaxmodels.config import load_config
 from jaxmodels.runs.folder import RunFolder

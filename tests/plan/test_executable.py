@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import small_configs
 from conftest import HELPERS, ROOT
-from run_state import final_state
 from rich.console import Console
 from run_state import final_state
 from save_step import FIGURES, compiled_here

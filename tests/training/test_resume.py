@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import small_configs
 from conftest import ROOT
-from run_state import final_state
 from rich.console import Console
+from run_state import final_state
 
 import jaxmodels
 from jaxmodels.errors import ConfigError, Interrupted
