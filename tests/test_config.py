@@ -94,7 +94,7 @@ BAD = {
     "a precision": ({"training.precision": "float16"}, "one of 'float32', 'bfloat16'"),
     "a section where a value is": ({"seed.x": 3}, "seed"),
     "both lengths": ({"training.epochs": 3}, "either steps or epochs"),
-    "a metric": ({"checkpoint.best": "los"}, "unknown metric 'los'"),
+    "a metric": ({"checkpoint.best": "los"}, "gives no 'los'; it gives accuracy, loss"),
     "patience without a metric": ({"evaluation.patience": 3}, "needs checkpoint.best"),
     "zero": ({"data.batch_size": 0}, "must be above 0"),
     "accumulation that does not divide": ({"training.accumulate": 5}, "does not divide by training.accumulate=5"),

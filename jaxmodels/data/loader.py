@@ -134,7 +134,10 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """Random access to batches that hold each example exactly once, in order; the last is filled up with rows of weight 0."""
+    """Random access to batches that hold each example exactly once, in order. Rows of weight 0 fill the last batch.
+
+    A batch has an array `index` besides, int32 [B]: each row's index in the split.
+    """
 
     def __init__(self, source: DataSource, batch_size: int, *, rows: np.ndarray | None = None):
         self.source, self.batch_size = source, batch_size
@@ -146,7 +149,8 @@ class EvaluationBatches:
     def __getitem__(self, number: int) -> Batch:
         rows = number * self.batch_size + self.rows
         real = rows < len(self.source)
-        return _weighted(take(self.source, np.where(real, rows, 0)), real.astype(np.float32))
+        batch = _weighted(take(self.source, np.where(real, rows, 0)), real.astype(np.float32))
+        return batch | {"index": rows.astype(np.int32)}
 
 
 def _weighted(batch: Batch, real: np.ndarray) -> Batch:

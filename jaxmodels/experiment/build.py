@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +87,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     return experiment
 
 
-def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs], nnx.Module]]:
+def build_model(config: Mapping, info: Mapping) -> tuple[tasks.Task, Callable[[nnx.Rngs], nnx.Module]]:
     """The task of a resolved config, and a function that makes its model.
 
     Args:
@@ -96,7 +95,7 @@ def build_model(config: Mapping, info: Mapping) -> tuple[Any, Callable[[nnx.Rngs
       info: what the data set says of itself.
     """
     task_name, model_name = config["task"]["name"], config["model"]["name"]
-    task = tasks.find(task_name)(info, **_without_name(config["task"]))
+    task = tasks.make(task_name, info, _without_name(config["task"]))
     constructor, _ = models.find(model_name)
     arguments = tasks.model_arguments(constructor, task.provides, model_name, task_name)
     options = _without_name(config["model"])

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels import tasks
 from jaxmodels.data.source import Dataset, take
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment, as_config_error
@@ -81,13 +80,15 @@ def check_fit(experiment: Experiment) -> None:
         for name, value in example.items():
             if name == "weight":
                 continue  # the loader makes it what it is in every batch
+            if name == "index":
+                raise ConfigError(f"config.data: the array 'index' of {split} needs another name: in evaluation it is the rows' index in their split.")
             if name not in shapes or value.shape[1:] != shapes[name].shape[1:] or value.dtype != shapes[name].dtype:
                 raise ConfigError(f"config.data: {name!r} of {split} is {value.dtype} {value.shape[1:]}: not as in the other splits.")
     for name, wanted in experiment.task.batch.items():
         got = shapes[name].shape[1:]
         if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
             raise ConfigError(f"config.task: {name!r} should have the shape {wanted}, but has {got} in the data.")
-    if experiment.config["partition"] == "pmap" and getattr(experiment.task, "across_rows", False):
+    if experiment.config["partition"] == "pmap" and experiment.task.across_rows:
         raise ConfigError(
             f"config.partition=pmap: {experiment.config['task']['name']!r} goes by all rows of a batch (mixup, cutmix, contrast); pmap shows a device its own."
         )
@@ -97,14 +98,15 @@ def check_fit(experiment: Experiment) -> None:
 
 
 def _check_best(experiment: Experiment) -> None:
-    """The metric that picks checkpoints is one that the task gives on a split that there is."""
+    """Raise ConfigError unless `checkpoint.best` is a metric of the task, of known direction, and there is a validation split."""
     best = experiment.checkpoint.best
     if best is None:
         return
     if "validation" not in experiment.dataset.splits:
         raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
     state = experiment.state_shapes()
-    shapes = experiment.eval_metric_shapes(state.weights, state.stats, experiment.batch_shapes(experiment.eval_batch_size))
-    given = experiment.task.summarize(dict.fromkeys((*shapes, *tasks.scores(experiment.task)), 1.0))
+    shapes = experiment.eval_metric_shapes(state.weights, state.stats)
+    given = experiment.task.summarize(dict.fromkeys((*shapes, *experiment.task.scores), 1.0))
     if best not in given:
         raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")
+    experiment.task.prefers_higher(best)

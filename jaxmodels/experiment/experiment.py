@@ -24,6 +24,7 @@ from jaxmodels.parallel.layout import Layout
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.step import gradients, state, step
+from jaxmodels.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Experiment:
 
     config: dict
     dataset: Dataset
-    task: Any
+    task: Task
     build: Callable[[nnx.Rngs], nnx.Module]
     trained: Callable[[str], bool]
     loading: Loading
@@ -108,6 +109,21 @@ class Experiment:
         shapes = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in example.items()}
         return shapes | {"weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
 
+    def eval_batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of a batch of evaluation, which has the rows' `index` besides."""
+        return self.batch_shapes(self.eval_batch_size) | {"index": jax.ShapeDtypeStruct((self.eval_batch_size,), jnp.int32)}
+
+    @property
+    def evaluation_key(self) -> jax.Array:
+        """The key of evaluation, a function of the config's seed. A row's key is made from it and the row's index."""
+        return jax.random.fold_in(jax.random.key(self.config["seed"]), 3)  # 0 to 2 are those of the trainer
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the metrics to print: the task's, and `checkpoint.best`."""
+        best = self.checkpoint.best
+        return (*self.task.shown, *([best] if best is not None and best not in self.task.shown else []))
+
     def reading(self, source) -> dict[str, int]:
         """How a source is read ahead, as arguments of `data.loader.read_ahead`."""
         threads = self.loading.threads
@@ -139,17 +155,28 @@ class Experiment:
         return step.make_train_step(gradient_function, self.optimizer, self.schedule, options)
 
     def eval_function(self) -> Callable:
-        """(params, stats, batch, sums) -> sums, outputs; see training.step."""
+        """Return the function (params, stats, batch, sums, key) -> (sums, outputs); see `step.make_eval_step`."""
         return step.make_eval_step(self.task, self.graph, self.training.precision, self.evaluation_layout)
 
-    def eval_metric_shapes(self, params, stats, batch) -> dict:
-        """Shapes of the metrics that the evaluation step sums up."""
+    def eval_metric_shapes(self, params, stats) -> dict:
+        """Return the shapes of the metrics that the evaluation step sums."""
 
-        def metrics(params, stats, batch):
+        def metrics(params, stats, batch, key):
+            keys = step.keys_by_index(key, batch.pop("index"))
             with layout_lib.use(self.evaluation_layout):
-                return dict(self.task.metrics(functional.evaluation_model(self.graph, params, stats), batch)) | step.skipped_metric(batch)
+                return dict(self.task.evaluate(functional.evaluation_model(self.graph, params, stats), batch, keys)) | step.skipped_metric(batch)
 
-        return jax.eval_shape(metrics, params, stats, batch)
+        return jax.eval_shape(metrics, params, stats, self.eval_batch_shapes(), jax.eval_shape(lambda: jax.random.key(0)))
+
+    def sample_function(self) -> Callable:
+        """Return the function (params, stats, key) -> arrays that the task's `show` turns into samples; empty if there are none."""
+        layout = None if self.layout is None else dataclasses.replace(self.evaluation_layout, left_whole={})
+
+        def sample(params, stats, key):
+            with layout_lib.use(layout):
+                return self.task.samples(functional.evaluation_model(self.graph, params, stats), key)
+
+        return sample
 
     def state_shapes(self) -> state.TrainState:
         """Shapes of the train state."""

@@ -15,7 +15,7 @@ from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.pretrained import weights as published
 from jaxmodels.pretrained.folder import is_published
-from jaxmodels.step import metrics, optimizer
+from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import check_pattern
 
 
@@ -63,7 +63,7 @@ class Checkpointing:
     Attributes:
       every: steps between checkpoints.
       keep: number of the latest checkpoints to keep, of those at multiples of `every` and the very latest.
-      best: a metric; the checkpoint that is best by it on the validation split is kept too, and tested at the end.
+      best: a metric of the task; the checkpoint that is best by it on the validation split is kept too, and tested at the end.
     """
 
     every: int = 1000
@@ -277,9 +277,7 @@ def _check_values(c: dict) -> None:
         raise ConfigError(f"config.training.ema must lie between 0 and 1, got {ema}.")
     if c["data"]["batch_size"] % c["training"]["accumulate"]:
         raise ConfigError(f"config.data.batch_size={c['data']['batch_size']} does not divide by training.accumulate={c['training']['accumulate']}.")
-    if c["checkpoint"]["best"] is not None:
-        metrics.check_name("checkpoint.best", c["checkpoint"]["best"])
-    elif c["evaluation"]["patience"] is not None:
+    if c["checkpoint"]["best"] is None and c["evaluation"]["patience"] is not None:
         raise ConfigError("config.evaluation.patience needs checkpoint.best: the metric that has to improve.")
     for key in ("trainable", "freeze"):
         for pattern in c["training"][key] or ():

@@ -12,6 +12,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.generation.generate import Completion, Generator, Prompt
 from jaxmodels.models import functional
 from jaxmodels.parallel.layout import Layout
+from jaxmodels.step.step import keys_by_index
 
 
 class Run:
@@ -30,13 +31,19 @@ class Run:
         self.model, self.task, self.config, self.step, self.tokenizer, self.layout = model, task, config, step, tokenizer, layout
         graph, params, stats = functional.split(model)
         self._weights = (params, stats)
-        self._predict = jax.jit(lambda params, stats, batch: task.predict(functional.evaluation_model(graph, params, stats), batch))
 
-    def predict(self, batch: Mapping[str, np.ndarray]) -> Any:
-        """What the model says of a batch, as the task's own `predict` gives it.
+        def predict(params, stats, batch, key):
+            keys = keys_by_index(key, np.arange(len(jax.tree.leaves(batch)[0])))
+            return task.predict(functional.evaluation_model(graph, params, stats), batch, keys)
+
+        self._predict = jax.jit(predict)
+
+    def predict(self, batch: Mapping[str, np.ndarray], *, seed: int = 0) -> Any:
+        """Return the predictions of the task for a batch.
 
         Args:
-          batch: arrays with B rows, of what the model reads; text goes through `run.tokenizer.encode`, padded with -1.
+          batch: arrays with B rows, the model's inputs. Encode text with `run.tokenizer.encode`, and pad it with -1.
+          seed: of tasks that draw their predictions. The draws of a row depend on the seed and its number in the batch.
 
         Returns:
           By task: `classify`, of `image` [B, H, W, C], and `classify_text`, of `tokens` [B, T]: class probabilities [B, C].
@@ -45,7 +52,7 @@ class Run:
           `seq2seq`, of `source` [B, S]: decoded tokens [B, U], which `run.task.text(row)` makes a text of.
           `forecast`, of `past` [B, L, V]: [B, H, V].
         """
-        return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch)))
+        return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch), jax.random.key(seed)))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *, precision: str = "float32", **options: Any) -> list[Completion]:
         """Texts that the model makes of prompts: what follows them, or of a `seq2seq` run what they become.

@@ -1,7 +1,6 @@
-"""The functions that are compiled: initialise, train step, evaluation step.
+"""The functions that are compiled: initialisation, train step, evaluation step.
 
-A module is split once into a graph and plain string-keyed dicts of arrays; from there on everything is a pure
-function of arrays.
+A module is split once into its graph and string-keyed dicts of arrays. Everything here is a pure function of those arrays.
 """
 
 import dataclasses
@@ -13,24 +12,24 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxmodels import tasks
 from jaxmodels.models.functional import DTYPES, cast, combine, evaluation_model, flatten, partition, split, training_model
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.step.gradients import GradientFunction, place
 from jaxmodels.step.state import TrainState
+from jaxmodels.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What shapes the train step.
+    """Options of the train step.
 
     Attributes:
-      ema: decay of the moving average of parameters, or None. It starts faster: decay at step t is at most (1 + t) / (10 + t).
-      log_every: steps that a training metric is averaged over.
-      layout: how the step is spread over devices; None for one.
-      shardings: of the parameters, and so of their gradients; None leaves these to the compiler.
-      gather_updates: the optimizer's state is in more shares than the parameters are, so that its updates come together.
+      ema: decay of the moving average of parameters, or None for none. The decay at step t is at most (1 + t) / (10 + t).
+      log_every: number of steps that a training metric is averaged over.
+      layout: sharding of activations; None for one device.
+      shardings: of the parameters and their gradients; None leaves them to the compiler.
+      gather_updates: whether the optimizer state is sharded more finely than the parameters, so that its updates are gathered.
     """
 
     ema: float | None
@@ -47,14 +46,14 @@ def make_init(
     loss_metrics: Callable,
     ema: bool,
 ) -> Callable[[jax.Array], TrainState]:
-    """A pure function key -> TrainState.
+    """Return the pure function key -> TrainState.
 
     Args:
-      build: makes the module.
+      build: builds the module.
       trained: whether the parameter of a path is trained.
       optimizer: of Optax.
-      loss_metrics: names the training metrics: (params, frozen, stats) -> shapes.
-      ema: whether an average of the trained parameters is kept.
+      loss_metrics: (params, frozen, stats) -> shapes of the training metrics.
+      ema: whether the state holds a moving average of the trained parameters.
     """
 
     def init(key: jax.Array) -> TrainState:
@@ -74,15 +73,19 @@ def make_init(
     return init
 
 
-def _inputs(batch, dtype):
-    """A batch as the model computes it; weights, and labels, which may be numbers to predict, stay exact."""
-    return batch | {name: cast(x, dtype) for name, x in batch.items() if name not in ("weight", "label")}
+def _inputs(task: Task, batch, dtype):
+    """Return a batch cast to the compute dtype, without the weights and the task's exact inputs, such as targets."""
+    exact = ("weight", *task.exact_inputs)
+    return batch | {name: cast(x, dtype) for name, x in batch.items() if name not in exact}
 
 
-def make_loss(task, graph, precision: str) -> Callable:
-    """(params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats).
+def make_loss(task: Task, graph, precision: str) -> Callable:
+    """Return the function (params, frozen, stats, batch, key) -> loss sum, (weight, metrics, new stats).
 
-    The module runs in `precision`.
+    Args:
+      task: its loss.
+      graph: of the module.
+      precision: compute dtype of the module, a key of `functional.DTYPES`.
     """
     dtype = DTYPES[precision]
 
@@ -90,7 +93,7 @@ def make_loss(task, graph, precision: str) -> Callable:
         model = training_model(graph, cast(combine(params, frozen), dtype), stats, key)
         _hold_frozen_norms(model, params, frozen)
         _normalise_over_devices(model)
-        inputs = _inputs(batch, dtype)
+        inputs = _inputs(task, batch, dtype)
         total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
@@ -98,7 +101,7 @@ def make_loss(task, graph, precision: str) -> Callable:
 
 
 def _hold_frozen_norms(model: nnx.Module, params: dict, frozen: dict) -> None:
-    """Batch normalisations whose parameters are frozen go by their running statistics, and keep them."""
+    """Make batch normalisations with frozen parameters use their running statistics and not update them."""
     if not frozen:
         return
     trained, held = flatten(params), flatten(frozen)
@@ -109,7 +112,7 @@ def _hold_frozen_norms(model: nnx.Module, params: dict, frozen: dict) -> None:
 
 
 def _normalise_over_devices(model: nnx.Module) -> None:
-    """Batch normalisations go by all rows of a batch, also where each device runs the model on its own."""
+    """Make batch normalisations use all rows of a batch, also under pmap, where each device runs the model on its own rows."""
     if (axis := layout_lib.mapped_axis()) is not None:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
@@ -117,20 +120,16 @@ def _normalise_over_devices(model: nnx.Module) -> None:
 
 
 def make_train_step(gradients: GradientFunction, optimizer: optax.GradientTransformation, schedule: optax.Schedule, options: StepOptions) -> Callable:
-    """(state, batch, key) -> (state, metrics): one update from one global batch.
+    """Return the pure function (state, batch, key) -> (state, metrics): one update from one global batch.
 
-    The gradient is that of the sum of losses over the batch divided by the sum of weights, however many devices
-    and microbatches it is computed in.
+    The gradient is that of the sum of losses over the batch divided by the sum of weights, for any number of devices and microbatches.
+    The metrics are means since the last log line, as (sum, weight), with `grad_norm`; `learning_rate` and `diverged_at` are of this step.
 
     Args:
       gradients: the gradient function, such as `gradients.plain(loss)`.
       optimizer: of Optax.
-      schedule: its learning rate, for the log.
+      schedule: of the learning rate, for the metrics.
       options: see StepOptions.
-
-    Returns:
-      A pure function. `metrics` are means since the last log line, as (sum, weight), with `grad_norm`; and of this
-      step the `learning_rate` and `diverged_at`.
     """
 
     def update(state: TrainState, batch, key: jax.Array):
@@ -139,18 +138,18 @@ def make_train_step(gradients: GradientFunction, optimizer: optax.GradientTransf
         metrics = cast(dict(metrics), jnp.float32) | skipped_metric(batch)
         total, weight, metrics, grads = layout_lib.sum_over_devices((total, weight, metrics, grads))
         grads = place(grads, options.shardings)
-        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # no 0 / 0 where no row counts
+        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)  # not 0 / 0 where no row counts
         # Some optimizers (momo) use the loss too.
         value = total / jnp.where(weight == 0, 1, weight)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
         if options.gather_updates:
-            # These, not the new parameters: to gather those XLA copies all the old ones first (libtpu 0.0.52).
+            # Gather the updates, not the new parameters: for those XLA copies all the old ones first (libtpu 0.0.52).
             updates = place(updates, options.shardings)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
 
-        # Behind a barrier the squares are not those that Adam averages, which XLA would keep in memory for both. And the new parameters,
-        # which are kept anyway, are asked in place of the updates, which would be kept for this alone: more work than AdamW itself.
+        # Without the barrier XLA shares the squares with Adam's second moment, and keeps them in memory for both. The check reads the new
+        # parameters, which are kept anyway, because keeping the updates for it costs more than AdamW itself.
         grad_norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
         one = jnp.ones((), jnp.float32)
@@ -171,21 +170,21 @@ def make_train_step(gradients: GradientFunction, optimizer: optax.GradientTransf
         return state, metrics | now
 
     def train_step(state: TrainState, batch, key: jax.Array):
-        with layout_lib.use(options.layout):  # around the gradient too, whose own rules are traced after the loss
+        with layout_lib.use(options.layout):  # around the gradient too: custom gradient rules are traced after the loss
             return update(state, batch, key)
 
     return train_step
 
 
 def training_metrics(loss: Callable, params, frozen, stats, batch) -> dict:
-    """Shapes of the metrics that a train step sums up."""
+    """Return the shapes of the metrics that a train step sums."""
     _, (_, metrics, _) = jax.eval_shape(loss, params, frozen, stats, batch, jax.random.key(0))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     return dict(metrics) | {"grad_norm": (scalar, scalar)} | jax.eval_shape(skipped_metric, batch)
 
 
 def skipped_metric(batch) -> dict:
-    """How many rows were left out, a count, where the data tells (see `data.skipping`)."""
+    """Return the number of skipped rows as a count, if the data marks them (see `data.skipping`)."""
     return {"skipped_examples": (jnp.sum(batch["skipped"]), jnp.zeros((), jnp.float32))} if "skipped" in batch else {}
 
 
@@ -194,19 +193,37 @@ def _average(ema, params, step, decay):
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def make_eval_step(task, graph, precision: str, layout: layout_lib.Layout | None = None) -> Callable:
-    """(params, stats, batch, sums) -> sums, outputs: adds a batch's metrics to `sums`.
+def keys_by_index(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Return one key for each row, a function of `key` and the row's index.
 
-    `outputs` are the task's own of each row, with the rows' `weight`, where it has a score that is made from them; else nothing.
+    Args:
+      key: a single key.
+      index: int [B].
+    """
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(index)
+
+
+def make_eval_step(task: Task, graph, precision: str, layout: layout_lib.Layout | None = None) -> Callable:
+    """Return the function (params, stats, batch, sums, key) -> (sums, outputs), which adds a batch's metrics to `sums`.
+
+    The batch holds `index`, int [B], the rows' indices in their split. The task gets keys made from `key` and `index` in its place.
+    `outputs` are those of the task, with the rows' `weight`, if it has scores; else they are empty.
+
+    Args:
+      task: its evaluation.
+      graph: of the module.
+      precision: compute dtype of the module, a key of `functional.DTYPES`.
+      layout: sharding of activations; None for one device.
     """
     dtype = DTYPES[precision]
 
-    def eval_step(params, stats, batch, sums):
+    def eval_step(params, stats, batch, sums, key):
         model = evaluation_model(graph, params, stats, dtype)
-        inputs = _inputs(batch, dtype)
+        keys = keys_by_index(key, batch["index"])
+        inputs = _inputs(task, {name: x for name, x in batch.items() if name != "index"}, dtype)
         with layout_lib.use(layout):
-            sums = metrics_lib.add(sums, cast(dict(task.metrics(model, inputs)) | skipped_metric(batch), jnp.float32))
-            outputs = dict(task.outputs(model, inputs)) | {"weight": batch["weight"]} if tasks.scores(task) else {}
+            sums = metrics_lib.add(sums, cast(dict(task.evaluate(model, inputs, keys)) | skipped_metric(batch), jnp.float32))
+            outputs = dict(task.outputs(model, inputs, keys)) | {"weight": batch["weight"]} if task.scores else {}
         return sums, outputs
 
     return eval_step

@@ -1,19 +1,15 @@
-"""What is learned. A task is one file: it builds the model a data set needs, and gives losses and metrics.
+"""Tasks by name. A task is one file: it says what a model is built from, and computes losses, metrics and predictions."""
 
-Losses and metrics are pairs (sum, weight), so that padding, accumulation and many devices are exact:
-the value is the sum of all sums over the sum of all weights.
-"""
-
+import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
-
-import jax
-from flax import nnx
+from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels import models
 from jaxmodels.errors import ConfigError
+from jaxmodels.tasks.base import Metrics, Sample, Task
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+__all__ = ["TASKS", "Metrics", "Sample", "Task", "find", "make", "model_arguments"]
 
 TASKS = {
     "classify": "jaxmodels.tasks.classify:Classify",
@@ -28,75 +24,69 @@ TASKS = {
     "transcribe": "jaxmodels.tasks.transcribe:Transcribe",
 }
 
+# Methods that must come together: with the first, a task needs the second.
+_PAIRS = (("samples", "show(outputs)"), ("score", "outputs(model, batch, key)"), ("outputs", "score(outputs)"))
+_SIGNATURES = {"loss": "loss(model, batch, rngs)", "evaluate": "evaluate(model, batch, key)"}
 
-class Task(Protocol):
-    """What the train step and the trainer ask of a task.
 
-    A task is constructed with the data set's `info` and then its keyword-only arguments, the `task` section.
+def find(name: str) -> type[Task]:
+    """Return the class of a task: one of TASKS, or `package.module:Class`.
 
-    Attributes:
-      provides: what it gives a model's positional parameters: `{"vocab_size": 65}`.
-      batch: the arrays it needs of an example: name -> shape, None where any size will do.
-
-    A score that is no mean over examples (entity F1, BLEU) is made on the host, from all rows of a split. A task that has
-    such ones names them in an attribute `scores`, a tuple, and has two methods more:
-
-      outputs(model, batch) -> dict of arrays [B, ...]: what the score is made from, small: token numbers, not logits.
-        A part of the compiled evaluation step.
-      score(outputs) -> dict of floats, a value for each of `scores`: outputs are NumPy arrays of all real rows, in order.
+    Raises:
+      ConfigError: there is no such task, it is no subclass of Task, or it lacks a method.
     """
-
-    provides: Mapping[str, Any]
-    batch: Mapping[str, tuple[int | None, ...]]
-
-    def predict(self, model: nnx.Module, batch: Mapping[str, jax.Array]) -> Any:
-        """What the model says of a batch, in a form people use."""
-
-    def loss(self, model: nnx.Module, batch: Mapping[str, jax.Array], rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array, Metrics]:
-        """The training loss as (sum, weight), and metrics."""
-
-    def metrics(self, model: nnx.Module, batch: Mapping[str, jax.Array]) -> Metrics:
-        """The metrics of evaluation."""
-
-    def summarize(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Metrics that are functions of others (`perplexity` of `loss`), added to them."""
+    found = config_lib.find("task.name", TASKS, name)
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        raise ConfigError(
+            f"config.task.name: {name!r} is no subclass of jaxmodels.tasks.Task. "
+            f"Write `class {found.__name__}(jaxmodels.tasks.Task)` with the methods {' and '.join(_SIGNATURES.values())}."
+        )
+    for method in sorted(found.__abstractmethods__):
+        hint = ", which replaces metrics(model, batch)" if method == "evaluate" and hasattr(found, "metrics") else ""
+        raise ConfigError(f"config.task.name: the task {name!r} lacks the method {_SIGNATURES[method]}{hint}.")
+    for method, needed in _PAIRS:
+        if _defines(found, method) and not _defines(found, needed.partition("(")[0]):
+            raise ConfigError(f"config.task.name: the task {name!r} defines {method} and lacks the method {needed}.")
+    return found
 
 
-def find(name: str):
-    """The class of a named task; ConfigError lists them."""
-    return config_lib.find("task.name", TASKS, name)
+def make(name: str, info: Mapping[str, Any], arguments: Mapping[str, Any]) -> Task:
+    """Return a task.
+
+    Args:
+      name: as for `find`.
+      info: of the data set.
+      arguments: of the config's `task` section, without the name.
+
+    Raises:
+      ConfigError: as `find`; an argument makes no sense; the task has scores and no method that computes them.
+    """
+    task = find(name)(info, **arguments)
+    if task.scores and not _defines(type(task), "score"):
+        raise ConfigError(f"config.task.name: the task {name!r} has the scores {', '.join(task.scores)} and lacks the method score(outputs).")
+    return task
 
 
-def require(info: Mapping, task_name: str, wants: str, *keys: str) -> None:
-    """Raises ConfigError unless the data set says of itself what a task is made from."""
-    for key in keys:
-        if key not in info:
-            raise ConfigError(f"config.task: {task_name!r} needs {wants}; this data source gives no {key}.")
-
-
-def scores(task: Task) -> tuple[str, ...]:
-    """Names of the metrics that a task scores on the host; none for most."""
-    return tuple(getattr(task, "scores", ()))
+def _defines(task: type[Task], method: str) -> bool:
+    return getattr(task, method) is not getattr(Task, method)
 
 
 def model_arguments(constructor, provides: Mapping[str, Any], model_name: str, task_name: str) -> tuple:
-    """The positional arguments of a model, from what a task provides.
+    """Return the positional arguments of a model, from what a task provides.
 
     Raises:
-      ConfigError: the model wants something that the task does not have; says which models fit.
+      ConfigError: the model has a positional parameter that the task does not provide. Names the models that fit.
     """
 
     def fits(wanted: list[str]) -> bool:
-        # A model without a head cannot do what a task wants of one, whatever else it is made from.
+        # A task that provides a head needs a model that takes one, even where all other parameters match.
         return set(wanted) <= set(provides) and ("head" in wanted) == ("head" in provides)
 
     wanted = config_lib.positional(constructor)
     if fits(wanted):
         return tuple(provides[name] for name in wanted)
-    from jaxmodels import models
-
     fitting = [n for n in models.MODELS if fits(config_lib.positional(models.find(n)[0]))]
     raise ConfigError(
-        f"config.model.name: {model_name!r} is made from ({', '.join(wanted)}), but the task {task_name!r} "
-        f"gives ({', '.join(provides)}). Models that fit it: {', '.join(fitting)}."
+        f"config.model.name: {model_name!r} needs ({', '.join(wanted)}), but the task {task_name!r} "
+        f"provides ({', '.join(provides)}). Models that fit it: {', '.join(fitting)}."
     )

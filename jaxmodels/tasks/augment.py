@@ -1,7 +1,7 @@
-"""Random changes of images, on the device: pure functions of a key and a batch [B, H, W, C].
+"""Random augmentation of images on the device: pure functions of a key and a batch [B, H, W, C].
 
-Each example has draws of its own, so the same key gives the same batch however it is spread over devices. What mixes two
-examples mixes each with the one before it (the first with the last): batches are shuffled, so that is a random other.
+Each example has its own draws, so that the result does not depend on the sharding. Mixup and cutmix mix an example with the row before it,
+the first with the last: batches are shuffled, so this is a random other example.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, image_BHWC: jax.Array, padding: int) -> jax.Array:
-    """Pads `padding` rows and columns of zeros on each side, and cuts out a window of the old size at a random place."""
+    """Pad with `padding` pixels of zeros on each side, and cut a window of the original size at a random position."""
     B, H, W, C = image_BHWC.shape
     padded = jnp.pad(image_BHWC, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corner_B2 = jax.random.randint(key, (B, 2), 0, 2 * padding + 1)
@@ -17,40 +17,39 @@ def random_crop(key: jax.Array, image_BHWC: jax.Array, padding: int) -> jax.Arra
 
 
 def random_flip(key: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-    """Mirrors half of the images, left to right."""
+    """Mirror each image left to right with probability 0.5."""
     return jnp.where(_as_images(jax.random.bernoulli(key, 0.5, image_BHWC.shape[:1])), image_BHWC[:, :, ::-1], image_BHWC)
 
 
 def scale(image: jax.Array) -> jax.Array:
-    """uint8 to floats in [0, 1]; others as they are."""
+    """Convert uint8 to float32 in [0, 1]. Leave other types unchanged."""
     return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
 
 
 def resize(image_BHWC: jax.Array, height: int, width: int) -> jax.Array:
-    """Images stretched to another size, bilinear, and smoothed where they shrink."""
+    """Resize images to another height and width, bilinear, with anti-aliasing where they shrink."""
     B, _, _, C = image_BHWC.shape
     return jax.image.resize(image_BHWC, (B, height, width, C), "linear")
 
 
 def partners(x: jax.Array) -> jax.Array:
-    """For each row of a batch, the row it is mixed with."""
+    """Return, for each row of a batch, the row that it is mixed with."""
     return jnp.roll(x, 1, axis=0)
 
 
 def mixup(image_BHWC: jax.Array, share_B: jax.Array) -> jax.Array:
-    """`share` of each image and 1 - `share` of its partner (Zhang et al. 2018). Images are floats."""
+    """Return `share` of each image plus 1 - `share` of its partner (Zhang et al. 2018). Images are floats."""
     share = _as_images(share_B).astype(image_BHWC.dtype)
     return share * image_BHWC + (1 - share) * partners(image_BHWC)
 
 
 def cutmix(key: jax.Array, image_BHWC: jax.Array, share_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each image with a rectangle of its partner pasted in (Yun et al. 2019).
+    """Paste a rectangle of its partner into each image (Yun et al. 2019).
 
-    The rectangle has the image's proportions and an area of 1 - `share` of it; its centre is uniform over the image, whose
-    border cuts it off.
+    The rectangle has the image's aspect ratio and 1 - `share` of its area. Its centre is uniform over the image; it is clipped at the border.
 
     Returns:
-      images, and the share of each image that is its own: float [B].
+      Images, and the share of each image that is its own, float [B].
     """
     B, H, W, _ = image_BHWC.shape
     side_B = jnp.sqrt(1 - share_B)
@@ -67,17 +66,16 @@ def cutmix(key: jax.Array, image_BHWC: jax.Array, share_B: jax.Array) -> tuple[j
 
 
 def mix(key: jax.Array, image_BHWC: jax.Array, *, mixup_alpha: float, cutmix_alpha: float, probability: float) -> tuple[jax.Array, jax.Array]:
-    """Mixup, cutmix, or for each example one of the two, at random.
+    """Apply mixup, cutmix, or, with both, one of the two to each example at random.
 
     Args:
       key: of this batch.
       image_BHWC: floats.
-      mixup_alpha, cutmix_alpha: the share of an image that stays its own is drawn from Beta(alpha, alpha); 0 leaves the
-        method out.
-      probability: that an example is mixed at all.
+      mixup_alpha, cutmix_alpha: the share of an image that stays its own is drawn from Beta(alpha, alpha); 0 turns the method off.
+      probability: that an example is mixed.
 
     Returns:
-      images, and how much each is itself rather than its partner: float [B] in [0, 1]. The label is to be mixed likewise.
+      Images, and the share of each that is its own, float [B] in [0, 1]. Mix labels by the same shares.
     """
     which, whether, place, first, second = jax.random.split(key, 5)
     B = image_BHWC.shape[:1]

@@ -1,22 +1,22 @@
 """Image classification: one label for each image."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.tasks import augment, losses
+from jaxmodels.tasks.base import Task, require
 
 
-class Classify:
-    """Softmax cross-entropy over classes, or focal loss.
+class Classify(Task):
+    """Softmax cross-entropy over classes, focal loss, or a loss of one's own.
 
     Batches: `image` float or uint8 [B, H, W, C] (uint8 is scaled to [0, 1]), `label` int [B], `weight` float [B].
 
-    Augmentation is a part of the training loss, on the device, in this order: crop, flip, mixup or cutmix. It is drawn from
-    the step's key, so a resumed run sees the same images; evaluation sees them as they are.
+    Augmentation is part of the training loss and runs on the device, in this order: crop, flip, mixup or cutmix. Its key is a function of
+    seed and step, so that a resumed run sees the same images. Evaluation does not augment.
     """
 
     def __init__(
@@ -32,31 +32,27 @@ class Classify:
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_probability: float = 1.0,
-        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        loss: str = "cross_entropy",
         gamma: float = 2.0,
     ):
         """
         Args:
           info: of the data set: `image_shape`, `num_classes`.
-          label_smoothing: probability taken from the true class and spread evenly over all (Szegedy et al. 2016).
-            Training only.
+          label_smoothing: probability taken from the true class and spread evenly over all classes (Szegedy et al. 2016). Training only.
           mean: of each channel, subtracted from every image.
-          std: of each channel, which every image is then divided by.
-          resize: height and width that the model reads, where the data's are others: images are stretched to that, bilinear, after they
-            are cropped and flipped and before they are mixed.
-          crop: rows and columns of black around an image, out of which a window of its size is cut at random.
+          std: of each channel; divides every image after the mean is subtracted.
+          resize: (height, width) of the model's input. Images of another size are resized, bilinear, after crop and flip and before mixing.
+          crop: pixels of zero padding on each side, from which a window of the image's size is cut at random.
           flip: mirror half of the images, left to right.
-          mixup: alpha of mixup (Zhang et al. 2018): an image and its label are a share of one example and the rest of
-            another, the share drawn from Beta(alpha, alpha). 0 is none.
-          cutmix: alpha of cutmix (Yun et al. 2019): the same with a rectangle pasted in. With both, each example has one
-            of the two, at random.
-          mix_probability: share of the examples that is mixed at all.
-          loss: `cross_entropy`, or `focal` (Lin et al. 2017), for which what is right already counts less.
-          gamma: of `focal`: how much less.
+          mixup: alpha of mixup (Zhang et al. 2018): image and label are an average of two examples, its weight drawn from Beta(alpha, alpha).
+            0 turns it off.
+          cutmix: alpha of cutmix (Yun et al. 2019): a rectangle of another example is pasted in. 0 turns it off. With both, each example gets
+            one of the two, at random.
+          mix_probability: share of the examples that are mixed.
+          loss: `cross_entropy`, `focal` (Lin et al. 2017), or `package.module:function`; see `tasks.losses`.
+          gamma: focusing parameter γ of the focal loss; 0 gives cross-entropy.
         """
-        for key in ("image_shape", "num_classes"):
-            if key not in info:
-                raise ConfigError(f"config.task: 'classify' needs images with labels that are whole numbers; this data source gives no {key}.")
+        require(info, "classify", "images with labels that are whole numbers", "image_shape", "num_classes")
         if len(info["image_shape"]) != 3:
             raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
         losses.check(label_smoothing=label_smoothing, gamma=gamma)
@@ -76,35 +72,32 @@ class Classify:
         self.resize = None if resize is None or tuple(resize) == shape[:2] else tuple(resize)
         self.provides = {"image_shape": (*(self.resize or shape[:2]), shape[2]), "num_classes": info["num_classes"]}
         self.batch = {"image": shape, "label": ()}
-        self.across_rows = mixup > 0 or cutmix > 0  # an image is mixed with another row's: pmap, which shows each device its own, is refused
+        self.across_rows = mixup > 0 or cutmix > 0
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
-        self.losses = losses.classification(loss, gamma)
+        self.losses = losses.classification(loss, classes=info["num_classes"], gamma=gamma, label_smoothing=label_smoothing, mixed=self.across_rows)
         self.crop, self.flip, self.mixup, self.cutmix, self.mix_probability = crop, flip, mixup, cutmix, mix_probability
 
-    def predict(self, model, batch):
-        """Class probabilities, float [B, number of classes]."""
+    def predict(self, model, batch, key=None):
+        """Return class probabilities, float [B, C]."""
         return jax.nn.softmax(self._logits(model, self._scaled(batch["image"]), None))
 
     def loss(self, model, batch, rngs):
-        """The sum of weighted losses, the sum of weights, and metrics.
+        """Return the sum of weighted losses, the sum of weights, and metrics.
 
-        The `loss` of the metrics is without label smoothing; under mixup and cutmix it is that of the mixed labels, and
-        `accuracy` is measured against the label of the example itself, whatever its share.
+        The metric `loss` has no label smoothing. Under mixup and cutmix it is that of the mixed labels; `accuracy` counts the label of the
+        example itself, however little of it is left.
         """
         image, targets = self._augment(batch, rngs)
         logits = self._logits(model, image, rngs)
         values = self.losses(logits, targets, label_smoothing=self.label_smoothing)
         return jnp.sum(values * batch["weight"]), jnp.sum(batch["weight"]), self._metrics(logits, targets, batch)
 
-    def metrics(self, model, batch):
-        """`loss` (without label smoothing) and `accuracy`."""
+    def evaluate(self, model, batch, key):
+        """Return `loss`, without label smoothing, and `accuracy`."""
         return self._metrics(self._logits(model, self._scaled(batch["image"]), None), batch["label"], batch)
 
-    def summarize(self, values):
-        return dict(values)
-
     def _augment(self, batch, rngs):
-        """Images scaled and changed, and their labels: int [B], or where they are mixed, probabilities [B, classes]."""
+        """Return augmented images and their labels: int [B], or probabilities [B, C] if images are mixed."""
         image, label = batch["image"], batch["label"]
         if self.crop:
             image = augment.random_crop(rngs.dropout(), image, self.crop)
@@ -114,13 +107,13 @@ class Classify:
         if not (self.mixup or self.cutmix):
             return image, label
         mixed, share = augment.mix(rngs.dropout(), image, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, probability=self.mix_probability)
-        counts = augment.partners(batch["weight"]) > 0  # a row that stands for a bad example is mixed into no other
+        counts = augment.partners(batch["weight"]) > 0  # a skipped example has weight 0 and must not be mixed into others
         image, share = jnp.where(counts[:, None, None, None], mixed, image), jnp.where(counts, share, 1.0)
         target = jax.nn.one_hot(label, self.provides["num_classes"])
         return image, share[:, None] * target + (1 - share[:, None]) * augment.partners(target)
 
     def _scaled(self, image):
-        """Values in [0, 1], and the size that the model reads."""
+        """Scale uint8 to [0, 1], and resize to the model's input size."""
         image = augment.scale(image)
         return image if self.resize is None else augment.resize(image, *self.resize)
 

@@ -1,74 +1,72 @@
 """Text classification: one label for each sequence of tokens."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.tasks import losses, require
+from jaxmodels.tasks import losses
+from jaxmodels.tasks.base import Task, require
 
 
-class ClassifyText:
-    """Softmax cross-entropy over classes, or focal loss.
+class ClassifyText(Task):
+    """Softmax cross-entropy over classes, focal loss, or a loss of one's own.
 
     Batches: `tokens` int [B, T] (-1 is padding), `label` int [B], `weight` float [B].
     """
 
     scores = ("macro_f1",)
+    shown = ("loss", "accuracy", "macro_f1")
 
     def __init__(
         self,
         info: Mapping,
         *,
         label_smoothing: float = 0.0,
-        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        loss: str = "cross_entropy",
         gamma: float = 2.0,
     ):
         """
         Args:
           info: of the data set: `vocab_size`, `num_classes`.
-          label_smoothing: probability taken from the true class and spread evenly over all (Szegedy et al. 2016).
-            Training only.
-          loss: `cross_entropy`, or `focal` (Lin et al. 2017), for which what is right already counts less.
-          gamma: of `focal`: how much less.
+          label_smoothing: probability taken from the true class and spread evenly over all classes (Szegedy et al. 2016). Training only.
+          loss: `cross_entropy`, `focal` (Lin et al. 2017), or `package.module:function`; see `tasks.losses`.
+          gamma: focusing parameter γ of the focal loss; 0 gives cross-entropy.
         """
         require(info, "classify_text", "texts with labels", "vocab_size", "num_classes")
         losses.check(label_smoothing=label_smoothing, gamma=gamma)
         self.provides = {"vocab_size": info["vocab_size"], "head": ("class", info["num_classes"])}
         self.batch = {"tokens": (None,), "label": ()}
-        self.label_smoothing, self.losses = label_smoothing, losses.classification(loss, gamma)
+        self.label_smoothing = label_smoothing
+        self.losses = losses.classification(loss, classes=info["num_classes"], gamma=gamma, label_smoothing=label_smoothing)
 
-    def predict(self, model, batch):
-        """Class probabilities of `tokens` [B, T]: float [B, number of classes]."""
+    def predict(self, model, batch, key=None):
+        """Return class probabilities of `tokens` [B, T], float [B, C]."""
         return jax.nn.softmax(self._logits(model, batch, None))
 
     def loss(self, model, batch, rngs):
-        """The sum of weighted losses, the sum of weights, and metrics."""
+        """Return the sum of weighted losses, the sum of weights, and metrics."""
         logits = self._logits(model, batch, rngs)
         values = self.losses(logits, batch["label"], label_smoothing=self.label_smoothing)
         return jnp.sum(values * batch["weight"]), jnp.sum(batch["weight"]), self._metrics(logits, batch)
 
-    def metrics(self, model, batch):
-        """`loss` (without label smoothing) and `accuracy`."""
+    def evaluate(self, model, batch, key):
+        """Return `loss`, without label smoothing, and `accuracy`."""
         return self._metrics(self._logits(model, batch, None), batch)
 
-    def outputs(self, model, batch):
-        """The likeliest class of each row, and its label."""
+    def outputs(self, model, batch, key):
+        """Return the most probable class of each row, and its label."""
         return {"predicted": jnp.argmax(self._logits(model, batch, None), axis=-1), "label": batch["label"]}
 
     def score(self, outputs):
-        """`macro_f1`: the mean over classes (those that occur or are predicted) of the harmonic mean of precision and recall."""
+        """Return `macro_f1`: the F1 score of each class, averaged over the classes that occur or are predicted."""
         predicted, label = outputs["predicted"], outputs["label"]
         values = []
         for number in np.union1d(predicted, label):
             right = np.sum((predicted == number) & (label == number))
             values.append(2 * right / (np.sum(predicted == number) + np.sum(label == number)))
         return {"macro_f1": float(np.mean(values))}
-
-    def summarize(self, values):
-        return dict(values)
 
     def _logits(self, model, batch, rngs):
         return model(batch["tokens"], rngs=rngs).astype(jnp.float32)

@@ -1,39 +1,49 @@
-"""Losses by name. Each takes what a model says and what is true, and gives one value for each example or position, which
-the task sums up with weights. Whatever else is a keyword.
+"""Losses by name. Each returns one value for each example or position; the task sums them with weights.
+
+A config's `task.loss` is a name in CLASSIFICATION, CONTRASTIVE or REGRESSION, whichever the task takes, or a function of one's own,
+`package.module:function`, with the signature of that kind:
+
+- classification: `(logits, target) -> values`, logits float32 [..., C], target int [...] or, under mixup and cutmix, probabilities
+  float [..., C], values float [...]. `task.label_smoothing` needs a keyword `label_smoothing`.
+- regression: `(predicted, target) -> values`, each float [...].
+- contrastive: `(one, other, *, temperature, valid) -> values`, embeddings float32 [B, D], valid bool [B], values float [B].
 
 Shapes: B batch, T time, S length of a target, C classes, D width of an embedding; `...` any.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 
 
 def mse(predicted: jax.Array, target: jax.Array) -> jax.Array:
-    """Squared error of each value, shape [...]."""
+    """Squared error, [...]."""
     return optax.squared_error(predicted, target)
 
 
 def mae(predicted: jax.Array, target: jax.Array) -> jax.Array:
-    """Absolute error of each value, shape [...]."""
+    """Absolute error, [...]."""
     return jnp.abs(predicted - target)
 
 
 def huber(predicted: jax.Array, target: jax.Array, *, delta: float = 1.0) -> jax.Array:
-    """Half the squared error up to `delta`, from there on linear with slope `delta` (Huber 1964), shape [...]."""
+    """Huber loss (Huber 1964), [...]: half the squared error up to `delta`, linear with slope `delta` above."""
     return optax.huber_loss(predicted, target, delta=delta)
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy in nats, shape [...].
+    """Softmax cross-entropy in nats, [...].
 
     Args:
       logits: [..., C].
-      target: class numbers, int [...], or probabilities, float [..., C].
+      target: class ids, int [...], or probabilities, float [..., C].
       label_smoothing: probability taken from the target and spread evenly over all classes (Szegedy et al. 2016).
     """
     if target.ndim < logits.ndim:
@@ -42,61 +52,53 @@ def cross_entropy(logits: jax.Array, target: jax.Array, *, label_smoothing: floa
         exact = optax.softmax_cross_entropy(logits, target)
     if not label_smoothing:
         return exact
-    # Cross-entropy with smoothed targets, without making them.
+    # Equal to the cross-entropy with smoothed targets, without allocating those.
     return (1 - label_smoothing) * exact - label_smoothing * jnp.mean(jax.nn.log_softmax(logits), axis=-1)
 
 
 def focal(logits: jax.Array, target: jax.Array, *, gamma: float = 2.0, label_smoothing: float = 0.0) -> jax.Array:
-    """Cross-entropy times (1 - p) ** gamma, p being the probability of the target's class (Lin et al. 2017), over a softmax.
+    """Focal loss over a softmax (Lin et al. 2017), [...]: cross-entropy times (1 - p) ** gamma, p the probability of the target class.
 
-    What is right already counts less; gamma 0 is cross-entropy. Of a target that is a distribution, the mean over it.
+    For a target that is a distribution, the mean over it.
 
     Args:
       logits: [..., C].
-      target: class numbers, int [...], or probabilities, float [..., C].
-      gamma: not negative.
-      label_smoothing: as in `cross_entropy`.
-
-    Returns:
-      [...].
+      target: class ids, int [...], or probabilities, float [..., C].
+      gamma: focusing parameter γ, not negative; larger values down-weight well-classified examples more, 0 gives cross-entropy.
+      label_smoothing: as for `cross_entropy`.
     """
     if target.ndim < logits.ndim:
         target = jax.nn.one_hot(target, logits.shape[-1])
     if label_smoothing:
         target = optax.smooth_labels(target, label_smoothing)
     logs = jax.nn.log_softmax(logits)
-    # Above 0, where a power has a gradient.
+    # At 0 a power with an exponent below 1 has no finite gradient.
     rest = jnp.maximum(-jnp.expm1(logs), jnp.finfo(logs.dtype).tiny)
     return -jnp.sum(target * rest**gamma * logs, axis=-1)
 
 
 def ctc(logits: jax.Array, target: jax.Array, *, valid: jax.Array | None = None, blank: int = 0) -> jax.Array:
-    """Connectionist temporal classification (Graves et al. 2006): -log of the probability of all alignments of each target.
+    """Connectionist temporal classification (Graves et al. 2006): the negative log-probability of all alignments of a target, [B].
+
+    About 1e5 where a row has fewer frames than its target needs: one for each label, and one between equal neighbours.
 
     Args:
       logits: [B, T, C].
       target: int [B, S]: classes other than `blank`, then -1.
-      valid: bool [B, T], False for frames that are padding, at the end; all are real unless given.
-      blank: the class for no label.
-
-    Returns:
-      [B]; around 1e5 where a row has fewer frames than its target needs: one for each label, and one between equal ones.
+      valid: bool [B, T], False for padding frames, which come last. None if there are none.
+      blank: the class that stands for no label.
     """
     padding = jnp.zeros(logits.shape[:2]) if valid is None else 1.0 - valid
     return optax.ctc_loss(logits, padding.astype(logits.dtype), jnp.maximum(target, 0), (target < 0).astype(logits.dtype), blank_id=blank)
 
 
 def info_nce(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax.Array | None = None) -> jax.Array:
-    """Which of the batch's others belongs to one, and which of the ones to an other: the mean of both cross-entropies over
-    cosines, InfoNCE (van den Oord et al. 2018) in both directions as in CLIP (Radford et al. 2021).
+    """Symmetric InfoNCE (van den Oord et al. 2018) over cosine similarities, as in CLIP (Radford et al. 2021), [B].
 
     Args:
-      one, other: embeddings [B, D]; row i of one and row i of other are a pair.
-      temperature: that cosines are divided by.
-      valid: bool [B], rows that are real: others are nobody's negative.
-
-    Returns:
-      [B].
+      one, other: embeddings [B, D]; row i of one and row i of the other are a pair.
+      temperature: divides the similarities.
+      valid: bool [B]; rows where it is False are no negatives. None if all rows are valid.
     """
     pair = jnp.arange(len(one))
     similar = cosines(one, other) / temperature
@@ -106,9 +108,9 @@ def info_nce(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax
 
 
 def nt_xent(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax.Array | None = None) -> jax.Array:
-    """Which of all 2B - 1 other embeddings belongs to each: cross-entropy over cosines, as in SimCLR (Chen et al. 2020).
+    """NT-Xent of SimCLR (Chen et al. 2020), [B]: cross-entropy over the cosine similarities to all 2B - 1 other embeddings.
 
-    Args and returns: as `info_nce`; a pair's value is the mean of its two.
+    A pair's value is the mean of its two. Arguments as for `info_nce`.
     """
     both = jnp.concatenate([one, other])
     B, real = len(one), jnp.ones(len(one), bool) if valid is None else valid
@@ -120,7 +122,7 @@ def nt_xent(one: jax.Array, other: jax.Array, *, temperature: float, valid: jax.
 
 
 def cosines(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Of the angles between embeddings [B, D] and [B, D]: [B, B]."""
+    """Cosine similarities of embeddings [B, D] and [B, D], [B, B]."""
 
     def normalize(x):
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
@@ -133,30 +135,108 @@ CONTRASTIVE = {"nt_xent": nt_xent, "info_nce": info_nce}
 REGRESSION = {"mse": mse, "mae": mae, "huber": huber}
 
 
-def errors(predicted: jax.Array, target: jax.Array, weight: jax.Array, *, loss: str = "mse", delta: float = 1.0) -> dict:
-    """Metrics of a regression, as (sum, weight): `mse`, `mae`, and the loss by its name if it is another.
+def errors(predicted: jax.Array, target: jax.Array, weight: jax.Array, *, loss: tuple[str, Callable]) -> dict:
+    """Return the metrics of a regression as (sum, weight): `mse`, `mae` and the loss by its name.
 
     Args:
       predicted, target: [...].
       weight: of each value, broadcast to [...].
-      loss: a name in REGRESSION.
-      delta: of `huber`.
+      loss: as `regression` returns.
     """
     weight = jnp.broadcast_to(weight, predicted.shape)
     total = jnp.sum(weight)
-    values = {"mse": mse(predicted, target), "mae": mae(predicted, target)}
-    if loss == "huber":
-        values["huber"] = huber(predicted, target, delta=delta)
-    return {name: (jnp.sum(value * weight), total) for name, value in values.items()}
+    functions = {"mse": mse, "mae": mae} | dict([loss])
+    return {name: (jnp.sum(function(predicted, target) * weight), total) for name, function in functions.items()}
 
 
-def classification(loss: str, gamma: float):
-    """The loss of that name in CLASSIFICATION as a function (logits, target, *, label_smoothing); `gamma` is that of `focal`."""
-    return functools.partial(focal, gamma=gamma) if loss == "focal" else CLASSIFICATION[loss]
+def classification(loss: str, *, classes: int, gamma: float, label_smoothing: float = 0.0, mixed: bool = False) -> Callable:
+    """Return the loss of a name: (logits, target, *, label_smoothing=0.0) -> values.
+
+    Args:
+      loss: a name in CLASSIFICATION, or `package.module:function`.
+      classes: number of classes.
+      gamma: of `focal`.
+      label_smoothing: what it will be called with.
+      mixed: whether targets are probabilities.
+
+    Raises:
+      ConfigError: there is no such loss; it does not have the signature of a classification loss.
+    """
+    function = _find(loss, CLASSIFICATION)
+    if loss in CLASSIFICATION:
+        return functools.partial(focal, gamma=gamma) if loss == "focal" else function
+    logits, target = _float(2, classes), _float(2, classes) if mixed else jax.ShapeDtypeStruct((2,), jnp.int32)
+    signature = f"(logits [..., C], target {'[..., C]' if mixed else 'int [...]'})"
+    _check_function(loss, function, signature, logits, target)
+    if "label_smoothing" in inspect.signature(function).parameters:
+        return function
+    if label_smoothing:
+        raise ConfigError(f"config.task.label_smoothing={label_smoothing}: the loss {loss!r} has no argument label_smoothing.")
+    return lambda logits, target, label_smoothing=0.0: function(logits, target)
+
+
+def regression(loss: str, delta: float) -> tuple[str, Callable]:
+    """Return the metric and the function (predicted, target) -> values of a loss. The metric of one's own function is `loss`.
+
+    Args:
+      loss: a name in REGRESSION, or `package.module:function`.
+      delta: of `huber`.
+
+    Raises:
+      ConfigError: there is no such loss; it does not have the signature of a regression loss.
+    """
+    function = _find(loss, REGRESSION)
+    if loss in REGRESSION:
+        return loss, functools.partial(huber, delta=delta) if loss == "huber" else function
+    _check_function(loss, function, "(predicted [...], target [...])", _float(2), _float(2))
+    return "loss", function
+
+
+def contrastive(loss: str) -> Callable:
+    """Return the loss of a name: (one, other, *, temperature, valid) -> values.
+
+    Args:
+      loss: a name in CONTRASTIVE, or `package.module:function`.
+
+    Raises:
+      ConfigError: there is no such loss; it does not have the signature of a contrastive loss.
+    """
+    function = _find(loss, CONTRASTIVE)
+    if loss not in CONTRASTIVE:
+        called = functools.partial(function, temperature=0.1)
+        signature = "(one [B, D], other [B, D], *, temperature, valid)"
+        _check_function(loss, called, signature, _float(2, 4), _float(2, 4), valid=jax.ShapeDtypeStruct((2,), bool))
+    return function
+
+
+def _find(name: str, table: dict[str, Callable]) -> Callable:
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"config.task.loss: there is no loss {name!r}.{config_lib.suggest(name, table)} There are: {', '.join(table)}; "
+            "or give your own as 'package.module:function'."
+        )
+    return config_lib.find("task.loss", {}, name)
+
+
+def _check_function(name: str, function: Callable, signature: str, *args, **kwargs) -> None:
+    """Raise ConfigError unless the function returns one float for each of two examples."""
+    try:
+        result = jax.eval_shape(function, *args, **kwargs)
+        fault = None if getattr(result, "shape", None) == (2,) and jnp.issubdtype(result.dtype, jnp.floating) else f"it returned {result}"
+    except Exception as error:  # noqa: BLE001  whatever one's own function raises
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if fault is not None:
+        raise ConfigError(f"config.task.loss: {name!r} must be a function {signature} that returns one float value for each example; {fault}.")
+
+
+def _float(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def check(**options: float) -> None:
-    """Raises ConfigError for an option of a loss, by the name that a task's section has for it, that makes no sense."""
+    """Raise ConfigError for an option of a loss that is out of range, named as in the `task` section."""
     smoothing = options.get("label_smoothing", 0.0)
     if not 0 <= smoothing < 1:
         raise ConfigError(f"config.task.label_smoothing must lie in [0, 1), got {smoothing}.")

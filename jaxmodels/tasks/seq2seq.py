@@ -1,5 +1,6 @@
-"""Sequence to sequence: a target from a source, token by token, as in translation."""
+"""Sequence to sequence: predict a target from a source token by token, as in translation."""
 
+import itertools
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -7,18 +8,20 @@ import numpy as np
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.generation import decoding
-from jaxmodels.tasks import require
+from jaxmodels.tasks.base import Task, require
 from jaxmodels.tasks.losses import cross_entropy
 
 SCORES = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL")
 
 
-class Seq2Seq:
-    """Cross-entropy of each token of the target given the source and the tokens before it, in nats.
+class Seq2Seq(Task):
+    """Cross-entropy of each target token given the source and the target tokens before it, in nats.
 
-    Batches: `source` int [B, S], `target` int [B, T + 1] (begins with the tokenizer's start token, ends with its end token,
-    then -1; inputs are all but the last, what is predicted all but the first), `weight` float [B].
+    Batches: `source` int [B, S], `target` int [B, T + 1] (the tokenizer's start token, the text, its end token, then -1; inputs are all but
+    the last, predicted are all but the first), `weight` float [B].
     """
+
+    shown = ("loss", "accuracy", "exact_match", "bleu", "rougeL")
 
     def __init__(
         self,
@@ -30,11 +33,11 @@ class Seq2Seq:
     ):
         """
         Args:
-          info: of the data set: `vocab_size`, `tokenizer` with start and end tokens, and where known `target_length`.
-          label_smoothing: probability taken from the true token and spread evenly over all. Training only.
-          scores: what is made of greedily decoded targets in an evaluation: `exact_match`, `bleu` (sacrebleu's, 0 to 100),
-            `rouge1`, `rouge2`, `rougeL` (F-measures of rouge-score, 0 to 1). None saves the decoding.
-          max_length: tokens decoded at most, with the end; as many as the data's targets have unless given.
+          info: of the data set: `vocab_size`, `tokenizer` with start and end tokens, and `target_length` if known.
+          label_smoothing: probability taken from the true token and spread evenly over all tokens. Training only.
+          scores: metrics of greedily decoded targets in evaluation: `exact_match`, `bleu` (of sacrebleu, 0 to 100), `rouge1`, `rouge2`,
+            `rougeL` (F-measures of rouge-score, 0 to 1). An empty list saves the decoding.
+          max_length: largest number of tokens to decode, with the end token; by default the length of the data's targets.
         """
         require(info, "seq2seq", "pairs of texts", "vocab_size", "tokenizer")
         if not 0 <= label_smoothing < 1:
@@ -56,32 +59,32 @@ class Seq2Seq:
         self.label_smoothing = label_smoothing
         self.max_length, self._target_length = max_length, info.get("target_length")
 
-    def predict(self, model, batch):
-        """The greedily decoded target of `source` [B, S]: int [B, max_length], -1 after its end token; see `text`."""
+    def predict(self, model, batch, key=None):
+        """Return the greedily decoded targets of `source` [B, S], int [B, max_length], -1 after the end token; see `text`."""
         length = self.max_length or self._target_length
         if length is None:
-            raise ValueError("the data did not say how long targets are: set task.max_length")
+            raise ValueError("the length of the data's targets is unknown: set task.max_length")
         return decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
 
     def loss(self, model, batch, rngs):
-        """The sum of cross-entropies over targets that count, how many count, and metrics."""
+        """Return the sum of cross-entropies over targets that count, their number, and metrics."""
         logits, targets, weight = self._forward(model, batch, rngs)
         metrics = _metrics(logits, targets, weight)
         losses = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         return jnp.sum(losses * weight), jnp.sum(weight), metrics
 
-    def metrics(self, model, batch):
-        """`loss` and `accuracy` of the next token, given the true ones before it."""
+    def evaluate(self, model, batch, key):
+        """Return `loss` and `accuracy` of the next token given the true ones before it."""
         return _metrics(*self._forward(model, batch, None))
 
-    def outputs(self, model, batch):
-        """The greedily decoded targets, and the true ones without their start, int32 [B, …], -1 after the end."""
+    def outputs(self, model, batch, key):
+        """Return the greedily decoded targets, and the true ones without the start token, int32 [B, …], -1 after the end."""
         length = self.max_length or batch["target"].shape[1] - 1
         predicted = decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
         return {"predicted": predicted, "target": batch["target"][:, 1:]}
 
     def score(self, outputs):
-        """What `scores` names. `exact_match` is the share of targets decoded without any difference."""
+        """Return the values of `scores`. `exact_match` is the share of targets that are decoded exactly."""
         predicted, target = outputs["predicted"], outputs["target"]
         values = {}
         if "exact_match" in self.scores:
@@ -94,17 +97,10 @@ class Seq2Seq:
                 values |= scorer(*texts)
         return values
 
-    def summarize(self, values):
-        return dict(values)
-
     def text(self, tokens) -> str:
-        """A decoded row, int [T], as text: up to its end token."""
-        kept = []
-        for token in np.asarray(tokens).tolist():
-            if token in (self.end, -1):
-                break
-            kept.append(token)
-        return self.tokenizer.decode(kept)
+        """Return a decoded row, int [T], as text up to its end token."""
+        tokens = np.asarray(tokens).tolist()
+        return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in (self.end, -1), tokens)))
 
     def _forward(self, model, batch, rngs):
         target = batch["target"]
@@ -121,14 +117,14 @@ def _metrics(logits, targets, weight):
 
 
 def _scorers(scores: tuple[str, ...]) -> list:
-    """Functions (predicted texts, true texts) -> values, from the libraries that the scores want.
+    """Return functions (predicted texts, true texts) -> values, from the libraries that compute the scores.
 
     Raises:
-      ConfigError: no such score, or a package missing.
+      ConfigError: there is no such score, or a package is not installed.
     """
     for name in scores:
         if name not in SCORES:
-            raise ConfigError(f"config.task.scores: there is no {name!r}; there are {', '.join(SCORES)}.")
+            raise ConfigError(f"config.task.scores: there is no {name!r}. There are: {', '.join(SCORES)}.")
     scorers = []
     try:
         if "bleu" in scores:

@@ -1,4 +1,4 @@
-"""Tagging: one label for each token, as for named entities."""
+"""Tagging: one label for each token, as in named-entity recognition."""
 
 import re
 from collections.abc import Mapping
@@ -9,25 +9,26 @@ import numpy as np
 import optax
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.tasks import require
+from jaxmodels.tasks.base import Task, require
 
 
-class Tag:
-    """Softmax cross-entropy over tags, at each token that has one.
+class Tag(Task):
+    """Softmax cross-entropy over tags at each token that has one.
 
-    Batches: `tokens` int [B, T] (-1 is padding), `tags` int [B, T] (-1 where none counts: padding, and the later pieces of
-    a word), `weight` float [B].
+    Batches: `tokens` int [B, T] (-1 is padding), `tags` int [B, T] (-1 for no tag: padding, and a word's tokens after its first), `weight`
+    float [B].
     """
 
     scores = ("precision", "recall", "f1")
+    shown = ("loss", "accuracy", "f1")
 
     def __init__(self, info: Mapping, *, label_smoothing: float = 0.0, constrained: bool = True):
         """
         Args:
           info: of the data set: `vocab_size`, and `tags`, the names of the tags in BIO form (`O`, `B-PER`, `I-PER`, …).
-          label_smoothing: probability taken from the true tag and spread evenly over all. Training only.
-          constrained: predict the likeliest sequence in which every `I-X` follows a `B-X` or `I-X`; else the likeliest tag of
-            each token by itself. Entities are scored on what is predicted, `accuracy` on each tag by itself.
+          label_smoothing: probability taken from the true tag and spread evenly over all tags. Training only.
+          constrained: predict the most probable sequence in which every `I-X` follows a `B-X` or `I-X`, instead of the most probable tag of
+            each token. Entity scores use these predictions; `accuracy` uses the most probable tag of each token.
         """
         require(info, "tag", "texts with tags", "vocab_size", "tags")
         if not 0 <= label_smoothing < 1:
@@ -39,17 +40,17 @@ class Tag:
         self._seqeval = seqeval
         self.names = tuple(info["tags"])
         if not all(re.fullmatch(r"O|[BI]-.+", name) for name in self.names):
-            self.scores = ()  # tags that are no BIO make no entities
+            self.scores = ()  # without BIO tags there are no entities
         self.provides = {"vocab_size": info["vocab_size"], "head": ("tags", len(self.names))}
         self.batch = {"tokens": (None,), "tags": (None,)}
         self.label_smoothing = label_smoothing
         self._allowed = _allowed(self.names) if constrained else None
 
-    def predict(self, model, batch):
-        """The tags' numbers for `tokens` [B, T]: int [B, T].
+    def predict(self, model, batch, key=None):
+        """Return the tag ids of `tokens` [B, T], int [B, T].
 
-        Where words are several tokens, give `tags` as well, 0 at each word's first token and -1 elsewhere: only there do the
-        predictions mean something, and only these follow each other.
+        If words have several tokens, give `tags` too, 0 at each word's first token and -1 elsewhere: only predictions at first tokens are
+        meaningful, and constraints hold between these.
         """
         logits = self._logits(model, batch, None)
         if self._allowed is None:
@@ -57,7 +58,7 @@ class Tag:
         return best_sequence(jax.nn.log_softmax(logits), batch.get("tags", batch["tokens"]) >= 0, self._allowed)
 
     def loss(self, model, batch, rngs):
-        """The sum of cross-entropies over tokens that count, how many count, and metrics."""
+        """Return the sum of cross-entropies over tokens that count, their number, and metrics."""
         logits = self._logits(model, batch, rngs)
         metrics = _metrics(logits, batch)
         if not self.label_smoothing:
@@ -66,16 +67,16 @@ class Tag:
         targets = optax.smooth_labels(jnp.eye(logits.shape[-1])[tags], self.label_smoothing)
         return jnp.sum(optax.softmax_cross_entropy(logits, targets) * weight), jnp.sum(weight), metrics
 
-    def metrics(self, model, batch):
-        """`loss` and `accuracy`, by token."""
+    def evaluate(self, model, batch, key):
+        """Return `loss` and `accuracy` over tokens."""
         return _metrics(self._logits(model, batch, None), batch)
 
-    def outputs(self, model, batch):
-        """The predicted tags, and the true ones; of these only whether there is one goes into the prediction."""
+    def outputs(self, model, batch, key):
+        """Return the predicted and the true tags. Predictions use only whether a token has a tag, not which."""
         return {"predicted": self.predict(model, batch).astype(jnp.int16), "tags": batch["tags"].astype(jnp.int16)}
 
     def score(self, outputs):
-        """`precision`, `recall` and `f1` of whole entities (type and both ends right), over all, as conlleval counts them."""
+        """Return `precision`, `recall` and `f1` of whole entities (type and both ends match), micro-averaged as conlleval does."""
         names = np.array(self.names, object)
         rows = [(predicted[tags >= 0], tags[tags >= 0]) for predicted, tags in zip(outputs["predicted"], outputs["tags"], strict=True)]
         predicted, true = ([names[row].tolist() for row in part] for part in zip(*rows, strict=True))
@@ -86,15 +87,12 @@ class Tag:
         }
         return {name: float(function(true, predicted, zero_division=0)) for name, function in functions.items()}
 
-    def summarize(self, values):
-        return dict(values)
-
     def _logits(self, model, batch, rngs):
         return model(batch["tokens"], rngs=rngs).astype(jnp.float32)
 
 
 def _allowed(names: tuple[str, ...]) -> np.ndarray:
-    """bool [K + 1, K]: which tag may follow which; the last row is for the first tag of a row."""
+    """Return which tag may follow which, bool [K + 1, K]; the last row is for the first tag of a sequence."""
     allowed = np.ones((len(names) + 1, len(names)), bool)
     for i, name in enumerate(names):
         before = ("B-" + name[2:], name)
@@ -104,19 +102,16 @@ def _allowed(names: tuple[str, ...]) -> np.ndarray:
 
 
 def best_sequence(scores_BTK: jax.Array, valid_BT: jax.Array, allowed: np.ndarray) -> jax.Array:
-    """The sequence of tags with the largest sum of scores among those allowed (Viterbi 1967).
+    """Return the allowed sequence of tags with the largest sum of scores (Viterbi 1967), int32 [B, T].
 
     Args:
       scores_BTK: of each tag at each token.
-      valid_BT: bool, the tokens that have a tag: the others are passed by.
-      allowed: bool [K + 1, K], as of `_allowed`.
-
-    Returns:
-      int32 [B, T]; where not valid, the tag before it.
+      valid_BT: bool; tokens where it is False are skipped, and get the tag of the token before.
+      allowed: bool [K + 1, K], as `_allowed` returns.
     """
     B, _, K = scores_BTK.shape
     penalty = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
-    # The state before the first tag is one more tag, K, which nothing goes back to.
+    # State K stands for the start of the sequence; no tag leads to it.
     first = jnp.full((B, K + 1), -1e9).at[:, K].set(0.0)
 
     def forward(best_BK, inputs):
@@ -136,7 +131,7 @@ def best_sequence(scores_BTK: jax.Array, valid_BT: jax.Array, allowed: np.ndarra
 
 
 def _targets(batch):
-    """Tags, 0 where there is none, and the weight of each token."""
+    """Return the tags, 0 where there is none, and the weight of each token."""
     return jnp.maximum(batch["tags"], 0), (batch["tags"] >= 0) * batch["weight"][:, None]
 
 

@@ -1,21 +1,23 @@
-"""Transcription: the labels that a sequence of frames stands for, in order; where each stands is not given."""
+"""Transcription: predict a sequence of labels from a sequence of frames, without alignments."""
 
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.tasks import losses, require
+from jaxmodels.tasks import losses
+from jaxmodels.tasks.base import Task, require
 
 
-class Transcribe:
-    """Connectionist temporal classification (Graves et al. 2006): every frame says a label or, with the last class, none.
+class Transcribe(Task):
+    """Connectionist temporal classification (Graves et al. 2006). The last class is the blank.
 
-    Batches: `frames` float [B, T, D], `target` int [B, S] (labels from 0 on, then -1), `weight` float [B], and where rows
-    are not all as long `length` int [B]: frames that are not padding, which comes last.
+    Batches: `frames` float [B, T, D], `target` int [B, S] (labels from 0, then -1), `weight` float [B], and optionally `length` int [B], the
+    number of frames before the padding.
     """
 
     scores = ("label_error_rate", "exact_match")
+    shown = ("loss", "label_error_rate", "exact_match")
 
     def __init__(self, info: Mapping):
         """
@@ -27,37 +29,34 @@ class Transcribe:
         self.provides = {"frame_width": info["frame_width"], "head": ("tokens", self.blank + 1)}
         self.batch = {"frames": (None, info["frame_width"]), "target": (None,)}
 
-    def predict(self, model, batch):
-        """The likeliest class of each frame, with what it repeats and blanks left out: int [B, T], -1 where nothing new is said."""
+    def predict(self, model, batch, key=None):
+        """Return the most probable label of each frame, int [B, T]; -1 for blanks and for repetitions of the frame before."""
         logits, valid = self._logits(model, batch, None)
         best = jnp.argmax(logits, axis=-1)
         before = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=self.blank)
         return jnp.where((best != before) & (best != self.blank) & valid, best, -1)
 
     def loss(self, model, batch, rngs):
-        """The weighted sum over rows of the negative log-likelihood of all alignments, in nats; the sum of weights; metrics."""
+        """Return the weighted sum over rows of the negative log-likelihood of all alignments, in nats; the sum of weights; metrics."""
         logits, valid = self._logits(model, batch, rngs)
         values = losses.ctc(logits, batch["target"], valid=valid, blank=self.blank)
         total, weight = jnp.sum(values * batch["weight"]), jnp.sum(batch["weight"])
         return total, weight, {"loss": (total, weight)}
 
-    def metrics(self, model, batch):
-        """`loss`, of a row."""
+    def evaluate(self, model, batch, key):
+        """Return `loss`, for each row."""
         return self.loss(model, batch, None)[2]
 
-    def outputs(self, model, batch):
-        """What was read, as `predict` has it, and what is there."""
+    def outputs(self, model, batch, key):
+        """Return the predictions and the targets."""
         return {"predicted": self.predict(model, batch).astype(jnp.int32), "target": batch["target"].astype(jnp.int32)}
 
     def score(self, outputs):
-        """`label_error_rate`: labels put in, left out or mistaken, over all labels that are there; `exact_match`: rows without."""
+        """Return `label_error_rate`, insertions, deletions and substitutions divided by the number of true labels, and `exact_match`."""
         pairs = zip(outputs["predicted"], outputs["target"], strict=True)
         wrong = np.array([edit_distance(predicted[predicted >= 0], target[target >= 0]) for predicted, target in pairs])
         rate = wrong.sum() / max(1, np.sum(outputs["target"] >= 0))
         return {"label_error_rate": float(rate), "exact_match": float(np.mean(wrong == 0))}
-
-    def summarize(self, values):
-        return dict(values)
 
     def _logits(self, model, batch, rngs):
         frames = batch["frames"]
@@ -68,11 +67,11 @@ class Transcribe:
 
 
 def edit_distance(one: np.ndarray, other: np.ndarray) -> int:
-    """How many values must be put in, left out or changed to make one sequence the other (Levenshtein 1966)."""
+    """Return the number of insertions, deletions and substitutions that turn one sequence into the other (Levenshtein 1966)."""
     row = np.arange(len(other) + 1)
     for i, value in enumerate(one):
         change = np.minimum(row[1:] + 1, row[:-1] + (other != value))
         row = np.concatenate([[i + 1], change])
-        # Putting in: the least over all to the left, each a step further away.
+        # Insertions: the minimum over all positions to the left, plus the distance.
         row = np.minimum.accumulate(row - np.arange(len(row))) + np.arange(len(row))
     return int(row[-1])

@@ -1,36 +1,39 @@
-"""Evaluating a split: every example once, summed up on the devices; what no sum can give is scored on the host."""
+"""Evaluation of a split: metrics are summed on the devices over every example once; scores are computed on the host."""
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels import tasks
 from jaxmodels.data import loader
 from jaxmodels.data.source import DataSource
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.step import metrics as metrics_lib
+from jaxmodels.tasks.base import Sample
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.signals import StopSignals
 
 
 class Evaluator:
-    """Evaluates splits of an experiment on a mesh; compiles once, when first used, and tells `on_compile`."""
+    """Evaluates splits of an experiment on a mesh. Compiles once, at the first use, and calls `on_compile`."""
 
     def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None):
         self.experiment, self.mesh, self.stop, self.on_compile = experiment, mesh, stop, on_compile
-        self._step = None  # compiled when first used
+        self._step = None  # compiled at the first use
         self._sums = None  # shapes of the metrics
+        self._key = experiment.evaluation_key
 
     def run(self, params, stats, source: DataSource) -> dict[str, float]:
-        """Metrics of a split, and how long it took.
+        """Return the metrics of a split, and the `seconds` it took.
+
+        Metrics do not depend on batch size, devices or processes beyond rounding, unless the task's own do (see `Task.evaluate`).
 
         Raises:
-          Interrupted: a signal came; nothing is lost by it.
+          Interrupted: a signal arrived. Nothing is lost.
         """
         started = time.perf_counter()
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
@@ -49,46 +52,70 @@ class Evaluator:
                 if batch is None:
                     break
                 self.stop.check()
-                sums, outputs = self._step(params, stats, batch, sums)
+                sums, outputs = self._step(params, stats, batch, sums, self._key)
                 rows.add(outputs)
         values = metrics_lib.values(sums)
-        if tasks.scores(self.experiment.task):
+        if self.experiment.task.scores:
             values |= self.experiment.task.score(rows.all())
         return self.experiment.task.summarize(values) | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _compile(self, params, stats):
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
-        shapes = self.experiment.batch_shapes(self.experiment.eval_batch_size)
-        batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in shapes.items()}
-        sums = self.experiment.eval_metric_shapes(params, stats, batch)
+        batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in self.experiment.eval_batch_shapes().items()}
+        sums = self.experiment.eval_metric_shapes(params, stats)
         sums = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere), sums)
+        key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype, sharding=everywhere)
         function = self.experiment.eval_function()
-        step, record = compile_ahead("eval_step", function, params, stats, batch, sums, donate=(3,), out_shardings=everywhere)
+        step, record = compile_ahead("eval_step", function, params, stats, batch, sums, key, donate=(3,), out_shardings=everywhere)
         return step, sums, record
 
 
-class _Rows:
-    """The outputs of all real rows, on the host.
+class Sampler:
+    """Shows what a task samples from the model, on a mesh. Compiles once, at the first use, and calls `on_compile`."""
 
-    They come replicated from the step, so that every process has the whole split and scores it alike.
+    def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None):
+        self.experiment, self.mesh, self.stop, self.on_compile = experiment, mesh, stop, on_compile
+        self._traced, self._compiled = False, None  # traced and compiled at the first use
+
+    def run(self, params, stats, key: jax.Array) -> Sequence[Sample]:
+        """Return the samples drawn with a key; none if the task's `samples` is empty."""
+        if not self._traced:
+            self._compiled, record = self.stop.run(self._compile, params, stats, key)
+            self._traced = True
+            if record is not None:
+                self.on_compile(record)
+        return () if self._compiled is None else self.experiment.task.show(jax.device_get(self._compiled(params, stats, key)))
+
+    def _compile(self, *arguments):
+        function = self.experiment.sample_function()
+        if not jax.eval_shape(function, *arguments):
+            return None, None
+        # JAX has cached the trace: the function is not traced again.
+        return compile_ahead("sample", function, *arguments, out_shardings=mesh_lib.replicated(self.mesh))
+
+
+class _Rows:
+    """Outputs of all rows except padding, on the host.
+
+    They are replicated in the step, so that every process scores the whole split.
     """
 
     def __init__(self):
-        self._kept: list[dict[str, np.ndarray]] = []
-        self._last = {}  # on the devices, which may still be at it
+        self._fetched: list[dict[str, np.ndarray]] = []
+        self._last = {}  # on the devices, maybe not computed yet
 
     def add(self, outputs) -> None:
-        """A batch's outputs; fetches those of the batch before."""
+        """Add a batch's outputs. Fetches those of the batch before, which waits for that batch only."""
         self._fetch()
         self._last = outputs
 
     def all(self) -> dict[str, np.ndarray]:
-        """Each output with all rows along its first axis."""
+        """Return each output with all rows along its first axis."""
         self._fetch()
-        return {name: np.concatenate([part[name] for part in self._kept]) for name in self._kept[0]}
+        return {name: np.concatenate([part[name] for part in self._fetched]) for name in self._fetched[0]}
 
     def _fetch(self) -> None:
         if self._last:
             outputs, self._last = jax.device_get(self._last), {}
             real = outputs.pop("weight") > 0
-            self._kept.append({name: value[real] for name, value in outputs.items()})
+            self._fetched.append({name: value[real] for name, value in outputs.items()})

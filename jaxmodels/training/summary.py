@@ -1,4 +1,4 @@
-"""What is printed when a run is done."""
+"""The summary that is printed at the end of a run."""
 
 import os
 
@@ -6,21 +6,21 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmodels.experiment.experiment import Experiment
-from jaxmodels.training.terminal import SHOWN, format_duration
+from jaxmodels.training.terminal import format_duration
 from jaxmodels.training.trainer import Result
 
 
 def print_summary(result: Result, experiment: Experiment, console: Console) -> None:
-    """A table of final metrics by split, the time, where the run lies, and what to try next."""
+    """Print a table of final metrics by split, the time, the run folder, and commands to go on with."""
     try:
         _print(result, experiment, console)
     except (OSError, UnicodeError, SystemExit):
-        pass  # nobody reads the output any more; the run is done, and its folder says all of this
+        pass  # the output is closed; the run is finished, and its folder holds everything printed here
 
 
 def _print(result: Result, experiment: Experiment, console: Console) -> None:
     splits = [split for split in ("train", "validation", "test") if split in result.metrics]
-    names = [name for name in SHOWN if any(name in result.metrics[split] for split in splits)]
+    names = [name for name in experiment.shown if any(name in result.metrics[split] for split in splits)]
     table = Table("metric", *splits, title=f"finished: step {result.step} in {format_duration(result.seconds)}", title_justify="left")
     for name in names:
         table.add_row(name, *(f"{result.metrics[split][name]:.4f}" if name in result.metrics[split] else "" for split in splits))

@@ -194,7 +194,7 @@ def test_only_marked_targets_count_in_loss_and_metrics(model):
     log = jax.nn.log_softmax(logits)
     # Of the first row the targets 2 and 4: 3 begins another segment; of the second, which weighs twice, the first.
     assert float(total) == pytest.approx(-float(log[0, 1, 2] + log[0, 3, 4] + 2 * log[1, 0, 1]), rel=1e-6) and float(weight) == 4.0
-    np.testing.assert_allclose(task.metrics(Model(), batch)["loss"][0], total, rtol=1e-6)
+    np.testing.assert_allclose(task.evaluate(Model(), batch, None)["loss"][0], total, rtol=1e-6)
 
 
 def test_a_chat_trains_evaluates_and_is_shown(model, tmp_path):

@@ -190,7 +190,7 @@ def test_padded_targets_do_not_count():
             return jnp.zeros((*x.shape, 5))
 
     tokens = jnp.array([[0, 1, 2, -1], [0, -1, -1, -1], [1, 2, 3, 4]])
-    metrics = task.metrics(Uniform(), {"tokens": tokens, "weight": jnp.array([1.0, 1.0, 0.0])})
+    metrics = task.evaluate(Uniform(), {"tokens": tokens, "weight": jnp.array([1.0, 1.0, 0.0])}, None)
     assert float(metrics["loss"][1]) == 2
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], np.log(5), rtol=1e-6)
     np.testing.assert_allclose(task.summarize({"loss": np.log(5)})["perplexity"], 5)

@@ -118,7 +118,7 @@ def test_the_same_key_gives_the_same_images_and_evaluation_changes_none():
     model = Recorder(np.zeros((400, 4), np.float32))
     for seed in (3, 3, 4):
         task.loss(model, batch(dtype=np.uint8), nnx.Rngs(dropout=seed))
-    task.metrics(model, batch(dtype=np.uint8))
+    task.evaluate(model, batch(dtype=np.uint8), None)
     task.predict(model, batch(dtype=np.uint8))
     first, again, other, evaluated, predicted = model.seen
     np.testing.assert_array_equal(first, again)
@@ -132,7 +132,7 @@ def test_images_are_normalised_by_channel_in_training_and_evaluation():
     task = Classify(INFO, mean=mean, std=std)
     model = Recorder(np.zeros((400, 4), np.float32))
     task.loss(model, batch(), nnx.Rngs(dropout=0))
-    task.metrics(model, batch())
+    task.evaluate(model, batch(), None)
     for seen in model.seen:
         np.testing.assert_allclose(seen, (np.asarray(batch()["image"]) - mean) / std, atol=1e-5)
 

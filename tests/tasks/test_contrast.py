@@ -39,7 +39,8 @@ def test_views_differ_and_evaluation_repeats_its_own():
 
     @jax.jit
     def compute(batch, key):
-        return task.loss(Flat(), batch, nnx.Rngs(dropout=key))[0], task.metrics(Flat(), batch)["loss"][0], task.predict(Flat(), batch)
+        evaluated = task.evaluate(Flat(), batch, jax.random.split(jax.random.key(7), 3))
+        return task.loss(Flat(), batch, nnx.Rngs(dropout=key))[0], evaluated["loss"][0], task.predict(Flat(), batch)
 
     (one, same, unit), (other, again, _) = (compute(batch, jax.random.key(i)) for i in (0, 1))
     assert abs(one - other) > 1e-3 and same == again
@@ -69,7 +70,7 @@ def test_digits_come_together_by_what_they_are_without_labels():
     def judge(params, stats):
         """How often a view finds its partner, and how often an image's nearest in the train split has its label."""
         model = merge(experiment.graph, params, stats)
-        found = experiment.task.metrics(model, test | {"weight": jnp.ones(256)})["accuracy"][0] / 256
+        found = experiment.task.evaluate(model, test | {"weight": jnp.ones(256)}, jax.random.split(jax.random.key(0), 256))["accuracy"][0] / 256
         nearest = jnp.argmax(experiment.task.predict(model, test) @ experiment.task.predict(model, train).T, axis=1)
         return found, jnp.mean(train["label"][nearest] == test["label"])
 

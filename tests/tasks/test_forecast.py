@@ -11,6 +11,8 @@ from jaxmodels.data.source import take
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models import create
+from jaxmodels.models.functional import split
+from jaxmodels.step.step import make_loss
 from jaxmodels.tasks.forecast import Forecast
 
 HEADER = "date,a,b\n"
@@ -70,7 +72,7 @@ def test_what_is_wrong_with_a_table_is_named(table, tmp_path):
 def test_forecast_counts_every_value_once_and_skips_padding():
     task = Forecast({"lookback": 4, "horizon": 2, "variables": 3}, instance_norm=False)
     batch = {"past": jnp.ones((2, 4, 3)), "future": jnp.arange(12.0).reshape(2, 2, 3), "weight": jnp.array([1.0, 0.0])}
-    metrics = task.metrics(lambda past, rngs: jnp.zeros((2, 2, 3)), batch)
+    metrics = task.evaluate(lambda past, rngs: jnp.zeros((2, 2, 3)), batch, None)
     assert float(metrics["mse"][0]) == sum(i**2 for i in range(6)) and float(metrics["mse"][1]) == 6
     assert float(metrics["mae"][0]) == sum(range(6))
     assert task.summarize({"mse": 1.0, "mae": 2.0}) == {"loss": 1.0, "mse": 1.0, "mae": 2.0}
@@ -131,3 +133,23 @@ def test_a_forecast_experiment_builds_and_refuses_other_models(table):
     assert build_experiment(config).task.provides == {"lookback": 6, "horizon": 3, "variables": 2}
     with pytest.raises(ConfigError, match="Models that fit it: forecast_linear, forecast_lstm, forecast_transformer"):
         build_experiment(config | {"model": {"name": "cnn"}})
+
+
+class NoForecast(nnx.Module):
+    """Forecasts 0 for every value."""
+
+    def __init__(self, lookback: int, horizon: int, variables: int, *, rngs: nnx.Rngs):
+        self.shape, self.scale = (horizon, variables), nnx.Param(jnp.zeros(()))
+
+    def __call__(self, past, *, rngs=None):
+        return jnp.zeros((len(past), *self.shape), past.dtype) * self.scale[...]
+
+
+def test_targets_are_not_rounded_to_the_compute_dtype():
+    """In bfloat16, 1.001 would become 1."""
+    task = Forecast({"lookback": 3, "horizon": 2, "variables": 1}, instance_norm=False)
+    batch = {"past": jnp.zeros((1, 3, 1)), "future": jnp.array([[[1.001], [2.003]]]), "weight": jnp.ones(1)}
+    graph, params, stats = split(NoForecast(3, 2, 1, rngs=nnx.Rngs(0)))
+    total, (weight, metrics, _) = make_loss(task, graph, "bfloat16")(params, {}, stats, batch, jax.random.key(0))
+    np.testing.assert_allclose([total, weight], [1.001**2 + 2.003**2, 2], rtol=1e-6)
+    np.testing.assert_allclose(metrics["mae"][0], 3.004, rtol=1e-6)

@@ -42,7 +42,7 @@ def test_targets_across_segments_and_padding_do_not_count(label_smoothing):
     expected = by_hand(model, [(1, 2), (2, 3), (4, 5)]) + 0.5 * by_hand(model, [(5, 4)])
     assert weight == 3.5
     np.testing.assert_allclose(metrics["loss"][0], expected, rtol=1e-5)
-    np.testing.assert_allclose(task.metrics(model, batch)["loss"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(task.evaluate(model, batch, None)["loss"][0], expected, rtol=1e-5)
     assert label_smoothing or total == metrics["loss"][0]
     np.testing.assert_array_equal(model.seen, batch["segments"][:, :-1])
 
@@ -69,4 +69,13 @@ def test_samples_follow_the_end_of_a_text():
     for spec, first in (("character", 0), ("character+special", 2)):
         info = {"vocab_size": 9, "tokenizer": make_tokenizer(spec, ["abcdefghi"], None)}
         task = LanguageModel(info, sample_length=3, temperature=0.0)
-        np.testing.assert_array_equal(task.sample(After(9), jax.random.key(0)), first + np.array([1, 2, 3]))
+        outputs = task.samples(After(9), jax.random.key(0))
+        np.testing.assert_array_equal(outputs["sample"], first + np.array([1, 2, 3]))
+        text = info["tokenizer"].decode([first + 1, first + 2, first + 3])
+        assert task.show(jax.device_get(outputs)) == [("sample", "text", text, {})]
+
+
+def test_without_a_tokenizer_or_a_length_there_are_no_samples():
+    tokenizer = make_tokenizer("character", ["abcdefghi"], None)
+    for info, length in (({"vocab_size": 9}, 3), ({"vocab_size": 9, "tokenizer": tokenizer}, 0)):
+        assert LanguageModel(info, sample_length=length).samples(Plain(9), jax.random.key(0)) == {}

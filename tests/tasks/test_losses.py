@@ -9,11 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxmodels.config import fields
 from jaxmodels.errors import ConfigError
 from jaxmodels.tasks import losses
 from jaxmodels.tasks.classify import Classify
 from jaxmodels.tasks.classify_text import ClassifyText
+from jaxmodels.tasks.contrast import Contrast
 from jaxmodels.tasks.forecast import Forecast
 from jaxmodels.tasks.regress_text import RegressText
 
@@ -142,11 +142,71 @@ def test_tasks_train_on_the_loss_they_are_asked_for():
     assert (total, count) == (4, 2)
 
 
-def test_names_and_options_are_checked():
+INFO = {
+    Classify: {"image_shape": (2, 2, 1), "num_classes": 4},
+    ClassifyText: {"vocab_size": 7, "num_classes": 4},
+    Contrast: {"image_shape": (2, 2, 1)},
+    Forecast: {"lookback": 3, "horizon": 2, "variables": 1},
+    RegressText: {"vocab_size": 7},
+}
+
+
+@pytest.mark.parametrize("task", INFO)
+def test_a_loss_that_there_is_not_is_named_with_those_there_are(task):
+    with pytest.raises(ConfigError) as caught:
+        task(INFO[task], loss="hubr")
+    table = {Contrast: losses.CONTRASTIVE, Forecast: losses.REGRESSION, RegressText: losses.REGRESSION}.get(task, losses.CLASSIFICATION)
+    assert "config.task.loss: there is no loss 'hubr'" in str(caught.value)
+    assert all(name in str(caught.value) for name in (*table, "package.module:function"))
+
+
+def test_tasks_train_on_a_loss_of_ones_own():
+    weight, rngs = jnp.array([1.0, 0.5, 0.0]), nnx.Rngs(dropout=0)
+    logits, label = jnp.asarray(RANDOM.normal(size=(3, 4)), jnp.float32), jnp.array([0, 3, 1])
+    batch = {"image": jnp.zeros((3, 2, 2, 1)), "tokens": jnp.zeros((3, 5), jnp.int32), "label": label, "weight": weight}
+    hinge = np.maximum(0, 1 + np.asarray(logits) - np.asarray(logits)[np.arange(3), label][:, None]).sum(1) - 1
     for task in (Classify, ClassifyText):
-        assert set(losses.CLASSIFICATION) == set(fields(task)["loss"][0].__args__)
-    for task in (Forecast, RegressText):
-        assert set(losses.REGRESSION) == set(fields(task)["loss"][0].__args__)
+        total, count, metrics = task(INFO[task], loss="own_losses:hinge").loss(Fixed(logits), batch, rngs)
+        np.testing.assert_allclose([total, metrics["loss"][0], count], [hinge @ weight, hinge @ weight, 1.5], rtol=1e-5)
+
+    batch = {"tokens": batch["tokens"], "label": jnp.array([4.0, -2.5, 0.0]), "weight": weight}
+    task = RegressText(INFO[RegressText], loss="own_losses:log_cosh")
+    total, _, metrics = task.loss(Fixed(jnp.array([[1.0], [-2.0], [9.0]])), batch, rngs)
+    np.testing.assert_allclose(total, np.log(np.cosh(3.0)) + 0.5 * np.log(np.cosh(0.5)), rtol=1e-5)
+    values = task.summarize({name: float(a / b) for name, (a, b) in metrics.items()})
+    assert values["loss"] == pytest.approx(float(total) / 1.5) and values["mae"] == pytest.approx((3 + 0.5 * 0.5) / 1.5)
+
+    batch = {"past": jnp.zeros((2, 3, 1)), "future": jnp.full((2, 2, 1), 3.0), "weight": jnp.array([1.0, 0.0])}
+    total, count, _ = Forecast(INFO[Forecast], loss="own_losses:log_cosh", instance_norm=False).loss(Fixed(jnp.zeros((2, 2, 1))), batch, rngs)
+    np.testing.assert_allclose([total, count], [2 * np.log(np.cosh(3.0)), 2], rtol=1e-5)
+
+    batch = {"image": jnp.ones((3, 2, 2, 1)), "weight": weight}
+    total, count, _ = Contrast(INFO[Contrast], loss="own_losses:pull", flip=True).loss(Fixed(jnp.arange(12.0).reshape(6, 2)), batch, rngs)
+    np.testing.assert_allclose([total, count], [(36 + 36) * 1.5, 1.5])  # partners differ by 6 in both coordinates
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "message"),
+    [
+        (RegressText, "own_losses:mean_error", r"\(predicted \[...\], target \[...\]\) that returns one float value for each example; it returned"),
+        (Classify, "own_losses:log_cosh", "must be a function .logits .*; ValueError: Incompatible shapes"),
+        (Contrast, "own_losses:log_cosh", "must be a function .one .*temperature"),
+        (RegressText, "own_losses:none", "cannot import 'own_losses:none'"),
+    ],
+)
+def test_a_function_with_another_signature_is_one_error(task, loss, message):
+    with pytest.raises(ConfigError, match="config.task.loss: .*" + message):
+        task(INFO[task], loss=loss)
+
+
+def test_label_smoothing_needs_a_loss_that_takes_it():
+    with pytest.raises(ConfigError, match="label_smoothing=0.1: the loss 'own_losses:hinge' has no argument label_smoothing"):
+        ClassifyText(INFO[ClassifyText], loss="own_losses:hinge", label_smoothing=0.1)
+    with pytest.raises(ConfigError, match=r"target \[..., C\]"):  # mixed labels are probabilities, which this one cannot index by
+        Classify(INFO[Classify], loss="own_losses:hinge", mixup=0.2)
+
+
+def test_options_of_losses_are_checked():
     with pytest.raises(ConfigError, match="gamma"):
         ClassifyText({"vocab_size": 3, "num_classes": 2}, gamma=-1.0)
     with pytest.raises(ConfigError, match="delta"):

@@ -69,7 +69,7 @@ class LookupAtPositions(Lookup):
 
 @jax.jit
 def evaluate(batch):
-    return make_task().metrics(Lookup(), batch)
+    return make_task().evaluate(Lookup(), batch, None)
 
 
 @jax.jit
@@ -171,7 +171,7 @@ def test_only_logits_of_hidden_places_have_gradients():
     tokens = text_rows(rows=16)
 
     def loss(logits):
-        return make_task().metrics(lambda tokens, *, rngs: logits, batch_of(tokens))["loss"][0]
+        return make_task().evaluate(lambda tokens, *, rngs: logits, batch_of(tokens), None)["loss"][0]
 
     gradient = jax.jit(jax.grad(loss))(jnp.zeros((16, 96, VOCAB)))
     touched = np.asarray(jnp.abs(gradient).sum(-1) > 0)
@@ -201,10 +201,10 @@ def test_rows_of_several_texts_need_a_model_that_tells_them_apart():
         return jnp.zeros((*tokens.shape, VOCAB))
 
     batch = batch_of(text_rows(rows=2)) | {"segments": jnp.zeros((2, 96), jnp.int32)}
-    jax.eval_shape(lambda batch: make_task().metrics(model, batch), batch)
+    jax.eval_shape(lambda batch: make_task().evaluate(model, batch, None), batch)
     assert seen[0].shape == (2, 96)
     with pytest.raises(ValueError, match="contiguous"):
-        jax.eval_shape(lambda batch: make_task().metrics(Lookup(), batch), batch)
+        jax.eval_shape(lambda batch: make_task().evaluate(Lookup(), batch, None), batch)
 
 
 def test_what_is_missing_is_said():

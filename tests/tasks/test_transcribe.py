@@ -35,7 +35,7 @@ def test_repeats_and_blanks_are_left_out_and_padding_says_nothing():
     says = Says([[0, 0, 3, 0, 1, 1, 2], [3, 2, 2, 3, 3, 1, 1]])
     target = jnp.array([[0, 0, 1, 2], [2, 1, -1, -1]])
     batch = {"frames": jnp.zeros((2, 7, 2)), "length": jnp.array([7, 5]), "target": target, "weight": jnp.array([1.0, 0.25])}
-    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(says, batch))(batch))
+    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(says, batch, None))(batch))
     assert [row[row >= 0].tolist() for row in outputs["predicted"]] == [[0, 0, 1, 2], [2]]
     assert task.score(outputs) == {"label_error_rate": pytest.approx(1 / 6), "exact_match": 0.5}
     total, weight, metrics = jax.jit(lambda batch: task.loss(says, batch, None))(batch)
@@ -100,5 +100,5 @@ def test_it_learns_to_read():
     for i in range(experiment.steps):
         state, _ = step(state, take(train, np.arange(64 * i, 64 * i + 64) % len(train)) | {"weight": np.ones(64, np.float32)}, jax.random.key(1))
     model = merge(experiment.graph, state.params, state.stats)
-    outputs = jax.jit(lambda batch: experiment.task.outputs(model, batch))(take(test, np.arange(len(test))))
+    outputs = jax.jit(lambda batch: experiment.task.outputs(model, batch, None))(take(test, np.arange(len(test))))
     assert experiment.task.score(jax.device_get(outputs))["label_error_rate"] < 0.25

@@ -21,7 +21,6 @@ from jaxmodels.experiment.build import build_experiment
 from jaxmodels.runs.checkpoint import Checkpoints, parse_run
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.weights import match
-from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.trackers.jsonl import JsonLines
 from jaxmodels.training.trackers.tensorboard import TensorBoard
@@ -357,11 +356,6 @@ def test_a_checkpoint_being_replaced_when_the_run_was_killed_is_put_back(tmp_pat
     checkpoints = Checkpoints(folder)
     assert checkpoints.steps() == [10, 20] and not list(folder.glob("replaced-*"))
     checkpoints.close()
-
-
-def test_not_a_number_is_never_best():
-    assert not metrics_lib.is_better("loss", float("nan"), None) and not metrics_lib.is_better("loss", float("nan"), 1.0)
-    assert metrics_lib.is_better("loss", 0.5, 1.0) and metrics_lib.is_better("accuracy", 0.5, None) and not metrics_lib.is_better("accuracy", 0.5, 0.6)
 
 
 # Loading a run back
