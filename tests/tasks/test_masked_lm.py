@@ -214,5 +214,5 @@ def test_what_is_missing_is_said():
         MaskedLM({"image_shape": (8, 8, 1)})
     with pytest.raises(ConfigError, match="task.rate"):
         make_task(rate=1.0)
-    with pytest.raises(ConfigError, match="shares"):
+    with pytest.raises(ConfigError, match="mask_share and random_share must not be negative, nor their sum above 1"):
         make_task(mask_share=0.8, random_share=0.3)
