@@ -1,14 +1,18 @@
 """What the documents say can be typed, can be typed."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import small_configs
 from conftest import ROOT
 
+import jaxmodels
 from jaxmodels.cli import main as cli
 from jaxmodels.config import load_config, parse_override, set_at
 from jaxmodels.experiment.sections import resolve
@@ -80,3 +84,14 @@ def test_the_python_of_the_readme_runs(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) > 0.5
+
+
+def test_the_task_of_ones_own_trains_and_its_metric_picks_the_best(tmp_path, monkeypatch):
+    code = re.search(r"## A task of your own\n.*?```python\n(.*?)```", (ROOT / "docs" / "configs.md").read_text(), re.S)[1]
+    (tmp_path / "my_tasks.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = small_configs.config(small_configs.CNN, task={"name": "my_tasks:Ordinal", "tolerance": 1.5}, checkpoint__best="within_one")
+    result = jaxmodels.train(config, str(tmp_path / "run"))
+    values = [line for line in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if line["split"] == "validation"]
+    assert result.evaluated_step == max(values, key=lambda line: (line["within_one"], -line["step"]))["step"]
+    assert jaxmodels.load(str(tmp_path / "run")).predict({"image": np.zeros((2, 8, 8, 1), np.float32)}).shape == (2,)
