@@ -166,7 +166,7 @@ def accumulations(experiment: Experiment, mesh: Mapping[str, int]) -> list[int]:
     own = experiment.training.accumulate
     model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
     normalised = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model))
-    if normalised or experiment.config["model"].get("moe") or getattr(experiment.task, "across_rows", False):
+    if normalised or experiment.config["model"].get("moe") or experiment.task.across_rows:
         return [own]
     rows = experiment.loading.batch_size // math.prod(mesh[axis] for axis in mesh_lib.BATCH_AXES)
     rows //= (experiment.sharding.microbatches or mesh["pipeline"]) if mesh["pipeline"] > 1 else 1

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jaxmodels.data.source import DataSource
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.step import metrics as metrics_lib
-from jaxmodels.tasks.base import Sample
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.signals import StopSignals
 
@@ -68,30 +67,6 @@ class Evaluator:
         function = self.experiment.eval_function()
         step, record = compile_ahead("eval_step", function, params, stats, batch, sums, key, donate=(3,), out_shardings=everywhere)
         return step, sums, record
-
-
-class Sampler:
-    """Shows what a task samples from the model, on a mesh. Compiles once, at the first use, and calls `on_compile`."""
-
-    def __init__(self, experiment: Experiment, mesh: jax.sharding.Mesh, stop: StopSignals, on_compile: Callable[[CompileRecord], None] = lambda _: None):
-        self.experiment, self.mesh, self.stop, self.on_compile = experiment, mesh, stop, on_compile
-        self._traced, self._compiled = False, None  # traced and compiled at the first use
-
-    def run(self, params, stats, key: jax.Array) -> Sequence[Sample]:
-        """Return the samples drawn with a key; none if the task's `samples` is empty."""
-        if not self._traced:
-            self._compiled, record = self.stop.run(self._compile, params, stats, key)
-            self._traced = True
-            if record is not None:
-                self.on_compile(record)
-        return () if self._compiled is None else self.experiment.task.show(jax.device_get(self._compiled(params, stats, key)))
-
-    def _compile(self, *arguments):
-        function = self.experiment.sample_function()
-        if not jax.eval_shape(function, *arguments):
-            return None, None
-        # JAX has cached the trace: the function is not traced again.
-        return compile_ahead("sample", function, *arguments, out_shardings=mesh_lib.replicated(self.mesh))
 
 
 class _Rows:

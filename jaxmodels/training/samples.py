@@ -1,11 +1,7 @@
-"""Samples that a model makes during training, shown at each evaluation."""
-
-import dataclasses
+"""Samples that a model generates during training, shown at each evaluation."""
 
 import jax
 
-from jaxmodels.models.functional import evaluation_model
-from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.compile import compile_ahead
@@ -24,26 +20,26 @@ class Samples(Callback):
           on_compile: called with the CompileRecord.
         """
         self._key, self._stop, self._on_compile = key, stop, on_compile
-        self._compiled = None
+        self._traced, self._compiled = False, None  # traced and compiled at the first use
 
     def on_evaluate(self, run, step, split, values):
-        """Sample once an evaluation of the validation split."""
-        task = run.experiment.task
-        if split != "validation" or not getattr(task, "sample_length", 0) or getattr(task, "tokenizer", None) is None:
+        """Sample once an evaluation."""
+        if split != "validation":
             return
         arguments = (run.state.weights, run.state.stats, jax.random.fold_in(self._key, step))
-        if self._compiled is None:
-            self._compile(run, arguments)
-        run.media("sample", task.tokenizer.decode(jax.device_get(self._compiled(*arguments))), "text")
+        if not self._traced:
+            self._traced = True
+            self._compiled, record = self._stop.run(self._compile, run, arguments)
+            if record is not None:
+                self._on_compile(record)
+        if self._compiled is not None:
+            for sample in run.experiment.task.show(jax.device_get(self._compiled(*arguments))):
+                run.media(sample.name, sample.media, sample.kind, **sample.options)
 
     def _compile(self, run, arguments):
-        task, graph = run.experiment.task, run.experiment.graph
-        layout = dataclasses.replace(run.experiment.evaluation_layout, left_whole={})
-
-        def sample(params, stats, key):
-            with layout_lib.use(layout):
-                return task.sample(evaluation_model(graph, params, stats), key)
-
-        everywhere = mesh_lib.replicated(run.mesh)
-        self._compiled, record = self._stop.run(lambda: compile_ahead("sample", sample, *arguments, out_shardings=everywhere))
-        self._on_compile(record)
+        """Return the compiled function and its record; two None for a task without samples."""
+        function = run.experiment.sample_function()
+        if not jax.eval_shape(function, *arguments):
+            return None, None
+        # JAX has cached the trace: the function is not traced again.
+        return compile_ahead("sample", function, *arguments, out_shardings=mesh_lib.replicated(run.mesh))

@@ -1,7 +1,7 @@
 """The terminal: a live line with progress, and plain lines where output is no terminal."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -12,22 +12,20 @@ from jaxmodels.training.callback import Callback
 REFRESH_SECONDS = 0.25
 _BAR_WIDTH = 24
 
-# Metrics that are printed, in this order; all are written.
-SHOWN = ("loss", "accuracy", "perplexity", "f1", "mse", "mae", "pearson", "label_error_rate", "exact_match", "bleu", "rougeL")
-
 
 class Terminal(Callback):
     """Prints metrics, samples and messages. Output that cannot be written is reported once, and training goes on."""
 
-    def __init__(self, console: Console, total: int, on_failure: Callable[[str], None], *, active: bool = True):
+    def __init__(self, console: Console, total: int, shown: Sequence[str], on_failure: Callable[[str], None], *, active: bool = True):
         """
         Args:
           console: of rich.
           total: steps of the run.
+          shown: names of the metrics to print, in order.
           on_failure: called with a message when the terminal cannot be written.
           active: False on all processes but the first: prints nothing.
         """
-        self._console, self._total, self._active = console, total, active
+        self._console, self._total, self._shown, self._active = console, total, shown, active
         self._on_failure = on_failure
         self._live: Live | None = None
         self._last = {}
@@ -44,18 +42,18 @@ class Terminal(Callback):
             self._refreshed = time.monotonic()
             filled = round(_BAR_WIDTH * step / self._total)
             bar = "━" * filled + "╌" * (_BAR_WIDTH - filled)
-            self._draw(lambda: self._update_live(f"{bar} {self._position(step)}  {format_metrics(self._last)}{self._rates(step)}"))
+            self._draw(lambda: self._update_live(f"{bar} {self._position(step)}  {self._format(self._last)}{self._rates(step)}"))
 
     def on_log(self, run, step, values):
         """Print training metrics; on a terminal, the live line shows them."""
         self._last = dict(values)
         if not self._console.is_terminal:
-            self.say(f"{self._position(step)}  {'train':<10}  {format_metrics(values)}{self._rates(step)}")
+            self.say(f"{self._position(step)}  {'train':<10}  {self._format(values)}{self._rates(step)}")
 
     def on_evaluate(self, run, step, split, values):
         """Print the metrics of a split."""
         if values:
-            self.say(f"{self._position(step)}  {split:<10}  {format_metrics(values)}")
+            self.say(f"{self._position(step)}  {split:<10}  {self._format(values)}")
 
     def on_media(self, run, step, name, media, kind, **_):
         """Print a text, indented under its step."""
@@ -85,6 +83,9 @@ class Terminal(Callback):
     def _position(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"
 
+    def _format(self, values: Mapping[str, float]) -> str:
+        return "  ".join(f"{name} {_number(values[name])}" for name in self._shown if name in values)
+
     def _rates(self, step: int) -> str:
         rate = self._last.get("steps_per_second")
         if not rate:
@@ -92,11 +93,6 @@ class Terminal(Callback):
         left = format_duration((self._total - step) / rate)
         mfu = f"  MFU {self._last['mfu']:.1%}" if "mfu" in self._last else ""
         return f"  {rate:.3g} steps/s  {self._last['examples_per_second']:.5g} examples/s  ETA {left}  data wait {self._last['data_wait']:.1%}{mfu}"
-
-
-def format_metrics(values: Mapping[str, float]) -> str:
-    """Format the metrics that are shown: `loss 0.1234  accuracy 0.9876`."""
-    return "  ".join(f"{name} {_number(values[name])}" for name in SHOWN if name in values)
 
 
 def format_duration(seconds: float) -> str:

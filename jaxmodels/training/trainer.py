@@ -109,7 +109,7 @@ class Trainer:
         root = jax.random.key(experiment.config["seed"])
         self.init_key, self.step_key, sample_key = (jax.random.fold_in(root, i) for i in range(3))
         main = jax.process_index() == 0
-        self.terminal = Terminal(console, experiment.steps, lambda message: self.manifest.fallback(message), active=main)
+        self.terminal = Terminal(console, experiment.steps, experiment.shown, lambda message: self.manifest.fallback(message), active=main)
         self.manifest = Manifest(folder, self.terminal.say, active=main)
         self.evaluator = Evaluator(experiment, self.mesh, stop, self.manifest.compiled)
         outputs = [self.terminal, *make_trackers(experiment.log.tracker_entries), Samples(sample_key, stop, self.manifest.compiled)]
@@ -256,7 +256,7 @@ class Trainer:
             self.hooks.metrics("on_evaluate", step, "validation", values=values)
         best, patience = self.experiment.checkpoint.best, self.experiment.evaluation.patience
         if best is not None and values:
-            progress = progress.after(step, values[best], metrics_lib.is_better(best, values[best], progress.best), patience)
+            progress = progress.after(step, values[best], self.experiment.task.is_better(best, values[best], progress.best), patience)
             if progress.finished and step != self.experiment.steps:
                 shown = f"best {progress.best:.4f} at step {progress.best_step}"
                 self.terminal.say(f"stopping early: {best} has not improved in {patience} evaluations; {shown}")
