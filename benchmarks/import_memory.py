@@ -1,10 +1,10 @@
-"""Host memory, and time, that the import of a published model takes: a folder with layers of Llama 2 7B's sizes, in bfloat16.
+"""Host memory, and time, that the import of a pretrained model takes: a folder with layers of Llama 2 7B's sizes, in bfloat16.
 
     python benchmarks/import_memory.py --layers=13 --folder=/tmp/llama_shaped
 
 The folder is written shard by shard with random weights, and deleted afterwards. Each way of importing it runs in a process of its own:
 
-    load_model   `interop.published.load_model`: a plain module with its weights
+    load_model   `interop.pretrained.load_model`: a plain module with its weights
     import_run   `jaxmodels import`: the folder of a run, its checkpoint written
     init_from    the start of a training run from it, as `jaxmodels train` makes it, with SGD, whose state is empty
 
@@ -51,7 +51,7 @@ def tensors(layers: int, divisor: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_folder(folder: Path, layers: int, divisor: int, shard_gb: float) -> tuple[int, int]:
-    """A published model's folder. Returns the bytes of its largest file, and of its parameters in float32."""
+    """A pretrained model's folder. Returns the bytes of its largest file, and of its parameters in float32."""
     random = np.random.default_rng(0)
 
     def values(shape):

@@ -1,8 +1,7 @@
-"""Config files: load one, override values, check them against constructors, compare two.
+"""Load, override, check and compare configs.
 
-A config is a nested dictionary. Every section of it is the keyword-only arguments of one constructor
-(`jaxmodels.experiment.experiment` says which), so what a section may hold is read from a signature, and a wrong
-key or type is one error that names the key.
+A config is a nested dictionary. Each section holds keyword-only arguments of one constructor (see `jaxmodels.experiment.sections`), so the
+allowed keys, their types and defaults are read from its signature.
 """
 
 import ast
@@ -31,15 +30,15 @@ REQUIRED = inspect.Parameter.empty
 
 
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """The config that `spec` names, with `overrides` applied, as a locked `ConfigDict`.
+    """Load a config and apply overrides; return a locked `ConfigDict`.
 
     Args:
-      spec: `FILE.py` or `FILE.py:ARG` (calls the file's `get_config()` or `get_config("ARG")`), a `.json`
-        file, or the folder of a run (its `config.json`).
-      overrides: dotted keys to values: `{"optimizer.learning_rate": 3e-4}`.
+      spec: `FILE.py` or `FILE.py:ARG` (calls the file's `get_config()` or `get_config("ARG")`), a `.json` file, or a run folder (its
+        `config.json`).
+      overrides: dotted key -> value: `{"optimizer.learning_rate": 3e-4}`.
 
     Raises:
-      ConfigError: the file is missing or has no `get_config`, or an override goes below a plain value.
+      ConfigError: the file is missing, has no `get_config`, or raises; or an override addresses a key below a plain value.
     """
     values = _load_values(*split_spec(spec))
     for key, value in (overrides or {}).items():
@@ -48,7 +47,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """`FILE[:ARG]` as (file, argument); a file whose own name holds a colon is taken as it is."""
+    """Split `FILE[:ARG]` into (file, argument). An existing file whose name contains a colon is not split."""
     if ":" in spec and not os.path.exists(spec):
         path, _, argument = spec.partition(":")
         return path, argument
@@ -75,12 +74,12 @@ def _load_values(path: str, argument: str | None) -> dict:
     if isinstance(config, ConfigDict):
         return config.to_dict()
     if not isinstance(config, Mapping):
-        raise ConfigError(f"--config: {path} must give a ConfigDict or a dictionary, not {config!r}.")
+        raise ConfigError(f"--config: {path} must return a ConfigDict or a dictionary, got {config!r}.")
     return dict(config)
 
 
 def _call_get_config(path: str, argument: str | None) -> Any:
-    """What a config file's `get_config` returns; whatever it raises, as ConfigError with the line."""
+    """Call a config file's `get_config`; raise a ConfigError with the line of any exception."""
     try:
         get_config = runpy.run_path(path).get("get_config")
         if not callable(get_config):
@@ -101,7 +100,7 @@ def _call_get_config(path: str, argument: str | None) -> Any:
 
 
 def parse_override(text: str) -> Any:
-    """The value a command-line override means: a Python literal, `true`, `false`, `none`/`null`, or else a string."""
+    """Parse the value of a command-line override: a Python literal, `true`, `false`, `none` or `null`; anything else is a string."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -112,12 +111,12 @@ def parse_override(text: str) -> Any:
 
 
 def set_at(values: dict, key: str, value: Any) -> None:
-    """Sets a dotted key in nested dictionaries, making the sections it passes through."""
+    """Set a dotted key in nested dictionaries; create missing sections."""
     *sections, last = key.split(".")
     for depth, name in enumerate(sections):
         inner = values.get(name)
         if isinstance(inner, str):
-            inner = {"name": inner}  # a section written by its name alone: schedule="cosine"
+            inner = {"name": inner}  # the short form of a section: schedule="cosine"
         values[name] = inner = {} if inner is None else inner
         if not isinstance(inner, dict):
             above = ".".join(sections[: depth + 1])
@@ -126,7 +125,7 @@ def set_at(values: dict, key: str, value: Any) -> None:
     values[last] = value
 
 
-# What a section may hold
+# Checking
 
 
 def fields(constructor: Callable, framework: tuple[str, ...] | None = None) -> dict[str, tuple[Any, Any]]:
@@ -192,13 +191,16 @@ def check_keys(where: str, values: Mapping, allowed: Mapping[str, Any], given: s
 
 
 def check_section(where: str, values: Mapping, allowed: Mapping[str, tuple[Any, Any]], given: str) -> dict:
-    """`values` with defaults filled in and types checked, in the order of `allowed`.
+    """Return a section with defaults filled in and types checked, in the order of `allowed`.
 
     Args:
-      where: the dotted name of the section, for errors.
-      values: what the config holds.
-      allowed: name -> (annotation, default), as `fields` gives.
-      given: what the section configures, for errors: `optimizer 'adamw'`.
+      where: dotted name of the section, for errors.
+      values: the section in the config.
+      allowed: name -> (annotation, default), as `fields` returns.
+      given: what the section configures, for errors: `the optimizer 'adamw'`.
+
+    Raises:
+      ConfigError: an unknown or missing key, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"config.{where} must be a section of keys, got {values!r}.")
@@ -213,17 +215,17 @@ def check_section(where: str, values: Mapping, allowed: Mapping[str, tuple[Any, 
         elif default is REQUIRED:
             raise ConfigError(f"config.{where}.{key} is required by {given}; set it, e.g. --config.{where}.{key}=VALUE.")
         else:
-            # Through the same door as a given value, so that a default and its copy from JSON are equal.
+            # Defaults are converted like given values, so that a default equals its copy from JSON.
             checked[key] = check_value(f"{where}.{key}", default, annotation)
     return checked
 
 
 def check_value(where: str, value: Any, annotation: Any) -> Any:
-    """`value` as `annotation` wants it (an int where a float is asked, a list where a tuple is), or ConfigError."""
+    """Return the value converted to the annotation (int to float, list to tuple, dictionary to section); ConfigError if it does not fit."""
     converted, ok = _convert(where, value, annotation)
     if not ok:
         raise ConfigError(
-            f"config.{where} must be {_describe(annotation)}, got {value!r} ({type(value).__name__})."
+            f"config.{where} must be {describe(annotation)}, got {value!r} ({type(value).__name__})."
             + (suggest(value, [c for c in typing.get_args(annotation) if isinstance(c, str)]) if isinstance(value, str) else "")
         )
     return converted
@@ -243,13 +245,13 @@ def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
         return value, False
     if origin is typing.Literal:
         if value is None and "none" in args:
-            return "none", True  # `--config.model.remat=none` is read as None before anyone knows of a key named so
+            return "none", True  # `--config.model.remat=none` is parsed as None
         return value, any(value == a and type(value) is type(a) for a in args)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
             value = dataclasses.asdict(value)
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            value = {next(iter(fields(annotation))): value}  # by its first key alone: schedule="cosine"
+            value = {next(iter(fields(annotation))): value}  # the short form, its first key: schedule="cosine"
         if not isinstance(value, Mapping):
             return value, False
         return check_section(where, value, fields(annotation), where), True
@@ -268,33 +270,50 @@ def _convert(where: str, value: Any, annotation: Any) -> tuple[Any, bool]:
     return value, isinstance(value, annotation)
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any, *, plural: bool = False) -> str:
+    """Return the values that an annotation allows, in words: `a whole number or none`."""
     args = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
+        return " or ".join(describe(a, plural=plural) for a in args)
     if origin is tuple:
-        return f"a list of {_describe(args[0])}"
+        return f"{'lists' if plural else 'a list'} of {describe(args[0], plural=True)}"
+    if origin in (dict, collections.abc.Mapping):
+        return "dictionaries" if plural else "a dictionary"
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return f"a section ({', '.join(fields(annotation))})"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
-        annotation, "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
-    )
+    singular, many = _WORDS.get(annotation, (getattr(annotation, "__name__", str(annotation)),) * 2)
+    return many if plural else singular
+
+
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    bool: ("true or false", "true or false"),
+    type(None): ("none", "none"),
+    Any: ("any value", "values"),
+}
 
 
 def suggest(wrong: str, names) -> str:
-    """` Did you mean ...?` with the nearest of `names`, or nothing."""
+    """Return ` Did you mean ...?` with the most similar of `names`; an empty string if none is similar."""
     close = difflib.get_close_matches(str(wrong), list(names), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def find(kind: str, table: Mapping[str, str], name: str) -> Any:
-    """The object that `name` stands for: an entry of `table`, or any `package.module:object` that can be imported.
+    """Import the function or class that `name` stands for.
+
+    Args:
+      kind: the config key that holds the name, for errors: `model.name`.
+      table: name -> `package.module:object`.
+      name: a key of `table`, or the user's own `package.module:object`.
 
     Raises:
-      ConfigError: neither; the message lists the table.
+      ConfigError: an unknown name (the message lists the table), or an object that cannot be imported.
     """
     place = table.get(name, name if ":" in str(name) else None)
     if place is None:
@@ -316,7 +335,7 @@ def find(kind: str, table: Mapping[str, str], name: str) -> Any:
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; an empty section stays as itself."""
+    """Flatten nested dictionaries to dotted keys; an empty section is kept as a value."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -327,7 +346,7 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(one: Mapping, other: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys that differ: key -> (value in `one`, value in `other`); '(absent)' where there is none."""
+    """Return the dotted keys that differ: key -> (value in `one`, value in `other`), '(absent)' for a missing key."""
     flat, flat_other = flatten(one), flatten(other)
     return {
         key: (flat.get(key, "(absent)"), flat_other.get(key, "(absent)"))
@@ -337,9 +356,9 @@ def differences(one: Mapping, other: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[str, str]:
-    """Where each value of a resolved config comes from: `default`, `file`, `argument` or `override`.
+    """Return the origin of each value of a resolved config: `default`, `file`, `argument` or `override`.
 
-    A value is the argument's if the file says otherwise, or nothing, when called without it.
+    A value's origin is `argument` if the file, called without its argument, sets another value or none.
     """
     path, argument = split_spec(spec)
     given = flatten(_load_values(path, argument))
@@ -347,7 +366,7 @@ def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[
     if argument is not None:
         try:
             without = flatten(_load_values(path, None))
-        except ConfigError:  # get_config() needs its argument: all that it says is the argument's doing
+        except ConfigError:  # get_config() requires its argument: every value depends on it
             without = {}
     given, without, overrides = (_by_first_key(values, resolved) for values in (given, without, overrides))
     result = {}
@@ -363,7 +382,7 @@ def origins(spec: str, overrides: Mapping[str, Any], resolved: Mapping) -> dict[
 
 
 def _by_first_key(flat: Mapping[str, Any], resolved: Mapping) -> dict[str, Any]:
-    """Sections written by their name alone under the key that the name is the value of: `task` as `task.name`."""
+    """Return dotted keys with short forms of sections expanded: `task` becomes `task.name`."""
     result = {}
     for key, value in flat.items():
         section: Any = resolved

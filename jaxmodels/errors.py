@@ -1,26 +1,26 @@
-"""The errors a run ends with, and the exit status each has on the command line."""
+"""Exceptions of the package, and their exit statuses on the command line."""
 
 import importlib
 from types import ModuleType
 
 
 class RunError(Exception):
-    """A run cannot go on. The message names the cause, the place, and the next thing to try."""
+    """A run failed. The message states the cause, the place and a remedy."""
 
     exit_status = 1
 
 
 class ConfigError(RunError):
-    """A config, an argument or an input is wrong. Raised before any array is made."""
+    """A config, an argument or an input is invalid. Raised before any array is created on a device."""
 
     exit_status = 2
 
 
 class Diverged(RunError):
-    """The loss, the gradients or the update stopped being finite numbers.
+    """The loss, a gradient or an update is not finite.
 
     Attributes:
-      step: the number of the first step (1 is the first of the run) whose numbers were not finite.
+      step: number of the first step with a value that is not finite; the first step of a run is 1.
     """
 
     exit_status = 3
@@ -31,24 +31,24 @@ class Diverged(RunError):
 
 
 class Interrupted(RunError):
-    """SIGTERM or SIGINT arrived; what was trained is saved, and the same command goes on from there."""
+    """The run stopped on SIGTERM or SIGINT after saving a checkpoint; the same command resumes it."""
 
     exit_status = 75
 
 
 def optional_import(module: str, extra: str) -> ModuleType:
-    """A module of a package that only some runs need.
+    """Import a module of an optional dependency.
 
     Args:
-      module: its name.
+      module: name of the module.
       extra: the extra of jaxmodels that installs it.
 
     Raises:
-      ConfigError: it is not installed; says how to install it.
+      ConfigError: the package is not installed; the message states the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and lacks something itself
-        raise ConfigError(f"{module.partition('.')[0]} is not installed, and is needed here: pip install 'jaxmodels[{extra}]'") from error
+            raise  # the package is installed, but one of its own imports is not
+        raise ConfigError(f"{module.partition('.')[0]} is required here and not installed: pip install 'jaxmodels[{extra}]'") from error

@@ -83,7 +83,7 @@ BAD = {
     "a type": ({"data.batch_size": "many"}, "data.batch_size must be a whole number, got 'many'"),
     "a float for an int": ({"training.steps": 2.5}, "training.steps must be a whole number"),
     "a bool for an int": ({"training.steps": True}, "training.steps must be"),
-    "an item": ({"model.features": (1, "a")}, "model.features must be a list of a whole number"),
+    "an item": ({"model.features": (1, "a")}, "model.features must be a list of whole numbers"),
     "a model": ({"model.name": "cnm"}, "Did you mean 'cnn'?"),
     "a task": ({"task.name": "classfy"}, "Did you mean 'classify'?"),
     "a data source": ({"data.source": "digit"}, "There are: arrays, "),
@@ -183,7 +183,7 @@ BAD_FILES = {
     "an error inside": ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
     "a missing import": ("import no_such_module", "line 1: ModuleNotFoundError"),
     "no function": ("get_config = 3", "defines no function get_config()"),
-    "nothing returned": ("def get_config():\n    pass", "must give a ConfigDict"),
+    "nothing returned": ("def get_config():\n    pass", "must return a ConfigDict"),
     "an argument needed": ("def get_config(x):\n    return {}", "needs an argument"),
 }
 

@@ -38,7 +38,7 @@ def test_commands_parse_and_name_what_exists(page, monkeypatch, published):
         arguments, overrides = cli.split_overrides(shlex.split(command)[1:])
         options = cli.parser().parse_args(arguments)  # exits where a command cannot be typed
         assert callable(options.function)
-        if hasattr(options, "config") and options.config.startswith("configs/"):
+        if getattr(options, "config", None) and options.config.startswith("configs/"):
             name = options.config.removeprefix("configs/").partition(".py")[0]
             config = load_config(f"configs/{name}.py:{published(name)}" if "_hf_" in name else options.config)
             values = config.to_dict()
@@ -95,3 +95,28 @@ def test_the_task_of_ones_own_trains_and_its_metric_picks_the_best(tmp_path, mon
     values = [line for line in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if line["split"] == "validation"]
     assert result.evaluated_step == max(values, key=lambda line: (line["within_one"], -line["step"]))["step"]
     assert jaxmodels.load(str(tmp_path / "run")).predict({"image": np.zeros((2, 8, 8, 1), np.float32)}).shape == (2,)
+
+
+def test_first_model_from_arrays_to_predictions(tmp_path):
+    """Write every file of docs/first_model.md, and run every command, in order."""
+    page = (ROOT / "docs" / "first_model.md").read_text()
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page, re.S)
+    assert len(blocks) == len(re.findall(r"^```\w", page, re.M)) >= 10
+    outputs = {}
+    for language, text in blocks:
+        if language == "python":
+            (tmp_path / re.match(r"# (\w+\.py)\n", text)[1]).write_text(text)
+            continue
+        for command in text.splitlines():
+            program, *arguments = shlex.split(command)
+            assert program == "python"
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+            done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, (command, done.stderr)
+            outputs[command] = done.stdout
+    assert "stripes:StripeNet" in outputs["python -m jaxmodels config --config=config.py"]
+    accuracy = float(outputs["python predict.py"].split()[-1])
+    assert accuracy > 0.9
+    evaluated = re.search(r"accuracy ([\d.]+)", outputs["python -m jaxmodels evaluate --workdir=runs/stripes"])
+    assert abs(float(evaluated[1]) - accuracy) < 1e-3
+    assert all(float(line) > 0.6 for line in outputs["python notebook.py"].splitlines()[-1:])

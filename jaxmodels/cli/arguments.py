@@ -1,15 +1,18 @@
-"""Arguments and start-up that several commands share."""
+"""Arguments and start-up shared by several commands."""
 
 import argparse
+from collections.abc import Callable
 
 
 def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
+    """Parse a duration of at least one second."""
     try:
         value = float(text)
     except ValueError:
@@ -19,17 +22,66 @@ def seconds(text: str) -> float:
     return value
 
 
+def add_command(commands, name: str, function: Callable, summary: str) -> argparse.ArgumentParser:
+    """Add a command.
+
+    Args:
+      commands: the subparsers of the root parser.
+      name: name of the command.
+      function: called with the parsed options and the config overrides; returns the exit status, None for 0.
+      summary: one line of help.
+
+    Returns:
+      The command's parser.
+    """
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(function=function)
+    parser.add_argument("--cpu_devices", type=positive_int, metavar="N", help="simulate N devices on the CPU, in each process")
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add `--config`; `--config.SECTION.KEY` is parsed in `cli.main`."""
+    text = "a Python file with get_config(), a config.json, or a run folder; --config.SECTION.KEY=VALUE overrides a value"
+    parser.add_argument("--config", required=required, metavar="FILE[:ARG]", help=text)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add `--workdir`, which names a run and one of its checkpoints."""
+    text = "run folder and checkpoint (default: the best checkpoint if the run tracks one, else the latest)"
+    parser.add_argument("--workdir", required=True, metavar="RUN[@best|@latest|@STEP]", help=text)
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--data_dir`."""
+    parser.add_argument("--data_dir", metavar="DIR", help="root of relative data paths (default: $JAXMODELS_DATA_DIR)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add `--data_dir` and the arguments of a command that may run in several processes."""
+    add_data_dir(parser)
+    about = "detected under srun, mpirun and in a Kubernetes JobSet; launch/local.sh starts several on one machine"
+    group = parser.add_argument_group("several processes", about)
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address on which process 0 listens; it also uses the next port")
+    group.add_argument("--processes", metavar="N|tpu", help="number of processes; tpu asks the Cloud TPU VM; 1 ignores the launcher's environment")
+    group.add_argument("--process", metavar="I", help="index of this process, from 0")
+    group.add_argument("--start_limit", type=seconds, default=300.0, metavar="SECONDS", help="time in which all processes must start (default: 300)")
+    group.add_argument("--hang_limit", type=seconds, default=30.0, metavar="SECONDS", help="silence of a process that ends the run (default: 30)")
+    group.add_argument("--stall_limit", type=seconds, default=1800.0, metavar="SECONDS", help="time without a training step that ends the run (default: 1800)")
+
+
 def load(options, overrides):
+    """Load the config of `--config` with the overrides of the command line."""
     from jaxmodels.config import load_config, parse_override
 
     return load_config(options.config, {key: parse_override(text) for key, text in overrides.items()})
 
 
 def configure(options) -> None:
-    """Settings that must stand before JAX finds its devices."""
+    """Apply settings that must precede the initialisation of the JAX backend."""
     import logging
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain tell of every step they take
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain log every save and read
     if options.cpu_devices:
         from jaxmodels.parallel.mesh import simulate_devices
 
@@ -37,14 +89,25 @@ def configure(options) -> None:
 
 
 def find_processes(options):
-    """The processes of this command; None for one alone."""
+    """Return the processes of this command; None for a single process."""
     from jaxmodels.distributed import processes
 
     return processes.find(options.coordinator, options.processes, options.process)
 
 
 def join(options, processes, load):
-    """The config that `load` gives, with the devices' settings made, and this process among the others where there are several."""
+    """Load the config, configure JAX, and connect to the other processes.
+
+    A ConfigError of one process is passed to the others, so that all processes end with it.
+
+    Args:
+      options: parsed arguments.
+      processes: of `find_processes`.
+      load: returns the config.
+
+    Returns:
+      The config.
+    """
     from jaxmodels.errors import RunError
 
     try:
@@ -64,7 +127,7 @@ def join(options, processes, load):
 
 
 def _resolved(config) -> dict:
-    """A config as processes compare it, with every key's value."""
+    """Return every key of a resolved config and its value, for the comparison between processes."""
     from jaxmodels.config import flatten
     from jaxmodels.experiment.sections import resolve
 
@@ -72,6 +135,6 @@ def _resolved(config) -> dict:
 
 
 def _same_arguments(options) -> dict:
-    """The arguments that all processes of a run must have been given alike."""
+    """Return the arguments that must be equal in all processes of a run."""
     names = ("command", "workdir", "overwrite", "plan", "split", "cpu_devices", "hang_limit", "stall_limit")
     return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}

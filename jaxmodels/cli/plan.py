@@ -1,21 +1,23 @@
 """jaxmodels plan."""
 
-import argparse
 import os
 import sys
 
-from jaxmodels.cli.arguments import load, seconds
+from jaxmodels.cli.arguments import add_command, add_config, add_data_dir, load, seconds
 
 
-def add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--topology", required=True, metavar="NAME", help="v5p-128, v6e-256, v5p:4x4x4, 4xv5p-128 (slices), h100x8, 2xh100x8 (nodes)")
-    sub.add_argument("--json", metavar="FILE", help="write the figures there")
-    sub.add_argument("--hlo", metavar="FILE", help="write the optimized program's text there")
-    sub.add_argument("--save", metavar="DIR", help="keep the compiled step there: jaxmodels train --plan=DIR loads it in place of compiling")
-    sub.add_argument("--search", action="store_true", help="over meshes, accumulation and rematerialisation; the figures are then those of the best")
-    sub.add_argument("--write", metavar="FILE", help="of --search: write the best as a config, for --config")
-    sub.add_argument("--budget", type=seconds, metavar="SECONDS", help="of --search: the time it may take (default: 900)")
-    sub.add_argument("--data_dir", metavar="DIR", help="where data lies (default: $JAXMODELS_DATA_DIR)")
+def add(commands) -> None:
+    """Add the command."""
+    parser = add_command(commands, "plan", run_plan, "estimate memory, step time and cost on absent hardware, or search for the fastest setting there")
+    add_config(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5p-128, v6e-256, v5p:4x4x4, 4xv5p-128 (slices), h100x8, 2xh100x8 (nodes)")
+    parser.add_argument("--json", metavar="FILE", help="write the estimates to FILE")
+    parser.add_argument("--hlo", metavar="FILE", help="write the optimized HLO text to FILE")
+    parser.add_argument("--save", metavar="DIR", help="save the compiled step in DIR, for jaxmodels train --plan=DIR")
+    parser.add_argument("--search", action="store_true", help="search meshes, accumulation and rematerialisation, and report the fastest setting")
+    parser.add_argument("--write", metavar="FILE", help="with --search: write the fastest setting as a config file")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="with --search: time limit (default: 900)")
+    add_data_dir(parser)
 
 
 def run_plan(options, overrides):

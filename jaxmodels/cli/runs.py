@@ -1,52 +1,36 @@
-"""Commands about runs: evaluate, lineage, import, export, merge, config."""
+"""Commands on run folders: lineage, merge, import, export."""
 
 import json
 import sys
 
-from jaxmodels.cli.arguments import configure, find_processes, join, load
+from jaxmodels.cli.arguments import add_command, add_run, configure
 
 
-def run_evaluate(options, _):
-    from jaxmodels.distributed import session
-    from jaxmodels.inference import evaluate
-    from jaxmodels.runs.checkpoint import parse_run
-    from jaxmodels.runs.folder import RunFolder
+def add(commands) -> None:
+    """Add the commands."""
+    lineage = add_command(commands, "lineage", run_lineage, "print the ancestors and descendants of a run as a tree")
+    lineage.add_argument("--workdir", required=True, metavar="RUN", help="run folder")
+    lineage.add_argument("--json", action="store_true", help="print one JSON object")
 
-    join(options, find_processes(options), lambda: RunFolder(parse_run(options.workdir)[0]).config())
+    merge = add_command(commands, "merge", run_merge, "merge a run's adapters, and copy the frozen weights of its parent, into a new run")
+    add_run(merge)
+    merge.add_argument("--output", required=True, metavar="DIR", help="a new folder")
 
-    values = evaluate.evaluate(options.workdir, split=options.split, data_dir=options.data_dir)
-    if not session.is_first():
-        return
-    if options.json:
-        print(json.dumps(values))
-        return
-    print(f"{options.workdir}, {options.split}: " + "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+    imports = add_command(commands, "import", run_import, "convert a pretrained model to a run folder, to evaluate, generate, export or fine-tune")
+    imports.add_argument("model", metavar="hf:DIR_OR_ID", help="a folder with config.json and safetensors, or an id on the Hugging Face Hub")
+    imports.add_argument("output", metavar="DIR", help="a new folder")
 
-
-def run_config(options, overrides):
-    from jaxmodels import config as config_lib
-    from jaxmodels.experiment.sections import published_keys, resolve
-
-    config = load(options, overrides)
-    resolved = resolve(config)
-    if options.diff:
-        other = resolve(config_lib.load_config(options.diff))
-        changed = config_lib.differences(resolved, other)
-        for key, (here, there) in changed.items():
-            print(f"{key}: {here!r} in {options.config}, {there!r} in {options.diff}")
-        if not changed:
-            print("no differences")
-    elif options.json:
-        print(json.dumps(resolved, indent=2))
-    else:
-        origins = config_lib.origins(options.config, overrides, resolved) | published_keys(config.to_dict())
-        flat = config_lib.flatten(resolved)
-        width = max(map(len, flat))
-        for key, value in flat.items():
-            print(f"{key:<{width}}  {value!r:<24}  {origins[key]}")
+    export = add_command(commands, "export", run_export, "export a run for Transformers: safetensors, config.json, tokenizer, model card")
+    export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="run folder and checkpoint; adapters are merged, except with --format=peft")
+    export.add_argument("output", metavar="DIR", help="a new folder")
+    formats = "transformers: weights, config, tokenizer, model card; peft: adapters only; stablehlo: the compiled forward pass (default: transformers)"
+    export.add_argument("--format", choices=("transformers", "peft", "stablehlo"), default="transformers", help=formats)
+    export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: that of the imported model, else float32)")
+    export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="maximum size of a weights file, in 10^9 bytes (default: 5)")
 
 
 def run_lineage(options, _):
+    """Print the lineage of a run."""
     from rich.console import Console
 
     from jaxmodels.runs import lineage
@@ -58,7 +42,17 @@ def run_lineage(options, _):
         Console(width=None if sys.stdout.isatty() else 1000).print(lineage.tree(family, options.workdir), highlight=False)
 
 
+def run_merge(options, _):
+    """Merge a run."""
+    configure(options)
+    from jaxmodels.runs.merge import merge
+
+    folder = merge(options.workdir, options.output)
+    print(f"merged {options.workdir} into {folder.path}: {folder.manifest()['parameters']:,} parameters")
+
+
 def run_import(options, _):
+    """Convert a pretrained model to a run folder."""
     configure(options)
     from jaxmodels.inference.pretrained import import_run
 
@@ -67,6 +61,7 @@ def run_import(options, _):
 
 
 def run_export(options, _):
+    """Export a run."""
     configure(options)
     if options.format == "stablehlo":
         from jaxmodels.export.stablehlo import export_stablehlo
@@ -81,11 +76,3 @@ def run_export(options, _):
 
         path = export_run(options.run, options.output, dtype=options.dtype, shard_gb=options.shard_gb)
     print(f"exported {options.run} to {path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
-
-
-def run_merge(options, _):
-    configure(options)
-    from jaxmodels.runs.merge import merge
-
-    folder = merge(options.workdir, options.output)
-    print(f"merged {options.workdir} into {folder.path}: {folder.manifest()['parameters']:,} parameters")

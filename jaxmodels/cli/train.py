@@ -3,10 +3,41 @@
 import os
 import sys
 
-from jaxmodels.cli.arguments import find_processes, join, load
+from jaxmodels.cli.arguments import add_command, add_config, add_machine, find_processes, join, load
+
+
+def add(commands) -> None:
+    """Add the command."""
+    parser = add_command(commands, "train", run_train, "train a config, or resume the run in --workdir")
+    add_config(parser)
+    parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME, with the name of the config file)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --workdir and start a new one")
+    plan = "use a saved plan: load the step that jaxmodels plan --save compiled, or compare the run with the figures of --json"
+    parser.add_argument("--plan", metavar="PATH", help=plan)
+    parser.add_argument("--dry_run", action="store_true", help="print config, parameters, memory and FLOPs, and exit")
+    add_machine(parser)
 
 
 def run_train(options, overrides):
+    """Train, and print a summary."""
+    experiment, console = _prepare(options, overrides)
+    if experiment is None:
+        return
+    from jaxmodels.config import split_spec
+    from jaxmodels.distributed import session
+    from jaxmodels.training import summary, trainer
+
+    name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
+    from jaxmodels.plan.compare import for_training
+
+    workdir = options.workdir or os.path.join("runs", name)
+    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))
+    if session.is_first():
+        summary.print_summary(result, experiment, console)
+
+
+def _prepare(options, overrides):
+    """Return the experiment and the console; None for the experiment after a dry run."""
     from jaxmodels.distributed import session
     from jaxmodels.errors import Interrupted
     from jaxmodels.hardware.malloc import keep_freed_memory
@@ -15,28 +46,21 @@ def run_train(options, overrides):
     keep_freed_memory()
     processes = None if options.dry_run else find_processes(options)
     try:
-        # From the first moment on: importing and building take seconds.
+        # Signals are handled from here on: the imports and the data take seconds.
         with StopSignals() as stop, stop.may_raise():
             from rich.console import Console
 
             config = join(options, processes, lambda: load(options, overrides))
-            from jaxmodels.config import split_spec
             from jaxmodels.experiment.build import build_experiment
             from jaxmodels.plan.dry_run import print_dry_run
-            from jaxmodels.training import summary, trainer
+            from jaxmodels.training import trainer  # noqa: F401  imported while signals are handled
 
-            with session.first_goes_first("data"):  # what it caches, the others find
+            with session.first_goes_first("data"):  # process 0 fills the caches for the others
                 experiment = build_experiment(config, data_dir=options.data_dir)
             console = Console()
             if options.dry_run:
-                return print_dry_run(experiment, console if sys.stdout.isatty() else Console(width=200))
+                print_dry_run(experiment, console if sys.stdout.isatty() else Console(width=200))
+                return None, console
+            return experiment, console
     except Interrupted as error:
-        raise Interrupted(f"{error}: stopped before anything was trained. The same command begins again.") from None
-    name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
-    from jaxmodels.plan.compare import for_training
-
-    workdir = options.workdir or os.path.join("runs", name)
-    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))
-    if session.is_first():
-        summary.print_summary(result, experiment, console)
-    return 0
+        raise Interrupted(f"{error}: stopped before training. Run the same command again to start.") from None

@@ -21,8 +21,8 @@ from jaxmodels.models import functional
 from jaxmodels.models.lora import Lora, add_lora
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.parallel.sharding import Sharding, check_patterns, check_stages
-from jaxmodels.pretrained.folder import find as find_published
-from jaxmodels.pretrained.folder import is_published
+from jaxmodels.pretrained.folder import find as find_pretrained
+from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import paths
 from jaxmodels.step.schedule import make_schedule
@@ -45,7 +45,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     loading = _loading(c["data"])
     dataset = _open(c["data"], loading, data_dir, data)
     if trained_info is None:
-        dataset = dataclasses.replace(dataset, info=_with_published_vocabulary(dataset.info, c["init_from"]))
+        dataset = dataclasses.replace(dataset, info=_with_pretrained_vocabulary(dataset.info, c["init_from"]))
         check_train_split(dataset, c["data"])
         if loading.rand_augment is not None:
             loading.rand_augment.check(dataset.splits["train"][0])
@@ -129,11 +129,11 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
     return dataclasses.replace(dataset, splits={name: _remember(part, loading) for name, part in dataset.splits.items()})
 
 
-def _with_published_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:
-    """Arrays of tokens tell of no tokenizer, and hold maybe not all tokens there are: then a published model's own number is what counts."""
-    if init_from is None or not is_published(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
+def _with_pretrained_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:
+    """Arrays of tokens tell of no tokenizer, and hold maybe not all tokens there are: then a pretrained model's own number is what counts."""
+    if init_from is None or not is_pretrained(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
         return info
-    return dict(info) | {"vocab_size": max(info["vocab_size"], find_published(init_from["run"]).config.get("vocab_size", 0))}
+    return dict(info) | {"vocab_size": max(info["vocab_size"], find_pretrained(init_from["run"]).config.get("vocab_size", 0))}
 
 
 def _remember(source, loading: Loading):

@@ -1,4 +1,4 @@
-"""The sections of a config: what each may hold, checked and filled in. Each class is the keys of its section."""
+"""The sections of a config: their keys, types and defaults. Each dataclass defines the keys of one section."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ from jaxmodels.hardware import compiler_options
 from jaxmodels.models.lora import Lora
 from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
-from jaxmodels.pretrained import weights as published
-from jaxmodels.pretrained.folder import is_published
+from jaxmodels.pretrained import weights as pretrained
+from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import check_pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """The `training` section.
+    """Length and precision of training, and which parameters are trained.
 
     Attributes:
-      steps: length of the run; or
-      epochs: the same, in passes over the training split.
-      accumulate: microbatches that a batch is computed in.
-      ema: decay of a moving average of the parameters, which is then what is evaluated.
-      precision: of the computation; parameters and optimizer stay float32.
-      trainable: patterns; only parameters whose path matches one (anywhere in it) are trained. All unless given; with
-        `lora`, its adapters, and these besides.
-      freeze: patterns; parameters whose path matches one are not trained.
+      steps: length of the run in training steps. Give either `steps` or `epochs`.
+      epochs: length of the run in passes over the training split; may be a fraction.
+      accumulate: number of microbatches for gradient accumulation; must divide `data.batch_size`.
+      ema: decay of an exponential moving average (EMA) of the parameters, between 0 and 1; evaluation uses the average. None keeps no average.
+      precision: floating-point type of the computation. Parameters and optimizer state are float32 in either case.
+      trainable: regular expressions, searched in parameter paths; only matching parameters are trained. None trains all parameters, or with
+        `lora` the adapters only; with `lora`, matching parameters are trained in addition to the adapters.
+      freeze: regular expressions, searched in parameter paths; matching parameters are not trained.
     """
 
     steps: int | None = None
@@ -45,11 +45,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The `evaluation` section.
+    """Evaluation during training.
 
     Attributes:
-      every: steps between evaluations on the validation split; only at the end unless given.
-      patience: stop after so many evaluations in a row that did not improve `checkpoint.best`.
+      every: steps between evaluations on the validation split. None evaluates only at the end.
+      patience: stop training after this many consecutive evaluations without an improvement of `checkpoint.best`. None never stops early.
     """
 
     every: int | None = None
@@ -58,12 +58,13 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """The `checkpoint` section.
+    """Saving of checkpoints.
 
     Attributes:
       every: steps between checkpoints.
-      keep: number of the latest checkpoints to keep, of those at multiples of `every` and the very latest.
-      best: a metric of the task; the checkpoint that is best by it on the validation split is kept too, and tested at the end.
+      keep: number of latest checkpoints to keep, of those at multiples of `every` and the very latest.
+      best: name of a metric of the task on the validation split; the checkpoint with its best value is kept too, and is evaluated on the test
+        split at the end. None keeps only recent checkpoints.
     """
 
     every: int = 1000
@@ -73,16 +74,15 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """The `init_from` section, or its first key alone: where the first weights come from.
+    """Initial weights from another run or a pretrained model. The value of `run` alone may stand for the section.
 
     Attributes:
-      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest. Or
-        published weights, `hf:FOLDER` or `hf:OWNER/NAME`, whose config.json makes the model too where `model` has no name.
-      skip: patterns; parameters of this model whose path matches one (from its start) are initialised anew.
-      rename: pairs (pattern, replacement), applied in order to the paths of the other run's parameters; an empty result
-        drops the parameter.
-      adapters: a folder, or `hf:OWNER/NAME`, of LoRA adapters in PEFT's format for those published weights: the first values of this
-        run's own, whose section `lora` is made of theirs where there is none.
+      run: another run, `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP` (RUN alone is its best checkpoint if it tracks one, else its latest); or
+        pretrained weights, `hf:FOLDER` or `hf:OWNER/NAME`, which also define the model if the config names none.
+      skip: regular expressions, matched from the start of this model's parameter paths; matching parameters are initialised randomly.
+      rename: pairs (pattern, replacement), applied in order to the parameter paths of the other run; an empty result drops the parameter.
+      adapters: LoRA adapters in PEFT format for the pretrained weights, a folder or `hf:OWNER/NAME`; they initialise this run's adapters, and
+        define the section `lora` if the config has none.
     """
 
     run: str
@@ -93,10 +93,10 @@ class InitFrom:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logging:
-    """The `log` section.
+    """Logging of metrics.
 
     Attributes:
-      every: steps that a line of training metrics is the mean of.
+      every: steps between log lines; a line holds the means over these steps.
       trackers: where metrics and media are written: names, or sections with a `name` and the tracker's own keys.
       tensorboard: False leaves `tensorboard` out of the trackers.
     """
@@ -124,7 +124,28 @@ class CallbackOptions:
     processes: Literal["first", "all"] | None = None
 
 
-# How a run is computed, not what it computes: a run may be taken up again with other values of these.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Root:
+    """Keys that are not in a section, and optional sections.
+
+    Attributes:
+      seed: random seed of initialisation, data order, dropout and augmentation; at least 0 and below 2**32.
+      partition: `jit` compiles one program over the whole mesh; `pmap` runs one replica per device, with data parallelism only.
+      compiler_options: XLA options, name -> value, that replace the built-in ones of the chip; None as a value removes an option.
+      init_from: initial weights from another run or a pretrained model; a section, or its `run` alone.
+      lora: adapters to train beside frozen weights; needs `init_from`. None trains the weights themselves.
+      callbacks: hooks around the step: names `package.module:Class`, or sections with a `name` and the class's own keys.
+    """
+
+    seed: int = 0
+    partition: Literal["jit", "pmap"] = "jit"
+    compiler_options: dict[str, Any] | None = None
+    init_from: InitFrom | None = None
+    lora: Lora | None = None
+    callbacks: tuple[Any, ...] | None = None
+
+
+# Keys that may change on resume: they affect how the run executes, not its result.
 MACHINE_KEYS = (
     "mesh",
     "sharding",
@@ -141,7 +162,7 @@ MACHINE_KEYS = (
     "log.trackers",
 )
 
-_PLAIN = {
+PLAIN = {
     "training": Training,
     "evaluation": Evaluation,
     "checkpoint": Checkpointing,
@@ -152,24 +173,29 @@ _PLAIN = {
 
 
 def resolve(config: Mapping) -> dict:
-    """The whole config: every section, every key with its value, types checked.
+    """Return the config with all sections and keys, defaults filled in and types checked.
 
     Args:
-      config: as a config file gives it (a ConfigDict or nested dictionaries).
+      config: a ConfigDict or nested dictionaries, as a config file returns.
 
     Raises:
       ConfigError: an unknown section or key, a wrong type, an unknown name, a missing required key.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
-        raise ConfigError(f"a config is a dictionary of sections, as jaxmodels.load_config(FILE) gives; got {config!r}.")
-    top = ("seed", "model", "task", "data", "optimizer", *_PLAIN, "partition", "compiler_options", "init_from", "lora", "callbacks")
+        raise ConfigError(f"the config must be a dictionary of sections, as jaxmodels.load_config(FILE) returns; got {config!r}.")
+    root = config_lib.fields(Root)
+    top = ("seed", "model", "task", "data", "optimizer", *PLAIN, *root)
     for key in config:
         if key not in top:
             hint = config_lib.suggest(key, top) or f" There are: {', '.join(top)}."
             raise ConfigError(f"config.{key}: there is no such section.{hint}")
-    resolved = {"seed": config_lib.check_value("seed", config.get("seed", 0), int)}
-    config = _with_published_model(config)
+
+    def check(key: str, value: Any) -> Any:
+        return config_lib.check_value(key, value, root[key][0])
+
+    resolved = {"seed": check("seed", config.get("seed", 0))}
+    config = _with_pretrained_model(config)
     named = {"model": _resolve_model, "task": _resolve_task, "data": _resolve_data, "optimizer": optimizer.resolve}
     for name, resolve_section in named.items():
         section = config.get(name)
@@ -179,13 +205,13 @@ def resolve(config: Mapping) -> dict:
         if not isinstance(section, Mapping) or first not in section:
             raise ConfigError(f"config.{name}.{first} is required, e.g. --config.{name}.{first}=VALUE.")
         resolved[name] = resolve_section(dict(section))
-    for name, section in _PLAIN.items():
+    for name, section in PLAIN.items():
         resolved[name] = config_lib.check_section(name, {} if config.get(name) is None else config[name], config_lib.fields(section), f"the section {name!r}")
-    resolved["partition"] = config_lib.check_value("partition", config.get("partition", "jit"), Literal["jit", "pmap"])
-    resolved["compiler_options"] = config_lib.check_value("compiler_options", config.get("compiler_options") or {}, dict[str, Any])
-    resolved["init_from"] = config_lib.check_value("init_from", config.get("init_from"), InitFrom | None)
-    resolved["lora"] = config_lib.check_value("lora", _lora(config.get("lora"), resolved), Lora | None)
-    resolved["callbacks"] = tuple(_resolve_callback(number, entry) for number, entry in enumerate(config.get("callbacks") or ()))
+    resolved["partition"] = check("partition", config.get("partition", "jit"))
+    resolved["compiler_options"] = check("compiler_options", config.get("compiler_options")) or {}
+    resolved["init_from"] = check("init_from", config.get("init_from"))
+    resolved["lora"] = check("lora", _lora(config.get("lora"), resolved))
+    resolved["callbacks"] = tuple(_resolve_callback(number, entry) for number, entry in enumerate(check("callbacks", config.get("callbacks")) or ()))
     _check_values(resolved)
     return resolved
 
@@ -202,38 +228,38 @@ def _resolve_callback(number: int, entry: Any) -> dict:
     return {"name": name} | config_lib.check_section(where, options, keys | config_lib.fields(CallbackOptions), f"the callback {name!r}")
 
 
-def _with_published_model(config: Mapping) -> Mapping:
-    """The config with the model of published weights, where it names none."""
+def _with_pretrained_model(config: Mapping) -> Mapping:
+    """Return the config with the model of the pretrained weights if it names no model."""
     init_from, model = config.get("init_from"), config.get("model")
     run = init_from.get("run") if isinstance(init_from, Mapping) else init_from
-    if not is_published(run) or isinstance(model, str) or (model is not None and "name" in model):
+    if not is_pretrained(run) or isinstance(model, str) or (model is not None and "name" in model):
         return config
     return dict(config) | {"model": {"name": run, **(model or {})}}
 
 
-def published_keys(config: Mapping) -> dict[str, str]:
-    """Dotted keys of the model that a published model's config.json decides, and which model that is."""
-    model = _with_published_model(config).get("model")
+def pretrained_keys(config: Mapping) -> dict[str, str]:
+    """Return the model keys that a pretrained model's config.json sets: dotted key -> reference of that model."""
+    model = _with_pretrained_model(config).get("model")
     reference = model.get("name") if isinstance(model, Mapping) else model
-    if not is_published(reference):
+    if not is_pretrained(reference):
         return {}
     own = config.get("model") if isinstance(config.get("model"), Mapping) else {}
-    return {f"model.{key}": reference for key in published.model_section(reference) if key == "name" or key not in own}
+    return {f"model.{key}": reference for key in pretrained.model_section(reference) if key == "name" or key not in own}
 
 
 def _lora(section: Any, resolved: Mapping) -> Any:
-    """The section `lora`, made of that of published adapters where there is none."""
+    """Return the section `lora`; that of the pretrained adapters if the config has none."""
     init_from = resolved["init_from"]
     adapters = init_from and init_from["adapters"]
-    if adapters and not is_published(init_from["run"]):
-        raise ConfigError(f"config.init_from.adapters={adapters!r} are for published weights, init_from.run=hf:FOLDER, not {init_from['run']!r}.")
-    return published.lora_section(init_from["run"], resolved["model"], adapters) if adapters and section is None else section
+    if adapters and not is_pretrained(init_from["run"]):
+        raise ConfigError(f"config.init_from.adapters={adapters!r} needs pretrained weights, init_from.run=hf:FOLDER, got {init_from['run']!r}.")
+    return pretrained.lora_section(init_from["run"], resolved["model"], adapters) if adapters and section is None else section
 
 
 def _resolve_model(section: dict) -> dict:
     name = config_lib.check_value("model.name", section.pop("name"), str)
-    if is_published(name):
-        section = published.model_section(name) | section
+    if is_pretrained(name):
+        section = pretrained.model_section(name) | section
         name = section.pop("name")
     constructor, size = models.find(name)
     keys, given = config_lib.fields(constructor), f"the model {name!r}"
@@ -253,7 +279,7 @@ def _resolve_data(section: dict) -> dict:
 
 
 def _check_values(c: dict) -> None:
-    """Values that are of the right type and still make no sense."""
+    """Raise ConfigError for a value of the right type that is out of range or contradicts another."""
     compiler_options.check(c["compiler_options"])
     positive = ["data.batch_size", "data.eval_batch_size", "data.buffer", "training.steps", "training.epochs", "training.accumulate"]
     positive += ["evaluation.every", "evaluation.patience", "checkpoint.every", "checkpoint.keep", "log.every"]
@@ -278,7 +304,7 @@ def _check_values(c: dict) -> None:
     if c["data"]["batch_size"] % c["training"]["accumulate"]:
         raise ConfigError(f"config.data.batch_size={c['data']['batch_size']} does not divide by training.accumulate={c['training']['accumulate']}.")
     if c["checkpoint"]["best"] is None and c["evaluation"]["patience"] is not None:
-        raise ConfigError("config.evaluation.patience needs checkpoint.best: the metric that has to improve.")
+        raise ConfigError("config.evaluation.patience needs checkpoint.best, the metric to improve.")
     for key in ("trainable", "freeze"):
         for pattern in c["training"][key] or ():
             check_pattern(f"training.{key}", pattern)
@@ -297,10 +323,10 @@ def _check_values(c: dict) -> None:
 
 
 def _check_lora(c: dict) -> None:
-    """Adapters stand beside weights that were trained before."""
+    """Raise ConfigError for a `lora` section without valid rank and targets, or without initial weights."""
     if c["lora"]["rank"] < 1 or not c["lora"]["targets"]:
         raise ConfigError(f"config.lora needs a rank of at least 1 and at least one target, got {c['lora']}.")
     for pattern in c["lora"]["targets"]:
         check_pattern("lora.targets", pattern)
     if c["init_from"] is None:
-        raise ConfigError("config.lora trains adapters beside weights that another run trained: name it with config.init_from=RUN.")
+        raise ConfigError("config.lora trains adapters on the weights of another run: name it with config.init_from=RUN.")

@@ -93,7 +93,7 @@ def _training(config: Mapping, manifest: Mapping) -> str:
 def _lineage(folder: RunFolder) -> str:
     lines = []
     for parent in folder.manifest().get("parents", []):
-        kind = f"published weights ({parent['model_type']})" if "model_type" in parent else f"step {parent['step']}"
+        kind = f"pretrained weights ({parent['model_type']})" if "model_type" in parent else f"step {parent['step']}"
         counts = ", ".join(f"{len(parent[word])} {word}" for word in lineage.WORDS if parent.get(word))
         lines.append(f"- from {parent['run']}, {kind}" + (f": {counts}" if counts else ""))
     return "\n".join(lines) or "Its weights began at random."

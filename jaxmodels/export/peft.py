@@ -18,7 +18,7 @@ from jaxmodels.models.lora import ADAPTERS, Lora
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import mapping, safetensors
 from jaxmodels.pretrained.architecture import Architecture
-from jaxmodels.pretrained.folder import is_published, whole_folder
+from jaxmodels.pretrained.folder import is_pretrained, whole_folder
 from jaxmodels.pretrained.mapping import Link
 from jaxmodels.pretrained.peft import CONFIG, KINDS, MATRIX, PREFIX, TABLE, WEIGHTS
 from jaxmodels.runs import weights as weights_lib
@@ -49,7 +49,7 @@ class _Content:
 
 
 def export_adapters(run: str, output: str) -> Path:
-    """Writes the adapters of a run that began with published weights, for `peft.PeftModel.from_pretrained` on that model.
+    """Writes the adapters of a run that began with pretrained weights, for `peft.PeftModel.from_pretrained` on that model.
 
     Other modules that it trained, such as a head, come with them whole (`modules_to_save`).
 
@@ -61,7 +61,7 @@ def export_adapters(run: str, output: str) -> Path:
       The folder.
 
     Raises:
-      ConfigError: no such run; it has no adapters; it did not begin with published weights; PEFT cannot say what was trained, and why; the
+      ConfigError: no such run; it has no adapters; it did not begin with pretrained weights; PEFT cannot say what was trained, and why; the
         folder is taken.
     """
     located = weights_lib.locate(run)
@@ -84,13 +84,13 @@ def export_adapters(run: str, output: str) -> Path:
 
 
 def _base(folder: RunFolder) -> dict[str, str]:
-    """The published model that a run began with, itself or through an import of it: its `name` and `model_type`."""
+    """The pretrained model that a run began with, itself or through an import of it: its `name` and `model_type`."""
     parents = folder.manifest().get("parents", [])
     entry = parents[0] if parents else {}
     if len(parents) == 2 and entry.get("step") == 0 and parents[1].get("weights") == "published":
         entry = parents[1]  # a run that jaxmodels import made
-    if not is_published(entry.get("run")):
-        problem = "did not begin with published weights (init_from=hf:…), so there is no model that PEFT could add adapters to"
+    if not is_pretrained(entry.get("run")):
+        problem = "did not begin with pretrained weights (init_from=hf:…), so there is no model that PEFT could add adapters to"
         raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
     name = entry["run"].removeprefix("hf:")
     path = entry.get("path") or os.path.abspath(os.path.expanduser(name))

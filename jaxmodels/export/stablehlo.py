@@ -116,7 +116,7 @@ def load_stablehlo(folder: str) -> Forward:
 
 
 def export_stablehlo(run: str, output: str) -> Path:
-    """Writes the forward pass of a run, or of a published model, to a folder, which appears when it is whole.
+    """Writes the forward pass of a run, or of a pretrained model, to a folder, which appears when it is whole.
 
     Parameters are read from disk and written one at a time: a model need not fit into memory.
 

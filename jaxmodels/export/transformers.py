@@ -1,4 +1,4 @@
-"""A run as a published model: safetensors, config.json, tokenizer and a model card, which `transformers` loads as they are."""
+"""A run as a pretrained model: safetensors, config.json, tokenizer and a model card, which `transformers` loads as they are."""
 
 import functools
 import json

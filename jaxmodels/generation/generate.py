@@ -1,11 +1,11 @@
-"""Text from a language model or an encoder–decoder: prompts in, texts out, as a whole or in pieces.
+"""Generate text with a language model or an encoder–decoder, as a whole or as a stream.
 
     generate(model, tokenizer, ["Once upon", "The"], max_tokens=50, temperature=0.8)
 
-A call compiles two functions: one that reads the prompts, and one that goes on token by token. Prompts and room for new tokens are
-filled up to a few sizes (`bucket`), so that later calls use the same two.
+A call compiles two functions: one reads the prompts, the other generates token by token. The lengths of prompts and caches are rounded up
+to a few sizes (`bucket`), so that later calls reuse both.
 
-Shapes: B rows, P tokens of a prompt, N room for new tokens.
+Shapes: B rows, P tokens of a prompt, N new tokens at most.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxmodels.generation import beam, decoding
 from jaxmodels.generation.beam import Beams
 from jaxmodels.generation.full_forward import with_cache
 from jaxmodels.generation.sampling import Sampling
-from jaxmodels.generation.stop_strings import Row
+from jaxmodels.generation.stop_strings import GeneratedText
 from jaxmodels.models import functional
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
@@ -32,20 +32,20 @@ from jaxmodels.tokenizers.base import Tokenizer, frame
 
 Prompt = str | Sequence[int]
 
-_WITH_STOPS, _WITHOUT = 8, 64  # tokens between two looks of the host
+_WITH_STOPS, _WITHOUT = 8, 64  # tokens generated between transfers to the host
 DEFAULT_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was made of one prompt.
+    """The text generated for one prompt.
 
     Attributes:
-      prompt: as it was given.
-      text: the new text, without a string or token that ended it; None without a tokenizer.
-      tokens: the new tokens, without one that ended the text.
-      finish: why it ended: `end` (a token that ends texts), `stop` (one of the strings), or `length`.
-      score: of beam search, the sum of log-probabilities over length ** length_penalty; else None.
+      prompt: as given.
+      text: the new text, without the stop string or end token; None without a tokenizer.
+      tokens: the new tokens, without the end token.
+      finish: reason of the end: `end` (an end token), `stop` (a stop string), or `length`.
+      score: with beam search, the sum of log-probabilities divided by length ** length_penalty; else None.
     """
 
     prompt: Prompt
@@ -57,12 +57,12 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `generate` takes beside prompts; of `Sampling` and `Beams` all that these have.
+    """Options of `generate`, including all of `Sampling` and `Beams`.
 
     Attributes:
-      max_tokens: new tokens at most; 128, or as many as the model's context leaves, unless given.
-      stop: strings that end a text.
-      seed: of drawing; the same seed gives the same texts.
+      max_tokens: maximum number of new tokens; None means 128, or fewer if the model's context ends before.
+      stop: stop strings; a text ends before the first of them.
+      seed: random seed of sampling; equal seeds give equal texts.
     """
 
     max_tokens: int | None = None
@@ -86,7 +86,7 @@ class Options:
         return Beams(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Beams)})
 
     def check(self, tokenizer: Tokenizer | None) -> None:
-        """Raises ConfigError for what means nothing, alone or together."""
+        """Raise ConfigError for an invalid value or combination."""
         self.sampling.check()
         self.searching.check()
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -94,22 +94,22 @@ class Options:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be at least 0 and below 2**32, got {self.seed}.")
         if self.beams > 1 and self.temperature > 0:
-            raise ConfigError("beams search for the likeliest text, and temperature draws one: give one of the two.")
+            raise ConfigError(f"beams={self.beams} and temperature={self.temperature}: beam search does not sample; set beams=1 or temperature=0.")
         if self.beams > 1 and self.stop:
-            raise ConfigError("beams end with the model's own token alone: leave out stop, or beams.")
+            raise ConfigError(f"beams={self.beams} and stop={self.stop!r}: beam search does not support stop strings; leave one out.")
         for stop in self.stop:
             if not stop:
-                raise ConfigError("stop: an empty string would end every text at once.")
+                raise ConfigError("stop: an empty string would end every text immediately; leave it out.")
             if tokenizer is None:
-                raise ConfigError(f"stop={stop!r}: there is no tokenizer, so there are no texts to look for it in.")
+                raise ConfigError(f"stop={stop!r} needs a tokenizer, and the model has none.")
             try:
                 tokenizer.encode(stop)
             except ValueError as error:
-                raise ConfigError(f"stop={stop!r} can never come: {error}.") from error
+                raise ConfigError(f"stop={stop!r} cannot be generated: {error}.") from error
 
 
 class Generator:
-    """A model that texts are made with: its weights, its tokenizer, and the functions compiled for it."""
+    """A model prepared for generation: its weights, its tokenizer, and its compiled functions."""
 
     def __init__(
         self,
@@ -123,12 +123,15 @@ class Generator:
     ):
         """
         Args:
-          model: maps tokens to logits, or is an encoder–decoder; with a cache (`models.cache`) each token is read once.
-          tokenizer: without one, prompts are token numbers, and so is what comes.
-          start: the token that an encoder–decoder's targets begin with; the tokenizer's own unless given.
-          ends: tokens that end a text; the tokenizer's own unless given.
+          model: maps tokens to logits, or is an encoder–decoder. Without a cache (`models.cache`) it recomputes all tokens at each step.
+          tokenizer: None if prompts are token ids; completions are then token ids too.
+          start: id of the first target token of an encoder–decoder; the tokenizer's by default.
+          ends: ids of end tokens; the tokenizer's by default.
           dtype: of the computation; parameters are cast once.
-          layout: how the model is spread over devices; None for one.
+          layout: sharding of the model; None for one device.
+
+        Raises:
+          ConfigError: an encoder–decoder without a start token.
         """
         special = getattr(tokenizer, "special", lambda name: None)
         graph, params, stats = functional.split(model)
@@ -138,24 +141,24 @@ class Generator:
         self.cached = hasattr(model, "extend")
         if not self.cached:
             name = type(model).__name__
-            warnings.warn(f"{name} keeps no cache (jaxmodels.models.cache), so it reads the whole text anew for each token", stacklevel=2)
+            warnings.warn(f"{name} has no cache (jaxmodels.models.cache): it recomputes the whole text for each token", stacklevel=2)
         self.start = special("start") if start is None else start
         self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
-        self._ends_E = np.array(self.ends or (-2,), np.int32)  # never without one: as with one, nothing is compiled anew
+        self._eos_ids = np.array(self.ends or (-2,), np.int32)  # never empty, so that the shape, and so the compiled function, is the same
         self._programs = _programs(graph, jnp.dtype(dtype)) if layout is None else Programs(graph, dtype, layout)
         if self.reads_sources and self.start is None:
-            raise ConfigError("the tokenizer has no token that a target begins with: give the number of one, as start.")
+            raise ConfigError("the tokenizer has no start token for targets: give its id as start.")
 
     def generate(self, prompts: Prompt | Sequence[Prompt], check: Callable[[], None] = lambda: None, **options: Any) -> list[Completion]:
-        """A text for each prompt.
+        """Generate one completion for each prompt.
 
         Args:
-          prompts: texts, or lists of token numbers; for an encoder–decoder its sources.
-          check: called every few tokens; what it raises ends the call.
-          options: of `Options`.
+          prompts: texts, or lists of token ids; the sources of an encoder–decoder.
+          check: called every few tokens; an exception of it ends the call.
+          options: fields of `Options`.
 
         Raises:
-          ConfigError: an empty prompt, one that does not fit the model, or options that mean nothing.
+          ConfigError: an empty or too long prompt, or invalid options.
         """
         options = _options(options)
         options.check(self.tokenizer)
@@ -172,29 +175,29 @@ class Generator:
         return [Completion(prompt, self._text(row.text), row.tokens, row.finish) for prompt, row in zip(prompts, rows, strict=True)]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """The text for one prompt, in pieces as they come: never a part of a character, or of a string that ends the text.
+        """Generate for one prompt and yield the text in pieces. A piece never ends within a character or a possible stop string.
 
         Raises:
-          ConfigError: as `generate`, before the first piece; also for beams, and without a tokenizer.
+          ConfigError: as `generate`, before the first piece; also for beam search, and without a tokenizer.
         """
         options = _options(options)
         options.check(self.tokenizer)
         if self.tokenizer is None:
-            raise ConfigError("there is no tokenizer, so there is no text to stream.")
+            raise ConfigError("streaming needs a tokenizer, and the model has none: call generate.")
         if options.beams > 1:
-            raise ConfigError("beams are known when they are complete: leave out streaming, or beams.")
+            raise ConfigError(f"beams={options.beams}: beam search cannot stream; set beams=1, or call generate.")
         tokens = [self._tokens(prompt, 1)]
         row = self._row(tokens[0], options)
         pieces = self._run([row], tokens, self._limit(tokens, options), options, 1)
         return (piece for (piece,) in pieces if piece)
 
-    def _run(self, rows: list[Row], tokens: list[np.ndarray], limit: int, options: Options, every: int, check=lambda: None) -> Iterator[list[str]]:
-        """Fills rows; gives what each can show, every so many tokens."""
-        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._ends_E
-        room, key = self._size(limit), jax.random.key(options.seed)
+    def _run(self, rows: list[GeneratedText], tokens: list[np.ndarray], limit: int, options: Options, every: int, check=lambda: None) -> Iterator[list[str]]:
+        """Generate into `rows`; yield each row's new text every `every` tokens."""
+        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._eos_ids
+        max_new_tokens, key = self._size(limit), jax.random.key(options.seed)
         inputs = self._inputs(tokens)
-        how = {"shape": shape, "numbers": numbers, "ends_E": ends}
-        state = self._programs.start(*self.weights, *inputs, room=room, key=key, **how)
+        how = {"shape": shape, "numbers": numbers, "eos_ids": ends}
+        state = self._programs.start(*self.weights, *inputs, max_new_tokens=max_new_tokens, key=key, **how)
         seen = 0
         while True:
             chosen = np.asarray(state["chosen"])
@@ -216,9 +219,9 @@ class Generator:
             state = self._programs.advance(*self.weights, state, np.int32(min(every, limit - count)), stopped, **how)
 
     def _search(self, prompts, tokens, limit, options) -> list[Completion]:
-        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._ends_E
-        how = {"limit": np.int32(limit), "beams": options.searching, "shape": shape, "numbers": numbers, "ends_E": ends}
-        carry = self._programs.start_beams(*self.weights, *self._inputs(tokens), room=self._size(limit), **how)
+        shape, numbers, ends = options.sampling.shape(), options.sampling.numbers(), self._eos_ids
+        how = {"limit": np.int32(limit), "beams": options.searching, "shape": shape, "numbers": numbers, "eos_ids": ends}
+        carry = self._programs.start_beams(*self.weights, *self._inputs(tokens), max_new_tokens=self._size(limit), **how)
         texts, scores = jax.device_get(self._programs.search(*self.weights, carry, **how))
         done = []
         for prompt, given, text, score in zip(prompts, tokens, texts, scores, strict=False):
@@ -230,18 +233,18 @@ class Generator:
             done.append(Completion(prompt, self._text(row.text), row.tokens, row.finish, float(score)))
         return done
 
-    def _row(self, tokens: np.ndarray, options: Options) -> Row:
-        return Row(self.tokenizer, () if self.reads_sources else tokens.tolist(), self.ends, options.stop)
+    def _row(self, tokens: np.ndarray, options: Options) -> GeneratedText:
+        return GeneratedText(self.tokenizer, () if self.reads_sources else tokens.tolist(), self.ends, options.stop)
 
     def _text(self, text: str) -> str | None:
         return None if self.tokenizer is None else text
 
     def _tokens(self, prompt: Prompt, number: int) -> np.ndarray:
-        """A prompt's tokens, int32 [P]."""
+        """Return a prompt's token ids, int32 [P]."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                way = "give token numbers, as jaxmodels.load(RUN).generate([[1, 2]]) takes them"
-                raise ConfigError(f"prompt {number} is a text, and there is no tokenizer: {way}.")
+                way = "give token ids, jaxmodels.load(RUN).generate([[1, 2]])"
+                raise ConfigError(f"prompt {number} is a text, and the model has no tokenizer: {way}.")
             try:
                 own = self.tokenizer.encode(prompt)
             except ValueError as error:
@@ -251,31 +254,31 @@ class Generator:
         else:
             own = tokens = np.asarray(prompt, np.int32)
             if tokens.ndim != 1 or (tokens < 0).any() or (tokens >= self.vocab_size).any():
-                raise ConfigError(f"prompt {number} is no list of tokens, which are whole numbers from 0 to {self.vocab_size - 1}.")
+                raise ConfigError(f"prompt {number} must be a list of token ids, whole numbers from 0 to {self.vocab_size - 1}.")
         if not len(own):
             raise ConfigError(f"prompt {number} is empty: give at least one token of text.")
         return tokens
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Tokens that the model knows."""
+        """Size of the model's vocabulary."""
         return self._programs.vocab_size(*self.weights, self.reads_sources)
 
     def _limit(self, tokens: list[np.ndarray], options: Options) -> int:
-        """New tokens at most, which all prompts leave room for."""
+        """Return the number of new tokens that fits the context for all prompts; ConfigError if `max_tokens` is larger."""
         wanted = options.max_tokens or DEFAULT_TOKENS
         if self.context is None:
             return wanted
         number, longest = max(enumerate(map(len, tokens), 1), key=lambda pair: pair[1])
         if self.reads_sources:
             if longest > self.context:
-                raise ConfigError(f"prompt {number} has {longest} tokens, and the model reads {self.context} at most: shorten it.")
+                raise ConfigError(f"prompt {number} has {longest} tokens, more than the model's context of {self.context}: shorten it.")
             left, why = self.context, f"the model's context of {self.context}"
         else:
             left = self.context - longest
             if left < 1:
                 raise ConfigError(
-                    f"prompt {number} has {longest} tokens, and the model's context holds {self.context} with what follows: "
+                    f"prompt {number} has {longest} tokens, and the model's context is {self.context} including new tokens: "
                     f"shorten it to {self.context - 1} or less."
                 )
             why = f"prompt {number} of {longest} tokens leaves of the model's context of {self.context}"
@@ -284,11 +287,11 @@ class Generator:
         return min(wanted, left)
 
     def _size(self, tokens: int) -> int:
-        """Room for so many tokens: of a size that few are of; but exact for a model that is to read all of it anew each time."""
+        """Return the padded length for so many tokens: a bucket's size, or the exact number for a model without a cache."""
         return min(bucket(tokens), self.context or bucket(tokens)) if self.cached else tokens
 
     def _inputs(self, tokens: list[np.ndarray]) -> tuple[Any, ...]:
-        """What the programs begin with: prompts [B, P]; or sources [B, S], and the targets' first tokens [B]."""
+        """Return the arrays to start from: prompts [B, P], or sources [B, S] and the targets' first tokens [B]."""
         ways = 1 if self.layout is None else mesh_lib.batch_ways(self.layout.mesh)
         rows = -(-len(tokens) // ways) * ways
         longest = max(map(len, tokens))
@@ -301,7 +304,7 @@ class Generator:
 
 
 def own_ends(tokenizer: Tokenizer | None) -> list[int]:
-    """The tokens that end a text: that of the tokenizer, and those that a published model's config.json names, which may be several."""
+    """Return the ids of end tokens: the tokenizer's, and those of a pretrained model's config.json, which may be several."""
     if tokenizer is None:
         return []
     named = getattr(tokenizer, "config", {}).get("eos_token_id")
@@ -310,13 +313,13 @@ def own_ends(tokenizer: Tokenizer | None) -> list[int]:
 
 
 def generate(model: nnx.Module, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Completion]:
-    """Texts that a model makes of prompts.
+    """Generate one completion for each prompt.
 
     Args:
       model: maps tokens to logits, or is an encoder–decoder.
-      tokenizer: None where prompts are token numbers.
-      prompts: texts, or lists of token numbers.
-      options: of `Options`; `start`, `ends` and `dtype` of `Generator`.
+      tokenizer: None if prompts are token ids.
+      prompts: texts, or lists of token ids.
+      options: fields of `Options`; and `start`, `ends` and `dtype` of `Generator`.
 
     Raises:
       ConfigError: as `Generator.generate`.
@@ -326,7 +329,7 @@ def generate(model: nnx.Module, tokenizer: Tokenizer | None, prompts: Prompt | S
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 32, 48, 64, 96, 128, 192, …: a power of two or one and a half."""
+    """Round up to one of 16, 32, 48, 64, 96, 128, 192, …: 2**n or 1.5 * 2**n."""
     return next(n for power in range(4, 64) for n in (1 << power, 3 << power >> 1) if n >= size and n % 16 == 0)
 
 
@@ -334,55 +337,55 @@ def _options(options: Mapping[str, Any]) -> Options:
     names = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in names:
-            raise ConfigError(f"generate takes no {name!r}; it takes {', '.join(names)}.")
+            raise ConfigError(f"generate has no option {name!r}; it has {', '.join(names)}.")
     stop = options.get("stop") or ()
     return Options(**{**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
 class Programs:
-    """The compiled functions of one model: each is compiled once for sizes and a kind of sampling."""
+    """The compiled functions of one model; each is compiled once for a padded length and a `sampling.Shape`."""
 
     def __init__(self, graph: Any, dtype: Any, layout: layout_lib.Layout | None = None):
-        """graph: as `training.step.split` gives."""
+        """graph: of `models.functional.split`."""
         self.graph, self.dtype, self.layout = graph, dtype, layout
-        self.start = jax.jit(self._start, static_argnames=("room", "shape"))
+        self.start = jax.jit(self._start, static_argnames=("max_new_tokens", "shape"))
         self.advance = jax.jit(self._advance, static_argnames="shape", donate_argnames="state")
-        self.start_beams = jax.jit(self._start_beams, static_argnames=("room", "beams", "shape"))
+        self.start_beams = jax.jit(self._start_beams, static_argnames=("max_new_tokens", "beams", "shape"))
         self.search = jax.jit(self._search, static_argnames=("beams", "shape"))
 
     def _run(self, params, stats, function: Callable) -> Any:
-        """The function's result, given the model."""
+        """Call a function with the model."""
         with layout_lib.use(self.layout):
             return function(functional.evaluation_model(self.graph, params, stats, self.dtype))
 
-    def _start(self, params, stats, *inputs, room, key, shape, numbers, ends_E):
+    def _start(self, params, stats, *inputs, max_new_tokens, key, shape, numbers, eos_ids):
         def start(model):
             if len(inputs) == 2:
-                return decoding.begin(model, *inputs, room, key, shape)
-            state, logits = decoding.prefill(model, *inputs, room, key, shape, self.dtype)
-            return decoding.take(state, logits, shape, numbers, ends_E)
+                return decoding.begin(model, *inputs, max_new_tokens, key, shape)
+            state, logits = decoding.prefill(model, *inputs, max_new_tokens, key, shape, self.dtype)
+            return decoding.choose_next(state, logits, shape, numbers, eos_ids)
 
         return self._run(params, stats, start)
 
-    def _advance(self, params, stats, state, steps, stopped_B, *, shape, numbers, ends_E):
-        return self._run(params, stats, lambda model: decoding.advance(model, state, steps, stopped_B, shape, numbers, ends_E))
+    def _advance(self, params, stats, state, steps, stopped_B, *, shape, numbers, eos_ids):
+        return self._run(params, stats, lambda model: decoding.advance(model, state, steps, stopped_B, shape, numbers, eos_ids))
 
-    def _start_beams(self, params, stats, *inputs, room, limit, beams, shape, numbers, ends_E):
+    def _start_beams(self, params, stats, *inputs, max_new_tokens, limit, beams, shape, numbers, eos_ids):
         def start(model):
             key = jax.random.key(0)
             if len(inputs) == 2:
-                state, logits = decoding.begin(model, *inputs, room, key, shape), None
+                state, logits = decoding.begin(model, *inputs, max_new_tokens, key, shape), None
             else:
-                state, logits = decoding.prefill(model, *inputs, room, key, shape, self.dtype)
-            return beam.start(state, logits, limit, beams, shape, numbers, ends_E)
+                state, logits = decoding.prefill(model, *inputs, max_new_tokens, key, shape, self.dtype)
+            return beam.start(state, logits, limit, beams, shape, numbers, eos_ids)
 
         return self._run(params, stats, start)
 
-    def _search(self, params, stats, carry, *, limit, beams, shape, numbers, ends_E):
-        return self._run(params, stats, lambda model: beam.search(model, carry, limit, beams, shape, numbers, ends_E))
+    def _search(self, params, stats, carry, *, limit, beams, shape, numbers, eos_ids):
+        return self._run(params, stats, lambda model: beam.search(model, carry, limit, beams, shape, numbers, eos_ids))
 
     def vocab_size(self, params, stats, reads_sources: bool) -> int:
-        """V, of the model's logits."""
+        """Return the size of the logits' last axis."""
 
         def logits(model):
             model, token = with_cache(model), jnp.zeros(1, jnp.int32)
@@ -393,5 +396,5 @@ class Programs:
 
 @functools.lru_cache(maxsize=8)
 def _programs(graph: Any, dtype: Any) -> Programs:
-    """The programs of a model on one device, which calls on the same model share."""
+    """Return the compiled functions of a model on one device, shared by all calls on equal models."""
     return Programs(graph, dtype)

@@ -1,43 +1,42 @@
-"""New tokens as text, piece by piece; and where that has to stop."""
+"""Decode a stream of tokens to text, and stop at stop strings."""
 
 from collections.abc import Collection, Sequence
 
 from jaxmodels.tokenizers.base import Tokenizer
 
-_UNFINISHED = "\ufffd"  # what bytes that make no character yet are decoded as
-_BEFORE = 8  # tokens of what came before, which decide whether a space comes first
+_UNFINISHED = "\ufffd"  # decoding of an incomplete character
+_BEFORE = 8  # tokens of context: they decide whether the text starts with a space
 
 
 class Pieces:
-    """The text of tokens that come one by one: each piece as soon as no later token can change it.
+    """Decode tokens one by one; a piece of text is returned as soon as no later token can change it.
 
-    A character of several tokens comes with the last of them. All pieces together are what the tokenizer decodes all tokens as, after
-    those before.
+    A character that spans several tokens is returned with the last of them. The concatenated pieces equal the decoding of all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        """before: tokens that these follow, whose text is known."""
+        """before: preceding tokens, whose text is not returned."""
         self.tokenizer = tokenizer
-        # Only the last tokens are decoded each time: `known` ones, of which all is said, and others, of which `said` characters are.
+        # Each call decodes only the last tokens: `known` ones, whose text was returned, then others, of which `returned` characters were returned.
         self.tokens = list(before[-_BEFORE:])
-        self.known, self.said = len(self.tokens), 0
+        self.known, self.returned = len(self.tokens), 0
 
     def add(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """Add a token and return the newly completed text."""
         self.tokens.append(int(token))
         text = self._rest()
         certain = text.rstrip(_UNFINISHED)
         certain = text[: max(len(certain), len(text) - 3)]  # a character has four bytes at most
-        piece, self.said = certain[self.said :], max(self.said, len(certain))
+        piece, self.returned = certain[self.returned :], max(self.returned, len(certain))
         if certain == text != "":
             self.tokens = self.tokens[self.known :]
-            self.known, self.said = len(self.tokens), 0
+            self.known, self.returned = len(self.tokens), 0
         return piece
 
     def finish(self) -> str:
-        """The text of bytes that were waiting for more."""
+        """Return the remaining text, with incomplete characters."""
         text = self._rest()
-        piece, self.said = text[self.said :], len(text)
+        piece, self.returned = text[self.returned :], len(text)
         return piece
 
     def _rest(self) -> str:
@@ -45,13 +44,13 @@ class Pieces:
         return self.tokenizer.decode(self.tokens)[len(known) :]
 
 
-class Row:
-    """One text as it is made: what of it can be shown, and whether it has ended.
+class GeneratedText:
+    """One text during generation.
 
     Attributes:
-      tokens: so far, without one that ended the text.
-      text: so far, without a string that ended it; "" where there is no tokenizer.
-      finish: why it ended: `end` (a token that ends texts), `stop` (a string), `length`; None while it goes on.
+      tokens: so far, without the end token.
+      text: so far, without the stop string; "" without a tokenizer.
+      finish: reason of the end: `end` (an end token), `stop` (a stop string) or `length`; None while it continues.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, before: Sequence[int], ends: Collection[int], stops: Sequence[str]):
@@ -61,14 +60,14 @@ class Row:
         self._ends, self._stops, self._shown = frozenset(ends), stops, 0
 
     def add(self, token: int) -> str:
-        """The text that can be shown after one token more."""
+        """Add a token and return the text that can be printed now."""
         if token in self._ends:
             return self.end("end")
         self.tokens.append(int(token))
         return "" if self._pieces is None else self._grow(self._pieces.add(token))
 
     def end(self, finish: str) -> str:
-        """The rest of the text, which ends here."""
+        """End the text and return the rest of it."""
         self.finish = finish
         if self._pieces is not None:
             self._grow(self._pieces.finish())
@@ -82,10 +81,10 @@ class Row:
         if found:
             self.text, self.finish = self.text[: min(found)], "stop"
             return self._show(len(self.text))
-        return self._show(len(self.text) - self._begun())
+        return self._show(len(self.text) - self._possible_stop())
 
-    def _begun(self) -> int:
-        """Characters at the end that may be the beginning of a string that stops."""
+    def _possible_stop(self) -> int:
+        """Return the number of characters at the end that may begin a stop string."""
         return max((n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
 
     def _show(self, until: int) -> str:

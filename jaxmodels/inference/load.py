@@ -10,12 +10,12 @@ from flax import nnx
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_model
-from jaxmodels.inference.pretrained import as_run
+from jaxmodels.inference.pretrained import pretrained_config
 from jaxmodels.inference.run import Run
 from jaxmodels.models import functional
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.pretrained.folder import is_published
+from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import parse_run
 from jaxmodels.runs.folder import RunFolder
@@ -24,7 +24,7 @@ from jaxmodels.tokenizers import factory as tokenizers
 
 
 def load(run: str, *, spread: bool = False) -> Run:
-    """A run, or a published model, ready to predict and to make texts; needs no data.
+    """A run, or a pretrained model, ready to predict and to make texts; needs no data.
 
     Args:
       run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
@@ -48,7 +48,7 @@ def load(run: str, *, spread: bool = False) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A run, or a published model, none of whose weights are read yet.
+    """A run, or a pretrained model, none of whose weights are read yet.
 
     Attributes:
       config: resolved, without a wish for kernels that this machine may not have.
@@ -67,15 +67,15 @@ class Opened:
 
 def open_run(run: str) -> Opened:
     """What `load` makes a `Run` of, for those that read the weights in their own way; arguments and errors as there."""
-    if is_published(run):
-        config, info = as_run(run)
+    if is_pretrained(run):
+        config, info = pretrained_config(run)
     else:
         folder = RunFolder(parse_run(run)[0])
         config, info = portable_config(folder.config()), trained_info_of(folder)
     task, build = build_model(config, info)
     model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
     _, params, stats = functional.split(model)
-    if is_published(run):
+    if is_pretrained(run):
         located = weights_lib.locate_whole(run, config["model"], functional.flatten(params) | functional.flatten(stats))
     else:
         located = weights_lib.locate(run)

@@ -1,4 +1,4 @@
-"""A published model as a run that was never trained here: a config, what its data would have said, and as a run's folder."""
+"""A pretrained model as a run that was never trained here: a config, what its data would have said, and as a run's folder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from jaxmodels.experiment.build import build_model
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.models.functional import flatten, split
 from jaxmodels.pretrained import folder as folder_lib
-from jaxmodels.pretrained import weights as published_lib
+from jaxmodels.pretrained import weights as pretrained_lib
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.merge import new_folder, write_run
@@ -21,19 +21,19 @@ _TASKS = {"tokens": "masked_lm", "class": "classify_text", "tags": "tag"}
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
-def as_run(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The resolved config, and the `info` of a data set, that make a published model with the head that it has.
+def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The resolved config, and the `info` of a data set, that make a pretrained model with the head that it has.
 
     Raises:
       ConfigError: it has no head that is known here; the task needs a tokenizer, and the folder has none.
     """
-    folder, architecture, _, _ = published_lib.describe(reference)
-    head = published_lib.published_head(folder, architecture)
+    folder, architecture, _, _ = pretrained_lib.describe(reference)
+    head = pretrained_lib.pretrained_head(folder, architecture)
     task, info = {"name": _TASKS.get(head, "language_model")}, {}
     names = folder.config.get("id2label") or {}
-    labels = [names[key] for key in sorted(names, key=int)] or [str(i) for i in range(published_lib.number_of_labels(folder.config))]
+    labels = [names[key] for key in sorted(names, key=int)] or [str(i) for i in range(pretrained_lib.number_of_labels(folder.config))]
     if architecture.model in ("vit", "resnet50"):
-        shape, count = published_lib.published_arguments(folder, architecture)
+        shape, count = pretrained_lib.pretrained_arguments(folder, architecture)
         info = {"image_shape": shape, "num_classes": count, "labels": labels}
         task = {"name": "classify"} | _normalisation(folder)
     else:
@@ -62,17 +62,17 @@ def _normalisation(folder: folder_lib.Folder) -> dict[str, Any]:
 
 
 def import_run(reference: str, output: str) -> RunFolder:
-    """Writes a published model as the folder of a run: it is evaluated, generated from, exported, and started from like any.
+    """Writes a pretrained model as the folder of a run: it is evaluated, generated from, exported, and started from like any.
 
     Args:
       reference: `hf:FOLDER` or `hf:OWNER/NAME`.
       output: a folder that holds no run.
 
     Raises:
-      ConfigError: as `as_run` and `weights.locate_whole`; or the folder is taken.
+      ConfigError: as `pretrained_config` and `weights.locate_whole`; or the folder is taken.
     """
     folder = new_folder(output)
-    config, info = as_run(reference)
+    config, info = pretrained_config(reference)
     _, build = build_model(config, info)
     _, params, stats = split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -81,13 +81,13 @@ def import_run(reference: str, output: str) -> RunFolder:
     placed = {part: {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for path, x in tree.items()} for part, tree in shapes.items()}
     arrays = {part: weights_lib.read(located.arrays, tree) for part, tree in placed.items()}
     tokenizer = info.get("tokenizer")
-    published = located.published
-    entry = {"run": reference, "path": located.name, "id": published.fingerprint, "step": 0, "weights": "published"}
-    entry["model_type"] = published.architecture.name
+    pretrained = located.pretrained
+    entry = {"run": reference, "path": located.name, "id": pretrained.fingerprint, "step": 0, "weights": "published"}
+    entry["model_type"] = pretrained.architecture.name
     text = None if tokenizer is None else tokenizer.to_json()
     types = {path: stored.dtype.name for path, stored in located.arrays.items()}
     common = max(set(types.values()), key=list(types.values()).count)
     entry["dtypes"] = {"": common} | {path: name for path, name in types.items() if name != common}  # for an export of the same bytes
-    entry["token_ids"] = {key: value for key, value in published.folder.config.items() if key.endswith("_token_id")}
+    entry["token_ids"] = {key: value for key, value in pretrained.folder.config.items() if key.endswith("_token_id")}
     write_run(folder, config, arrays["params"], arrays["stats"], 0, info=info, tokenizer=text, parents=[entry])
     return folder

@@ -1,4 +1,4 @@
-"""What is known of each published architecture, and reading a `config.json` without overlooking anything in it."""
+"""Pretrained architectures, and a strict reader of `config.json`."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.mapping import Entry
 
-# `model_type` of a config.json -> where its architecture is described.
+# `model_type` of a config.json -> its architecture.
 ARCHITECTURES = {
     "bert": "jaxmodels.pretrained.bert:BERT",
     "roberta": "jaxmodels.pretrained.bert:ROBERTA",
@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "resnet": "jaxmodels.pretrained.resnet:RESNET",
 }
 
-# Keys of a config.json that say nothing of what a model computes: names, token numbers, how to train or to generate.
+# Keys of a config.json that do not change what a model computes: names, token ids, settings of training and generation.
 HARMLESS = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "tokenizer_class"),
     *("use_cache", "initializer_range", "initializer_factor", "gradient_checkpointing", "torchscript", "return_dict", "output_past"),
@@ -43,10 +43,10 @@ HARMLESS = {
 
 
 class Keys:
-    """The keys of a config.json: each is read, known to mean nothing, or refused.
+    """A reader of config.json that raises an error for keys that were neither read nor ignored.
 
     Attributes:
-      notes: what a model does otherwise than the file says, where that is no matter of what it computes.
+      notes: differences from the file that do not change the result of evaluation.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -56,14 +56,14 @@ class Keys:
         self._read: set[str] = set()
 
     def get(self, key: str, *default: Any) -> Any:
-        """A key's value; without a default it must be there."""
+        """Return the value of a key; without a default the key is required."""
         self._read.add(key)
         if key not in self.values and not default:
             raise ConfigError(f"{self.where} lacks {key!r}, which sets a size of the model.")
         return self.values.get(key, *default)
 
     def must(self, key: str, default: Any, *allowed: Any) -> Any:
-        """A key whose other values would change what the model computes."""
+        """Return the value of a key; ConfigError unless it is one of `allowed`."""
         value = self.get(key, default)
         if value not in allowed:
             shown = " or ".join(repr(a) for a in allowed)
@@ -71,41 +71,43 @@ class Keys:
         return value
 
     def ignore(self, *keys: str) -> None:
-        """Keys that mean nothing here."""
+        """Mark keys as read, without effect."""
         self._read.update(keys)
 
     def not_applied(self, key: str, what: str) -> None:
-        """A rate of dropout that our models do not have: it matters in training only."""
+        """Note a dropout rate that our models lack; it matters in training only."""
         if self.get(key, 0.0):
             self.notes.append(f"{key}={self.values[key]} is not applied in training: {what}")
 
     def finish(self) -> None:
-        """Raises ConfigError for keys that nobody read."""
+        """Raise ConfigError for keys that were not read."""
         unknown = [key for key, value in self.values.items() if key not in self._read | HARMLESS and value not in (None, False)]
         if unknown:
             shown = ", ".join(f"{key}={self.values[key]!r}"[:80] for key in unknown)
-            raise ConfigError(f"{self.where} sets {shown}: this is not known, and may change what the model computes. If it does not, delete it from the file.")
+            raise ConfigError(
+                f"{self.where} sets {shown}: this key is unknown and may change what the model computes. If it does not, delete it from the file."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A published architecture.
+    """A pretrained architecture.
 
     Attributes:
       name: its `model_type`.
-      model: the name of our model.
-      options: (keys of a config.json, what gives the names of the tensors) -> our model's options.
-      config: our model's options -> keys of a config.json.
-      table: our model's options -> the table of all but the head.
-      heads: kind of head -> its table: `tokens`, `class`, `tags`; "" for models without a choice.
-      classes: name of a class in `architectures` -> kind of its head; None for none.
-      sizes: our model's options -> how many values `{layer}` and `{expert}` have.
-      prefix: of the base model's tensors, which are saved without it where that is saved alone.
-      renames: (pattern, replacement) on names of tensors, for what older files call them.
-      ignored: patterns on names of tensors that hold nothing of their own: copies, and constants.
-      others: pattern on names of tensors of heads, which are left out where the model here has another head.
-      head_paths: where our head's parameters lie.
-      constants: our model's options -> tensors that `transformers` wants to find, and our model does not have.
+      model: name of our model.
+      options: (keys of the config.json, function that returns the names of the tensors) -> options of our model.
+      config: options of our model -> keys of the config.json.
+      table: options of our model -> table without the head.
+      heads: kind of head -> its table: `tokens`, `class`, `tags`; "" for models with one head.
+      classes: class name in `architectures` -> kind of its head; None without a head.
+      sizes: options of our model -> numbers of values of `{layer}` and `{expert}`.
+      prefix: of the base model's tensors; absent if the base model was saved alone.
+      renames: (pattern, replacement), from tensor names of older files to current ones.
+      ignored: patterns on names of redundant tensors: copies and constants.
+      others: pattern on names of head tensors, which are dropped if our model has another head.
+      head_paths: prefixes of the paths of our head's parameters.
+      constants: options of our model -> tensors that `transformers` expects and our model lacks.
     """
 
     name: str
@@ -124,15 +126,15 @@ class Architecture:
     constants: Callable[[Mapping], dict[str, np.ndarray]] = lambda options: {}
 
     def entries(self, options: Mapping, head: str) -> list[Entry]:
-        """The whole table for a model with a kind of head."""
+        """Return the table of a model with this kind of head."""
         return self.table(options) + list(self.heads[head])
 
     def class_of(self, head: str) -> str:
-        """The class in `architectures` that has such a head."""
+        """Return the class name in `architectures` with this kind of head."""
         return next(name for name, kind in self.classes.items() if kind == head)
 
     def head_in(self, paths: Iterable[str]) -> str:
-        """The kind of head that a model with these parameters has."""
+        """Return the kind of head of a model with these parameters."""
         if "" in self.heads:
             return ""
         names = {path.split("/")[1] for path in paths if path.startswith("head/")}
@@ -140,10 +142,10 @@ class Architecture:
 
 
 def find(config: Mapping, where: str) -> Architecture:
-    """The architecture of a config.json.
+    """Return the architecture of a config.json.
 
     Raises:
-      ConfigError: it is not known; lists those that are.
+      ConfigError: it is not supported; lists those that are.
     """
     name = config.get("model_type")
     if name not in ARCHITECTURES:
@@ -153,7 +155,7 @@ def find(config: Mapping, where: str) -> Architecture:
 
 
 def load(name: str) -> Architecture:
-    """A known architecture."""
+    """Import a supported architecture."""
     module, _, attribute = ARCHITECTURES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -162,21 +164,21 @@ ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "g
 
 
 def activation(keys: Keys, key: str, default: str) -> str:
-    """Our name of an activation without a gate."""
+    """Return our name of an activation without a gate."""
     return ACTIVATIONS[keys.must(key, default, *ACTIVATIONS)]
 
 
 def their_activation(name: str) -> str:
-    """The name of an activation there."""
+    """Return the name of an activation in a config.json."""
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
 def linear(ours: str, theirs: str, *, bias: bool = True, form: str = "transposed") -> list[Entry]:
-    """A linear layer: matrix and bias."""
+    """Return the entries of a linear layer."""
     entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", form)]
     return entries + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
 
 
 def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Entry]:
-    """A normalisation: scale and bias."""
+    """Return the entries of a normalisation."""
     return [Entry(f"{ours}/scale", f"{theirs}.weight")] + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])

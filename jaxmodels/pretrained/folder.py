@@ -1,4 +1,4 @@
-"""A published model on disk: a folder with a `config.json`, safetensors files and a tokenizer's files."""
+"""A pretrained model on disk: a folder with `config.json`, safetensors files and tokenizer files."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ _HUB_ID = r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A published model.
+    """A pretrained model.
 
     Attributes:
-      reference: as it was asked for: `hf:PATH_OR_ID`.
-      path: the folder.
-      config: what its `config.json` holds.
-      adapters: the folder of adapters to merge into its weights, where that is what was asked for.
+      reference: as given, `hf:PATH_OR_ID`.
+      path: the folder of the model.
+      config: content of its `config.json`.
+      adapters: folder of adapters to merge into the weights, if the reference names adapters; else None.
     """
 
     reference: str
@@ -38,10 +38,10 @@ class Folder:
     adapters: Path | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights, by name; only headers are read.
+        """Return the tensors by name; only headers are read.
 
         Raises:
-          ConfigError: there are none in safetensors, a file is missing, outside the folder, or damaged.
+          ConfigError: no safetensors files, or a file is missing, outside the folder, or damaged.
         """
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
@@ -51,34 +51,34 @@ class Folder:
             return safetensors.read_header(single)
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise ConfigError(f"{index} has no weight_map from tensors to files. Copy or download it anew.")
+            raise ConfigError(f"{index} has no weight_map from tensors to files. Copy or download it again.")
         found: dict[str, Tensor] = {}
         for file in sorted(set(names.values())):
             if file != os.path.basename(file) or file in ("", ".", ".."):
-                raise ConfigError(f"{index} names the file {file!r}, which leaves the folder. Nothing outside of it is read.")
+                raise ConfigError(f"{index} names the file {file!r}, which is outside the folder; only files in the folder are read.")
             if not (self.path / file).is_file():
                 raise ConfigError(f"{self.path} lacks {file}, one of its {len(set(names.values()))} files of weights. Copy or download it.")
             found |= safetensors.read_header(self.path / file)
         if missing := [name for name, file in names.items() if name not in found or found[name].file.name != file]:
-            raise ConfigError(f"{index} promises {missing[0]} in {names[missing[0]]}, which does not hold it. Copy or download both anew.")
+            raise ConfigError(f"{index} lists {missing[0]} in {names[missing[0]]}, which does not contain it. Copy or download both again.")
         return found
 
 
-def is_published(reference: Any) -> bool:
-    """Whether this names a published model (`hf:PATH_OR_ID`), and not a run."""
+def is_pretrained(reference: Any) -> bool:
+    """Return whether a reference names a pretrained model (`hf:PATH_OR_ID`) and not a run."""
     return isinstance(reference, str) and reference.startswith(PREFIX)
 
 
 def find(reference: str, *, weights: bool = False) -> Folder:
-    """The folder that `hf:PATH_OR_ID` means.
+    """Find the folder of a pretrained model; download it if the reference is an id.
 
     Args:
-      reference: `hf:` and a folder, or else the id of a model on the Hugging Face hub, maybe with `@REVISION`; what was downloaded
-        before is found without a network. Where there are LoRA adapters alone, it is the model that their config names, with these.
-      weights: download those too; small files only unless asked.
+      reference: `hf:` and a folder, or the id of a model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found
+        without a network. For a folder with LoRA adapters only, the result is the model that their config names, with `adapters` set.
+      weights: also download the weights, not only the small files.
 
     Raises:
-      ConfigError: no such folder or model, or no `config.json` in it.
+      ConfigError: no such folder or model, or it has no `config.json`.
     """
     path = place(reference, weights=weights)
     whole = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
@@ -86,21 +86,21 @@ def find(reference: str, *, weights: bool = False) -> Folder:
     if (path / "adapter_config.json").is_file() and alone:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base or not isinstance(base, str):
-            raise ConfigError(f"{path / 'adapter_config.json'} names no model that its adapters are for (base_model_name_or_path). Set it there.")
+            raise ConfigError(f"{path / 'adapter_config.json'} lacks base_model_name_or_path, the model of its adapters. Set it there.")
         below = place(PREFIX + base, weights=weights)
         if not (below / "config.json").is_file():
-            raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a published model's folder.")
+            raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a pretrained model folder.")
         return Folder(reference, below, read_json(below / "config.json"), path)
     config = path / "config.json"
     if not config.is_file():
-        raise ConfigError(f"{reference}: {path} has no config.json, so it is not a published model's folder.")
+        raise ConfigError(f"{reference}: {path} has no config.json, so it is not a pretrained model folder.")
     return Folder(reference, path, read_json(config))
 
 
 def place(reference: str, *, weights: bool = False) -> Path:
-    """The folder that lies, or was downloaded, where `hf:PATH_OR_ID` says, whatever is in it; arguments as of `find`."""
-    if not is_published(reference) or reference == PREFIX:
-        raise ConfigError(f"{reference!r}: a published model is named hf:FOLDER or hf:OWNER/NAME.")
+    """Return the folder of `hf:PATH_OR_ID`, downloaded if it is an id, whatever it contains; arguments as of `find`."""
+    if not is_pretrained(reference) or reference == PREFIX:
+        raise ConfigError(f"{reference!r}: a pretrained model is named hf:FOLDER or hf:OWNER/NAME.")
     name = reference.removeprefix(PREFIX)
     path = Path(name).expanduser().absolute()
     if not path.is_dir():
@@ -117,26 +117,26 @@ def _download(name: str, weights: bool) -> Path:
     wanted = [*_SMALL, *(["*.safetensors"] if weights else [])]
     try:
         return Path(hub.snapshot_download(model, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as error:  # noqa: BLE001  the hub's client raises its own, its HTTP library's and the system's
+    except Exception as error:  # noqa: BLE001  the client raises its own exceptions, those of its HTTP library and OSError
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"hf:{name}: there is no folder of that name here, and the hub did not give the model ({type(error).__name__}: {reason}). "
+            f"hf:{name}: there is no such folder, and the download from the hub failed ({type(error).__name__}: {reason}). "
             "Without a network, name a folder: hf:/path/to/folder."
         ) from error
 
 
 @contextlib.contextmanager
 def whole_folder(output: str) -> Iterator[Path]:
-    """A folder to write to, which gets its name `output` when all went well, and is gone when something did not.
+    """Write a folder atomically: yield a temporary folder, and rename it to `output` on success or delete it on an exception.
 
     Raises:
-      ConfigError: the name is taken by something that is not an empty folder, or cannot be written.
+      ConfigError: `output` exists and is not an empty folder, or cannot be written.
     """
     path = Path(output).expanduser().absolute()
     try:
         taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
         if taken:
-            raise ConfigError(f"{path} is there already, and is no empty folder. Choose another one.")
+            raise ConfigError(f"{path} already exists and is not an empty folder. Choose another one.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -157,10 +157,10 @@ def _umask() -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: the file is not a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def _no_weights(path: Path) -> str:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickles:
         return (
-            f"{path} has its weights in {pickles[0]}, a pickle, which may run any code when it is read; only safetensors files are. Save it "
-            "anew with safe_serialization=True, or take a revision of the model that has model.safetensors."
+            f"{path} has its weights in {pickles[0]}, a pickle, which can execute code when loaded; only safetensors files are read. Save it "
+            "again with safe_serialization=True, or use a revision of the model with model.safetensors."
         )
-    return f"{path} has neither model.safetensors nor model.safetensors.index.json: there are no weights in it."
+    return f"{path} has neither model.safetensors nor model.safetensors.index.json: it contains no weights."

@@ -1,7 +1,8 @@
-"""How the parameters of our models and the tensors of published ones correspond: one table an architecture, read both ways.
+"""Map parameters of our models to tensors of pretrained models: one table per architecture, for import and export.
 
-A table has a line for each kind of parameter. Its names hold placeholders, `{layer}` and `{expert}`: where both sides have one, there
-are as many pairs as layers; where only theirs has it, ours is their tensors stacked along axes in front, in the order layer, expert.
+A table has one entry for each kind of parameter. Names contain the placeholders `{layer}` and `{expert}`. A placeholder on both sides gives
+one pair per layer or expert. A placeholder only in the tensor's name means that our parameter stacks the tensors along leading axes, in the
+order layer, expert.
 """
 
 import dataclasses
@@ -18,13 +19,13 @@ from jaxmodels.pretrained.safetensors import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of a table.
+    """An entry of a table.
 
     Attributes:
-      ours: path of a parameter: `blocks/{layer}/attention/query/kernel`.
-      theirs: name of a tensor.
-      form: how theirs lies against ours, a key of `FORMS`.
-      part: (i, n): ours is the i-th of n equal parts of theirs, cut along the last axis as ours lies.
+      ours: path of our parameter: `blocks/{layer}/attention/query/kernel`.
+      theirs: name of the pretrained tensor.
+      form: key of `FORMS`: the conversion between the two layouts.
+      part: (i, n): ours is the i-th of n equal parts of theirs along the last axis of our layout.
     """
 
     ours: str
@@ -33,20 +34,20 @@ class Entry:
     part: tuple[int, int] | None = None
 
 
-# form -> their array as ours lies, and back. Views wherever that can be, so that only what is used of a tensor is read.
+# form -> conversion of their array to our layout, and back. Views where possible, so that only the used part of a tensor is read.
 FORMS: dict[str, tuple[Callable, Callable]] = {
     "same": (lambda x: x, lambda x: x),
-    # Theirs multiplies from the left.
+    # Theirs is [out, in], ours [in, out].
     "transposed": (lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2)),
     # Theirs is [out, in, height, width], ours [height, width, in, out].
     "convolution": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
-    # Theirs has an axis of length 1 in front.
+    # Theirs has a leading axis of length 1.
     "first": (lambda x: x[0], lambda x: x[None]),
 }
 
 
 def patches(size: int, channels: int) -> str:
-    """The form of a convolution over squares of size×size pixels: ours is a matrix [size * size * channels, out]."""
+    """Register the form of a convolution over patches of size×size pixels: ours is a matrix [size * size * channels, out]. Return its name."""
     name = f"patches{size}x{channels}"
     FORMS[name] = (
         lambda x: x.transpose(2, 3, 1, 0).reshape(size * size * channels, -1),
@@ -57,13 +58,13 @@ def patches(size: int, channels: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A tensor, and where in which parameter it belongs.
+    """One tensor and its place in a parameter.
 
     Attributes:
-      ours: path.
-      index: in the axes that ours has in front.
-      theirs: name.
-      form, part: as of `Entry`.
+      ours: path of our parameter.
+      index: index along the leading (stacked) axes of our parameter.
+      theirs: name of the tensor.
+      form, part: as in `Entry`.
     """
 
     ours: str
@@ -73,7 +74,7 @@ class Link:
     part: tuple[int, int] | None
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """Their tensor, or this part of it, as ours lies."""
+        """Convert their tensor, or this part of it, to our layout."""
         x = FORMS[self.form][0](theirs)
         if self.part is None:
             return x
@@ -83,12 +84,12 @@ class Link:
 
 
 def expand(entries: Iterable[Entry], sizes: Mapping[str, int], *, stacked: bool) -> list[Link]:
-    """All pairs that a table means.
+    """Expand the placeholders of a table.
 
     Args:
       entries: the table.
-      sizes: how many values each placeholder has.
-      stacked: layers are one parameter each kind, as models made with `scan` have them.
+      sizes: number of values of each placeholder.
+      stacked: whether our parameters stack all layers, as in models with `scan`.
     """
     links = []
     for entry in entries:
@@ -102,12 +103,12 @@ def expand(entries: Iterable[Entry], sizes: Mapping[str, int], *, stacked: bool)
 
 
 def by_ours(links: Iterable[Link]) -> dict[str, list[Link]]:
-    """Links by the parameter they belong to."""
+    """Group links by our parameter."""
     return _grouped(links, lambda link: link.ours)
 
 
 def by_theirs(links: Iterable[Link]) -> dict[str, list[Link]]:
-    """Links by tensor; more than one where its parts are several parameters, in their order."""
+    """Group links by tensor, sorted by part."""
     return {name: sorted(group, key=lambda link: link.part or (0, 1)) for name, group in _grouped(links, lambda link: link.theirs).items()}
 
 
@@ -119,13 +120,14 @@ def _grouped(links, key):
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembled:
-    """A parameter as it is made of tensors on disk.
+class LazyParameter:
+    """A parameter that is read from tensors on disk on demand.
 
     Attributes:
-      links: its tensors, and where each belongs.
-      tensors: of these, by name.
-      shape, dtype: as ours lies; the type is that on disk.
+      links: its tensors and their places.
+      tensors: the tensors by name.
+      shape: in our layout.
+      dtype: on disk.
     """
 
     links: Sequence[Link]
@@ -134,13 +136,13 @@ class Assembled:
     dtype: np.dtype
 
     @classmethod
-    def of(cls, links: Sequence[Link], tensors: Mapping[str, Tensor]) -> "Assembled":
-        """Raises ConfigError where tensors that belong together differ in shape, or cannot be what the table says."""
+    def of(cls, links: Sequence[Link], tensors: Mapping[str, Tensor]) -> "LazyParameter":
+        """Assemble a parameter; ConfigError if its tensors differ in shape, or their shape does not fit the form."""
         shapes = {link.theirs: tensors[link.theirs].shape for link in links}
         first = links[0]
         if len(set(shapes.values())) > 1:
             other = next(link for link in links if shapes[link.theirs] != shapes[first.theirs])
-            raise ConfigError(f"{first.theirs} is {shapes[first.theirs]}, {other.theirs} is {shapes[other.theirs]}: they should be alike.")
+            raise ConfigError(f"{first.theirs} is {shapes[first.theirs]}, {other.theirs} is {shapes[other.theirs]}: their shapes must be equal.")
         try:
             inner = first.to_ours(np.broadcast_to(np.False_, shapes[first.theirs])).shape
         except (ValueError, IndexError):
@@ -149,13 +151,13 @@ class Assembled:
         return cls(links, {name: tensors[name] for name in shapes}, outer + inner, tensors[first.theirs].dtype)
 
     def read(self, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """The parameter, each device given its own part, which alone is read.
+        """Read the parameter; each device's shard is read separately, and nothing else.
 
         Args:
           dtype: of the result.
-          sharding: how it lies over devices.
+          sharding: of the result.
         """
-        parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
+        parts: dict[tuple, np.ndarray] = {}  # devices with the same shard share one read
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             ranges = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
@@ -166,7 +168,7 @@ class Assembled:
         return jax.make_array_from_callback(self.shape, sharding, part)
 
     def values(self, ranges: Sequence[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
-        """A part of the parameter: from and to in each dimension."""
+        """Read a part of the parameter, given as (start, stop) in each dimension."""
         outer = len(self.links[0].index)
         inside = tuple(slice(*bounds) for bounds in ranges[outer:])
         result = np.empty([stop - start for start, stop in ranges], dtype)
@@ -178,7 +180,7 @@ class Assembled:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source; where that lies transposed, a few of its rows at a time (2.6 times as fast, 11008 × 4096 of bfloat16)."""
+    """Copy; a transposed source a few rows at a time, which is 2.6 times as fast (11008 × 4096, bfloat16)."""
     if source.ndim != 2 or source.strides[0] >= source.strides[1]:
         target[...] = source
         return
@@ -190,7 +192,7 @@ _ROWS = 16
 
 
 def components(links: Sequence[Link]) -> list[list[Link]]:
-    """Links in groups that share no parameter and no tensor with another, in the order of the table."""
+    """Group links into connected components: groups that share no parameter and no tensor, in the order of the table."""
     group_of: dict[tuple[str, str], int] = {}
     groups: dict[int, list[Link]] = {}
     for number, link in enumerate(links):
@@ -207,24 +209,24 @@ def components(links: Sequence[Link]) -> list[list[Link]]:
 
 
 def tensor_of(links: Sequence[Link], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Their tensor out of our parameters; `links` are all of that tensor, in order of their parts."""
+    """Convert our parameters to their tensor; `links` are all links of that tensor, sorted by part."""
     pieces = [arrays[link.ours][link.index] if link.index else arrays[link.ours] for link in links]
     whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
     return FORMS[links[0].form][1](whole)
 
 
 def tensor_shape(links: Sequence[Link], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Its shape, from those of our parameters."""
+    """Return the shape of their tensor, given the shapes of our parameters."""
     return tensor_of(links, {link.ours: np.broadcast_to(np.False_, shapes[link.ours]) for link in links}).shape
 
 
 def unprefixed(names: Iterable[str], prefix: str) -> bool:
-    """Whether tensors were saved from the base model alone, whose names lack the prefix."""
+    """Return whether the tensors are those of the base model alone, whose names lack the prefix."""
     return not any(name.startswith(prefix) for name in names)
 
 
 def renamed(tensors: Mapping[str, Tensor], renames: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Tensors under the names they have today."""
+    """Rename tensors of older files to the current names."""
     result = {}
     for name, tensor in tensors.items():
         for pattern, replacement in renames:

@@ -21,8 +21,8 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.pretrained import safetensors
 from jaxmodels.pretrained.architecture import Architecture
-from jaxmodels.pretrained.folder import is_published, place, read_json
-from jaxmodels.pretrained.mapping import FORMS, Assembled, Link
+from jaxmodels.pretrained.folder import is_pretrained, place, read_json
+from jaxmodels.pretrained.mapping import FORMS, LazyParameter, Link
 from jaxmodels.pretrained.safetensors import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,7 +73,7 @@ def read(directory: str) -> Adapters:
       ConfigError: there are none, they are a pickle or damaged, or have an option that makes them something else than products of two
         matrices; names it.
     """
-    path = place(directory, weights=True) if is_published(directory) else Path(directory).expanduser().absolute()
+    path = place(directory, weights=True) if is_pretrained(directory) else Path(directory).expanduser().absolute()
     if not (path / CONFIG).is_file():
         raise ConfigError(f"{path} holds no adapters: it has no {CONFIG}.")
     if not (path / WEIGHTS).is_file():
@@ -176,7 +176,7 @@ class Placed:
       matrices: path of the matrix beside -> the paths of the two.
     """
 
-    arrays: Mapping[str, Assembled]
+    arrays: Mapping[str, LazyParameter]
     matrices: Mapping[str, tuple[str, str]]
 
 
@@ -223,7 +223,7 @@ def under_our_names(adapters: Adapters, architecture: Architecture, links: Itera
             raise ConfigError(f"{adapters.path} has adapters of some layers alone, none of {lacking[0]}: {cure}.")
         layer = path.rpartition("/")[0]
         matrices[path] = tuple(f"{layer}/{name}" for name in ADAPTERS)
-        arrays |= {where: Assembled.of(group, adapters.tensors) for where, group in zip(matrices[path], pair, strict=True)}
+        arrays |= {where: LazyParameter.of(group, adapters.tensors) for where, group in zip(matrices[path], pair, strict=True)}
     return Placed(arrays, matrices)
 
 
@@ -303,7 +303,7 @@ def _kind(path: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged(Assembled):
+class Merged(LazyParameter):
     """A matrix with an adapter's product added to it as it is read.
 
     Attributes:
@@ -311,8 +311,8 @@ class Merged(Assembled):
       scale: of its product.
     """
 
-    a: Assembled
-    b: Assembled
+    a: LazyParameter
+    b: LazyParameter
     scale: float
 
     def values(self, ranges: Sequence[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
@@ -322,7 +322,7 @@ class Merged(Assembled):
         return (super().values(ranges, np.float32) + self.scale * (a @ b)).astype(dtype)
 
 
-def merged(arrays: Mapping[str, Assembled], adapters: Adapters, placed: Placed) -> dict[str, Assembled]:
+def merged(arrays: Mapping[str, LazyParameter], adapters: Adapters, placed: Placed) -> dict[str, LazyParameter]:
     """Parameters with adapters merged into them.
 
     Raises:
@@ -332,7 +332,7 @@ def merged(arrays: Mapping[str, Assembled], adapters: Adapters, placed: Placed) 
     for path, (a, b) in placed.matrices.items():
         if path in arrays:
             check_shape(path, arrays[path].shape, a, placed.arrays[a].shape, b, placed.arrays[b].shape)
-            base = {field.name: getattr(arrays[path], field.name) for field in dataclasses.fields(Assembled)} | {"dtype": np.dtype(np.float32)}
+            base = {field.name: getattr(arrays[path], field.name) for field in dataclasses.fields(LazyParameter)} | {"dtype": np.dtype(np.float32)}
             result[path] = Merged(**base, a=placed.arrays[a], b=placed.arrays[b], scale=adapters.scale)
     return result
 

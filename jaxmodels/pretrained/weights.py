@@ -1,4 +1,4 @@
-"""A published model as a part of a run: its sizes, its weights under our names, and the module itself."""
+"""Pretrained models: config section, weights under our names, and the module."""
 
 import dataclasses
 import hashlib
@@ -20,30 +20,30 @@ from jaxmodels.pretrained import folder as folder_lib
 from jaxmodels.pretrained import mapping, peft
 from jaxmodels.pretrained.architecture import Architecture, Keys
 from jaxmodels.pretrained.folder import Folder
-from jaxmodels.pretrained.mapping import Assembled, Link
+from jaxmodels.pretrained.mapping import LazyParameter, Link
 
-# Options that change nothing of what a model computes when it is evaluated, or only where its parameters lie.
+# Options that do not change the result of evaluation, or only the layout of the parameters.
 FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """A published model's weights, as parameters of a model here.
+class PretrainedWeights:
+    """The weights of a pretrained model, under the names of our parameters.
 
     Attributes:
-      folder: where they lie.
+      folder: of the model.
       architecture: of the model.
-      arrays: path of a parameter or statistic -> how it is read.
-      fresh: paths of a head that the folder does not hold.
-      dropped: tensors of heads that the model here does not have.
-      notes: what is otherwise here than there.
-      fingerprint: of the files' headers; other weights of the same shapes have the same.
-      links: which tensor belongs to which parameter.
+      arrays: path of a parameter or statistic -> the array to read.
+      fresh: paths of a head that the folder lacks.
+      dropped: tensors of heads that our model lacks.
+      notes: differences between our model and the pretrained one.
+      fingerprint: hash of the files' headers; it does not depend on the values.
+      links: tensor of each parameter.
     """
 
     folder: Folder
     architecture: Architecture
-    arrays: Mapping[str, Assembled]
+    arrays: Mapping[str, LazyParameter]
     fresh: tuple[str, ...]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
@@ -52,15 +52,15 @@ class Published:
 
     @property
     def path(self) -> Path:
-        """The folder that was asked for."""
+        """The folder of the adapters if the reference names some, else of the model."""
         return self.folder.adapters or self.folder.path
 
 
 def describe(reference: str) -> tuple[Folder, Architecture, dict[str, Any], list[str]]:
-    """What a published model is: its folder, architecture, our model's options, and what of its config.json is not applied.
+    """Return a pretrained model's folder, architecture, options of our model, and notes on keys of its config.json that are not applied.
 
     Raises:
-      ConfigError: there is no such model, its architecture is not supported, or an option of it is not.
+      ConfigError: no such model, or its architecture or one of its options is not supported.
     """
     folder = folder_lib.find(reference)
     where = str(folder.path / "config.json")
@@ -72,35 +72,33 @@ def describe(reference: str) -> tuple[Folder, Architecture, dict[str, Any], list
 
 
 def model_section(reference: str) -> dict[str, Any]:
-    """The `model` section of a published model: our model's name and options."""
+    """Return the `model` section of a pretrained model."""
     _, architecture, options, _ = describe(reference)
     return {"name": architecture.model} | options
 
 
-def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Published:
-    """The weights of a published model under our names; only headers are read.
+def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> PretrainedWeights:
+    """Locate the weights of a pretrained model; only headers are read.
 
     Args:
       reference: `hf:PATH_OR_ID`.
-      model: the `model` section, resolved, of the model they are for.
-      paths: of its parameters and statistics.
+      model: the resolved `model` section.
+      paths: parameters and statistics of that model.
 
     Raises:
-      ConfigError: the model here is of another kind; tensors are missing, left over or damaged.
+      ConfigError: the model is of another kind; tensors are missing, unexpected or damaged.
     """
     _, architecture, options, notes = describe(reference)
     folder = folder_lib.find(reference, weights=True)
     if models.find(model["name"])[0] is not models.find(architecture.model)[0]:
-        raise ConfigError(
-            f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out, and it is made from its config.json."
-        )
+        raise ConfigError(f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out to use its config.json.")
     paths = list(paths)
     notes = [*notes, *_differences(reference, model, options)]
     head = architecture.head_in(paths)
-    published_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
+    pretrained_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
     entries = architecture.table(options)
-    # An output layer means the classes, or tags, that it was trained for.
-    entries += [entry for entry in architecture.heads[head] if published_head == head or not entry.ours.startswith("head/output/")]
+    # The output layer is transferred only for the same kind of head, since it depends on the classes or tags.
+    entries += [entry for entry in architecture.heads[head] if pretrained_head == head or not entry.ours.startswith("head/output/")]
     tensors = mapping.renamed(folder.tensors(), architecture.renames)
     adapters = peft.read(str(folder.adapters)) if folder.adapters else None
     read = tensors | (adapters.tensors if adapters else {})
@@ -112,7 +110,7 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pu
     for ours, group in mapping.by_ours(links).items():
         lacking = [link.theirs for link in group if link.theirs not in tensors]
         if not lacking:
-            arrays[ours] = Assembled.of(group, tensors)
+            arrays[ours] = LazyParameter.of(group, tensors)
         elif not ours.startswith(architecture.head_paths):
             missing += lacking
     used = {link.theirs for link in links}
@@ -122,11 +120,11 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pu
     if adapters:
         arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links))
     fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays and not path.endswith(ADAPTERS))
-    return Published(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
+    return PretrainedWeights(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
 
 
 def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> dict[str, Any]:
-    """The `lora` section that adapters for a published model mean.
+    """Return the `lora` section of adapters for a pretrained model.
 
     Args:
       reference: `hf:PATH_OR_ID`, the model.
@@ -143,7 +141,7 @@ def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> di
 
 
 def _differences(reference: str, model: Mapping, options: Mapping) -> list[str]:
-    """What a config says of the model that its publisher does not."""
+    """Return notes on the options in which the config differs from the pretrained model."""
     resolved = resolve_options(model["name"], options)
     return [
         f"config.model.{key}={model[key]!r}, where {reference} has {resolved[key]!r}" for key in options if key not in FREE and model.get(key) != resolved[key]
@@ -151,54 +149,53 @@ def _differences(reference: str, model: Mapping, options: Mapping) -> list[str]:
 
 
 def resolve_options(name: str, options: Mapping) -> dict:
-    """A model's options as a resolved config has them."""
+    """Return a model's options with defaults filled in."""
     return config_lib.check_section("model", dict(options), config_lib.fields(models.find(name)[0]), f"the model {name!r}")
 
 
 def _check_complete(folder: Folder, missing: list[str], left: list[str]) -> None:
-    problems = [f"{name}: missing" for name in missing] + [f"{name}: left over, nothing here is made of it" for name in left]
+    problems = [f"{name}: missing" for name in missing] + [f"{name}: unexpected, no parameter of the model uses it" for name in left]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ConfigError(f"{folder.path}: its tensors are not those that its config.json describes:\n  {shown}\nCopy or download the folder anew.")
+        raise ConfigError(f"{folder.path}: its tensors do not match its config.json:\n  {shown}\nCopy or download the folder again.")
 
 
 def load_model(reference: str, *arguments: Any, dtype: Any = np.float32, **options: Any) -> nnx.Module:
-    """A published model as a plain module with its weights, for research code.
+    """Load a pretrained model as a plain Flax module.
 
     Args:
       reference: `hf:PATH_OR_ID`.
-      arguments: the positional ones of our model's constructor; by default what the config.json says: the vocabulary, the head
-        of the class that was published, the image's size.
+      arguments: positional arguments of our model's constructor; by default those of the config.json: vocabulary size, head, image size.
       dtype: of the parameters.
-      options: further options of our model, such as `scan=True`, over those of the config.json.
+      options: options of our model, such as `scan=True`, that replace those of the config.json.
 
     Raises:
-      ConfigError: as `locate`; or the folder holds no weights for the head.
+      ConfigError: as `locate`; or the folder has no weights for the head.
     """
     folder, architecture, own, _ = describe(reference)
     section = {"name": architecture.model} | resolve_options(architecture.model, own | options)
     constructor, _ = models.find(architecture.model)
-    given = arguments or published_arguments(folder, architecture)
+    given = arguments or pretrained_arguments(folder, architecture)
     keywords = {key: value for key, value in section.items() if key != "name"}
     abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    published = locate(reference, section, flat)
-    if published.fresh:
-        raise ConfigError(f"{reference} has no weights for {published.fresh[0]}: it was published without that head.")
+    pretrained = locate(reference, section, flat)
+    if pretrained.fresh:
+        raise ConfigError(f"{reference} has no weights for {pretrained.fresh[0]}: the pretrained model has no such head.")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for path, leaf in flat.items():
-        stored = published.arrays[path]
+        stored = pretrained.arrays[path]
         if tuple(stored.shape) != tuple(leaf.shape):
             raise ConfigError(f"{reference}: {path}: shape differs: {tuple(leaf.shape)} by its config.json, {stored.shape} in its files.")
         leaf.set_value(stored.read(np.dtype(dtype), here))
     return nnx.merge(graph, state)
 
 
-def published_arguments(folder: Folder, architecture: Architecture) -> tuple:
-    """The positional arguments of our model, as a config.json says them."""
+def pretrained_arguments(folder: Folder, architecture: Architecture) -> tuple:
+    """Return the positional arguments of our model, by the config.json."""
     config = folder.config
-    head = published_head(folder, architecture)
+    head = pretrained_head(folder, architecture)
     if architecture.model in ("vit", "resnet50"):
         size = config.get("image_size", 224)
         return (size, size, config.get("num_channels", 3)), number_of_labels(config)
@@ -208,22 +205,22 @@ def published_arguments(folder: Folder, architecture: Architecture) -> tuple:
     return (config["vocab_size"],)
 
 
-def published_head(folder: Folder, architecture: Architecture) -> str:
-    """The kind of head that was published.
+def pretrained_head(folder: Folder, architecture: Architecture) -> str:
+    """Return the kind of the pretrained head.
 
     Raises:
-      ConfigError: none was.
+      ConfigError: the model has no supported head.
     """
     names = folder.config.get("architectures") or []
     kinds = [architecture.classes[name] for name in names if name in architecture.classes]
     if not kinds or kinds[0] is None:
         raise ConfigError(
-            f"{folder.path}: architectures={names} has no head that is known here: there are "
+            f"{folder.path}: architectures={names} has no supported head; supported are "
             f"{', '.join(name for name, kind in architecture.classes.items() if kind is not None)}. Fine-tune it with config.init_from instead."
         )
     return kinds[0]
 
 
 def number_of_labels(config: Mapping) -> int:
-    """Classes, or tags, of a config.json; two where it says nothing, as `transformers` has it."""
+    """Return the number of classes or tags of a config.json; 2 by default, as in `transformers`."""
     return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)

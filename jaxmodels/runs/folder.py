@@ -1,13 +1,13 @@
-"""A run's folder: whose it is, its config, its manifest, and its metrics.
+"""A run folder: its config, manifest, metrics and children.
 
 config.json     the resolved config
 manifest.json   versions, devices, parents, fallbacks, one entry per start
-metrics.jsonl   one object a line
-children.jsonl  runs that started from this one
-samples.txt     text made up during language modelling
+metrics.jsonl   one JSON object per line
+children.jsonl  runs initialised from this one
+samples.txt     generated text
 tokenizer.json  of a text run
-checkpoints/    Orbax, one folder a step
-tensorboard/    the metrics and media as event files
+checkpoints/    Orbax, one folder per step
+tensorboard/    event files
 media/          images, figures and audio
 metrics.csv, wandb/, mlruns/    of the trackers csv, wandb and mlflow
 """
@@ -33,7 +33,7 @@ OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samp
 
 
 class RunFolder:
-    """The folder of one run. Making one touches nothing."""
+    """The folder of one run. The constructor reads and writes nothing."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
@@ -47,44 +47,44 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def config(self) -> dict:
-        """The resolved config of the run that lives here.
+        """Return the resolved config of the run.
 
         Raises:
-          ConfigError: no run lives here.
+          ConfigError: the folder contains no run.
         """
         if not self.config_file.is_file():
             hint = "" if self.path.is_dir() else " (there is no such folder)"
             raise ConfigError(f"{self.path} is not the folder of a run: it has no config.json{hint}.")
         config = read_json(self.config_file)
         if not isinstance(config, dict):
-            raise ConfigError(f"{self.config_file} does not hold a config.")
+            raise ConfigError(f"{self.config_file} does not contain a config.")
         return config
 
     def check(self, config: Mapping, resolve, machine_keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-        """Whether a run of `config` may go on here: the folder is free, or holds a run of the same config.
+        """Check that a run of `config` may start or resume here: the folder has no run, or one with the same config.
 
         Args:
           config: resolved.
-          resolve: fills in a stored config the way `config` was, so that keys added since do not count.
+          resolve: resolves the stored config, so that keys of newer versions get their defaults.
           machine_keys: dotted keys, or sections, that may differ.
 
         Returns:
-          The machine keys that do differ: key -> (there, now).
+          The machine keys that differ: key -> (value in the folder, value now).
 
         Raises:
-          ConfigError: the folder cannot be written, or belongs to another config (names the differing keys).
+          ConfigError: the folder is not writable, or belongs to another config (names the differing keys).
         """
         self.check_writable()
         if not self.config_file.is_file():
             taken = [name for name in OURS if (self.path / name).exists()]
             if taken:
-                raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json: not a run to go on with. Choose another --workdir.")
+                raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json, so it cannot be resumed. Choose another --workdir.")
             return {}
         stored = self.config()
         try:
             stored = resolve(stored)
         except ConfigError:
-            pass  # written by a version with other keys: compare what is there
+            pass  # written by a version with other keys: compare it unresolved
         now = json.loads(json.dumps(config))
         changed = config_lib.differences(json.loads(json.dumps(stored)), now)
         allowed = {key: pair for key, pair in changed.items() if any(key == m or key.startswith(m + ".") for m in machine_keys)}
@@ -92,12 +92,12 @@ class RunFolder:
         if refused:
             lines = "".join(f"\n  {key}: {there!r} there, {here!r} now" for key, (there, here) in refused.items())
             raise ConfigError(
-                f"{self.path} belongs to a run of another config:{lines}\nChoose another --workdir, or --overwrite to delete that run and start anew."
+                f"{self.path} belongs to a run of another config:{lines}\nChoose another --workdir, or --overwrite to delete that run and start a new one."
             )
         return allowed
 
     def check_writable(self) -> None:
-        """Raises ConfigError if the folder cannot be made or written."""
+        """Raise ConfigError if the folder cannot be created or written."""
         place = self.path
         try:
             while not place.exists() and not place.is_symlink():
@@ -109,7 +109,7 @@ class RunFolder:
             raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
 
     def clear(self) -> None:
-        """Deletes the run that lives here, and nothing else that may lie in the folder."""
+        """Delete the files of the run, and no other file in the folder."""
         for name in OURS:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -118,28 +118,28 @@ class RunFolder:
                 path.unlink()
 
     def write_config(self, config: Mapping) -> None:
-        """Writes `config.json`, making the folder."""
+        """Create the folder and write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config_file, config)
 
     # The manifest
 
     def manifest(self) -> dict:
-        """The manifest as far as it is written."""
+        """Return the manifest; empty if there is none."""
         return read_json(self.manifest_file) if self.manifest_file.is_file() else {}
 
     def update_manifest(self, **values) -> None:
-        """Sets top-level keys of the manifest."""
+        """Set top-level keys of the manifest."""
         write_json(self.manifest_file, self.manifest() | values)
 
     def add_to_manifest(self, key: str, value: Any) -> None:
-        """Appends to a list of the manifest, unless its last entry is the same."""
+        """Append to a list of the manifest, unless its last entry is equal."""
         entries = self.manifest().get(key, [])
         if not entries or entries[-1] != value:
             self.update_manifest(**{key: [*entries, value]})
 
     def identify(self) -> str:
-        """The run's id, which its manifest gets at its first start: what children know it by."""
+        """Return the run's id, by which children identify it; create it at the first call."""
         if "id" not in self.manifest():
             self.update_manifest(id=uuid.uuid4().hex)
         return self.manifest()["id"]
@@ -147,31 +147,31 @@ class RunFolder:
     # Children
 
     def add_child(self, child: Mapping[str, Any]) -> None:
-        """Appends to `children.jsonl`: the `run`, its `id`, the `step` it began at, and whether it `needed` the weights to stay here."""
+        """Append to `children.jsonl`: `run`, `id`, the `step` it was initialised from, and `needed`, whether it reads weights from this run."""
         if child not in self.children():
-            # On a line of its own, also after one that was cut off.
+            # A new line, also after a truncated one.
             cut = self.children_file.is_file() and not self.children_file.read_bytes().endswith(b"\n")
             with open(self.children_file, "a", encoding="utf-8") as file:
                 file.write("\n" * cut + json.dumps(dict(child)) + "\n")
 
     def children(self) -> list[dict]:
-        """The lines of `children.jsonl`. Lines that were cut off are left out."""
-        return _json_lines(self.children_file, go_on=True)
+        """Return the lines of `children.jsonl`, without truncated ones."""
+        return _json_lines(self.children_file, skip_invalid=True)
 
     def find_child(self, line: Mapping[str, Any]) -> "RunFolder | None":
-        """The run that a line of `children.jsonl` means, where it was or in the same place seen from here; None if it is neither."""
+        """Return the run of a line of `children.jsonl`, at its absolute or relative path; None if it is at neither."""
         places = [Path(line["run"])] + ([self.path / line["relative"]] if "relative" in line else [])
         found = (RunFolder(os.path.normpath(place)) for place in places)
         return next((f for f in found if f.config_file.is_file() and f.manifest().get("id") == line["id"]), None)
 
     def dependents(self) -> list[Path]:
-        """Folders of runs that are still there and whose weights lie here in part."""
+        """Return the folders of existing runs that read weights from this run."""
         return [child.path for line in self.children() if line["needed"] and (child := self.find_child(line))]
 
     # Metrics
 
     def metrics(self, split: str | None = None) -> list[dict]:
-        """The lines of `metrics.jsonl`, of one split if given. A last line that was cut off is left out."""
+        """Return the lines of `metrics.jsonl`, of one split if given, without a truncated last line."""
         return [
             {key: float(value) if value in _NOT_FINITE else value for key, value in line.items()}
             for line in _json_lines(self.metrics_file)
@@ -179,7 +179,7 @@ class RunFolder:
         ]
 
     def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(_metrics_line({"step": step, "split": split} | dict(values)))
 
@@ -192,9 +192,9 @@ class RunFolder:
           finished: whether training ended there; the test, whose line may carry an earlier step, comes after.
         """
         until = {"validation": evaluated_at, "test": step if finished else -1}
-        kept = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
+        remaining = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
         if self.metrics_file.is_file():
-            _replace(self.metrics_file, "".join(map(_metrics_line, kept)))
+            _replace(self.metrics_file, "".join(map(_metrics_line, remaining)))
         if self.samples_file.is_file():
             text = self.samples_file.read_text(encoding="utf-8", errors="replace")
             samples = re.finditer(r"(?ms)^--- step (\d+) ---$.*?(?=^--- step \d+ ---$|\Z)", text)
@@ -202,25 +202,25 @@ class RunFolder:
 
 
 def _metrics_line(line: Mapping) -> str:
-    """As JSON, which has no way to write numbers that are not finite but as strings."""
+    """Return a line of JSON; numbers that are not finite become strings, since JSON cannot represent them."""
     odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(dict(line) | odd) + "\n"
 
 
-def _json_lines(path: Path, *, go_on: bool = False) -> list[dict]:
-    """Lines up to the first that is no JSON, one that was cut off; or all the others."""
+def _json_lines(path: Path, *, skip_invalid: bool = False) -> list[dict]:
+    """Parse JSON lines up to the first invalid (truncated) one; with `skip_invalid`, skip invalid ones."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            if not go_on:
+            if not skip_invalid:
                 break
     return lines
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; ConfigError names the file if it is broken."""
+    """Read a JSON file; ConfigError if it is invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -228,12 +228,12 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: Mapping) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     _replace(path, json.dumps(values, indent=2, default=_plain, ensure_ascii=False) + "\n")
 
 
 def _plain(value):
-    """NumPy's numbers and arrays, as Python's."""
+    """Convert NumPy's numbers and arrays to Python's."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{value!r} cannot be written as JSON")
@@ -249,5 +249,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 def now() -> str:
-    """The time, for manifests: ISO 8601, UTC, to the second."""
+    """Return the current time for manifests: ISO 8601, UTC, in seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,29 +1,29 @@
-"""The family of a run: what it started from, and what started from it."""
+"""The lineage of a run: its ancestors and descendants."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.tree import Tree
 
-from jaxmodels.pretrained.folder import is_published
+from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.runs.folder import RunFolder
 
-WORDS = ("taken", "renamed", "skipped", "initialised", "dropped")  # what became of parameters, in a manifest's `parents`
+WORDS = ("taken", "renamed", "skipped", "initialised", "dropped")  # keys of a manifest's `parents`; see `weights.TransferReport`
 
 
 def lineage(run: str) -> dict[str, Any]:
-    """The family tree that a run is in, from its oldest known ancestor down.
+    """Return the tree of runs that contains a run, from its oldest known ancestor.
 
     Args:
       run: the run's folder.
 
     Returns:
-      Nested: `run`, `id`, `here` (whether its folder is still that run), what it is (`model`, `task`, `source`, `parameters`,
-      `trained_parameters`), its last `metrics` by split, `taken_from` (the step of its parent, and how many parameters were
-      taken, renamed, skipped, initialised and dropped), `children`. Published weights at the root have `run`, `id` and `model`.
+      Nested dictionaries with `run`, `id`, `here` (whether the folder still contains that run), `model`, `task`, `source`, `parameters`,
+      `trained_parameters`, the last `metrics` by split, `taken_from` (the parent's step, and the numbers of parameters that were taken,
+      renamed, skipped, initialised and dropped), and `children`. Pretrained weights at the root have `run`, `id` and `model`.
 
     Raises:
-      ConfigError: no run lives there.
+      ConfigError: the folder contains no run.
     """
     folder = RunFolder(run)
     folder.config()
@@ -31,13 +31,13 @@ def lineage(run: str) -> dict[str, Any]:
     below, entries = node, folder.manifest().get("parents", [])
     node["children"] = _children(folder, {node["id"]})
     for entry in entries:
-        if is_published(entry["run"]):
+        if is_pretrained(entry["run"]):
             below["taken_from"] = {"step": 0} | (_counts(RunFolder(below["run"]).manifest()["parents"][0]) if below["here"] else {})
             return {"run": entry["run"], "id": entry["id"], "here": True, "model": entry["model_type"], "metrics": {}, "children": [below]}
         parent = RunFolder(entry["run"])
         here = parent.manifest().get("id") == entry.get("id") and parent.config_file.is_file()
         above = _node(parent, None) if here else {"run": entry["run"], "id": entry.get("id"), "here": False}
-        own = RunFolder(below["run"]).manifest()["parents"][0] if below["here"] else entry  # an ancestor's entry counts nothing
+        own = RunFolder(below["run"]).manifest()["parents"][0] if below["here"] else entry  # the copy of an ancestor's entry has no counts
         below["taken_from"] = {"step": own["step"]} | _counts(own)
         siblings = _children(parent, {above["id"], below["id"]}) if here else []
         above["children"] = [*siblings, below]
@@ -65,7 +65,7 @@ def _node(folder: RunFolder, entry: Mapping | None) -> dict[str, Any]:
 
 
 def _children(folder: RunFolder, seen: set) -> list[dict]:
-    """The runs that began at this one and still are what they were; `seen` are left out."""
+    """Return the nodes of the runs initialised from this one that still exist, without those in `seen`."""
     nodes = []
     for line in folder.children():
         child = folder.find_child(line)
@@ -83,7 +83,7 @@ def _counts(entry: Mapping) -> dict[str, int]:
 
 
 def tree(node: Mapping[str, Any], run: str) -> Tree:
-    """A lineage to print; the run that was asked for is marked."""
+    """Return a lineage as a tree to print, with `run` marked."""
     root = Tree(_label(node, str(RunFolder(run).path)))
     _grow(root, node, run)
     return root
@@ -99,10 +99,10 @@ def _label(node: Mapping, asked: str) -> str:
     if taken := node.get("taken_from"):
         counts = ", ".join(f"{count} {word}" for word, count in taken.items() if word != "step")
         parts.append(f"from step {taken['step']}" + (f" ({counts})" if counts else ""))
-    name = f"[bold]{node['run']}[/bold] (asked for)" if node["run"] == asked else node["run"]
+    name = f"[bold]{node['run']}[/bold] (this run)" if node["run"] == asked else node["run"]
     if not node["here"]:
-        return f"{name}: not there any more"
-    parts.append(f"{node['model']}, {node['task']} on {node['source']}" if "task" in node else f"{node['model']}, published weights")
+        return f"{name}: missing"
+    parts.append(f"{node['model']}, {node['task']} on {node['source']}" if "task" in node else f"{node['model']}, pretrained weights")
     if node.get("parameters"):
         share = "" if node["trained_parameters"] in (None, node["parameters"]) else f", {node['trained_parameters']:,} trained"
         parts.append(f"{node['parameters']:,} parameters{share}")

@@ -1,4 +1,4 @@
-"""One run out of a run and the parent that it borrows weights from."""
+"""Merge a run with the weights of its parent into a new run."""
 
 from collections.abc import Mapping
 
@@ -15,23 +15,23 @@ from jaxmodels.step.state import TrainState
 
 
 def merge(run: str, output: str) -> RunFolder:
-    """Writes a run's weights as a run of their own: adapters added to their layers, frozen weights with the rest.
+    """Write a new run with all weights of a run: adapters merged into their layers, frozen parameters copied from the parent.
 
-    What comes out is evaluated, loaded and started from like any run; it cannot be trained on in place.
+    The new run can be evaluated, loaded, exported and used as a parent, but not resumed.
 
     Args:
       run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
-      output: a folder that holds no run.
+      output: a folder without a run.
 
     Raises:
-      ConfigError: no such run, or the folder is taken.
+      ConfigError: no such run, or `output` contains a run or is not writable.
     """
     located = weights_lib.locate(run)
     source, folder = located.folder, new_folder(output)
     config, manifest = source.config(), source.manifest()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     own = {path: stored for path, stored in located.arrays.items() if isinstance(stored, weights_lib.Stored)}
-    dtypes = dict.fromkeys(located.arrays, jnp.float32) | {path: stored.dtype for path, stored in own.items()}  # published ones may be smaller
+    dtypes = dict.fromkeys(located.arrays, jnp.float32) | {path: stored.dtype for path, stored in own.items()}  # pretrained weights may have a smaller type
     shapes = {path: jax.ShapeDtypeStruct(stored.shape, dtypes[path], sharding=here) for path, stored in located.arrays.items()}
     arrays = weights_lib.read(located.arrays, shapes)
     stats = {path: x for path, x in arrays.items() if path in own and own[path].part == "stats"}
@@ -40,10 +40,10 @@ def merge(run: str, output: str) -> RunFolder:
         params = merge_adapters(params, Lora(**config["lora"]).scale)
     data = config["data"]
     if source.tokenizer_file.is_file() and "tokenizer" in data:
-        data = data | {"tokenizer": str(folder.path)}  # its own, wherever its parents go
+        data = data | {"tokenizer": str(folder.path)}  # a copy in the new run, which does not depend on the parents
     entry = {"run": str(source.path), "id": manifest.get("id"), "step": located.step, "merged": True}
-    kept = ("run", "id", "step", "weights", "model_type")
-    ancestors = [{key: value for key, value in p.items() if key in kept} for p in manifest.get("parents", [])]
+    copied = ("run", "id", "step", "weights", "model_type")
+    ancestors = [{key: value for key, value in p.items() if key in copied} for p in manifest.get("parents", [])]
     training = config["training"] | {"trainable": None, "freeze": ()}
     config = config | {"lora": None, "init_from": None, "training": training, "data": data}
     tokenizer = source.tokenizer_file.read_text(encoding="utf-8") if source.tokenizer_file.is_file() else None
@@ -51,30 +51,30 @@ def merge(run: str, output: str) -> RunFolder:
     try:
         source.add_child({"run": str(folder.path), "id": folder.identify(), "step": located.step, "needed": False})
     except OSError as error:
-        folder.add_to_manifest("fallbacks", f"{source.path} could not be told that it has a child ({error.strerror})")
+        folder.add_to_manifest("fallbacks", f"the child was not recorded in {source.path} ({error.strerror})")
     return folder
 
 
 def new_folder(path: str) -> RunFolder:
-    """A folder for a run to be written to. Raises ConfigError if it cannot be written, or holds one."""
+    """Return the folder for a new run; ConfigError if it is not writable or contains a run."""
     folder = RunFolder(path)
     folder.check_writable()
     if taken := [name for name in OURS if (folder.path / name).exists()]:
-        raise ConfigError(f"--output={folder.path} has {', '.join(taken)} in it. Choose another folder.")
+        raise ConfigError(f"--output={folder.path} already contains {', '.join(taken)}. Choose another folder.")
     return folder
 
 
 def write_run(folder: RunFolder, config: Mapping, params: dict, stats: dict, step: int, *, info: Mapping, tokenizer: str | None, parents: list[dict]) -> None:
-    """Writes weights as a run that is finished: it is evaluated, loaded and started from, and not trained on.
+    """Write weights as a finished run.
 
     Args:
       folder: of `new_folder`.
       config: resolved.
       params, stats: flat, path -> array.
       step: of the checkpoint.
-      info: what the data set says of itself.
-      tokenizer: its JSON, or None.
-      parents: for the manifest.
+      info: properties of the data set, `Dataset.info`.
+      tokenizer: JSON of the tokenizer, or None.
+      parents: entry `parents` of the manifest.
     """
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(jnp.int32(step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)

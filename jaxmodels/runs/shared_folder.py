@@ -1,4 +1,4 @@
-"""One run folder, several processes: the first writes, all others find what it wrote."""
+"""One run folder shared by several processes: the first writes, the others wait until they see it."""
 
 import time
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from jaxmodels.errors import RunError
 from jaxmodels.runs.checkpoint import Progress
 from jaxmodels.runs.folder import RunFolder
 
-# A network's file system may go on for a while saying that a new file is not there.
+# A network file system may show a new file to other hosts only after a delay.
 _SEEN_SECONDS = 60.0
 
 
 def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> None:
-    """The folder as a run of this config has it from its start on, once every process has looked at what was there before.
+    """Write the config and the id of a run, after every process has checked the folder.
 
     Args:
       folder: of the run.
       config: resolved.
-      clear: delete the run that is there.
+      clear: delete the run in the folder first.
 
     Raises:
-      RunError: a process sees another folder under this name.
+      RunError: the path is another folder for a process.
     """
     session.barrier("checked")
     run = None
@@ -38,12 +38,12 @@ def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> None:
     if blind:
         raise RunError(
             f"--workdir={folder.path} is not the same folder for {', '.join(blind)} as for process 0: the processes of a run share one. "
-            "Name a folder on a file system that all of them have."
+            "Choose a folder on a file system that all processes share."
         )
 
 
 def rewind(folder: RunFolder, step: int, progress: Progress) -> list[dict]:
-    """The metrics so far, in every process, without what the run will do again; see `RunFolder.rewind`."""
+    """Remove metrics after the checkpoint (see `RunFolder.rewind`); return the others, in every process."""
     with session.first_goes_first("rewind"):
         if session.is_first():
             folder.rewind(step, progress.evaluated_at, progress.finished)

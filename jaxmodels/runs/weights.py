@@ -1,7 +1,7 @@
-"""The weights of a run: where each lies, which of them fit another model, and reading them.
+"""Locate and read the weights of a run, and match them with another model.
 
-A run that trains only a part of its parameters beside a parent's saves only that part; the others lie in the
-parent's checkpoints, or in those of its parent.
+A run that freezes parameters of its parent saves only what it trains. The other parameters are read from the checkpoints of its parent, or of
+that run's parent.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.models.functional import flatten, unflatten
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.pretrained import peft
-from jaxmodels.pretrained import weights as published_lib
-from jaxmodels.pretrained.folder import is_published
-from jaxmodels.pretrained.mapping import Assembled
-from jaxmodels.pretrained.weights import Published
+from jaxmodels.pretrained import weights as pretrained_lib
+from jaxmodels.pretrained.folder import is_pretrained
+from jaxmodels.pretrained.mapping import LazyParameter
+from jaxmodels.pretrained.weights import PretrainedWeights
 from jaxmodels.runs.checkpoint import Checkpoints, open_run
 from jaxmodels.runs.folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One array on disk.
+    """One array in a checkpoint.
 
     Attributes:
-      checkpoints: the folder `checkpoints` that it lies in.
+      checkpoints: the folder `checkpoints` of a run.
       step: of the checkpoint.
-      part: of the state: `params`, `ema`, `frozen` or `stats`.
-      path: in that part.
+      part: part of the train state: `params`, `ema`, `frozen` or `stats`.
+      path: of the array in that part.
       shape, dtype: of the array.
     """
 
@@ -48,35 +48,35 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """Where the weights of a run, or published ones, are.
+    """The location of a run's weights, or of pretrained weights.
 
     Attributes:
-      name: the folder, to print.
-      folder: of the run; None of published weights.
-      step: of its checkpoint.
-      averaged: the trained ones are moving averages.
-      arrays: path -> what is read, of parameters and statistics.
-      published: all else that is known of published weights.
-      adapters: of published weights, where they came with some that are not merged.
+      name: the folder, for messages.
+      folder: the run; None of pretrained weights.
+      step: of the checkpoint.
+      averaged: whether the trained parameters are moving averages (EMA).
+      arrays: path -> array to read, of all parameters and statistics.
+      pretrained: the pretrained weights; None of a run.
+      adapters: unmerged adapters of the pretrained weights; None if there are none.
     """
 
     name: str
     folder: RunFolder | None
     step: int
     averaged: bool
-    arrays: Mapping[str, "Stored | Assembled"]
-    published: Published | None = None
+    arrays: Mapping[str, "Stored | LazyParameter"]
+    pretrained: PretrainedWeights | None = None
     adapters: peft.Adapters | None = None
 
 
 def locate(reference: str) -> Located:
-    """Where the parameters that a run is judged by (their average, where it kept one) and its statistics lie.
+    """Locate the parameters used for evaluation (the EMA if the run keeps one) and the statistics of a run.
 
     Args:
       reference: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
 
     Raises:
-      ConfigError: no such run or checkpoint, or a parent that holds some of the weights is gone.
+      ConfigError: no such run or checkpoint, or a parent that holds some of the weights is missing.
     """
     folder, checkpoints, step = open_run(reference)
     try:
@@ -88,18 +88,18 @@ def locate(reference: str) -> Located:
     parents = folder.manifest().get("parents", [])
     sources = {path: path for path in parents[0].get("taken", ())} | parents[0].get("renamed", {}) if parents else {}
     elsewhere = {here: there for here, there in sources.items() if here not in arrays}
-    if elsewhere and is_published(parents[0]["run"]):
+    if elsewhere and is_pretrained(parents[0]["run"]):
         adapters = parents[0].get("adapters") if any(path.endswith(ADAPTERS) for path in elsewhere.values()) else None
-        parent = _find_published(folder, parents[0], [*arrays, *sources], adapters)
+        parent = _find_pretrained(folder, parents[0], [*arrays, *sources], adapters)
     elif elsewhere:
         parent = locate(find_parent(folder, parents[0]))
     arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
     return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays)
 
 
-def locate_published(reference: str, model: Mapping[str, Any], paths: Sequence[str], adapters: str | None = None) -> Located:
-    """Where published weights lie, and adapters beside them; arguments and errors as of `interop.published.locate` and `interop.peft.read`."""
-    found = published_lib.locate(reference, model, paths)
+def locate_pretrained(reference: str, model: Mapping[str, Any], paths: Sequence[str], adapters: str | None = None) -> Located:
+    """Locate pretrained weights, and optionally adapters; arguments and errors as of `pretrained.weights.locate` and `pretrained.peft.read`."""
+    found = pretrained_lib.locate(reference, model, paths)
     if adapters is None:
         return Located(str(found.path), None, 0, False, found.arrays, found)
     beside = peft.read(adapters)
@@ -108,57 +108,57 @@ def locate_published(reference: str, model: Mapping[str, Any], paths: Sequence[s
 
 
 def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Located:
-    """Published weights for every parameter and statistic of a model.
+    """Locate pretrained weights for every parameter and statistic of a model.
 
     Raises:
-      ConfigError: as `interop.published.locate`; or some are not there, or of another shape.
+      ConfigError: as `pretrained.weights.locate`; or a parameter is missing or has another shape.
     """
-    located = locate_published(reference, model, list(shapes))
-    if located.published.fresh:
-        raise ConfigError(f"{reference} has no weights for {located.published.fresh[0]}: it was published without that head.")
+    located = locate_pretrained(reference, model, list(shapes))
+    if located.pretrained.fresh:
+        raise ConfigError(f"{reference} has no weights for {located.pretrained.fresh[0]}: the pretrained model has no such head.")
     match(shapes, located.arrays, skip=(), rename=())
     return located
 
 
-def _find_published(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str], adapters: str | None) -> Located:
-    """The published weights that a run borrows from, as its manifest names them."""
+def _find_pretrained(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str], adapters: str | None) -> Located:
+    """Locate the pretrained weights that a run's manifest names as its parent."""
     places = [entry["path"], os.path.normpath(folder.path / entry["relative"])]
     found = [place for place in places if any(os.path.isfile(os.path.join(place, name)) for name in ("config.json", "adapter_config.json"))]
     reference = f"hf:{found[0]}" if found else entry["run"]
     try:
-        parent = locate_published(reference, folder.config()["model"], paths, adapters)
+        parent = locate_pretrained(reference, folder.config()["model"], paths, adapters)
     except ConfigError as error:
-        raise ConfigError(f"{folder.path} saved only what it trained; its other weights are those of {entry['run']}: {error}") from error
-    if parent.published.fingerprint != entry["id"]:
-        raise ConfigError(f"{folder.path} began with other weights than those that lie in {parent.name} now. Put those back.")
+        raise ConfigError(f"{folder.path} holds only the trained parameters; the others are those of {entry['run']}: {error}") from error
+    if parent.pretrained.fingerprint != entry["id"]:
+        raise ConfigError(f"{folder.path} was initialised from other weights than those in {parent.name} now. Restore the original weights.")
     return parent
 
 
 def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
-    """`RUN@STEP` of a parent as the manifest of a run names it: where it was, or in the same place seen from the run.
+    """Return `RUN@STEP` of a run's parent, found at its absolute path or at its path relative to the run.
 
     Raises:
-      ConfigError: it is not there, or another run lies there now.
+      ConfigError: the parent is missing, or another run is in its folder.
     """
     places = [Path(entry["run"])] + ([folder.path / entry["relative"]] if "relative" in entry else [])
     found = [place for place in places if (place / "config.json").is_file()]
     if not found:
         raise ConfigError(
-            f"{folder.path} saved only what it trained; its other weights lie in {entry['run']} at step {entry['step']}, which is not "
-            "there. Put that run back, here or in the same place relative to this one."
+            f"{folder.path} holds only the trained parameters; the others are in {entry['run']} at step {entry['step']}, which is missing. "
+            "Restore that run at this path, or at the same path relative to this run."
         )
     same = [place for place in found if entry.get("id") in (None, RunFolder(place).manifest().get("id"))]
     if not same:
-        raise ConfigError(f"{folder.path} began with another run than the one that lies in {found[0]} now: that one's id is not {entry['id']}.")
+        raise ConfigError(f"{folder.path} was initialised from another run than the one in {found[0]} now, whose id is not {entry['id']}.")
     return f"{os.path.normpath(same[0])}@{entry['step']}"
 
 
-def read(arrays: Mapping[str, Stored | Assembled], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays of the paths in `shapes`, each read straight into the sharding that its shape carries."""
+def read(arrays: Mapping[str, Stored | LazyParameter], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read the arrays of the paths in `shapes`, each with the sharding of its shape."""
     requests: dict[tuple[Path, int], dict[str, dict]] = {}
-    published = {path: shape for path, shape in shapes.items() if isinstance(arrays[path], Assembled)}
+    lazy = {path: shape for path, shape in shapes.items() if isinstance(arrays[path], LazyParameter)}
     for path, shape in shapes.items():
-        if path in published:
+        if path in lazy:
             continue
         stored = arrays[path]
         requests.setdefault((stored.checkpoints, stored.step), {}).setdefault(stored.part, {})[stored.path] = shape
@@ -170,34 +170,39 @@ def read(arrays: Mapping[str, Stored | Assembled], shapes: Mapping[str, jax.Shap
         finally:
             checkpoints.close()
         found |= {(folder, step, part, path): x for part, tree in restored.items() for path, x in flatten(tree).items()}
-    # The largest first: what reading it took of memory is then enough for all others.
-    in_order = sorted(published, key=lambda path: -math.prod(published[path].shape))
-    result = {path: arrays[path].read(published[path].dtype, published[path].sharding) for path in in_order}
+    # The largest first, so that the host memory of later reads fits in what the first one allocated.
+    in_order = sorted(lazy, key=lambda path: -math.prod(lazy[path].shape))
+    result = {path: arrays[path].read(lazy[path].dtype, lazy[path].sharding) for path in in_order}
     result |= {path: found[arrays[path].checkpoints, arrays[path].step, arrays[path].part, arrays[path].path] for path in shapes if path not in result}
     return {path: result[path] for path in shapes}
 
 
 def read_model(located: Located, params: Any, stats: Any) -> tuple[dict, dict]:
-    """All parameters and statistics of a run.
+    """Read all parameters and statistics of a model.
 
     Args:
-      located: where they are.
-      params, stats: shapes, with shardings.
+      located: of `locate`.
+      params, stats: shapes with shardings.
+
+    Returns:
+      The parameters and the statistics, nested.
     """
     found = read(located.arrays, flatten(params) | flatten(stats))
     return tuple(unflatten({path: found[path] for path in flatten(tree)}) for tree in (params, stats))
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """What became of every parameter when weights were taken from another run: paths of this model's parameters.
+class TransferReport:
+    """What was transferred from another run's weights: parameter paths of this model.
+
+    The field names are keys of the manifest's `parents`.
 
     Attributes:
-      taken: from the other run, under the same path.
-      renamed: path here -> path there.
-      skipped: by `skip`: initialised here, whatever the other run has.
-      initialised: adapters, which the other run does not have, and a head that published weights do not have.
-      dropped: paths of the other run that nothing here asked for, renamed to the empty string; and heads of published weights.
+      taken: transferred, under the same path.
+      renamed: transferred: path in this model -> path in the other.
+      skipped: initialised randomly, because `skip` matches.
+      initialised: initialised randomly, because the other run has no such parameter: adapters, and a head that pretrained weights lack.
+      dropped: parameters of the other run without a counterpart: renamed to the empty string, or a head of pretrained weights.
     """
 
     taken: tuple[str, ...]
@@ -207,7 +212,7 @@ class Account:
     dropped: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Every parameter and what became of it; parameters that differ only in numbers, such as a layer's, share a line."""
+        """Return one line for each parameter; parameters whose paths differ only in layer numbers share a line."""
         rows = {}
         for word in ("taken", "renamed", "skipped", "initialised", "dropped"):
             paths = getattr(self, word)
@@ -226,20 +231,21 @@ def match(
     rename: Sequence[tuple[str, str]],
     fresh: Sequence[str] = (),
     dropped: Sequence[str] = (),
-) -> tuple[Account, dict[str, str]]:
-    """Which of another run's parameters fill which of this model's.
+) -> tuple[TransferReport, dict[str, str]]:
+    """Match this model's parameters with those of another run.
 
     Args:
-      here, there: path -> what has a shape.
-      skip: patterns on paths here, from their start, that are initialised anew.
-      rename: (pattern, replacement), applied in order to paths there; an empty result drops the parameter.
-      fresh, dropped: paths here that are initialised, and names there that are left out, because published weights are so.
+      here, there: path -> array or shape, of this model and of the other.
+      skip: regular expressions, matched from the start of paths of this model; matching parameters are initialised randomly.
+      rename: (pattern, replacement), applied in order to paths of the other model; an empty result drops the parameter.
+      fresh: paths of this model that pretrained weights lack.
+      dropped: names of pretrained tensors that this model lacks.
 
     Returns:
-      The account, and path here -> path there of all that is taken.
+      The report, and path in this model -> path in the other, of all transferred parameters.
 
     Raises:
-      ConfigError: a parameter that is missing, left over or of another shape, or a pattern that matches nothing.
+      ConfigError: a missing, unused or misshapen parameter (lists all), or a pattern that matches nothing.
     """
     new_names = {path: path for path in there}
     for pattern, replacement in rename:
@@ -265,13 +271,13 @@ def match(
         merge = " The other run's adapters (lora_a, lora_b) become weights with jaxmodels merge." if any(p.endswith(ADAPTERS) for p in left) else ""
         raise ConfigError(
             "config.init_from: the weights do not match this model:\n  " + "\n  ".join(problems) + "\n"
-            "Initialise parameters anew with init_from.skip, or map names with init_from.rename (to '' to drop one)." + merge
+            "Initialise parameters randomly with init_from.skip, or map names with init_from.rename (to '' to drop one)." + merge
         )
-    account = Account(
+    report = TransferReport(
         taken=tuple(path for path, source in sources.items() if path == source),
         renamed={path: source for path, source in sources.items() if path != source},
         skipped=skipped,
         initialised=initialised,
         dropped=(*(path for path, name in new_names.items() if not name), *dropped),
     )
-    return account, sources
+    return report, sources

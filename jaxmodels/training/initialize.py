@@ -16,12 +16,12 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.models.functional import flatten, unflatten
 from jaxmodels.models.lora import ADAPTERS, Lora
-from jaxmodels.pretrained.folder import find, is_published
+from jaxmodels.pretrained.folder import find, is_pretrained
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step.state import TrainState
-from jaxmodels.tokenizers import pretrained as published_tokenizer
+from jaxmodels.tokenizers import pretrained as pretrained_tokenizer
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 
 
@@ -77,34 +77,34 @@ def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
 def check_parent(experiment: Experiment) -> None:
     """Raises ConfigError unless another run's weights fit this model, and its tokenizer this data."""
     shapes = experiment.state_shapes()
-    if is_published(experiment.init_from.run):
-        _check_published_tokenizer(experiment)
-    located, account, sources = _match(experiment, shapes)
+    if is_pretrained(experiment.init_from.run):
+        _check_pretrained_tokenizer(experiment)
+    located, report, sources = _match(experiment, shapes)
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
         raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.name} has no such weights: nothing would ever train it.")
     if located.folder is not None:
-        _check_scale(experiment, located.folder, account)
-        _check_tokenizer(experiment, located.folder, account)
+        _check_scale(experiment, located.folder, report)
+        _check_tokenizer(experiment, located.folder, report)
 
 
 def _match(experiment: Experiment, shapes: TrainState):
     init_from = experiment.init_from
     here = flatten(shapes.params) | flatten(shapes.frozen) | flatten(shapes.stats)
     unasked = {}
-    if is_published(init_from.run):
-        located = weights_lib.locate_published(init_from.run, experiment.config["model"], list(here), init_from.adapters)
+    if is_pretrained(init_from.run):
+        located = weights_lib.locate_pretrained(init_from.run, experiment.config["model"], list(here), init_from.adapters)
         if located.adapters is not None:
             _check_adapters(experiment, here, located)
-        unasked = {"fresh": located.published.fresh, "dropped": located.published.dropped}
+        unasked = {"fresh": located.pretrained.fresh, "dropped": located.pretrained.dropped}
     else:
         located = weights_lib.locate(init_from.run)
-    account, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename, **unasked)
-    return located, account, sources
+    report, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename, **unasked)
+    return located, report, sources
 
 
 def _check_adapters(experiment: Experiment, here: Mapping[str, Any], located: weights_lib.Located) -> None:
-    """Published adapters and the section `lora` mean the same layers, at the same rank and scale."""
+    """Pretrained adapters and the section `lora` mean the same layers, at the same rank and scale."""
     adapters, lora = located.adapters, Lora(**experiment.config["lora"])
     where = adapters.path / "adapter_config.json"
     if lora.rank != adapters.rank:
@@ -121,9 +121,9 @@ def _check_adapters(experiment: Experiment, here: Mapping[str, Any], located: we
         raise ConfigError("config.lora.targets:\n  " + "\n  ".join(more[:20]) + "\nLeave the section out, and it is made from there.")
 
 
-def _check_scale(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
+def _check_scale(experiment: Experiment, parent: RunFolder, report: weights_lib.TransferReport) -> None:
     """Adapters mean what they do at the scale that they were trained at."""
-    adapters = [path for path in (*account.taken, *account.renamed) if path.endswith(ADAPTERS)]
+    adapters = [path for path in (*report.taken, *report.renamed) if path.endswith(ADAPTERS)]
     here, there = (Lora(**config["lora"]).scale if config["lora"] else None for config in (experiment.config, parent.config()))
     if adapters and here != there:
         raise ConfigError(
@@ -132,10 +132,10 @@ def _check_scale(experiment: Experiment, parent: RunFolder, account: weights_lib
         )
 
 
-def _check_tokenizer(experiment: Experiment, parent: RunFolder, account: weights_lib.Account) -> None:
+def _check_tokenizer(experiment: Experiment, parent: RunFolder, report: weights_lib.TransferReport) -> None:
     """Embeddings mean the tokens that they were trained on."""
     tokenizer = experiment.dataset.info.get("tokenizer")
-    embeddings = [path for path in (*account.taken, *account.renamed) if "embed" in path]
+    embeddings = [path for path in (*report.taken, *report.renamed) if "embed" in path]
     if tokenizer is None or not embeddings or not parent.tokenizer_file.is_file():
         return
     if parent.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
@@ -145,13 +145,13 @@ def _check_tokenizer(experiment: Experiment, parent: RunFolder, account: weights
         )
 
 
-def _check_published_tokenizer(experiment: Experiment) -> None:
-    """The same of a published model, whose tokenizer lies beside its weights."""
+def _check_pretrained_tokenizer(experiment: Experiment) -> None:
+    """The same of a pretrained model, whose tokenizer lies beside its weights."""
     tokenizer, reference, skip = experiment.dataset.info.get("tokenizer"), experiment.init_from.run, experiment.init_from.skip
-    files = published_tokenizer.files_in(find(reference))
+    files = pretrained_tokenizer.files_in(find(reference))
     if tokenizer is None or not files or any(re.match(pattern, "embed/embedding") for pattern in skip):
         return
-    if not isinstance(tokenizer, published_tokenizer.PublishedTokenizer) or not tokenizer.has_tokens_of(files):
+    if not isinstance(tokenizer, pretrained_tokenizer.PublishedTokenizer) or not tokenizer.has_tokens_of(files):
         raise ConfigError(
             f"config.data.tokenizer: {reference} was trained with another tokenizer, so its embedding means other tokens. Use its own, "
             f"--config.data.tokenizer={reference}, or leave out the embedding with init_from.skip."
@@ -161,7 +161,7 @@ def _check_published_tokenizer(experiment: Experiment) -> None:
 def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: RunFolder, matched: tuple) -> tuple[TrainState, list[str]]:
     """A new state with another run's weights in it, each read straight into its sharding; and lines that say so.
 
-    The manifest's `parents` learn the run, the step, the account of every parameter, and the parent's own parents. The
+    The manifest's `parents` learn the run, the step, the report of every parameter, and the parent's own parents. The
     parent learns of its child, so that it keeps this checkpoint.
 
     Args:
@@ -170,7 +170,7 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
       experiment, folder: as of `start`.
       matched: of `_match`.
     """
-    located, account, sources = matched
+    located, report, sources = matched
     parts = {part: flatten(getattr(shapes, part)) for part in ("params", "frozen", "stats")}
     wanted = {path: x for tree in parts.values() for path, x in tree.items() if path in sources}
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
@@ -182,20 +182,20 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     state = state.replace(**filled, ema=ema)
     lines = _tell_parent(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
     if session.is_first():
-        folder.update_manifest(parents=_parents(located, account, folder))
+        folder.update_manifest(parents=_parents(located, report, folder))
     step = f" at step {located.step}" if located.folder is not None else ""
     average = " (their moving average)" if located.averaged else ""
-    counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(account).items() if paths)
-    notes = [f"note: {note}" for note in located.published.notes] if located.published else []
-    return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *account.lines()]
+    counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(report).items() if paths)
+    notes = [f"note: {note}" for note in located.pretrained.notes] if located.pretrained else []
+    return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *report.lines()]
 
 
-def _parents(located: weights_lib.Located, account: weights_lib.Account, folder: RunFolder) -> list[dict]:
+def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder) -> list[dict]:
     """The manifest's entry of where the weights came from, and those of the parent's own parents."""
-    entry = {"relative": os.path.relpath(located.name, folder.path), "step": located.step} | dataclasses.asdict(account)
-    if located.published is not None:
-        published = located.published
-        own = {"run": published.folder.reference, "path": located.name, "id": published.fingerprint, "model_type": published.architecture.name}
+    entry = {"relative": os.path.relpath(located.name, folder.path), "step": located.step} | dataclasses.asdict(report)
+    if located.pretrained is not None:
+        pretrained = located.pretrained
+        own = {"run": pretrained.folder.reference, "path": located.name, "id": pretrained.fingerprint, "model_type": pretrained.architecture.name}
         own |= {"adapters": str(located.adapters.path)} if located.adapters is not None else {}
         return [own | {"weights": "published"} | entry]
     parent = located.folder
@@ -211,7 +211,7 @@ def _tell_parent(located: weights_lib.Located, folder: RunFolder, needed: bool) 
     try:
         parent.add_child({"run": str(folder.path), "relative": relative, "id": folder.manifest().get("id"), "step": step, "needed": needed})
     except OSError as error:
-        problem = f"{parent.path} could not be told that it has a child ({error.strerror}): it may delete its checkpoint of step {step}"
+        problem = f"{parent.path} does not record this child ({error.strerror}): it may delete its checkpoint of step {step}"
         folder.add_to_manifest("fallbacks", problem)
         return [f"warning: {problem}"]
     return []

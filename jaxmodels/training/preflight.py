@@ -5,7 +5,7 @@ from typing import Any
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.sections import MACHINE_KEYS, resolve
-from jaxmodels.pretrained.folder import is_published
+from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.runs.checkpoint import parse_run
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import initialize
@@ -27,7 +27,7 @@ def check_run_folder(experiment: Experiment, folder: RunFolder, overwrite: bool)
         _check_same_data(experiment, folder)
     if experiment.init_from and (overwrite or not folder.config_file.exists()):
         parent = experiment.init_from.run
-        if not is_published(parent) and RunFolder(parse_run(parent)[0]).path.resolve() == folder.path.resolve():
+        if not is_pretrained(parent) and RunFolder(parse_run(parent)[0]).path.resolve() == folder.path.resolve():
             raise ConfigError("config.init_from names the run's own folder. Choose another --workdir.")
         initialize.check_parent(experiment)
     return changed

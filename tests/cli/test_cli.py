@@ -23,7 +23,7 @@ def python(code):
 
 def test_help_and_the_bare_import_load_no_heavy_package():
     heavy = "{'jax', 'flax', 'numpy', 'optax', 'orbax', 'grain', 'ml_collections', 'rich'}"
-    for code in ("import jaxmodels", "from jaxmodels import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"):
+    for code in ("import jaxmodels", "from jaxmodels.cli import main as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"):
         done = python(f"{code}\nimport sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)")
         assert done.returncode == 0, done.stderr
 

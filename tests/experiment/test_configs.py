@@ -37,7 +37,7 @@ NEEDS_CHATS = ("llama_hf_sft_lora",)  # of the user's own: tests/pretrained/test
 
 
 def load(path, published):
-    """A config; where it starts from a published model, from one of random weights."""
+    """A config; where it starts from a pretrained model, from one of random weights."""
     argument = f":{published(path.stem)}" if "_hf_" in path.stem else ""
     return load_config(f"{path}{argument}", {"data.tokenizer": "byte+special"} if path.stem in NEEDS_RUN else None)
 

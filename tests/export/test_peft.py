@@ -38,7 +38,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """name -> folder of a published model, made once."""
+    """name -> folder of a pretrained model, made once."""
     made = {}
 
     def get(name):
@@ -177,7 +177,7 @@ def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_p
         assert values[key] == {f"transformer.h.{i}.attn.c_attn": value for i in range(2)}
     expected = run(jaxmodels.load(path).model)
     np.testing.assert_allclose(there("gpt2", base("gpt2"), out), expected, atol=1e-4)
-    merge(path, str(tmp_path / "merged"))  # with the published weights that it borrows
+    merge(path, str(tmp_path / "merged"))  # with the pretrained weights that it borrows
     np.testing.assert_allclose(run(jaxmodels.load(str(tmp_path / "merged")).model), expected, atol=1e-4)
     again = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(out)}), tmp_path / "again")
     before, after = (flatten(split(jaxmodels.load(one).model)[1]) for one in (path, again))
@@ -307,7 +307,7 @@ def test_runs_without_adapters_or_a_published_start_are_refused(base, tmp_path):
     model = {"name": "gpt", "layers": 1, "heads": 2, "width": 8, "context": 16}
     own = untrained_run({**config_of("gpt2", None), "model": model}, {"vocab_size": random_pretrained.VOCABULARY}, tmp_path / "own")
     on_a_run = begin(config_of("gpt2", own, model=model, lora={"rank": 2, "targets": ("query",)}), tmp_path / "on_a_run")
-    with pytest.raises(ConfigError, match="did not begin with published weights"):
+    with pytest.raises(ConfigError, match="did not begin with pretrained weights"):
         export_adapters(on_a_run, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

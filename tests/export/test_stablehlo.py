@@ -161,7 +161,7 @@ def test_more_kinds_of_models(tmp_path, kind):
 def test_bad_folders_are_refused_and_nothing_is_half_written(exported, tmp_path, monkeypatch):
     run, folder = exported[0]["cnn"], exported[1]["cnn"]
     for output in (folder, run):
-        with pytest.raises(ConfigError, match="is no empty folder"):
+        with pytest.raises(ConfigError, match="is not an empty folder"):
             export_stablehlo(run, str(output))
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         export_stablehlo(str(tmp_path / "none"), str(tmp_path / "out"))

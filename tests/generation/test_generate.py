@@ -118,9 +118,9 @@ def test_half_precision_keeps_its_types(name):
     """Traced only: a loop whose cache came back in another type would be refused."""
     model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS)[name]
     generator = Generator(drawn(model_name, V, **options), dtype=jnp.bfloat16, start=7)
-    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": generator._ends_E}
+    how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": generator._eos_ids}
     inputs = generator._inputs([np.arange(3), np.arange(5)])
-    state = jax.eval_shape(functools.partial(generator._programs.start, room=16, key=jax.random.key(0), **how), *generator.weights, *inputs)
+    state = jax.eval_shape(functools.partial(generator._programs.start, max_new_tokens=16, key=jax.random.key(0), **how), *generator.weights, *inputs)
     state = jax.eval_shape(functools.partial(generator._programs.advance, **how), *generator.weights, state, np.int32(3), np.zeros(2, bool))
     floats = {x.dtype for x in jax.tree.leaves(state["cache"]) if jnp.issubdtype(x.dtype, jnp.floating)}
     assert floats == {jnp.dtype(jnp.bfloat16)}
@@ -128,7 +128,7 @@ def test_half_precision_keeps_its_types(name):
 
 def test_a_model_without_a_cache_reads_anew():
     model, given = Plain(), prompts(4, 9)
-    with pytest.warns(UserWarning, match="Plain keeps no cache.*reads the whole text anew"):
+    with pytest.warns(UserWarning, match="Plain has no cache.*recomputes the whole text"):
         made = [c.tokens for c in generate(model, None, given, max_tokens=10)]
     assert_likeliest(model(filled([a + b for a, b in zip(given, made, strict=True)])), given, made)
 
@@ -187,8 +187,8 @@ def test_the_cache_is_written_in_place(small):
     One row is where compilers are led to copy (see `models.cache.Packed`).
     """
     generator = Generator(small)
-    how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": np.zeros(1, np.int32)}
-    start = functools.partial(generator._programs.start, room=32, key=jax.random.key(0), **how)
+    how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": np.zeros(1, np.int32)}
+    start = functools.partial(generator._programs.start, max_new_tokens=32, key=jax.random.key(0), **how)
     state = jax.eval_shape(start, *generator.weights, np.zeros((1, 16), np.int32))
     compiled = generator._programs.advance.lower(*generator.weights, state, np.int32(3), np.zeros(1, bool), **how).compile()
     whole = r"= f32\[(\d+,)*4,48,4\]\S* "
@@ -217,7 +217,7 @@ def test_wrong_arguments_are_one_line_each(small):
         ([], {}, "no prompt"),
         (["abc", "A"], {}, "prompt 2: character 'A'"),
         ([[1, 2], [V]], {}, f"whole numbers from 0 to {V - 1}"),
-        ("a" * 64, {}, "prompt 1 has 64 tokens, and the model's context holds 64 .* shorten it to 63"),
+        ("a" * 64, {}, "prompt 1 has 64 tokens, and the model's context is 64 .* shorten it to 63"),
         ("a" * 60, {"max_tokens": 9}, "max_tokens=9 is more than prompt 1 of 60 tokens leaves .*: max_tokens=4 fits"),
         ("a", {"max_tokens": 0}, "max_tokens must be at least 1"),
         ("a", {"temperature": -0.1}, "temperature must be 0"),
@@ -225,31 +225,31 @@ def test_wrong_arguments_are_one_line_each(small):
         ("a", {"temperature": 1.0, "top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
         ("a", {"temperature": 1.0, "min_p": -0.5}, "min_p must lie"),
         ("a", {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
-        ("a", {"top_k": 5}, "top_k means nothing where the likeliest token is taken"),
+        ("a", {"top_k": 5}, "top_k=5 has no effect with temperature=0"),
         ("a", {"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ("a", {"beams": 0}, "beams must be at least 1"),
-        ("a", {"beams": 2, "temperature": 1.0}, "beams search .* temperature draws"),
-        ("a", {"beams": 2, "stop": "."}, "leave out stop, or beams"),
-        ("a", {"length_penalty": 2.0}, "of beam search"),
+        ("a", {"beams": 2, "temperature": 1.0}, "beam search does not sample"),
+        ("a", {"beams": 2, "stop": "."}, "does not support stop strings"),
+        ("a", {"length_penalty": 2.0}, "need beam search"),
         ("a", {"stop": ["", "b"]}, "an empty string would end"),
-        ("a", {"stop": "A"}, "stop='A' can never come: character 'A'"),
+        ("a", {"stop": "A"}, "stop='A' cannot be generated: character 'A'"),
         ("a", {"seed": -1}, "seed must be"),
-        ("a", {"tok_k": 5}, "takes no 'tok_k'"),
+        ("a", {"tok_k": 5}, "has no option 'tok_k'"),
     ):
         with pytest.raises(ConfigError, match=message):
             generator.generate(given, **options)
     bare = Generator(small)
     for given, options, message in (
-        ("a", {}, "there is no tokenizer: give token numbers"),
-        ([1], {"stop": "b"}, "no tokenizer, so there are no texts"),
+        ("a", {}, "the model has no tokenizer: give token ids"),
+        ([1], {"stop": "b"}, "needs a tokenizer, and the model has none"),
     ):
         with pytest.raises(ConfigError, match=message):
             bare.generate(given, **options)
-    with pytest.raises(ConfigError, match="leave out streaming, or beams"):
+    with pytest.raises(ConfigError, match="beam search cannot stream"):
         generator.stream("a", beams=2)
-    with pytest.raises(ConfigError, match="no tokenizer, so there is no text to stream"):
+    with pytest.raises(ConfigError, match="streaming needs a tokenizer"):
         bare.stream([1])
-    with pytest.raises(ConfigError, match="token that a target begins with"):
+    with pytest.raises(ConfigError, match="no start token for targets"):
         Generator(drawn("lstm_seq2seq", V, width=8), letters)
 
 
@@ -270,7 +270,7 @@ class Says(nnx.Module):
 def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
     said = "Grün 😀, 漢字. END of it".encode()
     model = Says(said + bytes(64 - len(said)))
-    with pytest.warns(UserWarning, match="keeps no cache"):
+    with pytest.warns(UserWarning, match="has no cache"):
         generator = Generator(model, ByteTokenizer())
     pieces = list(generator.stream("x", max_tokens=len(said)))
     assert "".join(pieces) == said.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)

@@ -1,4 +1,4 @@
-"""Published models generate the same tokens here as in `transformers`, 200 of them, with a cache and without; beam search too.
+"""Pretrained models generate the same tokens here as in `transformers`, 200 of them, with a cache and without; beam search too.
 
 `pytest -m slow tests/generation/test_generate_pretrained.py -n 0` runs the other architectures.
 """
@@ -85,7 +85,7 @@ def theirs_of(model, prompts, **options):
     return result.sequences[:, longest if left else 1 :].numpy(), result
 
 
-@pytest.mark.filterwarnings("ignore:.*keeps no cache")
+@pytest.mark.filterwarnings("ignore:.*has no cache")
 @pytest.mark.parametrize("name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_the_likeliest_tokens_are_those_of_transformers(name, tmp_path):
     theirs, ours = made(name, tmp_path)

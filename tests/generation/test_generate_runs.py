@@ -15,7 +15,7 @@ import jaxmodels
 from jaxmodels.cli import main as cli
 from jaxmodels.errors import ConfigError
 from jaxmodels.generation.generate import own_ends
-from jaxmodels.generation.stop_strings import Pieces, Row
+from jaxmodels.generation.stop_strings import GeneratedText, Pieces
 from jaxmodels.tokenizers.factory import make_tokenizer
 from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer
 
@@ -64,8 +64,8 @@ def test_what_cannot_be_is_one_line_and_status_2(run, tmp_path):
         (["--prompt="], "prompt 1 is empty"),
         (["--prompt=ab", "--temperature=-1"], "temperature must be 0"),
         (["--prompt=ab", "--prompt=c", "--stream"], "give one --prompt"),
-        (["--prompt=ab", "--beams=3", "--stream"], "leave out streaming, or beams"),
-        (["--prompt=" + "a" * 70], "prompt 1 has 70 tokens, and the model's context holds 64"),
+        (["--prompt=ab", "--beams=3", "--stream"], "beam search cannot stream"),
+        (["--prompt=" + "a" * 70], "prompt 1 has 70 tokens, and the model's context is 64"),
     ):
         status, out, err = command("generate", f"--workdir={run}", *arguments)
         assert status == 2 and message in err and err.count("\n") == 1 and out == ""
@@ -144,7 +144,7 @@ def test_any_bytes_are_said_once(seed):
 
 
 def test_a_stop_is_found_where_tokens_meet():
-    row = Row(ByteTokenizer(), (), (), ("</s>", "STOP"))
+    row = GeneratedText(ByteTokenizer(), (), (), ("</s>", "STOP"))
     shown = [row.add(token) for token in b"a <STO</s> b"[:10]]
     assert "".join(shown) == "a <STO" and row.finish == "stop" and row.text == "a <STO"
     assert shown[:3] == ["a", " ", ""]  # held back, since it may be the beginning of one

@@ -32,9 +32,9 @@ def main(kinds, *paths):
         if kinds == "all":
             entry["beams"] = [c.tokens for c in run.generate(PROMPTS[:2], max_tokens=8, beams=2)]
             entry["drawn"] = [c.tokens for c in run.generate(PROMPTS, max_tokens=20, temperature=1.0, top_k=9)]
-        how = {"shape": decoding.GREEDY, "numbers": {}, "ends_E": generator._ends_E}
+        how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": generator._eos_ids}
         tokens = [generator._tokens(prompt, 1) for prompt in PROMPTS]
-        state = generator._programs.start(*generator.weights, *generator._inputs(tokens), room=32, key=jax.random.key(0), **how)
+        state = generator._programs.start(*generator.weights, *generator._inputs(tokens), max_new_tokens=32, key=jax.random.key(0), **how)
         state = generator._programs.advance(*generator.weights, state, np.int32(3), np.zeros(len(state["done"]), bool), **how)
         entry["cache"] = sorted({axis for x in state["cache"].arrays if x.ndim >= 3 for axis in axes_in(x.sharding.spec)})
         told.append(entry)

@@ -1,4 +1,4 @@
-"""Published models as tests make them: random weights in tiny sizes, written by `transformers` itself."""
+"""Pretrained models as tests make them: random weights in tiny sizes, written by `transformers` itself."""
 
 import os
 

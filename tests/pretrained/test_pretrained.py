@@ -1,4 +1,4 @@
-"""Published weights in and out, against `transformers` on the same weights."""
+"""Pretrained weights in and out, against `transformers` on the same weights."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from jaxmodels.pretrained.weights import load_model, resolve_options
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """name -> (folder of a published model, the model), made once."""
+    """name -> (folder of a pretrained model, the model), made once."""
     made = {}
 
     def get(name):
@@ -126,7 +126,7 @@ def test_weights_of_the_base_model_alone(folder, tmp_path):
                 np.abs(random_pretrained.real(run(load_model(f"hf:{tmp_path / name}"), arrays) - random_pretrained.logits(model, arrays), arrays)).max() < 1e-4
             )
         else:
-            with pytest.raises(ConfigError, match="architectures=.'BertModel'. has no head"):
+            with pytest.raises(ConfigError, match="architectures=.'BertModel'. has no supported head"):
                 load_model(f"hf:{tmp_path / name}")
 
 
@@ -290,7 +290,7 @@ def test_a_run_borrows_frozen_weights_and_notices_others_in_their_place(folder, 
     np.testing.assert_array_equal(jaxmodels.load(str(moved / "run")).predict({"tokens": tokens}), first)
     shutil.rmtree(moved / "published")
     shutil.copytree(folder("gpt2_untied_wide")[0], moved / "published")
-    with pytest.raises(ConfigError, match="began with other weights"):
+    with pytest.raises(ConfigError, match="initialised from other weights"):
         jaxmodels.load(str(moved / "run"))
 
 
@@ -301,13 +301,13 @@ def test_every_device_reads_its_own_part(folder):
         import jax, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         from jaxmodels.pretrained import weights as published
-        from jaxmodels.pretrained.mapping import Assembled
+        from jaxmodels.pretrained.mapping import LazyParameter
         section = random_pretrained.model_section("hf:{path}") | {{"scan": True}}
         found = random_pretrained.locate("hf:{path}", section, [])
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
         asked = []
-        values = Assembled.values
-        Assembled.values = lambda self, ranges, dtype: asked.append(ranges) or values(self, ranges, dtype)
+        values = LazyParameter.values
+        LazyParameter.values = lambda self, ranges, dtype: asked.append(ranges) or values(self, ranges, dtype)
         specs = {{"blocks/mlp/experts/up/kernel": P(None, "b", "a", None), "embed/embedding": P(None, "b")}}
         specs["blocks/attention/query/kernel"] = P("a", None, "b")
         for path, spec in specs.items():
@@ -391,5 +391,5 @@ def test_a_model_of_the_hub_is_found_by_its_id(folder, tmp_path, monkeypatch):
     arrays = random_pretrained.inputs("gpt2")
     ours = run(load_model("hf:someone/tiny"), arrays)
     assert np.abs(random_pretrained.real(ours - random_pretrained.logits(model, arrays), arrays)).max() < 1e-4
-    with pytest.raises(ConfigError, match="hf:someone/other: there is no folder of that name here, and the hub did not give the model"):
+    with pytest.raises(ConfigError, match="hf:someone/other: there is no such folder, and the download from the hub failed"):
         load_model("hf:someone/other")

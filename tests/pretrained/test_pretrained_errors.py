@@ -1,4 +1,4 @@
-"""Published models that are not what they say, or not what is known here: one clear error each, nothing half-written."""
+"""Pretrained models that are not what they say, or not what is known here: one clear error each, nothing half-written."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_options_that_change_the_result_are_refused_by_name(tmp_path, name):
         with pytest.raises(ConfigError, match=rf"config\.json: .*{shown}=.*not supported|{shown}=.*supported") as error:
             model_section(written(tmp_path / "bad", name, **{key: value}))
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"sets attention_temperature=0.5, new_option=\[1\]: this is not known, and may change"):
+    with pytest.raises(ConfigError, match=r"sets attention_temperature=0.5, new_option=\[1\]: this key is unknown and may change"):
         model_section(written(tmp_path / "bad", name, attention_temperature=0.5, new_option=[1], unknown_but_off=False))
 
 
@@ -74,7 +74,7 @@ def test_sizes_that_are_missing_or_no_config_at_all(tmp_path):
         with pytest.raises(ConfigError, match=problem):
             model_section(reference)
     file.unlink()
-    with pytest.raises(ConfigError, match="has no config.json, so it is not a published model's folder"):
+    with pytest.raises(ConfigError, match="has no config.json, so it is not a pretrained model folder"):
         model_section(reference)
 
 
@@ -101,7 +101,7 @@ def test_names_that_mean_no_model(tmp_path):
         "hf:": "is named hf:FOLDER or hf:OWNER/NAME",
         f"hf:{tmp_path}/none": "there is no folder",
         "hf:a/b/c": "there is no folder",
-        "hf:nobody/such-model-here": r"there is no folder of that name here, and the hub did not give the model .*name a folder: hf:/path/to/folder",
+        "hf:nobody/such-model-here": r"there is no such folder, and the download from the hub failed .*name a folder: hf:/path/to/folder",
     }.items():
         with pytest.raises(ConfigError, match=problem) as error:
             model_section(reference)
@@ -110,7 +110,7 @@ def test_names_that_mean_no_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A whole published model, by our own export of a run."""
+    """A whole pretrained model, by our own export of a run."""
     place = tmp_path_factory.mktemp("llama")
     config = {"model": LLAMA, "task": {"name": "language_model", "sample_length": 0}} | REST
     return export_run(untrained_run(config, {"vocab_size": VOCABULARY}, place / "run"), str(place / "out"))
@@ -143,9 +143,9 @@ def test_a_good_one_is_read(copy):
         (lambda t: t.update({QUERY: np.zeros(8, np.float32)}), [QUERY, "(8,)", "cannot be blocks/0/attention/query/kernel"]),
         (lambda t: t.pop(QUERY), [f"{QUERY}: missing"]),
         (lambda t: (t.pop(QUERY), t.pop(NORM)), [f"{QUERY}: missing", f"{NORM}: missing"]),
-        (lambda t: t.update({"model.extra": np.zeros(1, np.float32)}), ["model.extra: left over, nothing here is made of it"]),
-        (lambda t: t.update({"model.layers.1.input_layernorm.weight": np.zeros(8, np.float32)}), ["model.layers.1.input_layernorm.weight: left over"]),
-        (lambda t: [t.update({f"x{i}": np.zeros(1, np.float32)}) for i in range(30)], ["x0: left over", "and 10 more"]),
+        (lambda t: t.update({"model.extra": np.zeros(1, np.float32)}), ["model.extra: unexpected, no parameter of the model uses it"]),
+        (lambda t: t.update({"model.layers.1.input_layernorm.weight": np.zeros(8, np.float32)}), ["model.layers.1.input_layernorm.weight: unexpected"]),
+        (lambda t: [t.update({f"x{i}": np.zeros(1, np.float32)}) for i in range(30)], ["x0: unexpected", "and 10 more"]),
     ],
 )
 def test_tensors_that_are_not_those_of_the_config(copy, change, problems):
@@ -163,7 +163,7 @@ def test_experts_that_differ_in_shape_are_refused(tmp_path):
     rewrite(folder, lambda t: t.update({name.format(1): np.zeros((12, 7), np.float32)}))
     with pytest.raises(ConfigError) as error:
         load_model(f"hf:{folder}")
-    assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): they should be alike" in str(error.value)
+    assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): their shapes must be equal" in str(error.value)
 
 
 def test_a_model_of_another_kind_than_the_published_one(copy):
@@ -174,7 +174,7 @@ def test_a_model_of_another_kind_than_the_published_one(copy):
 
 def test_a_folder_with_a_pickle_alone(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="pytorch_model.bin, a pickle, which may run any code when it is read; only safetensors files are"):
+    with pytest.raises(ConfigError, match="pytorch_model.bin, a pickle, which can execute code when loaded; only safetensors files are"):
         load_model(f"hf:{copy}")
 
 

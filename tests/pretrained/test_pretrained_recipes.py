@@ -1,4 +1,4 @@
-"""Fine-tuning published weights: the losses are PyTorch's, and every recipe trains from a folder of random weights.
+"""Fine-tuning pretrained weights: the losses are PyTorch's, and every recipe trains from a folder of random weights.
 
 pytest tests/pretrained/test_pretrained_recipes.py -m slow     # the recipes that the default suite leaves out
 """

@@ -147,10 +147,10 @@ def test_a_parent_is_found_where_it_was_or_beside_its_child_and_known_by_its_id(
         run(small_configs.config(CNN, training__steps=1), tmp_path / "moved" / "parent", overwrite=True)
     manifest = tmp_path / "moved" / "parent" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"id": "another"}))
-    with pytest.raises(ConfigError, match="began with another run"):
+    with pytest.raises(ConfigError, match="initialised from another run"):
         jaxmodels.load(str(tmp_path / "moved" / "child"))
     shutil.rmtree(tmp_path / "moved" / "parent")
-    with pytest.raises(ConfigError, match="saved only what it trained"):
+    with pytest.raises(ConfigError, match="holds only the trained parameters"):
         jaxmodels.load(str(tmp_path / "moved" / "child"))
 
 
@@ -182,7 +182,7 @@ def test_lineage_shows_the_whole_family(parent, tmp_path, jaxmodels_command):
     done = jaxmodels_command("lineage", f"--workdir={tmp_path / 'c'}")
     lines = done.stdout.splitlines()
     assert str(tmp_path / "old") in lines[0] and "test accuracy" in lines[0]
-    assert any("a: not there any more" in line for line in lines) and "(asked for)" in lines[-1] and "from step 1 (8 taken)" in lines[-1]
+    assert any("a: missing" in line for line in lines) and "(this run)" in lines[-1] and "from step 1 (8 taken)" in lines[-1]
 
 
 @pytest.mark.parametrize("scan", [False, True])
