@@ -54,7 +54,7 @@ def measure(config: dict, steps: int) -> dict:
     import jax
     import numpy as np
 
-    from jaxmodels.data.source import take
+    from jaxmodels.data.source import get_batch
     from jaxmodels.experiment.build import build_experiment
     from jaxmodels.parallel import mesh as mesh_lib
     from jaxmodels.parallel import sharding as sharding_lib
@@ -70,7 +70,7 @@ def measure(config: dict, steps: int) -> dict:
     compiled, _ = compile_train_step(experiment, mesh, shapes, shapes, key)
     state = jax.jit(experiment.init_function(), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(key)
     size = experiment.loading.batch_size
-    rows = take(experiment.dataset.splits["train"], np.arange(size)) | {"weight": np.ones(size)}
+    rows = get_batch(experiment.dataset.splits["train"], np.arange(size)) | {"weight": np.ones(size)}
     wanted = experiment.batch_shapes(size)
     batch = jax.device_put({name: jax.numpy.asarray(rows[name], shape.dtype) for name, shape in wanted.items()}, mesh_lib.batch_sharding(mesh))
     times = []

@@ -1,18 +1,20 @@
-"""Which files hold which split."""
+"""The files of each split."""
 
+import dataclasses
 import glob
 import os
 from collections.abc import Mapping
 
 from jaxmodels import config as config_lib
+from jaxmodels.data.keys import Keys
 from jaxmodels.errors import ConfigError
 
-# The names that a split's file goes by.
+# Names that a split's file may have.
 NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 def find_folder(path: str, data_dir: str | None) -> str:
-    """Where a folder lies: `path` itself, or below the data directory; ConfigError names both places."""
+    """Return a folder: `path` itself, or below the data directory; ConfigError names both places."""
     places = _places(path, data_dir)
     folder = next((place for place in places if os.path.isdir(place)), None)
     if folder is None:
@@ -24,20 +26,34 @@ def _places(path: str, data_dir: str | None) -> list[str]:
     return [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
 
 
-def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
-    """The files of each split, sorted.
+@dataclasses.dataclass(kw_only=True)
+class SplitFiles(Keys):
+    """Keys of sources that read files of each split.
 
-    Args:
-      path: a folder (its files `NAME.tsv`, `NAME-*.tsv` or `NAME/*.tsv`, NAME as in `NAMES`), a pattern with `{split}`
-        in it, or a file or a pattern of files, which all train.
-      data_dir: where relative paths are looked for after the working directory.
-      given: split -> a path or pattern of the user's own, relative to the folder, the working directory or the data
-        directory, or None.
-      extensions: of the files in a folder: `(".tsv",)`.
-
-    Raises:
-      ConfigError: nothing is found, or more than one name of a split.
+    Attributes:
+      train, validation, test: path or pattern of that split's files, where their names do not tell.
     """
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+    def find(self, path: str, data_dir: str | None, extensions: tuple[str, ...]) -> dict[str, list[str]]:
+        """Return the files of each split, sorted.
+
+        Args:
+          path: a folder (its files `NAME.tsv`, `NAME-*.tsv` or `NAME/*.tsv`, NAME as in `NAMES`), a pattern with `{split}`
+            in it, or a file or a pattern of files, which all train.
+          data_dir: where relative paths are looked for after the working directory; the keys also relative to the folder.
+          extensions: of the files in a folder: `(".tsv",)`.
+
+        Raises:
+          ConfigError: nothing is found, or more than one name of a split.
+        """
+        return _split_files(path, data_dir, dataclasses.asdict(self), extensions)
+
+
+def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
     places = _places(path, data_dir)
     folder = next((place for place in places if os.path.isdir(place)), None)
     if folder is not None:
@@ -61,10 +77,10 @@ def split_files(path: str, data_dir: str | None, given: Mapping[str, str | None]
 
 
 def find_files(paths: str, data_dir: str | None, key: str = "config.data.source") -> list[str]:
-    """The files that a comma-separated list names: paths, or patterns as of a shell (`*`, `**` for any folders); each file once.
+    """Return the files of a comma-separated list of paths and shell patterns (`*`, `**` for any folders); each file once.
 
     Args:
-      paths: in the order wanted; what a pattern matches is sorted. Relative to the working directory or else to the data directory.
+      paths: in order; the matches of a pattern are sorted. Relative to the working directory or else to the data directory.
       data_dir: the data directory.
       key: the config key or argument that names them, for errors.
 
@@ -81,7 +97,7 @@ def find_files(paths: str, data_dir: str | None, key: str = "config.data.source"
             if folder is not None:
                 raise ConfigError(f"{key}: {folder} is a folder; give a pattern of its files: {os.path.join(path, '**', '*.txt')}")
             raise ConfigError(
-                f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
+                f"{key}: there is no file {' nor '.join(places)}. Give an absolute path, or its folder with --data_dir=DIR or JAXMODELS_DATA_DIR."
             )
         found += files
     return list(dict.fromkeys(found))
@@ -105,7 +121,7 @@ def _by_pattern(pattern: str, split: str) -> list[str]:
 def _only(by_name: Mapping[str, list[str]], split: str, where: str) -> list[str]:
     if len(by_name) > 1:
         files = " and ".join(files[0] for files in by_name.values())
-        raise ConfigError(f"config.data.source: {where} has {files}; say which it is with --config.data.{split}=FILE.")
+        raise ConfigError(f"config.data.source: {where} has {files}; choose one with --config.data.{split}=FILE.")
     return next(iter(by_name.values()), [])
 
 
@@ -121,7 +137,7 @@ def _nothing(path: str, places: list[str], folder: str | None, extensions: tuple
         hint = config_lib.suggest("train" + extensions[0], names)
         return (
             f"config.data.source: {folder} has no train{extensions[0]}, but {', '.join(names[:8]) or 'nothing'}.{hint} "
-            "Say which file trains with --config.data.train=FILE."
+            "Name the training file with --config.data.train=FILE."
         )
     return (
         f"config.data.source: there is no file or folder {' nor '.join(places)}. Give an absolute path, or the folder it lies in "

@@ -1,6 +1,6 @@
-"""Batches by step number: which examples, in which order, read ahead by Grain, on to the devices.
+"""Batches by step number: order of examples, reading ahead with Grain, placement on devices.
 
-The batch of step s is a pure function of (seed, s). To resume is to seek.
+The batch of step s is a pure function of (seed, s), so a resumed run starts reading at its step.
 """
 
 import collections
@@ -14,11 +14,11 @@ import numpy as np
 from absl import flags
 
 from jaxmodels.data.rand_augment import RandAugment
-from jaxmodels.data.source import DataSource, take
+from jaxmodels.data.source import DataSource, get_batch
 
 Batch = dict[str, np.ndarray]
 
-_BLOCK = 4096  # positions whose shuffled places are computed at once
+_BLOCK = 4096  # positions whose permutation is computed at once
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -29,10 +29,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, size: int, seed: int, epoch: int, rounds: int = 8) -> np.ndarray:
-    """Where each position of an epoch goes under a pseudo-random permutation of range(size).
+    """Return the image of each position under a pseudo-random permutation of range(size).
 
-    A Feistel network over pairs of numbers below the square root of `size` (Black and Rogaway 2002), walked
-    until it lands inside the range. It needs no memory, so an epoch of any length can be entered anywhere.
+    A Feistel network over pairs of numbers below the square root of `size` (Black and Rogaway 2002), applied
+    until the result is in range. It needs no memory, so reading can start anywhere in an epoch of any length.
 
     Args:
       positions: int [n], each in [0, size).
@@ -43,7 +43,7 @@ def shuffled(positions: np.ndarray, size: int, seed: int, epoch: int, rounds: in
       int64 [n].
     """
     side = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
-    while int(side) ** 2 < size:  # float square roots are short of it for very large sizes
+    while int(side) ** 2 < size:  # float square roots are too small for very large sizes
         side += np.uint64(1)
     # A Python int wraps silently by the mask; numpy scalars would warn.
     keys = [_mix(np.array([(seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95 + r) & (2**64 - 1)], np.uint64)) for r in range(rounds)]
@@ -62,9 +62,9 @@ def shuffled(positions: np.ndarray, size: int, seed: int, epoch: int, rounds: in
 
 
 class TrainingBatches:
-    """Random access to the training batches: `[s]` is the batch of step s + 1, this process's rows of it.
+    """Random access to the training batches: `[s]` has this process's rows of the batch of step s + 1.
 
-    Every example is used once an epoch, in an order of the epoch's own; batches run over the ends of epochs.
+    Each epoch uses every example once, in its own order; a batch may span two epochs.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class TrainingBatches:
         Args:
           source: the examples.
           batch_size: rows of the global batch.
-          steps: how many batches there are.
-          seed: of the order.
-          shuffle: False keeps the source's order in every epoch.
-          rows: numbers of the rows of the global batch that this process reads, increasing; all unless given.
-          transform: changes rows, given their positions in the endless order, int [rows]; a pure function of both.
+          steps: number of batches.
+          seed: seed of the order.
+          shuffle: whether each epoch has its own order; otherwise the source's order.
+          rows: indices of the rows of the global batch that this process reads, increasing; all by default.
+          transform: function of a batch and the positions of its rows in the sequence of all epochs, int [rows]; must be pure.
         """
         self.source, self.batch_size, self.steps, self.transform = source, batch_size, steps, transform
         self.seed, self.shuffle = seed, shuffle
         self.rows = np.arange(batch_size) if rows is None else rows
         self._block = functools.lru_cache(maxsize=8)(self._compute_block)
 
-    def __getstate__(self):  # a worker process makes a cache of its own
+    def __getstate__(self):  # each worker process has its own cache
         return {key: value for key, value in self.__dict__.items() if key != "_block"}
 
     def __setstate__(self, state):
@@ -106,13 +106,13 @@ class TrainingBatches:
     def __getitem__(self, step: int) -> Batch:
         start = step * self.batch_size
         first, last = start + self.rows[0], start + self.rows[-1]
-        batch = take(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]])
+        batch = get_batch(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]])
         if self.transform is not None:
             batch = self.transform(batch, start + self.rows)
         return _weighted(batch, np.ones(len(self.rows), np.float32))
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """The examples at the positions [start, stop) of the endless order."""
+        """Return the examples at the positions [start, stop) of the sequence of all epochs."""
         parts = []
         while start < stop:
             block, offset = divmod(start, _BLOCK)
@@ -149,16 +149,16 @@ class EvaluationBatches:
     def __getitem__(self, number: int) -> Batch:
         rows = number * self.batch_size + self.rows
         real = rows < len(self.source)
-        batch = _weighted(take(self.source, np.where(real, rows, 0)), real.astype(np.float32))
+        batch = _weighted(get_batch(self.source, np.where(real, rows, 0)), real.astype(np.float32))
         return batch | {"index": rows.astype(np.int32)}
 
 
 def _weighted(batch: Batch, real: np.ndarray) -> Batch:
-    """The batch with the `weight` of each row: 1, or the example's own; 0 for rows that fill up, and for skipped examples.
+    """Return the batch with the `weight` of each row: 1, or the example's own; 0 for padding rows and skipped examples.
 
     Args:
-      batch: may have a `weight` of its own and `skipped`, see `data.skipping`.
-      real: float32 [B], 0 for rows that fill up.
+      batch: may have `weight` and `skipped` (see `data.skipping`).
+      real: float32 [B], 0 for padding rows.
     """
     weight = real * np.asarray(batch.get("weight", 1), np.float32)
     if "skipped" in batch:
@@ -168,14 +168,14 @@ def _weighted(batch: Batch, real: np.ndarray) -> Batch:
 
 
 def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, workers: int, buffer: int) -> Iterator[Batch]:
-    """Batches from number `start` on, in order, read ahead through Grain.
+    """Return an iterator over batches from number `start` on, in order, read ahead with Grain.
 
     Args:
       batches: random access by number.
-      start: where to begin; costs the same wherever that is.
-      threads: that read and decode in this process; 0 reads when asked, in the caller's thread.
+      start: first batch; the cost does not depend on it.
+      threads: threads that read and decode in this process; 0 reads on demand, in the caller's thread.
       workers: processes that read and decode, instead of threads; 0 for none.
-      buffer: batches read ahead.
+      buffer: number of batches read ahead.
     """
     dataset = grain.MapDataset.source(batches)[start:]
     if workers or not threads:
@@ -184,14 +184,14 @@ def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, worker
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
     stream = dataset.to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which only an absl program has parsed
+        if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which only absl programs parse
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)))
     return iter(stream)
 
 
 class DeviceFeed:
-    """Batches on the devices, `ahead` of them placed before they are asked for."""
+    """Iterator over batches on the devices, `ahead` of which are placed in advance."""
 
     def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], ahead: int = 2):
         self._batches, self._place, self._ahead = batches, place, ahead
@@ -213,16 +213,16 @@ class DeviceFeed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading:
-    """The part of the `data` section that every source shares.
+    """Keys of the `data` section that all sources share.
 
     Attributes:
       batch_size: examples in one step, over all devices and accumulation steps.
-      eval_batch_size: in one step of evaluation; `batch_size` unless given.
-      shuffle: a new order every epoch; otherwise the source's own.
-      threads: that read ahead; unless given, none for sources that lie in memory, else 16.
-      workers: processes that read ahead instead of threads.
-      buffer: batches read ahead.
-      memory_gb: a split that takes no more is decoded once and kept; not with `workers`.
+      eval_batch_size: examples in one evaluation step; `batch_size` by default.
+      shuffle: whether each epoch has its own order; otherwise the source's order.
+      threads: threads that read ahead; by default none for sources in memory, else 16.
+      workers: processes that read ahead, instead of threads.
+      buffer: number of batches read ahead.
+      memory_gb: maximum size in GiB of a split that is decoded once and cached in memory; no effect with `workers`.
       rand_augment: random operations on every training image, on the host (Cubuk et al. 2020); a section, {} for its defaults.
     """
 

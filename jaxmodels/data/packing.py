@@ -1,6 +1,6 @@
-"""Tokens as examples of one length: windows of a stream, or whole documents laid into rows.
+"""Tokens as examples of one length: windows of a stream, or rows of whole documents.
 
-Shapes: T `sequence_length`; an example holds T + 1 tokens, the inputs and, one later, the targets.
+Shapes: T `sequence_length`; an example has T + 1 tokens, the inputs and the targets shifted by one.
 """
 
 import numpy as np
@@ -8,14 +8,14 @@ import numpy as np
 from jaxmodels.data.source import fingerprint
 from jaxmodels.data.tokens import Tokens
 
-PAD = -1  # a target that does not count
+PAD = -1  # a target that is not part of the loss
 
 
 class Windows:
     """Windows of T + 1 consecutive tokens, one every `stride`.
 
-    With `cover`, the windows lie end to end, the last is padded with -1, and every token but the first is a
-    target exactly once. Without, only whole windows count.
+    With `cover`, windows are consecutive, the last is padded with -1, and every token but the first is a
+    target exactly once. Without, incomplete windows are dropped.
     """
 
     def __init__(self, tokens: np.ndarray | Tokens, length: int, stride: int, *, cover: bool = False):
@@ -42,9 +42,9 @@ class Windows:
         return fingerprint(np.array([self.tokens.fingerprint(), self.length, self.stride]))
 
     def __getitem__(self, index):
-        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+        return {key: value[0] for key, value in self.get_batch(np.array([index])).items()}
 
-    def take(self, indices):
+    def get_batch(self, indices):
         """`tokens` int32 [number of indices, T + 1]."""
         places = np.asarray(indices, np.int64)[:, None] * self.stride + np.arange(self.length + 1)
         inside = places < len(self.tokens)
@@ -54,20 +54,20 @@ class Windows:
 
 
 class Packed:
-    """Rows of T + 1 tokens, each of one or more whole documents, which `segments` tells apart.
+    """Rows of T + 1 tokens, each of one or more whole documents, numbered by `segments`.
 
-    A document longer than a row is cut into pieces of T + 1, each of which begins with the last token of the one before, so that
-    every token of a document but its first is a target exactly once. Pieces are laid by best fit, the longest first. What is left
-    of a row is padding: -1, in `segments` too. Documents of one token, which have no target, are left out.
+    A document longer than a row is cut into pieces of T + 1 tokens that overlap by one, so that every token of a document but its
+    first is a target exactly once. Pieces are packed by best fit, the longest first. The rest of a row is padding: -1, in `segments`
+    too. Documents of one token, which have no target, are left out.
     """
 
     def __init__(self, tokens: Tokens, ends: np.ndarray, length: int, *, counts: np.ndarray | None = None):
         """
         Args:
-          tokens: of all documents, one after the other.
-          ends: int [documents], where each ends.
+          tokens: tokens of all documents, concatenated.
+          ends: int [documents], end of each document.
           length: T.
-          counts: bool, as many as tokens: whether each is one to learn; rows then have `counts` too, False where they are padded.
+          counts: bool [tokens], whether each token counts in the loss; rows then have `counts` too, False at padding.
         """
         self.tokens, self.length, self.counts = tokens, length, counts
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
@@ -87,7 +87,7 @@ class Packed:
 
     @property
     def fill(self) -> float:
-        """The share of places that hold tokens."""
+        """Fraction of positions that are not padding."""
         return float(self.sizes.sum() / max(1, self.count * (self.length + 1)))
 
     def fingerprint(self):
@@ -95,10 +95,10 @@ class Packed:
         return fingerprint(np.array([self.tokens.fingerprint(), self.length]), self.starts, self.first, *own)
 
     def __getitem__(self, index):
-        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+        return {key: value[0] for key, value in self.get_batch(np.array([index])).items()}
 
-    def take(self, indices):
-        """`tokens` and `segments`, both int32 [number of indices, T + 1], and where it is known `counts`, bool of the same shape."""
+    def get_batch(self, indices):
+        """`tokens` and `segments`, both int32 [number of indices, T + 1], and, if given, `counts`, bool of the same shape."""
         indices = np.asarray(indices, np.int64)
         counts = self.first[indices + 1] - self.first[indices]
         pieces = _ranges(self.first[indices], counts)
@@ -117,12 +117,12 @@ class Packed:
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[s, s + 1, …] of each start, as long as its count, one after the other."""
+    """Return [s, s + 1, …], of the length of its count, for each start, concatenated."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and sizes of the pieces that documents are cut into."""
+    """Return starts and sizes of the pieces of documents."""
     starts, targets = starts[sizes > 1], sizes[sizes > 1] - 1
     counts = -(-targets // length)
     before = _ranges(np.zeros_like(counts), counts) * length
@@ -130,23 +130,23 @@ def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndar
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Which row each piece goes to, and how many rows there are: best fit, longest first (Johnson 1974)."""
+    """Return the row of each piece, and the number of rows: best fit, longest first (Johnson 1974)."""
     rows = np.empty(len(sizes), np.int64)
-    open_rows = [[] for _ in range(capacity + 1)]  # by the room that is left
-    rooms, count = 0, 0  # bit r of `rooms`: some row has room r
+    open_rows = [[] for _ in range(capacity + 1)]  # by free space
+    spaces, count = 0, 0  # bit s is set if some row has free space s
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
-        fitting = rooms >> size
+        fitting = spaces >> size
         if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms &= ~(1 << room)
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                spaces &= ~(1 << space)
         else:
-            room, row, count = capacity, count, count + 1
+            space, row, count = capacity, count, count + 1
         rows[piece] = row
-        left = room - size
+        left = space - size
         if left > 1:  # a document of one token has no target
             open_rows[left].append(row)
-            rooms |= 1 << left
+            spaces |= 1 << left
     return rows, count

@@ -1,9 +1,8 @@
 """RandAugment (Cubuk et al. 2020) on the host, by the operations of Pillow.
 
-Pillow's are the operations that the paper's own code calls, and Pillow decodes the images here anyway. Of the libraries
-that have RandAugment whole, torchvision, timm and kornia need PyTorch, and Keras computes on the devices that train;
-Albumentations has not got it, and its maintained line is under the AGPL. So the choice of operations is made here, and they are
-Pillow's.
+The paper's own code calls the operations of Pillow, which also decodes the images here. Of the libraries with RandAugment,
+torchvision, timm and kornia need PyTorch, and Keras computes on the devices that train; Albumentations lacks it, and its
+maintained successor is under the AGPL.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jaxmodels.errors import ConfigError
 
-GREY = 128  # of what a shifted or turned image leaves free
+GREY = 128  # fill value of a shifted or rotated image
 STRONGEST = 30.0  # the scale of magnitudes
 
 
@@ -56,11 +55,11 @@ _IN_ORDER = tuple(OPERATIONS.values())
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """Some operations, drawn anew for each training image, one after the other.
+    """Random operations on each training image, applied in sequence.
 
     Attributes:
-      operations: how many.
-      magnitude: how strong, from 0 to 30, where 30 turns by 30°.
+      operations: number of operations.
+      magnitude: strength from 0 to 30; 30 rotates by 30°.
     """
 
     operations: int = 2
@@ -73,32 +72,32 @@ class RandAugment:
             raise ConfigError(f"config.data.rand_augment.magnitude must lie in [0, 30], got {self.magnitude}.")
 
     def check(self, example: Mapping[str, np.ndarray]) -> None:
-        """Raises ConfigError for examples without an `image` that Pillow has operations for."""
+        """Raise ConfigError for examples without an `image` that Pillow can transform."""
         image = np.asarray(example["image"]) if "image" in example else None
         if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
             shown = "have none" if image is None else f"are {image.dtype} {image.shape}"
             raise ConfigError(f"config.data.rand_augment needs images of bytes with 1 or 3 channels; those of this source {shown}.")
 
     def batch(self, batch: Mapping[str, np.ndarray], positions: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
-        """A batch with its images changed: a pure function of (seed, positions, images).
+        """Return a batch with its images transformed: a pure function of (seed, positions, images).
 
         Args:
-          batch: with `image` uint8 [B, H, W, C].
-          positions: int [B], each row's place in the endless order of training examples.
-          seed: of the run.
+          batch: has `image` uint8 [B, H, W, C].
+          positions: int [B], each row's position in the sequence of all epochs.
+          seed: the run's seed.
         """
         images = [self.image(image, seed, int(position)) for image, position in zip(batch["image"], positions, strict=True)]
         return dict(batch) | {"image": np.stack(images)}
 
     def image(self, image: np.ndarray, seed: int, position: int) -> np.ndarray:
-        """One image, uint8 [H, W, C]."""
+        """Return one image transformed, uint8 [H, W, C]."""
         result = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         for operation, sign in self.draw(seed, position):
             result = _IN_ORDER[operation](result, self.magnitude / STRONGEST, sign)
         return np.asarray(result).reshape(image.shape)
 
     def draw(self, seed: int, position: int) -> list[tuple[int, int]]:
-        """The operations at a position, by number, and the sign of each, 1 or -1."""
+        """Return the operations at a position, by number, with the sign of each, 1 or -1."""
         # Raw bits of a bit generator are the same in every version of numpy; this one takes its key as it is.
         raw = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(2 * self.operations)
         return [(int(number % len(_IN_ORDER)), 1 - 2 * int(sign % 2)) for number, sign in raw.reshape(-1, 2)]

@@ -1,11 +1,11 @@
-"""Where examples come from. A source is opened by name, `NAME` or `NAME:ARGUMENT`, from the `data` section of a config."""
+"""Sources of examples, opened by `NAME` or `NAME:ARGUMENT` from the `data` section of a config."""
 
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.source import Dataset
+from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 
 SOURCES = {
@@ -33,18 +33,18 @@ SPLITS = ("train", "validation", "test")
 
 
 def find(source: str, where: str = "data") -> tuple[Callable, list[str]]:
-    """The function that opens `NAME[:ARGUMENT]`, and its argument as a list of none or one.
+    """Return the function that opens `NAME[:ARGUMENT]`, and a list of its argument, if any.
 
     Args:
-      source: to find.
-      where: the section that names it, for errors.
+      source: `NAME[:ARGUMENT]` or `package.module:function`.
+      where: dotted name of the section, for errors.
 
     Raises:
       ConfigError: no such source, or an argument missing or too many.
     """
     name, colon, argument = source.partition(":")
     if name not in SOURCES and colon:
-        return config_lib.find(f"{where}.source", SOURCES, source), []  # the user's own, package.module:function
+        return config_lib.find(f"{where}.source", SOURCES, source), []  # package.module:function
     function = config_lib.find(f"{where}.source", SOURCES, name)
     wanted = [p for p in config_lib.positional(function) if p not in ("data_dir", "given")]
     if len(wanted) != bool(argument):
@@ -54,39 +54,45 @@ def find(source: str, where: str = "data") -> tuple[Callable, list[str]]:
 
 
 def resolve_source(section: Mapping, shared: Mapping[str, tuple[Any, Any]], where: str = "data", without: tuple[str, ...] = ()) -> dict:
-    """The section of a source, every key with its value, types checked.
+    """Return the section of a source with all keys, types checked.
 
     Args:
-      section: `source` and the source's keyword-only arguments, and of `shared` what is wanted.
-      shared: keys that every source may have beside its own: name -> (type, default).
-      where: the section's dotted name, for errors.
-      without: keys of the source's own that are not to be given.
+      section: `source`, the source's keyword-only arguments, and keys of `shared`.
+      shared: keys that every source has beside its own: name -> (type, default).
+      where: dotted name of the section, for errors.
+      without: keys of the source that may not be set.
     """
     source = config_lib.check_value(f"{where}.source", section["source"], str)
     function, _ = find(source, where)
     allowed = {key: value for key, value in config_lib.fields(function).items() if key not in without} | dict(shared)
     rest = {key: value for key, value in section.items() if key != "source"}
     resolved = {"source": source} | config_lib.check_section(where, rest, allowed, f"the data source {source!r}")
-    if hasattr(function, "resolve"):  # a source whose keys hold sections of their own
+    if hasattr(function, "resolve"):  # a source whose keys are sections
         resolved |= function.resolve(resolved, where)
     return resolved
 
 
+def open_source(source: str, options: Mapping[str, Any], data_dir: str | None, given: Mapping | None = None) -> Dataset | Untokenized:
+    """Call the function of a source and return what it returns; arguments as those of `open_dataset`."""
+    function, arguments = find(source)
+    framework = {"data_dir": data_dir or os.environ.get("JAXMODELS_DATA_DIR"), "given": given}
+    extra = [framework[name] for name in config_lib.positional(function) if name in framework]
+    return function(*arguments, *extra, **options)
+
+
 def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, given: Mapping | None = None) -> Dataset:
-    """Opens a source. Files are checked here; examples are read later.
+    """Open a source. Files are checked here; images and audio are read later.
 
     Args:
       source: `NAME[:ARGUMENT]`.
       options: the source's keyword-only arguments.
-      data_dir: where relative paths and TFDS folders are looked for, after the working directory;
+      data_dir: directory where relative paths and TFDS folders are looked for, after the working directory;
         `JAXMODELS_DATA_DIR` if None.
       given: arrays by split, for the source `arrays`.
     """
-    function, arguments = find(source)
-    data_dir = data_dir or os.environ.get("JAXMODELS_DATA_DIR")
-    framework = {"data_dir": data_dir, "given": given}
-    extra = [framework[name] for name in config_lib.positional(function) if name in framework]
-    dataset = function(*arguments, *extra, **options)
+    dataset = open_source(source, options, data_dir, given)
+    if isinstance(dataset, Untokenized):
+        dataset = dataset.tokenize(dataset.tokenizer)
     if not isinstance(dataset, Dataset):
         raise ConfigError(f"config.data.source: {source!r} must return a jaxmodels.data.source.Dataset, not {type(dataset).__name__}.")
     unknown = [name for name in dataset.splits if name not in SPLITS]

@@ -1,4 +1,4 @@
-"""Examples that cannot be used: an error that names the place, or left out and counted."""
+"""Examples that cannot be used: either an error that names file and line, or left out and counted."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -17,35 +17,35 @@ class BadExample(ConfigError):
         """
         Args:
           where: file and line.
-          problem: what is wrong with it, and the next thing to try.
+          problem: what is wrong, and what to do.
         """
         super().__init__(f"{where}: {problem} (data.on_bad_example=skip leaves such examples out.)")
         self._parts = where, problem
 
-    def __reduce__(self):  # the processes that read ahead send what they raise
+    def __reduce__(self):  # worker processes pickle what they raise
         return BadExample, self._parts
 
 
 class Skipping:
-    """What becomes of bad examples while a data set is opened.
+    """Policy for bad examples while a data set is opened.
 
     Attributes:
-      counts: split -> how many were left out.
+      counts: split -> number left out.
     """
 
     def __init__(self, policy: Policy):
         self.policy, self.counts, self._first = policy, {}, {}
 
     def bad(self, split: str, where: str, problem: str) -> None:
-        """An example that cannot be used.
+        """Count an example that cannot be used.
 
         Args:
-          split: it would be in.
+          split: the example's split.
           where: file and line.
-          problem: what is wrong with it, and the next thing to try.
+          problem: what is wrong, and what to do.
 
         Raises:
-          BadExample: unless such examples are to be left out.
+          BadExample: with the policy `error`.
         """
         if self.policy == "error":
             raise BadExample(where, problem)
@@ -53,14 +53,14 @@ class Skipping:
         self._first.setdefault(split, f"{where}: {problem}")
 
     def check_rest(self, split: str, rest: int) -> None:
-        """Raises ConfigError if nothing of a split is left."""
+        """Raise ConfigError if no example of a split is left."""
         if not rest and split not in self.counts:
             raise ConfigError(f"config.data: the files of {split} hold no example.")
         if not rest:
             raise ConfigError(f"config.data: all {self.counts[split]} examples of {split} are bad; the first: {self._first[split]}")
 
     def notes(self) -> tuple[str, ...]:
-        """Lines to say once, at the start of a run."""
+        """Return warnings for the start of a run."""
         return tuple(
             f"warning: {count:,} bad example{'s' if count > 1 else ''} of {split} left out; the first: {self._first[split]}"
             for split, count in self.counts.items()
@@ -68,10 +68,10 @@ class Skipping:
 
 
 class Forgiving:
-    """Another source, of which examples that raise BadExample when they are read count for nothing.
+    """Another source, with examples that raise BadExample on reading replaced by `blank`.
 
-    Their place cannot be given to others without reading all, so each is `blank`. Examples have an array `skipped` more, 1.0 or 0.0,
-    which the loader turns into the row's weight and the step counts.
+    They cannot be removed without reading all examples. Each example has an additional array `skipped`, 1.0 or 0.0: the loader
+    sets the row's weight to 0 by it, and the step counts it.
     """
 
     def __init__(self, source, blank: Mapping[str, np.ndarray]):

@@ -1,14 +1,15 @@
-"""What a source of examples is, and the sources that hold arrays in memory."""
+"""The protocol of sources of examples, and sources in memory."""
 
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.tokenizers.base import Tokenizer
 
 Example = Mapping[str, np.ndarray]
 _TOKENS = ("tokens", "source", "target")
@@ -18,8 +19,8 @@ _TOKENS = ("tokens", "source", "target")
 class DataSource(Protocol):
     """Examples by global index.
 
-    Optional: `take(indices)`, many examples in one call, where that is faster; `in_memory = True`, where reading ahead
-    would cost more than it hides; `fingerprint()`, a checksum, by which a resumed run knows its data again.
+    Optional: `get_batch(indices)`, several examples in one call, if that is faster; `in_memory = True`, if reading ahead
+    costs more time than it hides; `fingerprint()`, a checksum by which a resumed run recognises its data.
     """
 
     def __len__(self) -> int: ...
@@ -32,11 +33,11 @@ class Dataset:
     """An opened data set.
 
     Attributes:
-      splits: `train`, and where there are any `validation` and `test`.
-      info: what the data decides about a model: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
-      notes: what a run prints about the data when it starts.
-      fallbacks: what was done otherwise than asked: printed as warnings, and kept in the run's manifest.
-      skipped: split -> bad examples left out of it, where there were any (see `data.skipping`).
+      splits: `train`, and optionally `validation` and `test`.
+      info: properties of the data that a model depends on: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
+      notes: messages that a run prints when it starts.
+      fallbacks: deviations from the config, printed as warnings and recorded in the run's manifest.
+      skipped: split -> number of bad examples left out of it, if any (see `data.skipping`).
     """
 
     splits: Mapping[str, DataSource]
@@ -46,36 +47,50 @@ class Dataset:
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def skipped_metric(self, split: str) -> dict[str, float]:
-        """`skipped_examples` of a split, for its lines of metrics; nothing where none was left out."""
+        """Return the metric `skipped_examples` of a split, or {} if none was left out."""
         return {"skipped_examples": float(self.skipped[split])} if self.skipped.get(split) else {}
 
 
-def take(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at `indices`, stacked along a new first axis."""
-    if hasattr(source, "take"):
-        return source.take(indices)
+@dataclasses.dataclass(frozen=True)
+class Untokenized:
+    """A data set of text whose tokenizer is not made yet: what a source of text returns, so that the parts of a mixture can share one.
+
+    Attributes:
+      tokenizer: the specification or tokenizer that the source was opened with.
+      training_texts: returns the texts that a tokenizer is trained on.
+      tokenize: specification or tokenizer -> the data set. A specification is trained on `training_texts`.
+    """
+
+    tokenizer: str | Tokenizer
+    training_texts: Callable[[], Iterable[str]]
+    tokenize: Callable[[str | Tokenizer], Dataset]
+
+
+def get_batch(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the examples at `indices`, stacked along a new first axis."""
+    if hasattr(source, "get_batch"):
+        return source.get_batch(indices)
     examples = [source[int(i)] for i in indices]
     return {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
 
 
 def find_file(path: str, data_dir: str | None) -> str:
-    """Where a file lies: `path` itself, or below the data directory.
+    """Return the path of a file: `path` itself, or below the data directory.
 
     Raises:
-      ConfigError: neither; names both places.
+      ConfigError: neither exists; the message names both.
     """
     places = [path] + ([os.path.join(data_dir, path)] if data_dir else [])
     found = next((place for place in places if os.path.isfile(place)), None)
     if found is None:
         raise ConfigError(
-            f"config.data.source: there is no file {' nor '.join(places)}. Give an absolute path, or the folder it "
-            "lies in with --data_dir=DIR or JAXMODELS_DATA_DIR."
+            f"config.data.source: there is no file {' nor '.join(places)}. Give an absolute path, or its folder with --data_dir=DIR or JAXMODELS_DATA_DIR."
         )
     return found
 
 
 def fingerprint(*arrays: np.ndarray) -> int:
-    """A checksum (CRC-32) of arrays: types, shapes and values."""
+    """Return a checksum (CRC-32) of the types, shapes and values of arrays."""
     result = 0
     for array in arrays:
         result = zlib.crc32(f"{array.dtype}{array.shape}".encode(), result)
@@ -86,7 +101,7 @@ def fingerprint(*arrays: np.ndarray) -> int:
 class Arrays:
     """Examples that are rows of arrays in memory."""
 
-    in_memory = True  # reading ahead would cost more than it hides
+    in_memory = True
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self.arrays = {key: np.asarray(value) for key, value in arrays.items()}
@@ -106,15 +121,15 @@ class Arrays:
     def __getitem__(self, index):
         return {key: value[index] for key, value in self.arrays.items()}
 
-    def take(self, indices):
+    def get_batch(self, indices):
         return {key: value[indices] for key, value in self.arrays.items()}
 
 
-class Remembered:
-    """Another source, each of whose examples is read and decoded once, the first time it is asked for.
+class CachedSource:
+    """Cache of another source in memory: each example is read and decoded on its first use.
 
-    All examples must have the shape and type of the first. Safe to read from several threads: two that ask
-    for the same example at once both decode it, to the same end.
+    All examples must have the shape and type of the first. Thread-safe: two threads that read
+    the same example at once both decode it, with the same result.
     """
 
     def __init__(self, source: DataSource):
@@ -127,7 +142,7 @@ class Remembered:
 
     @staticmethod
     def size(source: DataSource) -> int | None:
-        """Bytes that all examples would take, judged by the first few; None if these differ in shape."""
+        """Return the bytes of all examples, estimated from the first few; None if these differ in shape."""
         few = [source[i] for i in range(min(3, len(source)))]
         shapes = {tuple((k, np.shape(v)) for k, v in example.items()) for example in few}
         if len(shapes) != 1:
@@ -138,15 +153,14 @@ class Remembered:
         return len(self.source)
 
     def __getitem__(self, index):
-        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+        return {key: value[0] for key, value in self.get_batch(np.array([index])).items()}
 
-    def take(self, indices):
+    def get_batch(self, indices):
         for i in indices[~self.ready[indices]]:
             for key, value in self.source[int(i)].items():
                 if np.shape(value) != self.arrays[key].shape[1:]:
                     raise ValueError(
-                        f"example {i} has {key} of shape {np.shape(value)}, others {self.arrays[key].shape[1:]}; "
-                        "set data.memory_gb=0 to read without remembering"
+                        f"example {i} has {key} of shape {np.shape(value)}, others {self.arrays[key].shape[1:]}; set data.memory_gb=0 to read without a cache"
                     )
                 self.arrays[key][i] = value
             self.ready[i] = True
@@ -154,13 +168,13 @@ class Remembered:
 
 
 def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
-    """Arrays handed to `jaxmodels.train(..., data=...)`: split -> name -> array with one row per example.
+    """Use the arrays of `jaxmodels.train(..., data=...)`: split -> name -> array with one row per example.
 
     `image_shape` is the shape of an `image`, `num_classes` one more than the largest `label` of train (where labels are whole
     numbers), `num_tags` likewise of `tags`, and `vocab_size` one more than the largest of `tokens`, `source` and `target`.
 
     Raises:
-      ConfigError: arrays of another kind; a label or tag that train does not reach; tags that are not one for each token.
+      ConfigError: arrays of another kind; a label or tag above the largest of train; tags that are not one for each token.
     """
     if given is None:
         raise ConfigError(
@@ -173,7 +187,7 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
     info = {}
     if columns["image"]:
         info["image_shape"] = next(iter(columns["image"].values())).shape[1:]
-    if columns["label"] and any(c.dtype.kind != "f" for c in columns["label"].values()):  # else values to predict
+    if columns["label"] and any(c.dtype.kind != "f" for c in columns["label"].values()):  # floats are values to predict
         info["num_classes"] = _range("label", columns["label"], 0)
     if columns["tags"]:
         info["num_tags"] = _range("tags", columns["tags"], -1)
@@ -189,7 +203,7 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
 
 
 def _range(key: str, columns: Mapping[str, np.ndarray], least: int) -> int:
-    """One more than the largest number of the first column, train's where there is one; ConfigError where others are out of the range."""
+    """Return one more than the largest number of train, or of the first split; ConfigError if another split exceeds it."""
     order = sorted(columns, key=lambda name: name != "train")
     for name in order:
         column = columns[name]

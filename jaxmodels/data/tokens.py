@@ -1,7 +1,7 @@
-"""Tokenised text: in memory, or in the cache, where it is tokenised once and mapped from disk.
+"""Tokenized text, in memory or in a cache on disk that is memory-mapped.
 
-The cache is the folder `JAXMODELS_CACHE_DIR`, or else `~/.cache/jaxmodels`. An entry is a folder named after a checksum of what
-it was made from: `header.json`, `tokenizer.json`, and for each split its tokens and where its documents end.
+The cache is the folder `JAXMODELS_CACHE_DIR`, by default `~/.cache/jaxmodels`. An entry is a folder named by a checksum of its
+inputs: `header.json`, `tokenizer.json`, and for each split its tokens and the ends of its documents.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from jaxmodels.tokenizers.base import Tokenizer
 from jaxmodels.tokenizers.factory import from_json
 
 VERSION = 2
-_BLOCK = 1 << 24  # bytes that a checksum reads at once
-_ABANDONED = 24 * 3600  # seconds after which a half-written entry is taken for one whose process died
+_BLOCK = 1 << 24  # bytes read at once for a checksum
+_ABANDONED = 24 * 3600  # seconds after which a half-written entry counts as abandoned
 
 
 class Piece(NamedTuple):
     """A document, or a part of one.
 
     Attributes:
-      where: file, and line where it is one of many.
-      text: of it.
-      whole: whether its end is the document's.
+      where: file, and line if the file has several documents.
+      text: text of the piece.
+      whole: whether it ends where the document ends.
     """
 
     where: str
@@ -43,18 +43,18 @@ class Piece(NamedTuple):
     whole: bool
 
 
-Texts = Mapping[str, Callable[[], Iterable[Piece]]]  # by split, as often as they are asked for
+Texts = Mapping[str, Callable[[], Iterable[Piece]]]  # split -> function that reads its texts, called repeatedly
 
 
 class Tokens:
-    """Tokens by place, int32 wherever they lie: an array in memory, or a file."""
+    """Tokens by index, as int32, in memory or in a mapped file."""
 
     def __init__(self, values: np.ndarray, *, path: str | os.PathLike | None = None, checksum: int | None = None):
         """
         Args:
           values: int [n], of any width.
-          path: the file that `values` is mapped from, or None.
-          checksum: CRC-32 of the values, where it is known.
+          path: file that `values` is mapped from, or None.
+          checksum: CRC-32 of the values, if known.
         """
         self.values, self.path, self.checksum = values, path, checksum
 
@@ -66,16 +66,16 @@ class Tokens:
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading costs no waiting: what was just written or checked is in the system's memory, up to a gigabyte."""
+        """Whether reads need not wait for a disk: up to a gigabyte that was just written or checked is in the page cache."""
         return self.path is None or self.values.nbytes <= 1 << 30
 
     def fingerprint(self) -> int:
-        """A checksum, the same wherever they lie."""
+        """Return a checksum of the values."""
         if self.checksum is None:
             self.checksum = zlib.crc32(np.ascontiguousarray(self.values))
         return self.checksum
 
-    def __getstate__(self):  # a worker process maps the file itself
+    def __getstate__(self):  # a worker process maps the file again
         if self.path is None:
             return self.__dict__
         return self.__dict__ | {"values": (self.values.dtype.str, len(self.values))}
@@ -87,13 +87,13 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenised:
+class TokenizedTexts:
     """Texts as tokens.
 
     Attributes:
-      splits: split -> (tokens, where each document ends).
-      tokenizer: that made them.
-      header: what else was known of the texts.
+      splits: split -> (tokens, end of each document).
+      tokenizer: the tokenizer of the tokens.
+      header: notes and counts from reading the texts.
     """
 
     splits: Mapping[str, tuple[Tokens, np.ndarray]]
@@ -102,28 +102,28 @@ class Tokenised:
 
     @property
     def size(self) -> int:
-        """Tokens of all splits."""
+        """Number of tokens of all splits."""
         return sum(len(tokens) for tokens, _ in self.splits.values())
 
 
-def tokenise(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> Tokenised:
-    """Tokenises in memory. A document is followed by the tokenizer's `end`, where it has one.
+def tokenize(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> TokenizedTexts:
+    """Tokenize in memory. A document is followed by the tokenizer's `end`, if it has one.
 
     Args:
-      texts: by split.
-      tokenizer: to use.
-      header: kept beside.
+      texts: texts by split.
+      tokenizer: tokenizer to use.
+      header: returned with the tokens.
     """
     splits = {}
     for split, pieces in texts.items():
         parts = [tokens.astype(_width(tokenizer)) for tokens in _encoded(pieces(), tokenizer)]
         values = np.concatenate(parts) if parts else np.zeros(0, _width(tokenizer))
         splits[split] = (Tokens(values), np.cumsum([len(part) for part in parts], dtype=np.int64))
-    return Tokenised(splits, tokenizer, dict(header))
+    return TokenizedTexts(splits, tokenizer, dict(header))
 
 
 def _width(tokenizer: Tokenizer) -> np.dtype:
-    """The narrowest type that holds all tokens."""
+    """Return the narrowest type that can represent all tokens."""
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
@@ -141,13 +141,13 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarr
 
 
 def cache_folder() -> Path:
-    """Where tokenised text is kept."""
+    """Return the folder of the cache."""
     own = os.environ.get("JAXMODELS_CACHE_DIR")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
 
 
 def cache_key(*parts: Any) -> str:
-    """A checksum of anything that JSON can hold."""
+    """Return a checksum of JSON values."""
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -158,13 +158,13 @@ def _digest(path: str, size: int, modified: int) -> str:
 
 
 def file_digest(path: str) -> str:
-    """A checksum of a file's bytes; the same file is read for it once in a process."""
+    """Return a checksum of a file's bytes; an unchanged file is read once in a process."""
     stat = os.stat(path)
     return _digest(path, stat.st_size, stat.st_mtime_ns)
 
 
-def read_cache(key: str) -> tuple[Tokenised | None, str | None]:
-    """The entry of a key or None, and what is wrong with the one that is there, if something is."""
+def read_cache(key: str) -> tuple[TokenizedTexts | None, str | None]:
+    """Return the entry of a key or None, and a message if there is an entry but it is damaged."""
     folder = entry(key)
     try:
         if not folder.exists():
@@ -174,11 +174,11 @@ def read_cache(key: str) -> tuple[Tokenised | None, str | None]:
         return None, f"{folder} is damaged ({error})"
 
 
-def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> Tokenised:
-    """Tokenises into the cache.
+def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> TokenizedTexts:
+    """Tokenize into the cache.
 
-    The entry is written under another name and renamed when it is whole, so that a process that is stopped leaves none behind;
-    of several that write the same at once, one wins, and all read the same.
+    The entry is written under another name and renamed when it is complete, so that a process that is killed leaves no partial entry;
+    if several processes write the same entry at once, one wins, and all read the same tokens.
 
     Raises:
       OSError: the folder cannot be written.
@@ -189,7 +189,7 @@ def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[st
     temporary = _new_folder(folder)
     try:
         _fill(temporary, texts, tokenizer, header)
-        # Opened before it is renamed: whatever becomes of the name, what is mapped stays.
+        # Opened before it is renamed: mapped files stay valid if another process replaces the entry.
         result = _open(temporary, folder)
         _publish(temporary, folder, key)
     finally:
@@ -198,12 +198,12 @@ def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[st
 
 
 def entry(key: str) -> Path:
-    """The folder of what is tokenised under a key."""
+    """Return the folder of an entry."""
     return cache_folder() / "tokens" / key
 
 
 def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> None:
-    """Writes all files of an entry."""
+    """Write all files of an entry."""
     dtype = _width(tokenizer)
     described = {}
     for split, pieces in texts.items():
@@ -222,27 +222,27 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
     (folder / "header.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def _open(folder: Path, final: Path) -> Tokenised:
-    """An entry that lies in `folder` and is going to lie in `final`.
+def _open(folder: Path, final: Path) -> TokenizedTexts:
+    """Open an entry in `folder` that is going to be renamed `final`.
 
     Raises:
-      OSError, ValueError, KeyError, TypeError: it is not whole.
+      OSError, ValueError, KeyError, TypeError: it is incomplete or damaged.
     """
     header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
     splits = {}
     for split, described in header["splits"].items():
         files = [folder / f"{split}.{kind}" for kind in ("tokens", "ends")]
         if [_checksum(file) for file in files] != described["crc32"]:
-            raise ValueError(f"the checksum of {split} is not the one written down")
+            raise ValueError(f"the checksum of {split} is not the recorded one")
         values = _mapped(files[0], header["dtype"], described["tokens"])
         ends = np.fromfile(files[1], np.int64)
         if len(ends) != described["documents"]:
             raise ValueError(f"{files[1].name} has {len(ends)} documents, not {described['documents']}")
         splits[split] = (Tokens(values, path=final / files[0].name, checksum=described["crc32"][0]), ends)
     if _checksum(folder / "tokenizer.json") != header["tokenizer"]:
-        raise ValueError("the checksum of the tokenizer is not the one written down")
+        raise ValueError("the checksum of the tokenizer is not the recorded one")
     tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    return Tokenised(splits, tokenizer, header["texts"])
+    return TokenizedTexts(splits, tokenizer, header["texts"])
 
 
 def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
@@ -252,7 +252,7 @@ def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file: less to read than the text that it was made from."""
+    """Return the CRC-32 of a file."""
     result = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -261,21 +261,21 @@ def _checksum(path: Path) -> int:
 
 
 def _new_folder(folder: Path) -> Path:
-    """A folder of this process alone, beside an entry."""
+    """Make a folder of this process beside an entry."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     return temporary
 
 
 def _publish(temporary: Path, folder: Path, key: str) -> None:
-    """Gives a whole entry its name, unless a whole one has it by now."""
+    """Rename a complete entry, unless another process has completed it first."""
     with contextlib.suppress(OSError):
         os.rename(temporary, folder)
         return
     if read_cache(key)[0] is not None:
-        return  # another process was quicker
-    aside = _new_folder(folder)  # for the damaged one that is in the way
-    with contextlib.suppress(OSError):  # unless another process has done the same by now
+        return  # another process completed it first
+    aside = _new_folder(folder)  # for a damaged entry of that name
+    with contextlib.suppress(OSError):  # another process may have done the same
         os.rename(folder, aside / "damaged")
     shutil.rmtree(aside, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -286,7 +286,7 @@ def _publish(temporary: Path, folder: Path, key: str) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what processes that died while writing have left."""
+    """Remove the partial entries of processes that died."""
     for path in folder.glob("*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED:

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, from text files."""
+"""Training of a tokenizer on text files."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from jaxmodels.data.sources.documents import read_documents, survey
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.factory import SMALLEST_BPE, make_tokenizer
 
-_MEASURED = 10_000_000  # characters that the summary is measured on, at most
+_MEASURED = 10_000_000  # maximum characters that the summary is measured on
 
 
 def train_tokenizer(
@@ -22,18 +22,18 @@ def train_tokenizer(
     on_bad_example: Policy = "error",
     overwrite: bool = False,
 ) -> str:
-    """Trains a byte-level BPE tokenizer and writes it as a file that `data.tokenizer` and the `tokenizers` library read.
+    """Train a byte-level BPE tokenizer and write it to a file that `data.tokenizer` and the `tokenizers` library read.
 
     Args:
-      paths: files, as `files.find_files` reads it; documents as of the source `text`.
-      size: tokens: four special ones, 256 bytes, merges.
-      output: the file to write.
-      data_dir: where relative paths are looked for after the working directory.
+      paths: files, as `files.find_files` reads them; documents as of the source `text`.
+      size: number of tokens: four special ones, 256 bytes, merges.
+      output: file to write.
+      data_dir: directory where relative paths are looked for after the working directory.
       text_column, on_bad_example: as of the source `text`.
-      overwrite: write over a file that is there.
+      overwrite: whether an existing file is replaced.
 
     Returns:
-      What was made, in words.
+      A summary in words.
 
     Raises:
       ConfigError: a file is missing or bad, the size out of range, or the output exists or cannot be written.

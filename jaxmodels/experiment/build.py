@@ -13,7 +13,7 @@ from jaxmodels import models, tasks
 from jaxmodels.data import registry as data_lib
 from jaxmodels.data.loader import Loading
 from jaxmodels.data.rand_augment import RandAugment
-from jaxmodels.data.source import Dataset, Remembered
+from jaxmodels.data.source import CachedSource, Dataset
 from jaxmodels.experiment.checks import agreed_info, check_fit, check_skip, check_train_split, check_trained, is_trained
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
@@ -140,8 +140,8 @@ def _remember(source, loading: Loading):
     """The source, kept in memory once decoded where it is small enough."""
     if getattr(source, "in_memory", False) or loading.workers or not len(source):
         return source
-    size = Remembered.size(source)
-    return source if size is None or size > loading.memory_gb * 2**30 else Remembered(source)
+    size = CachedSource.size(source)
+    return source if size is None or size > loading.memory_gb * 2**30 else CachedSource(source)
 
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]

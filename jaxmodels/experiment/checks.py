@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.data.source import Dataset, take
+from jaxmodels.data.source import Dataset, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.models.lora import ADAPTERS
@@ -73,7 +73,7 @@ def check_fit(experiment: Experiment) -> None:
     """Runs model and loss on shapes alone, so that what does not fit is said now."""
     shapes = experiment.batch_shapes(experiment.loading.batch_size)
     for split, source in experiment.dataset.splits.items():
-        example = take(source, np.array([0]))
+        example = get_batch(source, np.array([0]))
         missing = [name for name in experiment.task.batch if name not in example]
         if missing:
             raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {missing[0]!r} in every example; {split} has none.")

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.data.loader import Loading
-from jaxmodels.data.source import Dataset, take
+from jaxmodels.data.source import Dataset, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training
 from jaxmodels.models import attention, functional, rnn
@@ -105,7 +105,7 @@ class Experiment:
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch."""
-        example = take(next(iter(self.dataset.splits.values())), np.array([0]))
+        example = get_batch(next(iter(self.dataset.splits.values())), np.array([0]))
         shapes = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in example.items()}
         return shapes | {"weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
 

@@ -12,7 +12,7 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.tokenizers import factory as tokenizers
 from jaxmodels.tokenizers.base import SPECIAL, Tokenizer
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
-from jaxmodels.tokenizers.pretrained import PublishedTokenizer
+from jaxmodels.tokenizers.pretrained import PretrainedTokenizer
 from jaxmodels.tokenizers.sentencepiece import SentencePieceTokenizer
 from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer, WordTokenizer
 
@@ -26,7 +26,7 @@ def tokenizer_of(folder: RunFolder) -> Tokenizer | None:
 
 def special_ids(tokenizer: Tokenizer, architecture: Architecture) -> dict[str, Any]:
     """Keys of a config.json that name special tokens by number."""
-    if isinstance(tokenizer, PublishedTokenizer):
+    if isinstance(tokenizer, PretrainedTokenizer):
         return {key: value for key, value in tokenizer.config.items() if key.endswith("_token_id")}
     start, end = tokenizer.special("start"), tokenizer.special("end")
     ids = {"bos_token_id": start, "eos_token_id": end}
@@ -40,7 +40,7 @@ def write(folder: RunFolder, target: Path) -> list[str]:
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         return []
-    if isinstance(tokenizer, PublishedTokenizer):
+    if isinstance(tokenizer, PretrainedTokenizer):
         for name, content in tokenizer.files().items():
             (target / name).write_bytes(content)
         return []

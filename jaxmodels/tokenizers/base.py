@@ -1,4 +1,4 @@
-"""What a tokenizer is, and helpers that all tokenizers share."""
+"""The protocol of tokenizers, and helpers that all tokenizers share."""
 
 from typing import Protocol
 
@@ -7,7 +7,7 @@ import numpy as np
 SPECIAL = ("<unknown>", "<start>", "<end>", "<mask>")
 
 
-# What published tokenizers call the four, in the order they are looked for.
+# Names of the four in pretrained models' tokenizers, in order of preference.
 KNOWN_SPECIAL = {
     "unknown": ("<unknown>", "<unk>", "[UNK]"),
     "start": ("<start>", "<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
@@ -17,11 +17,11 @@ KNOWN_SPECIAL = {
 
 
 class Tokenizer(Protocol):
-    """What a text source and a task need.
+    """A tokenizer as text sources and tasks use it.
 
-    `encode` gives int32 [tokens] and adds no special tokens, nor reads any: the text `<end>` is five characters.
-    `decode` leaves out padding (-1), shows special tokens by name, and raises ValueError on other numbers that are no tokens.
-    `special` gives the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` gives what `from_json` reads.
+    `encode` returns int32 [tokens]. It adds no special tokens and recognises none: the text `<end>` is five characters.
+    `decode` skips padding (-1), writes special tokens by name, and raises ValueError for other numbers that are no tokens.
+    `special` returns the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` returns what `factory.from_json` reads.
     """
 
     vocab_size: int
@@ -36,13 +36,13 @@ class Tokenizer(Protocol):
 
 
 def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The special tokens that a published tokenizer puts before and after a text of its own accord, int32; none of any other."""
+    """Return the special tokens that a pretrained model's tokenizer adds before and after a text, int32; none for other tokenizers."""
     none = np.zeros(0, np.int32)
     return getattr(tokenizer, "frame", (none, none))
 
 
 def checked_ids(tokens, vocab_size: int) -> list[int]:
-    """Tokens as a list, without padding."""
+    """Return tokens as a list without padding; ValueError for numbers that are no tokens."""
     tokens = np.asarray(tokens)
     tokens = tokens[tokens != -1]
     wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]

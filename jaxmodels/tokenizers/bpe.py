@@ -11,14 +11,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, check_special, checked_ids
 
-_PIECE, _PIECES = 1 << 18, 16  # characters of a piece, where a text may be cut, and pieces that are encoded at once
+_PIECE, _PIECES = 1 << 18, 16  # minimum characters of a piece of a long text, and pieces encoded at once
 
 
 class TokenizersTokenizer:
     """A tokenizer of the `tokenizers` library; its JSON is that library's own."""
 
     def __init__(self, serialized: str):
-        """serialized: as `tokenizers.Tokenizer.to_str` gives."""
+        """serialized: the string that `tokenizers.Tokenizer.to_str` returns."""
         self._tokenizer = library.Tokenizer.from_str(serialized)
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         self._tokenizer.no_padding()
@@ -28,9 +28,9 @@ class TokenizersTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> "TokenizersTokenizer":
-        """Byte-level BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) with `size` tokens: the four special, 256 bytes, merges.
+        """Train byte-level BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) with `size` tokens: four special ones, 256 bytes, merges.
 
-        The same texts give the same tokenizer.
+        Deterministic: the same texts give the same tokenizer.
         """
         tokenizer = library.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,7 +73,7 @@ def _is_plain_byte_level(serialized: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of some `_PIECE` characters, cut between a letter and a space before a letter: no token of byte-level BPE spans that."""
+    """Yield a text in pieces of about `_PIECE` characters, cut between a letter and a space before a letter, which no token spans."""
     start = 0
     while start < len(text):
         cut = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])").search(text, start + _PIECE)

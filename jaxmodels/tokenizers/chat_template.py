@@ -1,7 +1,7 @@
-"""Chat templates: a conversation as the text that a model was trained on, and which parts of it are the assistant's.
+"""Chat templates: a conversation as text in a model's format, and the parts of the text that are the assistant's.
 
-A template is a Jinja2 program in the tokenizer's files. It comes with a model from anywhere, so it runs in Jinja's sandbox, sees plain data
-only, and is given no clock: the same conversation is the same text on every day.
+A template is a Jinja2 program in the tokenizer's files. It is untrusted, so it runs in Jinja's sandbox on plain data. It has no access to the
+clock, so that the same conversation always gives the same text.
 """
 
 import functools
@@ -14,23 +14,23 @@ from jaxmodels.errors import ConfigError, optional_import
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-# Around what a template puts between {% generation %} and {% endgeneration %}; no text has these, which Unicode keeps for such uses.
+# Mark the text between {% generation %} and {% endgeneration %}: Unicode noncharacters, which occur in no text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 class TemplateProblem(ValueError):
-    """A conversation that a template cannot write, or of which it does not show what the assistant says."""
+    """A template cannot render a conversation, or the assistant's parts cannot be located."""
 
 
 class ChatTemplate:
-    """A template of conversations, compiled."""
+    """A compiled chat template."""
 
     def __init__(self, template: str, names: Mapping[str, str], special: Sequence[str]):
         """
         Args:
-          template: in Jinja2.
-          names: what it may call by name besides the messages: `bos_token`, `eos_token`, ….
-          special: the tokenizer's special tokens, by which a turn's end is found.
+          template: Jinja2 source.
+          names: variables besides the messages: `bos_token`, `eos_token`, ….
+          special: the tokenizer's special tokens, which mark the end of a turn.
 
         Raises:
           ConfigError: the template cannot be parsed; Jinja2 is not installed.
@@ -39,26 +39,26 @@ class ChatTemplate:
         self._names, self._special = dict(names), [token for token in special if token]
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Sequence[Mapping] | None = None) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Args:
           messages: each with `role` and `content`.
-          prompt: whether the text goes on to where the assistant's next answer begins.
-          tools: descriptions of functions that the assistant may call, for templates that tell of them.
+          prompt: whether the text continues to the start of the assistant's next answer.
+          tools: descriptions of functions that the assistant may call, for templates that use them.
 
         Raises:
-          TemplateProblem: the template refuses the conversation, or prints what there is not.
+          TemplateProblem: the template rejects the conversation, or prints an undefined variable.
         """
         return self._render(messages, prompt, tools)[0]
 
     def answers(self, messages: Sequence[Message], *, tools: Sequence[Mapping] | None = None) -> tuple[str, list[Span]]:
-        """The conversation as text, and which characters of it the assistant says, each answer with the token that ends its turn.
+        """Return the conversation as text, and the spans of characters of the assistant's answers, each with the token that ends its turn.
 
-        A template may mark them itself, with {% generation %} and {% endgeneration %}. In others an answer begins where the prompt made of the
-        messages before it ends; it ends with the text of the conversation up to it, without the white space that follows its last special token.
+        A template may mark answers itself, with {% generation %} and {% endgeneration %}. Otherwise an answer begins at the end of the prompt
+        rendered from the messages before it, and ends at the end of the text rendered up to it, without white space after the last special token.
 
         Raises:
-          TemplateProblem: as `render`; or the parts cannot be told.
+          TemplateProblem: as `render`; or the answers cannot be located.
         """
         text, spans = self._render(messages, False, tools)
         if self.marks_answers:
@@ -76,7 +76,7 @@ class ChatTemplate:
         return _without_marks(marked)
 
     def _span(self, text: str, messages: Sequence[Message], number: int, tools) -> Span:
-        """Where the answer `number` stands in the whole text."""
+        """Return the span of message `number`, an answer, in the whole text."""
         start = len(before := self.render(messages[:number], prompt=True, tools=tools))
         if not text.startswith(before):
             raise TemplateProblem(
@@ -86,7 +86,7 @@ class ChatTemplate:
         after = self.render(messages[: number + 1], tools=tools)
         if text.startswith(after):
             return start, self._end_of_turn(text, start, len(after))
-        # Templates that leave out what was thought before earlier answers write an answer in another way while it is the last.
+        # Templates that omit the reasoning of earlier answers render an answer differently while it is the last.
         content = str(messages[number].get("content") or "").strip()
         place = text.find(content, start) if content else -1
         ends = [text.find(token, place + len(content)) for token in self._special] if place >= 0 else []
@@ -97,13 +97,13 @@ class ChatTemplate:
         return start, end - size
 
     def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """`end` without the white space after the last special token."""
+        """Return `end` without the white space after the last special token."""
         kept = len(text[start:end].rstrip()) + start
         return kept if kept > start and any(text.endswith(token, start, kept) for token in self._special) else end
 
 
 def _without_marks(marked: str) -> tuple[str, list[Span]]:
-    """The text, and the spans that were marked in it; of marks inside of marks the outer."""
+    """Return the text, and the marked spans in it; of nested marks the outer."""
     parts, spans, size, depth, start = [], [], 0, 0, 0
     for piece in _split(marked):
         if piece == OPEN:
@@ -119,7 +119,7 @@ def _without_marks(marked: str) -> tuple[str, list[Span]]:
 
 
 def _split(marked: str):
-    """Marks, and the text between them."""
+    """Yield marks, and the text between them."""
     begin = 0
     for place, character in enumerate(marked):
         if character in (OPEN, CLOSE):
@@ -131,7 +131,7 @@ def _split(marked: str):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):
-    """A template and whether it marks answers; ConfigError where it cannot be parsed."""
+    """Return a compiled template, and whether it marks answers; ConfigError if it cannot be parsed."""
     jinja2 = optional_import("jinja2", "huggingface")
     from jinja2 import ext, nodes, sandbox
 
@@ -149,7 +149,7 @@ def _compiled(template: str):
             return f"{OPEN}{caller()}{CLOSE}"
 
     class Missing(jinja2.Undefined):
-        """Templates ask whether something is there; to print what is not is a mistake."""
+        """Undefined variables may be tested, but not printed."""
 
         def __str__(self):
             return "" if self._undefined_name is None else self._fail_with_undefined_error()

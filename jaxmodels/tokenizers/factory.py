@@ -1,7 +1,7 @@
-"""Tokenizers: text to whole numbers and back. The one a run used is saved in the run's folder, as `tokenizer.json`.
+"""Tokenizers by specification. A run saves its tokenizer in its folder, as `tokenizer.json`.
 
-A config names one by a specification, which `make_tokenizer` reads. Four special tokens have names of their own here,
-whatever a tokenizer's file calls them: `unknown`, `start`, `end`, `mask`; those made here have them as ids 0 to 3.
+Four special tokens have fixed names here, whatever a tokenizer's file calls them: `unknown`, `start`, `end`, `mask`;
+tokenizers that are trained here have them as ids 0 to 3.
 """
 
 import base64
@@ -19,47 +19,28 @@ from jaxmodels.tokenizers.bpe import TokenizersTokenizer
 from jaxmodels.tokenizers.sentencepiece import SentencePieceTokenizer
 from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer, WordTokenizer
 
-LIBRARY_VERSION = library.__version__  # another one may train to another end
+LIBRARY_VERSION = library.__version__  # another version may train another tokenizer from the same texts
 FORMS = ("character", "byte", "character+special", "byte+special", "word:MAX", "word-lower:MAX", "bpe:SIZE")
 FORMS += ("FILE.json", "FILE.model", "RUN", "hf:DIR_OR_ID")
 
 SMALLEST_BPE = len(SPECIAL) + 256
 
 
-class Shared(str):
-    """The specification of a tokenizer that several sources are going to share: none of them makes it, all hand over their texts."""
-
-
-class HandedOver(Exception):
-    """Raised instead of making a tokenizer by a `Shared` specification.
-
-    Attributes:
-      texts: what it would have been made from.
-    """
-
-    def __init__(self, texts: Iterable[str]):
-        super().__init__("texts")
-        self.texts = texts
-
-
 def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | None) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Return the tokenizer that `data.tokenizer` specifies.
 
     Args:
       spec: `character` (the alphabet of `texts`) or `byte`, both also with `+special`, which puts the special tokens first;
         `word:MAX` and `word-lower:MAX` (the most frequent words of `texts`); `bpe:SIZE` (byte-level BPE trained on `texts`);
         the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder; or `hf:DIR_OR_ID`, that
-        of a published model (`published_tokenizer`). A tokenizer is given back.
-      texts: what it is trained on; read only if it is trained. One that is encoded without `unknown` (`character`) must
-        be given all the text there is.
-      data_dir: where relative paths are looked for, after the working directory.
+        of a pretrained model. A tokenizer is returned as it is.
+      texts: training texts; read only if the tokenizer is trained. `character`, which has no `unknown`, needs the texts of
+        all splits.
+      data_dir: directory where relative paths are looked for, after the working directory.
 
     Raises:
       ConfigError: no such form or file, a file that is no tokenizer, a size out of range, or no text to train on.
-      HandedOver: a `Shared` specification.
     """
-    if isinstance(spec, Shared):
-        raise HandedOver(texts)
     if not isinstance(spec, str):
         return spec
     if spec in ("byte", "byte+special"):
@@ -69,17 +50,17 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
         if not alphabet:
             raise ConfigError(f"config.data.tokenizer={spec!r}: the training text is empty.")
         return CharacterTokenizer("".join(alphabet), special=spec.endswith("special"))
-    if is_made_from_text(spec):
+    if is_trained(spec):
         return _train(spec, texts)
     if spec.startswith("hf:"):
-        from jaxmodels.tokenizers import pretrained as published_tokenizer
+        from jaxmodels.tokenizers.pretrained import from_reference
 
-        return published_tokenizer.from_reference(spec, data_dir)
+        return from_reference(spec, data_dir)
     return _from_path(spec, data_dir)
 
 
-def is_made_from_text(spec: str | Tokenizer) -> bool:
-    """Whether a tokenizer depends on the texts it is made from."""
+def is_trained(spec: str | Tokenizer) -> bool:
+    """Whether a specification trains a tokenizer on texts."""
     return isinstance(spec, str) and re.fullmatch(r"character(\+special)?|(word|word-lower|bpe):.*", spec) is not None
 
 
@@ -98,7 +79,7 @@ def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
-    """The tokenizer of a file or a run's folder."""
+    """Return the tokenizer of a file or of a run's folder."""
     places = [spec] + ([os.path.join(data_dir, spec)] if data_dir else [])
     path = next((place for place in places if os.path.exists(place)), None)
     if path is None:
@@ -107,7 +88,7 @@ def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.json")
         if not os.path.isfile(path):
-            raise ConfigError(f"config.data.tokenizer: the folder {os.path.dirname(path)} holds no tokenizer.json: not a run on text.")
+            raise ConfigError(f"config.data.tokenizer: the folder {os.path.dirname(path)} holds no tokenizer.json: it is no run on text.")
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -120,10 +101,10 @@ def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer whose `to_json` gave `text`; or a file of the `tokenizers` library.
+    """Return the tokenizer whose `to_json` returned `text`, or that of a file of the `tokenizers` library.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: `text` is neither.
     """
     values = json.loads(text)
     if not isinstance(values, dict):
@@ -138,9 +119,9 @@ def from_json(text: str) -> Tokenizer:
     if kind == "sentencepiece":
         return SentencePieceTokenizer(base64.b64decode(values["model"]))
     if kind == "published":
-        from jaxmodels.tokenizers.pretrained import PublishedTokenizer
+        from jaxmodels.tokenizers.pretrained import PretrainedTokenizer
 
-        return PublishedTokenizer.from_values(values)
+        return PretrainedTokenizer.from_values(values)
     if "model" in values:
         return TokenizersTokenizer(text)
     known = "character, byte, word, sentencepiece, published, and files of the `tokenizers` library"

@@ -1,4 +1,4 @@
-"""What encodes and decodes in a published tokenizer: a `tokenizers.Tokenizer`, made from whichever files there are, or a SentencePiece model."""
+"""Encoders of pretrained models' tokenizers: a `tokenizers.Tokenizer` made from the files at hand, or a SentencePiece model."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jaxmodels.errors import ConfigError, optional_import
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
-# Qwen's words: contractions, letters, single digits, signs, line breaks, spaces.
+# Qwen's pre-tokenization: contractions, letters, single digits, punctuation, line breaks, spaces.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # fmt: skip
@@ -21,11 +21,11 @@ _QWEN_WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Where the special tokens stand that a tokenizer adds by itself.
+    """Positions of the special tokens that a tokenizer adds.
 
     Attributes:
-      single: of one text: (token, or "A" for the text; its type) in order.
-      pair: of two, "A" and "B".
+      single: for one text: (token, or "A" for the text; its type) in order.
+      pair: for two texts, "A" and "B".
     """
 
     single: tuple[tuple[int | str, int], ...]
@@ -33,7 +33,7 @@ class Frame:
 
 
 class _Library(TokenizersTokenizer):
-    """A tokenizer of the `tokenizers` library, with the special tokens that it adds."""
+    """A tokenizer of the `tokenizers` library, and the special tokens that it adds."""
 
     def __init__(self, tokenizer: library.Tokenizer):
         serialized = tokenizer.to_str()
@@ -63,7 +63,7 @@ class _Library(TokenizersTokenizer):
 
 
 class _SentencePiece:
-    """A SentencePiece model and the tokens that are added after its own."""
+    """A SentencePiece model, and tokens added after its own."""
 
     def __init__(self, model: bytes, added: Mapping[int, Mapping], frame: Sequence[str]):
         """frame: `A` and the names of special tokens around it."""
@@ -109,7 +109,7 @@ class _SentencePiece:
 
 
 def make_coder(files: Mapping[str, bytes], kind: str, settings: Mapping, named: Mapping[str, str | None], added: Mapping[int, Mapping]):
-    """What encodes, or None where no files that are understood here are there."""
+    """Return the encoder of a tokenizer's files, or None if none of the files is of a supported format."""
     if "tokenizer.json" in files:
         tokenizer = library.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
     else:
@@ -121,7 +121,7 @@ def make_coder(files: Mapping[str, bytes], kind: str, settings: Mapping, named: 
             return None
     _add(tokenizer, added)
     normalizer = tokenizer.normalizer
-    if isinstance(normalizer, normalizers.BertNormalizer):  # the settings are the later word
+    if isinstance(normalizer, normalizers.BertNormalizer):  # the settings override the normalizer
         for key, option in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"), ("tokenize_chinese_chars", "handle_chinese_chars")):
             if key in settings:
                 setattr(normalizer, option, settings[key])
@@ -130,7 +130,7 @@ def make_coder(files: Mapping[str, bytes], kind: str, settings: Mapping, named: 
 
 
 def _add(tokenizer: library.Tokenizer, added: Mapping[int, Mapping]) -> None:
-    """Adds tokens to the vocabulary that other files than `tokenizer.json` tell of."""
+    """Add tokens of files other than `tokenizer.json` to the vocabulary."""
     for number, token in added.items():
         there = tokenizer.token_to_id(token["content"])
         if there is None:
@@ -139,12 +139,12 @@ def _add(tokenizer: library.Tokenizer, added: Mapping[int, Mapping]) -> None:
         if there != number:
             raise ConfigError(
                 f"config.data.tokenizer: its files disagree: the token {token['content']!r} is {there} in the vocabulary and {number} in "
-                "tokenizer_config.json or added_tokens.json. Bring all files from one place."
+                "tokenizer_config.json or added_tokens.json. Use files of one model."
             )
 
 
 def _start_and_end(tokenizer: library.Tokenizer, settings: Mapping, named: Mapping[str, str | None]) -> library.processors.PostProcessor:
-    """The special tokens that `add_bos_token` and `add_eos_token` ask for."""
+    """Return a post-processor that adds the special tokens of `add_bos_token` and `add_eos_token`."""
     start, end = (named.get(f"{key}_token") if settings.get(f"add_{key}_token") else None for key in ("bos", "eos"))
     before, after = ([token] if token else [] for token in (start, end))
     first = [*before, "$A", *after]
@@ -154,7 +154,7 @@ def _start_and_end(tokenizer: library.Tokenizer, settings: Mapping, named: Mappi
 
 
 def _from_vocabulary(files: Mapping[str, bytes], kind: str, settings: Mapping, named: Mapping[str, str | None]) -> library.Tokenizer | None:
-    """The tokenizer of a bare vocabulary, by the rules of its model."""
+    """Return the tokenizer of a vocabulary without `tokenizer.json`, by the rules of its model type."""
     if kind == "bert" and "vocab.txt" in files:
         lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
         vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
@@ -189,7 +189,7 @@ def _from_vocabulary(files: Mapping[str, bytes], kind: str, settings: Mapping, n
 
 
 def _with_extra_ids(model: bytes, kind: str, settings: Mapping, added: Mapping[int, Mapping]) -> Mapping[int, Mapping]:
-    """The added tokens, with T5's sentinels, which follow its pieces, the last one first."""
+    """Return the added tokens with T5's sentinels, which follow its pieces in descending order."""
     if kind != "t5" or any("<extra_id_" in token["content"] for token in added.values()):
         return added
     first = optional_import("sentencepiece", "text").SentencePieceProcessor(model_proto=model).vocab_size()
@@ -205,10 +205,10 @@ def _sentencepiece_frame(kind: str, settings: Mapping, named: Mapping[str, str |
 
 
 def _frame_of(processor: Mapping | None) -> Frame:
-    """What a post-processor of the `tokenizers` library adds, from its JSON.
+    """Return the special tokens that a post-processor of the `tokenizers` library adds, from its JSON.
 
     Raises:
-      ConfigError: it is of a kind that is not understood here.
+      ConfigError: its type is not supported.
     """
     kind = None if processor is None else processor.get("type")
     if kind in (None, "ByteLevel"):
@@ -221,7 +221,7 @@ def _frame_of(processor: Mapping | None) -> Frame:
         single = ((before, 0), ("A", 0), (after, 0))
         return Frame(single, (*single, ("B", 1), (after, 1)) if kind == "BertProcessing" else (*single, (after, 0), ("B", 0), (after, 0)))
     if kind != "TemplateProcessing":
-        raise ConfigError(f"config.data.tokenizer: its post-processor is {kind!r}; understood are TemplateProcessing, BertProcessing, RobertaProcessing.")
+        raise ConfigError(f"config.data.tokenizer: its post-processor is {kind!r}; supported are TemplateProcessing, BertProcessing, RobertaProcessing.")
 
     def flat(parts):
         for part in parts:

@@ -1,8 +1,8 @@
-"""Tokenizers of published models: the files that lie beside the weights, in the format of the `transformers` library.
+"""Tokenizers of pretrained models, from the files beside the weights, in the format of the `transformers` library.
 
 `tokenizer.json` is a file of the `tokenizers` library; older models have a SentencePiece model, `vocab.txt` (WordPiece), or `vocab.json` and
-`merges.txt` (byte-level BPE) in its place. `tokenizer_config.json` and `special_tokens_map.json` name the special tokens, and the first of
-them, or `chat_template.jinja`, has the template of conversations.
+`merges.txt` (byte-level BPE) instead. `tokenizer_config.json` and `special_tokens_map.json` name the special tokens; `tokenizer_config.json`
+or `chat_template.jinja` has the chat template.
 """
 
 import base64
@@ -25,7 +25,7 @@ FILES = (
 CHAT_TEMPLATE = "chat_template.jinja"
 _KEPT = ("model_type", "vocab_size", "is_encoder_decoder", "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Our names for special tokens, and theirs, in the order they are looked for.
+# Name of a special token here -> its keys in the files, in order of preference.
 NAMES = {
     "unknown": ("unk_token",),
     "start": ("bos_token", "cls_token"),
@@ -35,7 +35,7 @@ NAMES = {
 }
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# What a model type's tokenizer calls its special tokens where no file says: the format's own defaults, which files may leave out.
+# Model type -> default names of special tokens, which files may omit.
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 _ROBERTA = {
     "bos_token": "<s>",
@@ -62,22 +62,22 @@ DEFAULTS = {
 }
 
 
-class PublishedTokenizer:
-    """A tokenizer as it was published, with its files whole, so that it can be handed on byte for byte.
+class PretrainedTokenizer:
+    """A pretrained model's tokenizer, with its original files, so that an export has them byte for byte.
 
-    Special tokens have the names of every tokenizer here, and `pad`; which they are is what the files say. Of an encoder–decoder, `start` is
-    what its targets start with.
+    Special tokens have the names of all tokenizers here, and `pad`; the files define them. For an encoder–decoder, `start` is
+    the first token of a target.
     """
 
     def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], where: str = "the tokenizer"):
         """
         Args:
-          files: name -> content, of those in `FILES` that there are.
-          config: the model's `config.json`; some keys of it are kept.
-          where: it comes from, for errors.
+          files: name -> content, for names in `FILES`.
+          config: the model's `config.json`.
+          where: origin of the files, for errors.
 
         Raises:
-          ConfigError: there is none that can be read, or it has more tokens than the model has rows for them.
+          ConfigError: the files cannot be read, or the tokenizer has more tokens than the model's embedding has rows.
         """
         self._files = {name: bytes(files[name]) for name in sorted(files) if name in FILES}
         self.config = {key: config[key] for key in _KEPT if config.get(key) is not None}
@@ -90,14 +90,14 @@ class PublishedTokenizer:
         except Exception as error:  # noqa: BLE001  the libraries raise bare Exception
             raise ConfigError(f"config.data.tokenizer: {where} has files of a tokenizer that cannot be read: {error}") from error
         if self._coder is None:
-            raise ConfigError(f"config.data.tokenizer: {where} has no tokenizer that is understood here: {_missing(self._files, self._kind)}")
+            raise ConfigError(f"config.data.tokenizer: {where} has no supported tokenizer: {_missing(self._files, self._kind)}")
         self.tokens = self._coder.vocab_size
         self.vocab_size = max(self.tokens, int(self.config.get("vocab_size", 0)))
         rows = self.config.get("vocab_size", self.tokens)
         if self.tokens > rows:
             raise ConfigError(
                 f"config.data.tokenizer: {where} has {self.tokens:,} tokens, its model rows for {rows:,} (vocab_size in config.json): they do not "
-                "belong together. Bring the tokenizer files that were published with these weights."
+                "belong together. Use the tokenizer files that belong to these weights."
             )
         self._special = {name: self._find_special(name) for name in NAMES}
 
@@ -110,18 +110,18 @@ class PublishedTokenizer:
         return self._coder.encode(text)
 
     def read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a text in which special tokens stand by name, as in a rendered chat template; none are added.
+        """Encode a text that contains special tokens by name, such as a rendered chat template; adds none.
 
         Returns:
-          int32 [tokens], and int32 [tokens, 2], the characters that each stands for: from, to.
+          int32 [tokens], and int32 [tokens, 2], the range of characters of each token.
 
         Raises:
-          ConfigError: only a SentencePiece model is there, which knows no special tokens in text.
+          ConfigError: the tokenizer is a SentencePiece model alone, which cannot recognise special tokens in text.
         """
         return self._coder.read(text)
 
     def decode(self, tokens) -> str:
-        """Text; special tokens by name, and nothing for rows of the embedding that no token has."""
+        """Return text; special tokens by name, and nothing for rows of the embedding without a token."""
         tokens = np.asarray(tokens)
         wrong = tokens[(tokens < -1) | (tokens >= self.vocab_size)]
         if wrong.size:
@@ -129,14 +129,14 @@ class PublishedTokenizer:
         return self._coder.decode(tokens[(tokens >= 0) & (tokens < self.tokens)])
 
     def special(self, name: str) -> int | None:
-        """The id of `unknown`, `start`, `end`, `mask` or `pad`, or None."""
+        """Return the id of `unknown`, `start`, `end`, `mask` or `pad`, or None."""
         if name not in NAMES:
             raise ValueError(f"there is no special token {name!r}; there are {', '.join(NAMES)}")
         return self._special[name]
 
     @property
     def special_names(self) -> dict[str, str]:
-        """`bos_token`, `eos_token` and so on as the files name them: what chat templates are given."""
+        """`bos_token`, `eos_token` and so on, by the names in the files: the variables of chat templates."""
         return {key: token for key, token in self._named.items() if token is not None and self._coder.token_to_id(token) is not None}
 
     @property
@@ -146,30 +146,30 @@ class PublishedTokenizer:
 
     @functools.cached_property
     def frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """The special tokens that the tokenizer puts before and after a text, both int32."""
+        """The special tokens that the tokenizer adds before and after a text, both int32."""
         return _around(self._coder.frame.single)
 
     def wrap(self, text: str, pair: str | None = None, *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """A text, or two, with the special tokens that the tokenizer adds by itself: `[CLS] text [SEP]` of BERT.
+        """Encode a text, or two, with the special tokens that the tokenizer adds: `[CLS] text [SEP]` for BERT.
 
         Args:
-          text: the first.
-          pair: the second.
-          length: tokens at most: the text is cut at its end, of two the longer one first; special tokens are kept.
+          text: the first text.
+          pair: the second text.
+          length: maximum number of tokens: texts are cut at their end, the longer one first; special tokens stay.
 
         Returns:
-          Tokens and their types (0 of the first text, 1 of the second, where the model tells them apart): both int32 [tokens].
+          Tokens and their types (0 for the first text, 1 for the second, if the model distinguishes them): both int32 [tokens].
 
         Raises:
-          ValueError: `length` has no room for a token of the text.
+          ValueError: `length` leaves no space for a token of the text.
         """
         frame = self._coder.frame.single if pair is None else self._coder.frame.pair
         parts = [self.encode(text)] + ([] if pair is None else [self.encode(pair)])
         if length is not None:
-            room = length - sum(not isinstance(token, str) for token, _ in frame)
-            if room < len(parts):
-                raise ValueError(f"{length} tokens leave no room for a text between {length - room} special tokens")
-            parts = _cut(parts, room)
+            limit = length - sum(not isinstance(token, str) for token, _ in frame)
+            if limit < len(parts):
+                raise ValueError(f"{length} tokens leave no space for a text between {length - limit} special tokens")
+            parts = _cut(parts, limit)
         texts = dict(zip("AB", parts, strict=False))
         pieces = [texts[token] if isinstance(token, str) else [token] for token, _ in frame]
         types = [np.full(len(piece), kind) for piece, (_, kind) in zip(pieces, frame, strict=True)]
@@ -177,7 +177,7 @@ class PublishedTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of conversations, or None."""
+        """The chat template, or None."""
         if CHAT_TEMPLATE in self._files:
             return self._files[CHAT_TEMPLATE].decode("utf-8")
         template = self._settings.get("chat_template")
@@ -185,16 +185,16 @@ class PublishedTokenizer:
             template = {part.get("name"): part.get("template") for part in template if isinstance(part, dict)}.get("default")
         return template if isinstance(template, str) else None
 
-    def with_chat_template(self, template: str) -> "PublishedTokenizer":
-        """The same with another template of conversations."""
-        return PublishedTokenizer(self._files | {CHAT_TEMPLATE: template.encode("utf-8")}, self.config)
+    def with_chat_template(self, template: str) -> "PretrainedTokenizer":
+        """Return the tokenizer with another chat template."""
+        return PretrainedTokenizer(self._files | {CHAT_TEMPLATE: template.encode("utf-8")}, self.config)
 
     def files(self) -> dict[str, bytes]:
-        """The files it was made from, byte for byte."""
+        """Return the original files, byte for byte."""
         return dict(self._files)
 
     def has_tokens_of(self, files: Mapping[str, bytes]) -> bool:
-        """Whether text becomes the same tokens with these files of a tokenizer: settings and templates may differ."""
+        """Whether the files define the same vocabulary; settings and templates may differ."""
         return _vocabulary(self._files) == _vocabulary(files)
 
     def to_json(self) -> str:
@@ -202,12 +202,12 @@ class PublishedTokenizer:
         return json.dumps({"kind": "published", "config": self.config, "files": files}, ensure_ascii=False)
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "PublishedTokenizer":
-        """Of what `to_json` wrote, parsed."""
+    def from_values(cls, values: Mapping[str, Any]) -> "PretrainedTokenizer":
+        """Return the tokenizer of the parsed JSON of `to_json`."""
         return cls({name: _from_json(content) for name, content in values["files"].items()}, values["config"])
 
     def _object(self, name: str) -> dict:
-        """A JSON object in a file, {} where there is none."""
+        """Return the JSON object of a file, or {} if the file is missing."""
         if name not in self._files:
             return {}
         try:
@@ -215,18 +215,18 @@ class PublishedTokenizer:
         except ValueError as error:
             raise ConfigError(f"config.data.tokenizer: {name} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"config.data.tokenizer: {name} holds no JSON object.")
+            raise ConfigError(f"config.data.tokenizer: {name} is no JSON object.")
         return values
 
     def _named_tokens(self) -> dict[str, str | None]:
-        """What each special token is called: by the tokenizer's own files, else by the defaults of its kind. An explicit null is none."""
+        """Return the name of each special token: from the files, else the default of the model type. An explicit null means none."""
         named: dict[str, str | None] = dict(DEFAULTS.get(self._kind, {}))
         for source in (self._object("special_tokens_map.json"), self._settings):
             named |= {key: _content(source[key]) for key in _NAMED if key in source}
         return named
 
     def _added(self) -> dict[int, dict]:
-        """Tokens that files beside `tokenizer.json` add to the vocabulary, by id, as keywords of `tokenizers.AddedToken`."""
+        """Return the tokens that other files add to `tokenizer.json`, by id, as keywords of `tokenizers.AddedToken`."""
         names = {name for name in self._named.values() if name}
         added = {}
         for name, number in self._object("added_tokens.json").items():
@@ -238,12 +238,12 @@ class PublishedTokenizer:
 
     def _find_special(self, name: str) -> int | None:
         if name == "start" and (self.config.get("is_encoder_decoder") or self._kind == "t5"):
-            # Where config.json does not say, a target starts with padding, as T5's.
+            # Without decoder_start_token_id, a target starts with padding, as T5's do.
             return self.config.get("decoder_start_token_id", self._find_special("pad"))
         for key in NAMES[name]:
             token, number = self._named.get(key, ""), self.config.get(f"{key}_id")
             if token is None:
-                continue  # the files say that there is none
+                continue  # an explicit null
             found = self._coder.token_to_id(token)
             if found is None and isinstance(number, int) and 0 <= number < self.tokens:
                 found = number
@@ -252,15 +252,15 @@ class PublishedTokenizer:
         return None
 
 
-def from_reference(reference: str, data_dir: str | None) -> PublishedTokenizer:
-    """The tokenizer of a published model.
+def from_reference(reference: str, data_dir: str | None) -> PretrainedTokenizer:
+    """Return the tokenizer of a pretrained model.
 
     Args:
       reference: `hf:PATH_OR_ID`.
-      data_dir: where a relative path is looked for after the working directory.
+      data_dir: directory where a relative path is looked for after the working directory.
 
     Raises:
-      ConfigError: no such model, or it has no tokenizer that can be read.
+      ConfigError: no such model, or it has no supported tokenizer.
     """
     name = reference.removeprefix("hf:")
     if data_dir and not os.path.isdir(name) and os.path.isdir(os.path.join(data_dir, name)):
@@ -268,13 +268,13 @@ def from_reference(reference: str, data_dir: str | None) -> PublishedTokenizer:
     return from_folder(find(reference))
 
 
-def from_folder(folder: Folder) -> PublishedTokenizer:
-    """The tokenizer in the folder of a published model; ConfigError where there is none that can be read."""
-    return PublishedTokenizer(files_in(folder), folder.config, folder.reference)
+def from_folder(folder: Folder) -> PretrainedTokenizer:
+    """Return the tokenizer in the folder of a pretrained model; ConfigError if it has none that is supported."""
+    return PretrainedTokenizer(files_in(folder), folder.config, folder.reference)
 
 
 def files_in(folder: Folder) -> dict[str, bytes]:
-    """The files of a tokenizer that lie in the folder of a published model."""
+    """Return the files of a tokenizer in the folder of a pretrained model."""
     return {name: (folder.path / name).read_bytes() for name in FILES if (folder.path / name).is_file()}
 
 
@@ -286,13 +286,13 @@ def _missing(files: Mapping[str, bytes], kind: str) -> str:
     there = [name for name in files if name not in ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)]
     shown = f"it has {', '.join(there)}, and its model_type is {kind!r}" if there else "it has none of its files"
     return (
-        f"{shown}. Bring its tokenizer.json; models without one are read from spiece.model or tokenizer.model (T5, Llama, Mistral), "
+        f"{shown}. Add its tokenizer.json; models without one are read from spiece.model or tokenizer.model (T5, Llama, Mistral), "
         "vocab.txt (BERT), or vocab.json and merges.txt (GPT-2, RoBERTa, Qwen)."
     )
 
 
 def _content(token: Any) -> str | None:
-    """A special token's name: written as it is, or as an object with `content`."""
+    """Return a special token's name, given as text or as an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -308,20 +308,20 @@ def _from_json(content: Mapping[str, str]) -> bytes:
 
 
 def _around(single: Sequence[tuple[int | str, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens before and after "A"."""
+    """Return the tokens before and after "A"."""
     tokens = [token for token, _ in single]
     place = tokens.index("A")
     return np.array(tokens[:place], np.int32), np.array(tokens[place + 1 :], np.int32)
 
 
-def _cut(parts: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
-    """Parts that together have at most `room` tokens: the longer one is cut first."""
+def _cut(parts: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+    """Return parts that together have at most `limit` tokens: the longer one is cut first."""
     if len(parts) == 1:
-        return [parts[0][:room]]
+        return [parts[0][:limit]]
     short, long = sorted((len(parts[0]), len(parts[1])))
-    if short + long > room:
-        long = max(short, room - short)
-    if short + long > room:
-        short, long = room // 2, room - room // 2
+    if short + long > limit:
+        long = max(short, limit - short)
+    if short + long > limit:
+        short, long = limit // 2, limit - limit // 2
     first, second = (long, short) if len(parts[0]) > len(parts[1]) else (short, long)
     return [parts[0][:first], parts[1][:second]]

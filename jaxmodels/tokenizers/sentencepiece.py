@@ -10,7 +10,7 @@ from jaxmodels.tokenizers.base import KNOWN_SPECIAL, check_special, checked_ids
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model (Kudo and Richardson 2018). Its JSON holds the model's bytes."""
+    """A SentencePiece model (Kudo and Richardson 2018). Its JSON contains the model's bytes."""
 
     def __init__(self, model: bytes):
         """model: the bytes of a `.model` file."""

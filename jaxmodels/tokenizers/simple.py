@@ -15,8 +15,8 @@ class CharacterTokenizer:
     def __init__(self, alphabet: str, *, special: bool = False):
         """
         Args:
-          alphabet: the characters; sorted and without repeats here.
-          special: whether the special tokens come first, and other characters are encoded as `unknown`.
+          alphabet: the characters, in any order.
+          special: whether ids begin with the special tokens, and other characters are encoded as `unknown`.
         """
         self.alphabet = "".join(sorted(set(alphabet)))
         self.codes = np.array([ord(c) for c in self.alphabet], np.uint32)
@@ -55,7 +55,7 @@ class ByteTokenizer:
     """The 256 bytes of UTF-8."""
 
     def __init__(self, *, special: bool = False):
-        """special: whether the special tokens come first."""
+        """special: whether ids begin with the special tokens."""
         self.names = SPECIAL if special else ()
         self.vocab_size = len(self.names) + 256
 
@@ -75,13 +75,13 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """Words between white space; those not in the vocabulary are `unknown`. White space is decoded as one space."""
+    """Words between white space; words outside the vocabulary are `unknown`. White space is decoded as one space."""
 
     def __init__(self, words: Iterable[str], *, lower: bool = False):
         """
         Args:
           words: the vocabulary after the special tokens.
-          lower: whether text is put into lower case first.
+          lower: whether text is converted to lower case first.
         """
         self.words, self.lower = tuple(words), lower
         self.vocab_size = len(SPECIAL) + len(self.words)
@@ -89,7 +89,7 @@ class WordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int, *, lower: bool = False) -> "WordTokenizer":
-        """The `size` most frequent words of texts; equally frequent ones by spelling."""
+        """Make a tokenizer of the `size` most frequent words of texts; ties are broken alphabetically."""
         counts = collections.Counter()
         for text in texts:
             counts.update((text.lower() if lower else text).split())

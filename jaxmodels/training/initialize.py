@@ -151,7 +151,7 @@ def _check_pretrained_tokenizer(experiment: Experiment) -> None:
     files = pretrained_tokenizer.files_in(find(reference))
     if tokenizer is None or not files or any(re.match(pattern, "embed/embedding") for pattern in skip):
         return
-    if not isinstance(tokenizer, pretrained_tokenizer.PublishedTokenizer) or not tokenizer.has_tokens_of(files):
+    if not isinstance(tokenizer, pretrained_tokenizer.PretrainedTokenizer) or not tokenizer.has_tokens_of(files):
         raise ConfigError(
             f"config.data.tokenizer: {reference} was trained with another tokenizer, so its embedding means other tokens. Use its own, "
             f"--config.data.tokenizer={reference}, or leave out the embedding with init_from.skip."

@@ -164,7 +164,7 @@ def test_conversations_are_packed_whole_and_seen_apart(model):
     single = dataset(folder, rows, packing="none")
     packed = dataset(folder, rows)
     source = packed.splits["train"]
-    assert any("tokens are to be learned" in note for note in packed.notes)
+    assert any("tokens count in the loss" in note for note in packed.notes)
     found = []
     for i in range(len(source)):
         row = source[i]
@@ -271,7 +271,7 @@ def test_templates_are_named_where_they_are_missing_or_wrong(model, tmp_path):
     own.write_text("{% for m in messages %}")
     with pytest.raises(ConfigError, match="config.data.template: the chat template cannot be read"):
         dataset(model(None), rows, template=str(own))
-    with pytest.raises(ConfigError, match="conversations need the tokenizer of a published model"):
+    with pytest.raises(ConfigError, match="conversations need the tokenizer of a pretrained model"):
         dataset(model(CHATML), rows, tokenizer="byte+special")
     with pytest.raises(ConfigError, match="line 1: the chat template does not take it: roles must alternate"):
         dataset(model(INSTRUCTIONS), [{"messages": SYSTEM}])

@@ -6,7 +6,7 @@ import pytest
 from jaxmodels.data import loader
 from jaxmodels.data.packing import Windows
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import Arrays, Remembered, take
+from jaxmodels.data.source import Arrays, CachedSource, get_batch
 from jaxmodels.errors import ConfigError
 
 
@@ -98,9 +98,9 @@ def test_a_seek_reads_only_what_it_needs():
     class Counting(Arrays):
         asked = 0
 
-        def take(self, indices):
+        def get_batch(self, indices):
             Counting.asked += len(indices)
-            return super().take(indices)
+            return super().get_batch(indices)
 
     batches = loader.TrainingBatches(Counting({"x": np.arange(1000)}), 10, 10**6, seed=0, shuffle=True)
     next(loader.read_ahead(batches, start=10**6 - 1, threads=0, workers=0, buffer=4))
@@ -118,7 +118,7 @@ def test_windows_cover_every_target_once():
     tokens = np.arange(50)
     for length in (1, 7, 48, 49, 60):
         windows = Windows(tokens, length, 1, cover=True)
-        got = take(windows, np.arange(len(windows)))["tokens"]
+        got = get_batch(windows, np.arange(len(windows)))["tokens"]
         targets = got[:, 1:]
         np.testing.assert_array_equal(targets[targets >= 0], np.arange(1, 50))
         both = (got[:, :-1] >= 0) & (targets >= 0)
@@ -128,7 +128,7 @@ def test_windows_cover_every_target_once():
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_training_windows_are_whole(stride):
     windows = Windows(np.arange(50), 8, stride)
-    got = take(windows, np.arange(len(windows)))["tokens"]
+    got = get_batch(windows, np.arange(len(windows)))["tokens"]
     np.testing.assert_array_equal(got, [np.arange(s, s + 9) for s in range(0, 42, stride)])
 
 
@@ -143,25 +143,25 @@ def test_examples_are_decoded_once():
             Slow.reads += 1
             return {"x": np.full(3, i), "label": i}
 
-    source = Remembered(Slow())
+    source = CachedSource(Slow())
     Slow.reads = 0
     for _ in range(3):
-        batch = take(source, np.array([3, 1, 3]))
+        batch = get_batch(source, np.array([3, 1, 3]))
     np.testing.assert_array_equal(batch["x"], [[3] * 3, [1] * 3, [3] * 3])
-    assert Slow.reads <= 3 and Remembered.size(Slow()) == 10 * (3 * 8 + 8)
-    np.testing.assert_array_equal(take(Slow(), np.array([2, 4]))["label"], [2, 4])
+    assert Slow.reads <= 3 and CachedSource.size(Slow()) == 10 * (3 * 8 + 8)
+    np.testing.assert_array_equal(get_batch(Slow(), np.array([2, 4]))["label"], [2, 4])
 
 
 def test_digits_are_real_split_once_and_disjoint():
     from sklearn.datasets import load_digits
 
     dataset = open_dataset("digits", {}, None)
-    parts = {name: take(split, np.arange(len(split))) for name, split in dataset.splits.items()}
+    parts = {name: get_batch(split, np.arange(len(split))) for name, split in dataset.splits.items()}
     assert {name: len(p["label"]) for name, p in parts.items()} == {"train": 1259, "validation": 179, "test": 359}
     images = np.concatenate([p["image"].reshape(-1, 64) for p in parts.values()]) * 16
     original = load_digits().data
     np.testing.assert_array_equal(images[np.lexsort(images.T)], original[np.lexsort(original.T)])
-    np.testing.assert_array_equal(parts["test"]["image"], take(open_dataset("digits", {}, None).splits["test"], np.arange(359))["image"])
+    np.testing.assert_array_equal(parts["test"]["image"], get_batch(open_dataset("digits", {}, None).splits["test"], np.arange(359))["image"])
 
 
 def test_python_docs_are_english_split_at_the_end():
@@ -184,7 +184,7 @@ def test_tfds_without_tensorflow(data_dir):
     import sys
 
     dataset = open_dataset("tfds:mnist", {"splits": {"train": "train[:100]", "test": "test"}}, data_dir)
-    batch = take(dataset.splits["train"], np.arange(3))
+    batch = get_batch(dataset.splits["train"], np.arange(3))
     assert batch["image"].shape == (3, 28, 28, 1) and batch["image"].dtype == np.uint8 and batch["image"].max() == 255
     assert batch["label"].dtype == np.int32 and len(dataset.splits["train"]) == 100 and len(dataset.splits["test"]) == 10_000
     assert dataset.info == {"image_shape": (28, 28, 1), "num_classes": 10}

@@ -5,7 +5,7 @@ import pytest
 
 from jaxmodels.data import loader
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import Arrays, take
+from jaxmodels.data.source import Arrays, get_batch
 from jaxmodels.data.sources import text
 from jaxmodels.data.sources.mixture import PERIOD, Concatenation, Mixture
 from jaxmodels.errors import ConfigError
@@ -22,7 +22,7 @@ def part(number, size):
 )
 def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
     mixed = Mixture([part(i, size) for i, size in enumerate(sizes)], weights)
-    got = take(mixed, np.arange(len(mixed)))
+    got = get_batch(mixed, np.arange(len(mixed)))
     shares = np.array(weights) / np.sum(weights)
     whole = []
     for i, size in enumerate(sizes):
@@ -30,7 +30,7 @@ def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
         np.testing.assert_array_equal(own, np.arange(len(own)) % size)
         assert mixed.counts[i] == len(own) >= size
         whole.append(len(own) - size)
-    cut = take(mixed, np.arange(len(mixed) - 1))
+    cut = get_batch(mixed, np.arange(len(mixed) - 1))
     assert any(len(set(cut["x"][cut["part"] == i])) < size for i, size in enumerate(sizes)), "an epoch is no longer than it takes"
     so_far = np.cumsum(got["part"][:, None] == np.arange(len(sizes)), axis=0)
     ideal = np.arange(1, len(mixed) + 1)[:, None] * shares
@@ -39,9 +39,9 @@ def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
 
 def test_any_example_is_found_at_once():
     mixed, again = (Mixture([part(0, 40), part(1, 9)], [3, 1]) for _ in range(2))
-    whole = take(mixed, np.arange(len(mixed)))
+    whole = get_batch(mixed, np.arange(len(mixed)))
     few = np.array([30, 2, 30, 17])
-    for key, value in take(mixed, few).items():
+    for key, value in get_batch(mixed, few).items():
         np.testing.assert_array_equal(value, whole[key][few])
     assert {k: v.item() for k, v in mixed[5].items()} == {k: v[5].item() for k, v in whole.items()}
     huge = Mixture([part(0, 10), part(1, 10)], [1, 1])
@@ -53,10 +53,10 @@ def test_any_example_is_found_at_once():
 
 def test_validation_is_every_part_once():
     joined = Concatenation([part(0, 3), part(1, 1), part(2, 2)])
-    got = take(joined, np.arange(len(joined)))
+    got = get_batch(joined, np.arange(len(joined)))
     np.testing.assert_array_equal(got["part"], [0, 0, 0, 1, 2, 2])
     np.testing.assert_array_equal(got["x"], [0, 1, 2, 0, 0, 1])
-    np.testing.assert_array_equal(take(joined, np.array([4, 0]))["part"], [2, 0])
+    np.testing.assert_array_equal(get_batch(joined, np.array([4, 0]))["part"], [2, 0])
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def test_all_parts_have_one_tokenizer_made_from_all(folder, spec):
     coder = dataset.info["tokenizer"]
     assert dataset.info["vocab_size"] == coder.vocab_size
     for split in ("train", "validation"):
-        rows = take(dataset.splits[split], np.arange(len(dataset.splits[split])))["tokens"]
+        rows = get_batch(dataset.splits[split], np.arange(len(dataset.splits[split])))["tokens"]
         text = "".join(coder.decode(row) for row in rows)
         assert "aa" in text and "bb" in text and "<unknown>" not in text
-    train = take(dataset.splits["train"], np.arange(len(dataset.splits["train"])))["tokens"]
+    train = get_batch(dataset.splits["train"], np.arange(len(dataset.splits["train"])))["tokens"]
     share = np.mean(["b" in coder.decode(row).replace("ab", "") for row in train])
     assert abs(share - 0.75) < 0.1
     assert "an epoch of the mixture" in dataset.notes[-1]
@@ -104,7 +104,7 @@ def test_a_part_that_is_read_from_the_cache(folder, monkeypatch):
         assert any("cache" in note for note in dataset.notes)
         for split, source in dataset.splits.items():
             places = np.arange(len(source))
-            np.testing.assert_array_equal(take(source, places)["tokens"], take(before.splits[split], places)["tokens"])
+            np.testing.assert_array_equal(get_batch(source, places)["tokens"], get_batch(before.splits[split], places)["tokens"])
 
 
 def test_parts_in_parts_and_what_they_say(folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.data.sources import python_code
 from jaxmodels.errors import ConfigError
 
@@ -34,7 +34,7 @@ def test_text_never_has_the_files_that_validate_or_test_passages(monkeypatch):
     monkeypatch.setattr(python_code, "_topics", lambda: "topics\n" * 10)
     dataset = open_dataset("python_code", {"sequence_length": 40, "tokenizer": "byte"}, None)
     places = python_code.divide(files)
-    text = {split: dataset.info["tokenizer"].decode(take(part, np.arange(len(part)))["tokens"].ravel()) for split, part in dataset.splits.items()}
+    text = {split: dataset.info["tokenizer"].decode(get_batch(part, np.arange(len(part)))["tokens"].ravel()) for split, part in dataset.splits.items()}
     assert {"train", "test", "validation"} == set(places.values())
     for path in FILES:
         split = places.get(path, "train")
@@ -54,7 +54,7 @@ def test_the_library_of_this_python():
 def test_passages_are_balanced_few_and_nested_and_do_not_name_their_package():
     few, more, again = passages(examples=4), passages(examples=8), passages(examples=4)
     assert few.info["num_classes"] == len(python_code.PACKAGES) == 12 and few.info["labels"] == list(python_code.PACKAGES)
-    batches = [take(dataset.splits["train"], np.arange(len(dataset.splits["train"]))) for dataset in (few, more, again)]
+    batches = [get_batch(dataset.splits["train"], np.arange(len(dataset.splits["train"]))) for dataset in (few, more, again)]
     np.testing.assert_array_equal(np.bincount(batches[0]["label"]), 4)
     np.testing.assert_array_equal(np.bincount(batches[1]["label"]), 8)
     np.testing.assert_array_equal(batches[0]["tokens"], batches[2]["tokens"])
@@ -62,7 +62,7 @@ def test_passages_are_balanced_few_and_nested_and_do_not_name_their_package():
     whole = passages(sequence_length=2000, test_examples=20)
     decode = whole.info["tokenizer"].decode
     for part in whole.splits.values():
-        texts = [decode(row) for row in take(part, np.arange(len(part)))["tokens"]]
+        texts = [decode(row) for row in get_batch(part, np.arange(len(part)))["tokens"]]
         assert not any(re.search(r"\b(asyncio|json|http|xml)\b", text) for text in texts)
         assert all(text.count("\n") == 9 for text in texts)
     assert any("Python 3." in note for note in whole.notes)
@@ -77,7 +77,7 @@ def test_passages_come_from_the_files_of_their_split():
         text = python_code._OWN_NAME.sub("package", files[path])
         hidden.setdefault((split, path.split("/")[0]), set()).update(line.rstrip() for line in text.split("\n"))
     for split, part in dataset.splits.items():
-        batch = take(part, np.arange(len(part)))
+        batch = get_batch(part, np.arange(len(part)))
         for row, label in zip(batch["tokens"], batch["label"], strict=True):
             lines = dataset.info["tokenizer"].decode(row).split("\n")
             assert set(lines) <= hidden[split, python_code.PACKAGES[label]]

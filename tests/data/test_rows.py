@@ -13,9 +13,11 @@ from PIL import Image
 
 from jaxmodels import api
 from jaxmodels.data import loader
+from jaxmodels.data.features.array import Array
 from jaxmodels.data.registry import open_dataset
+from jaxmodels.data.rows import Holdout, open_on_read
 from jaxmodels.data.skipping import BadExample, Forgiving
-from jaxmodels.data.source import Arrays, Remembered, take
+from jaxmodels.data.source import Arrays, CachedSource, get_batch
 from jaxmodels.data.sources import tfds
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment import checks
@@ -108,7 +110,7 @@ def test_tags_lie_on_first_pieces(tmp_path):
     at = {int(i): tags[row["tags"][i]] for i in np.flatnonzero(row["tags"] >= 0)}
     # "Ann Lee sleeps" in bytes, cut at 12: a tag lies on the letter, not on the space before it.
     assert bytes(row["tokens"].astype(np.uint8)) == b"Ann Lee slee" and at == {0: "B-PER", 4: "I-PER", 8: "O"}
-    assert "1 of 2 sentences of train" in dataset.notes[0]
+    assert "1 of 2 examples of train" in dataset.notes[0]
     assert words(dataset, "test") == ["Lee", "Ann"]
     whole = open_dataset(f"conll:{tmp_path}", options | {"tokenizer": "word:9"}, None).splits["train"][0]
     assert [tags[t] for t in whole["tags"] if t >= 0] == ["B-PER", "I-PER", "O"] and ((whole["tags"] >= 0) == (whole["tokens"] >= 0)).all()
@@ -250,7 +252,7 @@ def test_image_folders(tmp_path):
     (folder / "train" / "cat" / ".hidden").write_text("no image")
     dataset = open_dataset("images:a", {"size": (4, 6), "channels": 1}, str(tmp_path))
     assert dataset.info == {"image_shape": (4, 6, 1), "num_classes": 2, "labels": ["cat", "dog"]}
-    rows = take(dataset.splits["train"], np.arange(12))
+    rows = get_batch(dataset.splits["train"], np.arange(12))
     assert rows["image"].dtype == np.uint8 and rows["label"].tolist() == [0] * 6 + [1] * 6
     np.testing.assert_array_equal(rows["image"][:, 2, 3, 0], [100 * c + 10 * i for c in range(2) for i in range(6)])
     held = open_dataset(f"images:{folder}/train", {"size": 3, "holdout": 0.25}, None).splits
@@ -288,14 +290,14 @@ def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"train/dog/2\.png: cannot be decoded as an image"):
         source[8]
     with pytest.raises(BadExample) as caught:
-        Remembered(pickle.loads(pickle.dumps(source)))[8]
+        CachedSource(pickle.loads(pickle.dumps(source)))[8]
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it comes out of a process that reads ahead
     batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
     with pytest.raises(ConfigError, match=r"dog/2\.png"):
         list(loader.read_ahead(batches, threads=2, workers=0, buffer=2))
     source = open_dataset(f"images:{folder}", options | {"on_bad_example": "skip"}, None).splits["train"]
-    assert Remembered(source).fingerprint() == source.fingerprint()
-    for batch in (take(Remembered(source), np.arange(12)), loader.EvaluationBatches(source, 16)[0]):
+    assert CachedSource(source).fingerprint() == source.fingerprint()
+    for batch in (get_batch(CachedSource(source), np.arange(12)), loader.EvaluationBatches(source, 16)[0]):
         assert np.flatnonzero(batch["skipped"]).tolist() == [8] and not batch["image"][8].any()
     assert np.flatnonzero(batch["weight"]).tolist() == [i for i in range(12) if i != 8]
     batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
@@ -380,11 +382,12 @@ class Broken:
 
 
 def test_a_broken_tfds_example(data_dir):
-    source = tfds.Examples(Broken(), ("image", "label"), "pictures train")
+    arrays = [Array(column="image", shape=(2, 2, 1), dtype=np.dtype(np.uint8)), Array(column="label", shape=(), dtype=np.dtype(np.int64))]
+    source = open_on_read({"train": tfds.SplitRows(Broken(), "pictures train")}, arrays, Holdout(holdout=0.0)).splits["train"]
     with pytest.raises(ConfigError, match="pictures train, example 1: cannot be decoded: Truncated"):
-        take(source, np.arange(3))
+        get_batch(source, np.arange(3))
     blank = {"image": np.zeros((2, 2, 1), np.uint8), "label": np.int32(0)}
-    assert take(Forgiving(source, blank), np.arange(3))["skipped"].tolist() == [0, 1, 0]
+    assert get_batch(Forgiving(source, blank), np.arange(3))["skipped"].tolist() == [0, 1, 0]
     real = open_dataset("tfds:cifar10", {"on_bad_example": "skip"}, data_dir).splits["test"]
     for name, value in real.blank.items():
         assert (value.shape, value.dtype) == (real[0][name].shape, real[0][name].dtype)
@@ -432,18 +435,18 @@ def test_images_of_huggingface(tmp_path, datasets):
     options = {"image_column": "picture", "label_column": "kind", "size": 2, "channels": 1, "holdout": 0.34}
     dataset = open_dataset(f"hf:{tmp_path}/a", options | {"on_bad_example": "skip"}, None)
     assert dataset.info == {"image_shape": (2, 2, 1), "num_classes": 2, "labels": ["a", "b"]}
-    parts = [take(source, np.arange(len(source))) for source in dataset.splits.values()]
+    parts = [get_batch(source, np.arange(len(source))) for source in dataset.splits.values()]
     assert [len(part["label"]) for part in parts] == [4, 2]
     seen = {(int(g[0, 0, 0]), int(k), int(s)) for part in parts for g, k, s in zip(part["image"], part["label"], part["skipped"], strict=True)}
     assert seen == {(10 * i, (i + 1) % 2, 0) for i in (0, 1, 2, 3, 5)} | {(0, 0, 1)}
     datasets.DatasetDict(train=rows, test=rows.select([0, 1]).map(lambda row: {"kind": row["kind"].replace("a", "c")})).save_to_disk(tmp_path / "b")
-    with pytest.raises(ConfigError, match="b test, row 1: its label is none of the classes"):
+    with pytest.raises(ConfigError, match="b test, row 1: the label 'c' is none of a, b"):
         open_dataset(f"hf:{tmp_path}/b", options, None)
     other = open_dataset(f"hf:{tmp_path}/b", options | {"on_bad_example": "skip"}, None).splits["test"]
-    assert take(other, np.arange(2))["skipped"].tolist() == [0, 1]
+    assert get_batch(other, np.arange(2))["skipped"].tolist() == [0, 1]
     strict = open_dataset(f"hf:{tmp_path}/a", options | {"holdout": 0.0}, None).splits["train"]
-    with pytest.raises(ConfigError, match="a train, row 4: 'picture' cannot be decoded as an image"):
-        take(strict, np.arange(6))
+    with pytest.raises(ConfigError, match="a train, row 4: cannot be decoded as an image"):
+        get_batch(strict, np.arange(6))
 
 
 IMAGES = {"image": np.zeros((3, 2, 2, 1)), "label": np.array([0, 2, 1])}

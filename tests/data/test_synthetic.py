@@ -5,7 +5,7 @@ import pytest
 import small_configs
 
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 
@@ -16,11 +16,11 @@ IMAGES = {"kind": "images", "image_shape": (5, 7, 3), "num_classes": 4, "example
 def test_tokens_are_a_function_of_seed_split_and_index():
     one, again = (open_dataset("synthetic", TOKENS | {"validation": 3}, None).splits for _ in range(2))
     other = open_dataset("synthetic", TOKENS | {"source_seed": 1}, None).splits
-    whole = take(one["train"], np.arange(400))["tokens"]
+    whole = get_batch(one["train"], np.arange(400))["tokens"]
     assert whole.shape == (400, 33) and whole.dtype == np.int32 and (whole.min(), whole.max()) == (0, 49)
-    np.testing.assert_array_equal(whole[[7, 3]], take(again["train"], np.array([7, 3]))["tokens"])
-    assert (whole[:3] != take(one["validation"], np.arange(3))["tokens"]).mean() > 0.9
-    assert (whole[:3] != take(other["train"], np.arange(3))["tokens"]).mean() > 0.9
+    np.testing.assert_array_equal(whole[[7, 3]], get_batch(again["train"], np.array([7, 3]))["tokens"])
+    assert (whole[:3] != get_batch(one["validation"], np.arange(3))["tokens"]).mean() > 0.9
+    assert (whole[:3] != get_batch(other["train"], np.arange(3))["tokens"]).mean() > 0.9
     assert len({row.tobytes() for row in whole}) == 400
     counts = np.bincount(whole.ravel(), minlength=50)
     # Chi-squared of 49 degrees of freedom: mean 49, deviation 10.
@@ -30,7 +30,7 @@ def test_tokens_are_a_function_of_seed_split_and_index():
 def test_images_are_even_over_pixels_and_labels():
     dataset = open_dataset("synthetic", IMAGES, None)
     assert dataset.info == {"image_shape": (5, 7, 3), "num_classes": 4} and list(dataset.splits) == ["train"]
-    batch = take(dataset.splits["train"], np.arange(400))
+    batch = get_batch(dataset.splits["train"], np.arange(400))
     assert batch["image"].shape == (400, 5, 7, 3) and batch["image"].dtype == np.uint8
     assert abs(batch["image"].mean() - 127.5) < 1.5 and (batch["image"].min(), batch["image"].max()) == (0, 255)
     assert batch["label"].dtype == np.int32 and (np.bincount(batch["label"], minlength=4) > 60).all()
@@ -38,7 +38,7 @@ def test_images_are_even_over_pixels_and_labels():
 
 def test_special_tokens_are_never_drawn_and_can_be_asked_for():
     dataset = open_dataset("synthetic", TOKENS | {"special": True}, None)
-    tokens, tokenizer = take(dataset.splits["train"], np.arange(400))["tokens"], dataset.info["tokenizer"]
+    tokens, tokenizer = get_batch(dataset.splits["train"], np.arange(400))["tokens"], dataset.info["tokenizer"]
     assert (tokens.min(), tokens.max()) == (4, 49) and tokenizer.vocab_size == 50 and tokenizer.special("mask") < 4
     assert tokenizer.encode(tokenizer.decode(tokens[0])).tolist() == tokens[0].tolist()
 
@@ -61,7 +61,7 @@ def test_a_task_takes_them():
     "change, said",
     [
         ({"vocab_size": None}, "vocab_size is required"),
-        ({"num_classes": 3}, "num_classes means nothing"),
+        ({"num_classes": 3}, "num_classes has no effect"),
         ({"vocab_size": 4, "special": True}, "above 4"),
         ({"examples": 0}, "at least 1"),
         ({"source_seed": -1}, "at least 0"),

@@ -16,7 +16,7 @@ import jaxmodels
 from jaxmodels.data import tokens
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.data.sources import text
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
@@ -24,7 +24,7 @@ from jaxmodels.runs.folder import RunFolder
 
 
 def everything(source):
-    return take(source, np.arange(len(source)))
+    return get_batch(source, np.arange(len(source)))
 
 
 def stream(source):
@@ -77,7 +77,7 @@ def test_rows_are_random_access_and_well_filled():
     whole = everything(source)
     for i in (0, 5, len(source) - 1):
         np.testing.assert_array_equal(again[i]["tokens"], whole["tokens"][i])
-    few = take(source, np.array([7, 3, 7]))
+    few = get_batch(source, np.array([7, 3, 7]))
     np.testing.assert_array_equal(few["segments"], whole["segments"][[7, 3, 7]])
     assert source.fill == np.mean(whole["tokens"] >= 0) > 0.99
     assert source.fingerprint() == again.fingerprint() != packed(sizes[::-1], 127).fingerprint()
@@ -329,7 +329,7 @@ from jaxmodels.data import tokens
 text.CACHE_FROM = 0
 {extra}
 dataset = open_dataset("text:" + sys.argv[1], {options!r}, None)
-print(dataset.splits["train"].fingerprint(), len(dataset.splits["train"]), dataset.splits["train"].take([0, 1])["tokens"].tolist())
+print(dataset.splits["train"].fingerprint(), len(dataset.splits["train"]), dataset.splits["train"].get_batch([0, 1])["tokens"].tolist())
 """
 
 

@@ -5,13 +5,13 @@ import os
 
 import numpy as np
 
+from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.sources import text as text_lib
 from jaxmodels.errors import RunError
 
 
 class Watched:
-    """Another source in memory; every `take` appends the indices to `$WATCH/process-I.jsonl`."""
+    """Another source in memory; every `get_batch` appends the indices to `$WATCH/process-I.jsonl`."""
 
     in_memory = True  # read when asked for, in order
 
@@ -25,10 +25,10 @@ class Watched:
     def __getitem__(self, index):
         return self.source[index]
 
-    def take(self, indices):
+    def get_batch(self, indices):
         with open(self.path, "a") as file:
             file.write(json.dumps(np.asarray(indices).tolist()) + "\n")
-        return self.source.take(indices)
+        return self.source.get_batch(indices)
 
 
 def _watch(dataset: Dataset) -> Dataset:
@@ -36,7 +36,7 @@ def _watch(dataset: Dataset) -> Dataset:
 
 
 def shakespeare(data_dir, *, sequence_length: int, stride: int | None = None) -> Dataset:
-    return _watch(text_lib.text("tinyshakespeare/input.txt", data_dir, sequence_length=sequence_length, stride=stride))
+    return _watch(open_dataset("text:tinyshakespeare/input.txt", {"sequence_length": sequence_length, "stride": stride}, data_dir))
 
 
 def numbers(*, size: int = 960) -> Dataset:
@@ -53,11 +53,11 @@ class Failing(Watched):
 
     reads = 0
 
-    def take(self, indices):
+    def get_batch(self, indices):
         self.reads += len(indices) > 1
         if self.reads == 30 and os.environ.get("JAXMODELS_PROCESS") == "1":
             raise RunError("file 7 of the data cannot be read.")
-        return super().take(indices)
+        return super().get_batch(indices)
 
 
 def failing() -> Dataset:

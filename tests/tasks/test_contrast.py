@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models.functional import merge
@@ -64,7 +64,7 @@ def test_digits_come_together_by_what_they_are_without_labels():
     experiment = build_experiment(config)
     state = jax.jit(experiment.init_function())(jax.random.key(0))
     step = jax.jit(experiment.step_function(), donate_argnums=0)
-    train, test = (jax.tree.map(jnp.asarray, take(experiment.dataset.splits[name], np.arange(256))) for name in ("train", "test"))
+    train, test = (jax.tree.map(jnp.asarray, get_batch(experiment.dataset.splits[name], np.arange(256))) for name in ("train", "test"))
 
     @jax.jit
     def judge(params, stats):

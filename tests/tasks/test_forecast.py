@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models import create
@@ -36,12 +36,12 @@ def test_windows_and_standardisation(table):
     scaled = (values - values[:30].mean(0)) / values[:30].std(0)
     assert {k: len(v) for k, v in dataset.splits.items()} == {"train": 30 - 8, "validation": 12, "test": 12}
     assert dataset.info["columns"] == ["a", "b"]
-    train = take(dataset.splits["train"], np.arange(22))
+    train = get_batch(dataset.splits["train"], np.arange(22))
     np.testing.assert_allclose(train["past"][5], scaled[5:11], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(train["future"][21], scaled[27:30], rtol=1e-4, atol=1e-6)
     # Validation and test forecast their own rows, all of them, from a past that may lie before.
     for name, first, last in (("validation", 30, 44), ("test", 44, 58)):
-        part = take(dataset.splits[name], np.arange(12))
+        part = get_batch(dataset.splits[name], np.arange(12))
         np.testing.assert_allclose(part["future"][0], scaled[first : first + 3], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(part["past"][0], scaled[first - 6 : first], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(part["future"][-1], scaled[last - 3 : last], rtol=1e-4, atol=1e-6)

@@ -14,7 +14,8 @@ import pytest
 from conftest import HELPERS, ROOT
 from flax import nnx
 
-from jaxmodels.data.sources.dates import FORMATS, dates
+from jaxmodels.data.registry import open_dataset
+from jaxmodels.data.sources.dates import FORMATS
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models.functional import split
@@ -160,7 +161,7 @@ def test_the_loss_of_a_target_is_of_what_follows_its_start():
 
 
 def test_dates_are_right_and_held_out():
-    data = dates(None, examples=400, held_out=30)
+    data = open_dataset("dates", {"examples": 400, "held_out": 30}, None)
     decode = data.info["tokenizer"].decode
     texts = {
         name: [tuple(decode([t for t in part[i][key] if t >= 0]) for key in ("source", "target")) for i in range(len(part))]
@@ -173,7 +174,7 @@ def test_dates_are_right_and_held_out():
         day = datetime.date.fromisoformat(answer.removeprefix("<start>").removesuffix("<end>"))
         assert source in [write(day) for write in FORMATS]
     assert {write(datetime.date(1998, 3, 5)) for write in FORMATS} >= {"Thursday, March 5, 1998", "the 5th of March 1998", "3/5/1998", "5.III.1998"}
-    again = dates(None, examples=400, held_out=30)
+    again = open_dataset("dates", {"examples": 400, "held_out": 30}, None)
     assert all(again.splits[name].fingerprint() == part.fingerprint() for name, part in data.splits.items())
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.source import take
+from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models import create
@@ -98,7 +98,7 @@ def test_it_learns_to_read():
     step = jax.jit(experiment.step_function(), donate_argnums=0)
     train, test = experiment.dataset.splits["train"], experiment.dataset.splits["test"]
     for i in range(experiment.steps):
-        state, _ = step(state, take(train, np.arange(64 * i, 64 * i + 64) % len(train)) | {"weight": np.ones(64, np.float32)}, jax.random.key(1))
+        state, _ = step(state, get_batch(train, np.arange(64 * i, 64 * i + 64) % len(train)) | {"weight": np.ones(64, np.float32)}, jax.random.key(1))
     model = merge(experiment.graph, state.params, state.stats)
-    outputs = jax.jit(lambda batch: experiment.task.outputs(model, batch, None))(take(test, np.arange(len(test))))
+    outputs = jax.jit(lambda batch: experiment.task.outputs(model, batch, None))(get_batch(test, np.arange(len(test))))
     assert experiment.task.score(jax.device_get(outputs))["label_error_rate"] < 0.25

@@ -13,7 +13,7 @@ from jaxmodels.data.sources import text as text_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.tokenizers.factory import from_json, make_tokenizer
-from jaxmodels.tokenizers.pretrained import PublishedTokenizer
+from jaxmodels.tokenizers.pretrained import PretrainedTokenizer
 
 BERT = {"model_type": "bert", "vocab_size": 300}
 GPT2 = {"model_type": "gpt2", "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
@@ -176,7 +176,7 @@ def test_what_the_settings_add_to_the_vocabulary(tmp_path):
     ("files", "message"),
     [
         ({"config.json": BERT | {"vocab_size": 100}, "vocab.txt": lines(folders.wordpiece())}, r"has 1\d\d tokens, its model rows for 100"),
-        ({"config.json": BERT}, "has none of its files.*Bring its tokenizer.json"),
+        ({"config.json": BERT}, "has none of its files.*Add its tokenizer.json"),
         ({"config.json": BERT, "merges.txt": ""}, "it has merges.txt, and its model_type is 'bert'"),
         ({"config.json": BERT, "tokenizer.json": "{}"}, "cannot be read"),
         ({"config.json": BERT, "vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, "tokenizer_config.json is not JSON"),
@@ -193,7 +193,7 @@ def test_data_sources_put_the_tokenizers_own_special_tokens_around_a_text(tmp_pa
     options = {"sequence_length": 8, "tokenizer": "hf:bert", "holdout": 0.0}
     rows = open_dataset(f"tsv:{tmp_path}/train.tsv", options, str(tmp_path))  # a relative folder in the data directory
     coder = rows.info["tokenizer"]
-    assert isinstance(coder, PublishedTokenizer) and rows.info["vocab_size"] == 300 and "1 of 2 examples" in rows.notes[0]
+    assert isinstance(coder, PretrainedTokenizer) and rows.info["vocab_size"] == 300 and "1 of 2 examples" in rows.notes[0]
     for row, text in zip(rows.splits["train"].arrays["tokens"], ("The cat", "the cat sat on the mat with a hat"), strict=True):
         assert row[row >= 0].tolist() == coder.wrap(text, length=8)[0].tolist()
     assert row[-1] == coder.special("end"), "a text that is cut keeps its last special token"
@@ -203,7 +203,7 @@ def test_data_sources_put_the_tokenizers_own_special_tokens_around_a_text(tmp_pa
     assert tagged["tokens"][0].tolist() == ([2] + sum(first, []) + [3] + [-1] * 10)[:10]
     wanted = [-1] + [tag for word, tag in zip(first, (2, 0, 1), strict=True) for tag in [tag] + [-1] * (len(word) - 1)]
     assert tagged["tags"][0].tolist() == (wanted + [-1] * 10)[:10] and tagged["tags"][1].tolist() == [-1, 2] + [-1] * 8
-    with pytest.raises(ConfigError, match="sequence_length=2 leaves no room"):
+    with pytest.raises(ConfigError, match="sequence_length=2 leaves no space"):
         open_dataset(f"tsv:{tmp_path}/train.tsv", options | {"sequence_length": 2}, str(tmp_path))
 
 

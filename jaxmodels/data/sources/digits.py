@@ -9,9 +9,12 @@ GAP = 3  # columns between digits of a line, at most
 
 
 def digits(*, split_seed: int = 0) -> Dataset:
-    """The digits, split once by `split_seed`: 70% train, 10% validation, 20% test.
+    """Read the digits, split once by `split_seed`: 70% train, 10% validation, 20% test.
 
     Examples: `image` float32 [8, 8, 1] in [0, 1], `label` int32.
+
+    Args:
+      split_seed: seed of the split.
     """
     if split_seed < 0:
         raise ConfigError(f"config.data.split_seed must not be negative, got {split_seed}.")
@@ -33,18 +36,18 @@ def digits(*, split_seed: int = 0) -> Dataset:
 
 
 def digit_lines(*, longest: int = 6, examples: int = 8000, held_out: int = 500, split_seed: int = 0) -> Dataset:
-    """Lines of handwritten digits side by side, read column by column: what is written is known, where it stands is not.
+    """Make up lines of handwritten digits, read column by column, whose alignment is not given; always the same.
 
-    A line's digits are drawn from those of its split, with 0 to 3 empty columns between. Made up the same every time.
+    A line's digits are drawn from those of its split, with 0 to 3 empty columns between them.
 
-    Examples: `frames` float32 [T, 8], a column of the line each; `length` int32, how many are not padding; `target`
+    Examples: `frames` float32 [T, 8], a column of the line each; `length` int32, the columns that are not padding; `target`
     int32 [longest], the digits, then -1.
 
     Args:
-      longest: digits in a line; there are 1 to so many.
+      longest: maximum number of digits in a line; the minimum is 1.
       examples: lines of the train split.
       held_out: lines of the validation split, and of the test split.
-      split_seed: as that of `digits`.
+      split_seed: as of `digits`.
     """
     if longest < 1 or examples < 1 or held_out < 1:
         raise ConfigError(f"config.data: longest, examples and held_out must be at least 1, got {longest}, {examples}, {held_out}.")

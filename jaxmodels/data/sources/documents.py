@@ -1,4 +1,4 @@
-"""Documents: text by text from files, checked once, and cut in two where a share of them validates."""
+"""Documents from files, checked once, and divided where a fraction of them validates."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text as it is read.
+    """A document of a file.
 
     Attributes:
-      where: file, and line where it is one of many.
-      text: of the document.
-      problem: why it cannot be used, if it cannot.
+      where: file, and line if the file has several documents.
+      text: the document's text.
+      problem: why the document cannot be used, or None.
     """
 
     where: str
@@ -26,11 +26,11 @@ class Document:
 
 
 def read_documents(files: Sequence[str], text_column: str) -> Iterator[Document]:
-    """Each file as a document; of files of JSON lines, the text of each line."""
+    """Yield each file as a document; of files of JSON lines, the text of each line."""
     for path in files:
         if path.endswith(JSON_LINES):
             for row in read_jsonl(path, {"text_column": text_column}):
-                yield _checked(row.where, *row.values, problem=row.problem)
+                yield _checked(row.where, row.values.get(text_column, ""), row.problem)
         else:
             with open(path, "rb") as file:
                 content = file.read()
@@ -59,13 +59,13 @@ def _problem(text) -> str | None:
 
 
 class Corpus:
-    """The usable documents of one split, as many times as they are asked for."""
+    """The usable documents of one split; may be iterated over repeatedly."""
 
     def __init__(self, documents: Callable[[], Iterable[Document]], start: int = 0, stop: int | None = None):
         """
         Args:
-          documents: reads them.
-          start, stop: the characters that belong to the split, counted over all documents.
+          documents: function that reads the documents.
+          start, stop: range of characters of the split, counted over all documents.
         """
         self.documents, self.start, self.stop = documents, start, stop
 
@@ -73,7 +73,7 @@ class Corpus:
         return (piece.text for piece in self.pieces())
 
     def pieces(self) -> Iterator[Piece]:
-        """The texts; of a document on the cut, either side has a part."""
+        """Yield the texts; a document at the boundary of two splits has a part in each."""
         position = 0
         for document in self.documents():
             if document.problem is not None:
@@ -87,15 +87,15 @@ class Corpus:
 
 
 def survey(documents: Mapping[str, Callable[[], Iterable[Document]]], holdout: float, skipping: Skipping) -> dict[str, Corpus]:
-    """Reads all documents once, and divides them into splits.
+    """Read all documents once, and divide them into splits.
 
     Args:
-      documents: by split.
-      holdout: share of the training characters, at their end, that validates, where no documents do; 0 for none.
-      skipping: what becomes of documents that cannot be used.
+      documents: split -> function that reads its documents.
+      holdout: fraction of the training characters, at their end, that validates if no documents do; 0 for none.
+      skipping: policy for documents that cannot be used.
 
     Raises:
-      ConfigError: by the policy of `skipping`, or nothing is left of a split.
+      ConfigError: a bad document, unless `skipping` allows it; or a split is empty.
     """
     corpora = {}
     for split, read in documents.items():

@@ -1,96 +1,68 @@
-"""Data sets of the Hugging Face `datasets` library, as `save_to_disk` writes them: texts or images."""
+"""Data sets of the Hugging Face `datasets` library, as `save_to_disk` writes them."""
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.features import Column, Label, Options, Row, class_names, hold_out, open_rows
+from jaxmodels.data.features.base import Row
+from jaxmodels.data.features.label import Label
+from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.files import NAMES, find_folder
-from jaxmodels.data.skipping import BadExample, Forgiving, Policy
-from jaxmodels.data.source import Dataset, fingerprint
-from jaxmodels.data.sources.images import blank_image, check_size, to_array
+from jaxmodels.data.keys import takes
+from jaxmodels.data.rows import Holdout, open_rows
+from jaxmodels.data.source import Dataset, Untokenized, fingerprint
+from jaxmodels.data.sources.rows import OPTIONAL
 from jaxmodels.errors import ConfigError, optional_import
 
 
-class ImageRows:
-    """Rows with an image and a label: `image` uint8 [H, W, C], `label` int32, decoded when read.
+class TableRows:
+    """Rows of a table of the library, read by index; numbers of a ClassLabel become the names of its classes."""
 
-    A row that cannot be decoded raises BadExample when it is read.
-    """
-
-    def __init__(self, rows, column: str, numbers: np.ndarray, where: str, *, size: tuple[int, int], channels: int, fit: str):
+    def __init__(self, table, columns: Sequence[str], where: str):
         """
         Args:
-          rows: of the library.
-          column: its images.
-          numbers: int32 [examples, 2]: the row of each, and its class, -1 if it has none of them.
+          table: `datasets.Dataset`.
+          columns: to read.
           where: data set and split, for errors.
-          size, channels, fit: see `images.images`.
         """
-        self.rows, self.column, self.numbers, self.where = rows, column, numbers, where
-        self.form = (size, channels, fit)
+        self.table, self.columns, self.where = table.select_columns(list(columns)), list(columns), where
+        self.classes = {column: names for column in columns if (names := class_names_of(table.features[column]))}
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.table)
 
-    def fingerprint(self) -> int:
-        """A checksum of rows and classes; the images are not read."""
-        return fingerprint(self.numbers)
+    def __getitem__(self, index: int) -> Row:
+        return self._row(index, self.table[index])
 
-    def check_labels(self) -> None:
-        """Raises BadExample at the first row with a label that is no class."""
-        for row, label in self.numbers:
-            if label < 0:
-                raise BadExample(f"{self.where}, row {row}", "its label is none of the classes of train.")
+    def __iter__(self):
+        return (self._row(i, record) for i, record in enumerate(self.table))
 
-    def __getitem__(self, index):
-        row, label = self.numbers[index]
-        if label < 0:
-            raise BadExample(f"{self.where}, row {row}", "its label is none of the classes of train.")
-        try:
-            pixels = to_array(self.rows[int(row)][self.column], *self.form)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the image is broken
-            raise BadExample(f"{self.where}, row {row}", f"{self.column!r} cannot be decoded as an image: {error}.") from error
-        return {"image": pixels, "label": label}
+    def _row(self, index: int, record: Mapping) -> Row:
+        return Row(f"{self.where}, row {index}", {column: _named(record[column], self.classes.get(column)) for column in self.columns})
+
+    def cheap(self, columns: Sequence[str]) -> list[Row]:
+        return list(TableRows(self.table, columns, self.where))
+
+    def fingerprint(self, indices: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+        """Return a checksum of the rows' numbers and the arrays of other features; images and audio are not read."""
+        others = {name: array for name, array in arrays.items() if name != "label"}
+        return fingerprint(np.stack([indices, *(arrays[name] for name in arrays if name == "label")], axis=1), *others.values())
 
 
-def huggingface(
-    path: str,
-    data_dir: str | None,
-    *,
-    sequence_length: int | None = None,
-    tokenizer: str | None = None,
-    text_column: str = "text",
-    label_column: str = "label",
-    label: Label = "class",
-    labels: tuple[str, ...] | None = None,
-    source_column: str | None = None,
-    target_column: str | None = None,
-    target_length: int | None = None,
-    truncate: bool = True,
-    image_column: str | None = None,
-    size: int | tuple[int, ...] | None = None,
-    channels: Literal[1, 3, 4] = 3,
-    fit: Literal["crop", "stretch"] = "crop",
-    holdout: float = 0.1,
-    on_bad_example: Policy = "error",
-) -> Dataset:
-    """A `Dataset`, which trains, or a `DatasetDict` with the splits `train`, `validation` (or `valid`, `val`, `dev`) and `test`.
+@takes(*FEATURES, Holdout, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
+def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
+    """Read a `Dataset`, which trains, or a `DatasetDict` with the splits `train`, `validation` (or `valid`, `val`, `dev`) and `test`.
 
-    Texts as from `rows.jsonl`, by `sequence_length` and `tokenizer`; or with `image_column` and `size`, images as from
-    `images.images`. A column of the library's ClassLabel has the classes it names.
+    A column of the library's ClassLabel has the classes that it names.
 
     Args:
       path: the folder that `save_to_disk` wrote, relative to the working directory or else to the data directory.
-      image_column: of the images.
-      data_dir, and all others: as of `rows.tsv` and `images.images`.
+      data_dir: the data directory.
 
     Raises:
-      ConfigError: the `datasets` package is missing, no such folder or column; with `error` also a bad row.
+      ConfigError: the `datasets` package is missing, no such folder or column; with `on_bad_example='error'` also a bad row.
     """
     datasets = optional_import("datasets", "huggingface")
     folder = find_folder(path, data_dir)
@@ -99,19 +71,17 @@ def huggingface(
     except (FileNotFoundError, ValueError, OSError) as error:
         raise ConfigError(f"config.data.source: {folder} is not what datasets' save_to_disk writes: {error}") from error
     parts = _splits(dict(opened) if isinstance(opened, datasets.DatasetDict) else {"train": opened}, folder)
-    if image_column is not None:
-        form = {"size": check_size(size), "channels": channels, "fit": fit}
-        return _images(parts, folder, image_column, label_column, form, holdout, on_bad_example)
-    if sequence_length is None or tokenizer is None:
-        raise ConfigError("config.data: give sequence_length and tokenizer, for texts, or image_column and size, for images.")
-    options = {key: value for key, value in locals().items() if key in config_lib.fields(Options)}
-    names = _class_label(parts["train"], label_column) if label == "class" and source_column is None else None
-    options = Options(**options | ({"labels": names} if labels is None and names else {}))
-    return open_rows({split: _rows(part, f"{folder} {split}", options.columns, names) for split, part in parts.items()}, options, data_dir)
+    features = choose(keys)
+    columns = {key: column for feature in features for key, column in feature.columns().items()}
+    rows = {split: _rows(datasets, part, columns, f"{folder} {split}") for split, part in parts.items()}
+    for i, feature in enumerate(features):
+        if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
+            features[i] = Label(label_column=feature.label_column, labels=rows["train"].classes[feature.label_column])
+    return open_rows(lambda: rows, features, Holdout.of(keys), data_dir)
 
 
 def _splits(parts: Mapping, folder: str) -> dict:
-    """The library's splits by our names."""
+    """Return the library's splits by the names used here."""
     found = {}
     for split, names in NAMES.items():
         there = [name for name in names if name in parts]
@@ -124,46 +94,25 @@ def _splits(parts: Mapping, folder: str) -> dict:
     return found
 
 
-def _check_column(part, key: str, column: str, where: str) -> None:
-    if column not in part.column_names:
-        hint = config_lib.suggest(column, part.column_names)
-        raise ConfigError(f"config.data.{key}: {where} has no column {column!r}.{hint} It has {', '.join(part.column_names)}.")
-
-
-def _class_label(part, column: str) -> tuple[str, ...] | None:
-    """The names of a column of ClassLabel."""
-    return tuple(getattr(part.features.get(column), "names", None) or ()) or None
-
-
-def _rows(part, where: str, columns: Mapping[str, Column], names: tuple[str, ...] | None) -> Iterator[Row]:
+def _rows(datasets, table, columns: Mapping[str, str], where: str) -> TableRows:
+    """Return the rows of a split; images and audio stay bytes, which features decode."""
     for key, column in columns.items():
-        _check_column(part, key, column, where)
-    for i, record in enumerate(part.select_columns(list(columns.values()))):
-        values = [_name(record[column], names) if key == "label_column" else record[column] for key, column in columns.items()]
-        yield Row(f"{where}, row {i}", values)
+        if column not in table.column_names:
+            hint = config_lib.suggest(column, table.column_names)
+            raise ConfigError(f"config.data.{key}: {where} has no column {column!r}.{hint} It has {', '.join(table.column_names)}.")
+        kind = table.features[column]
+        if isinstance(kind, (datasets.Image, datasets.Audio)) and getattr(kind, "mode", None) is None:
+            table = table.cast_column(column, type(kind)(decode=False))
+    return TableRows(table, list(columns.values()), where)
 
 
-def _name(value, names: tuple[str, ...] | None):
-    """The name of a ClassLabel's number; a number out of its range stays, and is told of as a bad label."""
+def class_names_of(kind) -> tuple[str, ...] | None:
+    """Return the class names of a ClassLabel, or of a list of them; else None."""
+    return tuple(getattr(getattr(kind, "feature", kind), "names", None) or ()) or None
+
+
+def _named(value: Any, names: tuple[str, ...] | None) -> Any:
+    """Return the name of a class number, or a list of names; a number out of range stays, and the feature reports it."""
+    if names and isinstance(value, list):
+        return [_named(item, names) for item in value]
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
-
-
-def _images(parts: Mapping, folder: str, column: str, label_column: str, form: Mapping, holdout: float, policy: Policy) -> Dataset:
-    for split, part in parts.items():
-        _check_column(part, "image_column", column, f"{folder} {split}")
-        _check_column(part, "label_column", label_column, f"{folder} {split}")
-    given = _class_label(parts["train"], label_column)
-    found = {split: [_name(value, given) for value in part[label_column]] for split, part in parts.items()}
-    names = list(given or class_names([Row(f"{folder} train, row {i}", (None, value)) for i, value in enumerate(found["train"])]))
-    numbers = {name: i for i, name in enumerate(names)}
-    rows = {split: [(i, numbers.get(str(value).strip(), -1)) for i, value in enumerate(values)] for split, values in found.items()}
-    if "validation" not in rows and holdout:
-        rows["train"], rows["validation"] = hold_out(rows["train"], holdout)
-        parts = {**parts, "validation": parts["train"]}
-    splits = {split: ImageRows(parts[split], column, np.array(rows[split], np.int32), f"{folder} {split}", **form) for split in rows}
-    for split, source in splits.items():
-        if policy == "skip":
-            splits[split] = Forgiving(source, blank_image(form["size"], form["channels"]))
-        else:
-            source.check_labels()
-    return Dataset(splits, {"image_shape": (*form["size"], form["channels"]), "num_classes": len(names), "labels": names})

@@ -1,47 +1,61 @@
-"""Several sources as one, in given shares."""
+"""Several sources as one, in given proportions."""
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data import registry as data_lib
-from jaxmodels.data.source import Dataset, DataSource, fingerprint, take
+from jaxmodels.data.source import Dataset, DataSource, Untokenized, fingerprint, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
-from jaxmodels.tokenizers.factory import HandedOver, Shared, is_made_from_text, make_tokenizer
+from jaxmodels.tokenizers.factory import is_trained, make_tokenizer
 
-PERIOD = 10_000  # examples after which the order of parts repeats, and so the precision of shares
+PERIOD = 10_000  # examples after which the order of parts repeats: the resolution of weights
 
 
-def mixture(data_dir: str | None, given: Mapping | None, *, sources: Mapping[str, Any], tokenizer: str = "character") -> Dataset:
-    """Examples of several sources, which must be of one kind.
+def mixture(data_dir: str | None, given: Mapping | None, *, sources: Mapping[str, Any], tokenizer: str = "character") -> Dataset | Untokenized:
+    """Mix examples of several sources of one kind.
 
-    An epoch is as long as it takes until every part has been seen whole; parts that are small for their weight come more than once.
+    An epoch lasts until every part has been seen whole; parts that are small for their weight repeat.
     Validation and test splits are those of the parts one after the other, each example once.
 
     Args:
       data_dir: the data directory.
       given: arrays by split, for a part `arrays`.
-      sources: name -> `{"source": …, "weight": …}` and the source's own keys but `tokenizer`. Weights are shares of the
-        training examples, relative to each other; 1 unless given.
-      tokenizer: of all parts that take one, see `tokenizers.make_tokenizer`; made from the training texts of all.
+      sources: name -> `{"source": …, "weight": …}` and the source's own keys except `tokenizer`. Weights are relative shares of the
+        training examples, 1 by default.
+      tokenizer: specification of the tokenizer of all parts that have one (see `tokenizers.factory.make_tokenizer`); trained on the
+        training texts of all of them.
 
     Raises:
       ConfigError: of a part, by its key; the parts differ in kind; a weight is not above 0, or too small.
     """
     parts = resolve_parts(sources, "data.sources")
-    weights = {name: part["weight"] for name, part in parts.items()}
-    coder = _shared_tokenizer(parts, tokenizer, data_dir, given)
-    datasets = {name: _open_part(name, part, coder, data_dir, given) for name, part in parts.items()}
+
+    def training_texts() -> Iterator[str]:
+        texts = (_training_texts(name, part, tokenizer, data_dir, given) for name, part in parts.items() if _takes_tokenizer(part))
+        return itertools.chain.from_iterable(list(texts))
+
+    def tokenize(spec: str | Tokenizer) -> Dataset:
+        coder = make_tokenizer(spec, training_texts() if is_trained(spec) else (), data_dir)
+        return _mixed(parts, {name: _open_part(name, part, coder, data_dir, given) for name, part in parts.items()})
+
+    if not any(_takes_tokenizer(part) for part in parts.values()):
+        return _mixed(parts, {name: _open_part(name, part, None, data_dir, given) for name, part in parts.items()})
+    return Untokenized(tokenizer, training_texts, tokenize)
+
+
+def _mixed(parts: Mapping[str, Mapping], datasets: Mapping[str, Dataset]) -> Dataset:
+    """Return the data set of the opened parts."""
     untrained = [name for name, dataset in datasets.items() if "train" not in dataset.splits]
     if untrained:
-        raise ConfigError(f"config.data.sources.{untrained[0]}: {parts[untrained[0]]['source']!r} gives no train split.")
+        raise ConfigError(f"config.data.sources.{untrained[0]}: {parts[untrained[0]]['source']!r} has no train split.")
     _check_alike(datasets)
-    train = Mixture([dataset.splits["train"] for dataset in datasets.values()], list(weights.values()))
+    train = Mixture([dataset.splits["train"] for dataset in datasets.values()], [parts[name]["weight"] for name in datasets])
     splits = {"train": train}
     for split in ("validation", "test"):
         found = [dataset.splits[split] for dataset in datasets.values() if split in dataset.splits]
@@ -60,16 +74,16 @@ def mixture(data_dir: str | None, given: Mapping | None, *, sources: Mapping[str
 
 
 def resolve_parts(sources: Mapping[str, Any], where: str) -> dict[str, dict]:
-    """The parts of a mixture, every key with its value, types checked.
+    """Return the parts of a mixture with all keys, types checked.
 
     Args:
-      sources: as a config gives them.
-      where: their dotted name, for errors.
+      sources: the section of a config.
+      where: its dotted name, for errors.
     """
     if not sources:
         raise ConfigError(f"config.{where}: a mixture needs parts: {{'NAME': {{'source': …, 'weight': …}}}}.")
     parts = {}
-    for name, part in sorted(sources.items()):  # an order of their own, whatever a file or JSON makes of it
+    for name, part in sorted(sources.items()):  # a fixed order, whatever the order in a file or JSON
         part = {"source": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping) or "source" not in part:
             raise ConfigError(f"config.{where}.{name}.source is required, e.g. --config.{where}.{name}.source=VALUE.")
@@ -88,34 +102,36 @@ def resolve_parts(sources: Mapping[str, Any], where: str) -> dict[str, dict]:
 mixture.resolve = lambda section, where: {"sources": resolve_parts(section["sources"], f"{where}.sources")}  # called by registry.resolve_source
 
 
-def _shared_tokenizer(parts: Mapping[str, Mapping], spec: str, data_dir: str | None, given: Mapping | None) -> Tokenizer | None:
-    """The tokenizer of all parts that take one, made from the texts that they hand over."""
-    taking = [name for name, part in parts.items() if _takes_tokenizer(part)]
-    if not taking:
-        return None
-    texts = []
-    for name in taking if is_made_from_text(spec) else ():
-        try:
-            _open_part(name, parts[name], Shared(spec), data_dir, given)
-        except HandedOver as handed:
-            texts.append(handed.texts)
-    return make_tokenizer(spec, itertools.chain.from_iterable(texts), data_dir)
-
-
 def _takes_tokenizer(part: Mapping) -> bool:
     return "tokenizer" in config_lib.fields(data_lib.find(part["source"])[0])
 
 
-def _open_part(name: str, part: Mapping, tokenizer: Tokenizer | Shared | None, data_dir: str | None, given: Mapping | None) -> Dataset:
-    options = {key: value for key, value in part.items() if key not in ("source", "weight")}
-    options |= {"tokenizer": tokenizer} if _takes_tokenizer(part) else {}
+def _training_texts(name: str, part: Mapping, spec: str, data_dir: str | None, given: Mapping | None) -> Iterable[str]:
+    """Return the texts of a part that the mixture's tokenizer is trained on."""
+    with _as_part(name):
+        opened = data_lib.open_source(part["source"], _options(part) | {"tokenizer": spec}, data_dir, given)
+        if not isinstance(opened, Untokenized):
+            raise ConfigError(
+                f"config.data.source: {part['source']!r} gives no texts to train data.tokenizer={spec!r} on; "
+                "return a jaxmodels.data.source.Untokenized, or set a tokenizer that is not trained."
+            )
+        return opened.training_texts()
+
+
+def _open_part(name: str, part: Mapping, tokenizer: Tokenizer | None, data_dir: str | None, given: Mapping | None) -> Dataset:
+    options = _options(part) | ({"tokenizer": tokenizer} if _takes_tokenizer(part) else {})
     with _as_part(name):
         return data_lib.open_dataset(part["source"], options, data_dir, given)
 
 
+def _options(part: Mapping) -> dict[str, Any]:
+    """Return the keys of a part that are its source's own."""
+    return {key: value for key, value in part.items() if key not in ("source", "weight")}
+
+
 @contextlib.contextmanager
 def _as_part(name: str):
-    """What a source says of its keys, by their names in the mixture."""
+    """Rename the keys in a source's errors to their names in the mixture."""
     try:
         yield
     except ConfigError as error:
@@ -127,14 +143,14 @@ def _as_part(name: str):
 
 
 def _check_alike(datasets: Mapping[str, Dataset]) -> None:
-    """The parts give the same kind of examples, and say the same of them."""
+    """Raise ConfigError unless the parts have the same arrays and the same `info`."""
     names = list(datasets)
     first = datasets[names[0]]
     for name in names[1:]:
         for key in first.info.keys() | datasets[name].info.keys():
             one, other = first.info.get(key), datasets[name].info.get(key)
             if key == "tokenizer" and one is not None and other is not None:
-                one, other = one.to_json(), other.to_json()  # one that is read from the cache is another object
+                one, other = one.to_json(), other.to_json()  # a tokenizer read from the cache is another object
             if one is not other and not np.array_equal(np.asarray(one), np.asarray(other)):
                 both = f"{key} is {one} in {names[0]!r} and {other} in {name!r}"
                 raise ConfigError(f"config.data.sources: {both}; the parts of a mixture must be of one kind.")
@@ -148,7 +164,7 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
 
 
 class _Joined:
-    """Several sources as one. Those that inherit it say in `locate(indices)` which example of which part a place is, as two int [n]."""
+    """Several sources as one. A subclass defines `locate(indices)`: the part and the example in it, two int [n]."""
 
     def __init__(self, parts: Sequence[DataSource]):
         self.parts = list(parts)
@@ -163,12 +179,12 @@ class _Joined:
         part, example = self.locate(np.array([index]))
         return self.parts[part[0]][int(example[0])]
 
-    def take(self, indices):
+    def get_batch(self, indices):
         which, examples = self.locate(np.asarray(indices))
         result = {}
         for number in np.unique(which):
             here = which == number
-            for key, values in take(self.parts[number], examples[here]).items():
+            for key, values in get_batch(self.parts[number], examples[here]).items():
                 if key not in result:
                     result[key] = np.empty((len(which), *values.shape[1:]), values.dtype)
                 result[key][here] = values
@@ -188,17 +204,17 @@ class Concatenation(_Joined):
 
 
 class Mixture(_Joined):
-    """Parts interleaved by weight, as evenly as can be: of any stretch of examples, each part has its share.
+    """Parts interleaved by weight, as evenly as possible: each part has its share of any run of consecutive examples.
 
-    The place of each part's examples in a period is worked out once, so that any example is found at once. It is as long as it
-    takes until every part has been seen whole, beginning again with parts that are at their end.
+    The positions of each part in a period are computed once, so that `locate` needs no search. The mixture ends when every part has
+    been seen whole; parts that end earlier start again.
     """
 
     def __init__(self, parts: Sequence[DataSource], weights: Sequence[float]):
         """
         Args:
           parts: at least one.
-          weights: relative to each other, each above 0.
+          weights: relative, each above 0.
         """
         super().__init__(parts)
         exact = np.array(weights, np.float64) / np.sum(weights) * PERIOD
@@ -211,7 +227,7 @@ class Mixture(_Joined):
         due = (ranks + 0.5) / self.quotas[which]
         order = np.lexsort((which, due))
         self.which, self.ranks = which[order], ranks[order]
-        # The place at which the last example of each part comes first.
+        # The position of the first occurrence of each part's last example.
         turns, rest = np.divmod(self.sizes - 1, self.quotas)
         places = [np.flatnonzero(self.which == number)[r] for number, r in enumerate(rest)]
         self.size = int(max(turns * self.period + np.array(places))) + 1
@@ -221,7 +237,7 @@ class Mixture(_Joined):
 
     @property
     def counts(self) -> list[int]:
-        """How many examples of an epoch are each part's."""
+        """Number of examples of each part in an epoch."""
         turns, rest = divmod(self.size, self.period)
         return (turns * self.quotas + np.bincount(self.which[:rest], minlength=len(self.quotas))).tolist()
 

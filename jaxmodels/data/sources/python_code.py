@@ -1,12 +1,12 @@
-"""Text and code that every Python brings along: its standard library, and the help topics of the language reference.
+"""Text and code that every Python ships: its standard library, and the help topics of the language reference.
 
 Two sources from the same files, which differ a little between Python versions:
 
 - `python_code`: the code and the topics as text, for (masked) language models;
-- `python_packages`: passages of code and which package they come from, for classifiers.
+- `python_packages`: passages of code labelled by their package, for classifiers.
 
-The files of the packages in `PACKAGES` are divided into train, validation and test, a file whole. Neither source ever trains on a
-file that validates or tests in either, so that a model pretrained on the one has not seen what the other tests it on.
+The files of the packages in `PACKAGES` are divided into train, validation and test; a file is in one split. Neither source trains on a
+file that validates or tests in either, so that a model pretrained on one has not seen the test examples of the other.
 """
 
 import dataclasses
@@ -17,50 +17,44 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
-from jaxmodels.data.features import Options, Row, open_rows
-from jaxmodels.data.source import Dataset
+from jaxmodels.data.features.base import Row
+from jaxmodels.data.features.label import Label
+from jaxmodels.data.features.text import Text
+from jaxmodels.data.keys import takes
+from jaxmodels.data.rows import Holdout, open_rows
+from jaxmodels.data.source import Untokenized
 from jaxmodels.data.sources.documents import Document
-from jaxmodels.data.sources.text import Packing, TextOptions, corpus_key, open_documents
+from jaxmodels.data.sources.text import Corpus, DocumentKeys, TextKeys
 from jaxmodels.errors import ConfigError
 
-# Those that every Python from 3.11 on has, distributions that leave out parts included, of at least three files.
+# Packages of at least three files that every Python from 3.11 on has, also in distributions that leave out parts.
 PACKAGES = (
     "asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "wsgiref", "xml",
 )  # fmt: skip
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}  # tests, and what is not the library
-_LEFT_OUT |= {"encodings", "pydoc_data"}  # tables; and the topics, which are taken as text
+_LEFT_OUT |= {"encodings", "pydoc_data"}  # tables; and the topics, which are read as text
 _CYCLE = ("train", "test", "validation", "train")  # where the files of a package go, from the largest on
-_SMALLEST = 2000  # characters; smaller files of a package have no part in the passages
+_SMALLEST = 2000  # characters of the smallest file that passages are taken from
 _OWN_NAME = re.compile(rf"(?<!\w)(?:{'|'.join(PACKAGES)})(?!\w)", re.IGNORECASE)
 
 
-def python_code(
-    data_dir: str | None,
-    *,
-    sequence_length: int,
-    tokenizer: str = "bpe:2048",
-    packing: Packing = "contiguous",
-    stride: int | None = None,
-    characters: int = 4_000_000,
-) -> Dataset:
-    """The standard library's code and the language reference's topics, as text.
+@takes(TextKeys, tokenizer="bpe:2048")
+def python_code(data_dir: str | None, *, characters: int = 4_000_000, **keys: Any) -> Untokenized:
+    """Read the standard library's code and the language reference's topics, as text.
 
-    Trains on the topics and on files drawn by a fixed draw, without the files that validate and test in `python_packages`; the
-    former validate here too. Tests, tables of encodings and installed packages are left out. It takes some seconds to tokenise, and
-    is kept in the cache of tokens.
+    Trains on the topics and on files chosen by a fixed draw, without the files that validate and test in `python_packages`; the
+    former validate here too. Tests, tables of encodings and installed packages are left out. Tokenizing takes some seconds; the
+    tokens are cached.
 
     Args:
-      data_dir: where a tokenizer's file may lie.
-      sequence_length: tokens that a language model reads in one example; `tokens` have one more.
-      tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the training text.
-      packing, stride: see `text`.
-      characters: at most so many are trained on.
+      data_dir: where a tokenizer's file may be.
+      characters: maximum number of training characters.
 
     Raises:
       ConfigError: this Python comes without the source of its library.
     """
-    options = TextOptions(sequence_length=sequence_length, tokenizer=tokenizer, packing=packing, stride=stride, holdout=0.0)
     files = _library()
     places = divide(files)
     training, size = [Document("pydoc_data.topics", _topics())], 0
@@ -75,33 +69,24 @@ def python_code(
         digest = hashlib.sha256(repr([[(d.where, d.text) for d in part] for part in documents.values()]).encode())
         return ["python_code", digest.hexdigest()]
 
-    key = corpus_key(size, digests, options, data_dir)
-    dataset = open_documents({split: lambda part=part: part for split, part in documents.items()}, "python_code", options, data_dir, key)
+    readers = {split: lambda part=part: part for split, part in documents.items()}
+    corpus = Corpus(readers, "python_code", TextKeys.of(keys), DocumentKeys(holdout=0.0), data_dir, size, digests)
     note = f"{_version()}: {len(training) - 1} files and the help topics train, {len(validation)} files validate"
-    return _told(dataset, note, _missing(places))
+    return _noted(corpus.open(), note, _missing(places))
 
 
-def python_packages(
-    data_dir: str | None,
-    *,
-    sequence_length: int,
-    tokenizer: str,
-    lines: int = 10,
-    examples: int | None = None,
-    test_examples: int = 100,
-) -> Dataset:
-    """Passages of the standard library's code, and which package of `PACKAGES` each comes from.
+@takes(Text, without=("text_column", "truncate"))
+def python_packages(data_dir: str | None, *, lines: int = 10, examples: int | None = None, test_examples: int = 100, **keys: Any) -> Untokenized:
+    """Read passages of the standard library's code, labelled by their package, one of `PACKAGES`.
 
-    A passage is some lines of a file that follow each other, without blank ones. The names of the packages themselves are
-    replaced by the word `package`, in all of them, so that an import does not give the answer away.
+    A passage is consecutive lines of a file, without blank ones. The names of the packages are replaced by the word `package`
+    in all passages, so that an import does not reveal the label.
 
     Args:
-      data_dir: where a tokenizer's file may lie.
-      sequence_length: tokens of an example; shorter passages are padded with -1, longer ones cut.
-      tokenizer: see `tokenizers.make_tokenizer`; one that has to be made is made from the training passages.
-      lines: of a passage.
-      examples: training passages of each package, drawn by a fixed draw; all unless given.
-      test_examples: at most so many passages of each package validate, and test.
+      data_dir: where a tokenizer's file may be.
+      lines: lines of a passage.
+      examples: training passages of each package, chosen by a fixed draw; all by default.
+      test_examples: maximum number of passages of each package that validate, and that test.
 
     Raises:
       ConfigError: this Python comes without the source of its library.
@@ -117,17 +102,14 @@ def python_packages(
             passages = [p for path in sorted(places) if _package(path) == name and places[path] == split for p in _passages(path, files[path], lines)]
             passages.sort(key=lambda row: _draw(row.where))
             rows[split] += passages[: examples if split == "train" else test_examples]
-    options = Options(
-        text_column="text", label_column="package", label="class", labels=tuple(found), source_column=None, target_column=None,
-        sequence_length=sequence_length, target_length=None, tokenizer=tokenizer, truncate=True, holdout=0.0, on_bad_example="error",
-    )  # fmt: skip
-    dataset = open_rows(rows, options, data_dir)
+    features = [Text.of(keys | {"text_column": "text"}), Label(label_column="label", labels=tuple(found))]
     counts = ", ".join(f"{len(part)} {split}" for split, part in rows.items())
-    return _told(dataset, f"{_version()}: passages of {len(found)} packages: {counts}", _missing(places))
+    opened = open_rows(lambda: rows, features, Holdout(holdout=0.0), data_dir)
+    return _noted(opened, f"{_version()}: passages of {len(found)} packages: {counts}", _missing(places))
 
 
 def divide(files: dict[str, str]) -> dict[str, str]:
-    """path -> split, of the files that passages are taken from.
+    """Return path -> split, of the files that passages are taken from.
 
     The files of each package go in turn to train, test, validation and train, from the largest on; a package with fewer than
     three is left out.
@@ -142,7 +124,7 @@ def divide(files: dict[str, str]) -> dict[str, str]:
 
 
 def _library() -> dict[str, str]:
-    """The source of the standard library: path below its folder, with `/` -> text."""
+    """Return the source of the standard library: path below its folder, with `/` -> text."""
     root = sysconfig.get_path("stdlib")
     files = {}
     for folder, folders, names in os.walk(root):
@@ -170,7 +152,7 @@ def _passages(path: str, content: str, lines: int) -> Iterator[Row]:
     for start in range(0, len(kept) - lines + 1, lines):
         part = kept[start : start + lines]
         text = _OWN_NAME.sub("package", "\n".join(line for _, line in part))
-        yield Row(f"{path}, line {part[0][0]}", (text, _package(path)))
+        yield Row(f"{path}, line {part[0][0]}", {"text": text, "label": _package(path)})
 
 
 def _package(path: str) -> str:
@@ -178,7 +160,7 @@ def _package(path: str) -> str:
 
 
 def _draw(text: str) -> tuple[int, str]:
-    """Sorts in an order that looks random, the same everywhere."""
+    """Return a sort key of an order that looks random and is the same on every machine."""
     return zlib.crc32(text.encode()), text
 
 
@@ -190,7 +172,12 @@ def _missing(places: dict[str, str]) -> list[str]:
     return [name for name in PACKAGES if not any(_package(path) == name for path in places)]
 
 
-def _told(dataset: Dataset, note: str, missing: list[str]) -> Dataset:
-    """The data set with a note of what it is made from, and a warning of packages that should have been part of it."""
+def _noted(opened: Untokenized, note: str, missing: list[str]) -> Untokenized:
+    """Return the data set with a note of its contents, and a warning that names missing packages."""
     warnings = (f"data.source: this Python comes without the source of {', '.join(missing)}: left out",) if missing else ()
-    return dataclasses.replace(dataset, notes=(note, *dataset.notes), fallbacks=(*dataset.fallbacks, *warnings))
+
+    def tokenize(tokenizer):
+        dataset = opened.tokenize(tokenizer)
+        return dataclasses.replace(dataset, notes=(note, *dataset.notes), fallbacks=(*dataset.fallbacks, *warnings))
+
+    return dataclasses.replace(opened, tokenize=tokenize)

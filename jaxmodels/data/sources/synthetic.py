@@ -1,4 +1,4 @@
-"""Random tokens and random images, made when they are read: for speed, and for configs of models too large to have data here."""
+"""Random tokens and images, made on reading: for measurements of speed, and for models that are too large to train here."""
 
 from typing import Literal
 
@@ -13,15 +13,15 @@ _SPLITS = ("train", "validation", "test")
 
 
 class Synthetic:
-    """Examples that are drawn from (seed, split, index) alone, and kept nowhere."""
+    """Examples that are a function of (seed, split, index), and not stored."""
 
     def __init__(self, kind: str, examples: int, seed: tuple[int, int], shape: tuple[int, ...], first: int, values: int):
         """
         Args:
           kind: `tokens` or `images`.
-          examples: how many there are.
-          seed: of the source, and the number of the split.
-          shape: of the tokens or the image of an example.
+          examples: number of examples.
+          seed: the source's seed, and the number of the split.
+          shape: shape of an example's tokens or image.
           first: the smallest token.
           values: one more than the largest token or label.
         """
@@ -59,21 +59,21 @@ def synthetic(
     num_classes: int | None = None,
     source_seed: int = 0,
 ) -> Dataset:
-    """Random examples, drawn evenly: nothing can be learned from them, but how fast they are read and trained on.
+    """Make up uniformly random examples, to measure the speed of reading and training.
 
     Examples: of tokens `tokens` int32 [sequence_length + 1]; of images `image` uint8 [height, width, channels] and `label` int32.
 
     Args:
       kind: `tokens` or `images`.
-      examples: of the train split.
-      validation, test: of those splits; 0 for none.
-      sequence_length: of tokens: how many a language model reads in one example.
-      vocab_size: of tokens: how many there are.
-      special: of tokens: the first four are special ones, which no text has, and there is a tokenizer of made-up words, as
-        masked language modelling wants it.
-      image_shape: of images: (height, width, channels).
-      num_classes: of images: labels that there are.
-      source_seed: other examples.
+      examples: examples of the train split.
+      validation, test: examples of those splits; 0 for none.
+      sequence_length: with `tokens`: tokens that a language model reads in one example.
+      vocab_size: with `tokens`: number of different tokens.
+      special: with `tokens`: whether the first four are special tokens, which no text has; `info` then has a tokenizer of made-up
+        words, which masked language modelling needs.
+      image_shape: with `images`: (height, width, channels).
+      num_classes: with `images`: number of labels.
+      source_seed: seed of the examples.
 
     Raises:
       ConfigError: an option is missing, belongs to the other kind, or is out of range.
@@ -88,9 +88,9 @@ def synthetic(
     for other in own:
         for name, value in own[other].items():
             if other != kind and value is not None:
-                raise ConfigError(f"config.data.{name} means nothing to data.kind={kind!r}.")
+                raise ConfigError(f"config.data.{name} has no effect with data.kind={kind!r}.")
     if special and kind != "tokens":
-        raise ConfigError(f"config.data.special means nothing to data.kind={kind!r}.")
+        raise ConfigError(f"config.data.special has no effect with data.kind={kind!r}.")
     if examples < 1 or min(validation, test, source_seed) < 0:
         raise ConfigError(
             f"config.data: examples must be at least 1, validation, test and source_seed at least 0; got {examples}, {validation}, {test}, {source_seed}."

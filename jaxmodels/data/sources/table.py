@@ -24,9 +24,9 @@ class Horizons:
         return fingerprint(self.values, np.array([self.lookback, self.horizon]))
 
     def __getitem__(self, index):
-        return {key: value[0] for key, value in self.take(np.array([index])).items()}
+        return {key: value[0] for key, value in self.get_batch(np.array([index])).items()}
 
-    def take(self, indices):
+    def get_batch(self, indices):
         rows = self.values[np.asarray(indices)[:, None] + np.arange(self.lookback + self.horizon)]
         return {"past": rows[:, : self.lookback], "future": rows[:, self.lookback :]}
 
@@ -41,18 +41,18 @@ def csv_table(
     time_column: str = "date",
     columns: tuple[str, ...] | None = None,
 ) -> Dataset:
-    """A CSV file with a header and one row for each moment, in order.
+    """Read a CSV file with a header and one row for each time step, in order.
 
     Every column is standardised by the mean and deviation of its training rows. The windows of validation and test
-    forecast the rows of those parts only, from a past that may reach into the part before.
+    forecast rows of those splits only; their past may reach into the split before.
 
     Args:
       path: absolute, or relative to the working directory or else to the data directory.
       data_dir: the data directory.
       lookback, horizon: rows of the past and of the future in an example.
-      rows: how many train, validate and test, from the first row on; what is left over is not used.
-      time_column: not a variable.
-      columns: the variables; all but `time_column` unless given.
+      rows: numbers of rows that train, validate and test, from the first row on; the rest is not used.
+      time_column: column that is not a variable.
+      columns: the variables; all but `time_column` by default.
 
     Raises:
       ConfigError: no such file or column, a value that is not a number (file and line), or too few rows.
@@ -78,7 +78,7 @@ def csv_table(
 
 
 def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
-    """The wanted columns as float64 [rows, columns], and their names."""
+    """Return the columns as float64 [rows, columns], and their names."""
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])

@@ -1,42 +1,41 @@
 """TensorFlow Datasets by name, read from a prepared folder without TensorFlow."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
 import numpy as np
 
-from jaxmodels.data.skipping import BadExample, Forgiving, Policy
+from jaxmodels.data.features.array import Array
+from jaxmodels.data.features.base import Row
+from jaxmodels.data.rows import Holdout, open_on_read
+from jaxmodels.data.skipping import Policy
 from jaxmodels.data.source import Dataset
 from jaxmodels.errors import ConfigError
 
 
-class Examples:
-    """A TFDS split as a data source: its numeric features by name, whole numbers as int32.
+class SplitRows:
+    """Rows of a TFDS split, read by index."""
 
-    An example that cannot be decoded raises BadExample when it is read.
-    """
-
-    def __init__(self, source, names: tuple[str, ...], where: str):
+    def __init__(self, source, where: str):
         """
         Args:
-          source: of TFDS.
-          names: the features.
-          where: the data set and split, for errors.
+          source: the split, as TFDS opens it.
+          where: data set and split, for errors.
         """
-        self.source, self.names, self.where = source, names, where
+        self.source, self.where = source, where
 
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Row:
+        where = f"{self.where}, example {index}"
         try:
-            example = self.source[index]
+            return Row(where, self.source[index])
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the record is broken
-            raise BadExample(f"{self.where}, example {index}", f"cannot be decoded: {error}.") from error
-        values = {name: np.asarray(example[name]) for name in self.names}
-        return {name: v.astype(np.int32) if v.dtype == np.int64 else v for name, v in values.items()}
+            return Row(where, problem=f"cannot be decoded: {error}.")
 
 
 def tfds(
@@ -47,17 +46,17 @@ def tfds(
     holdout: int = 10,
     on_bad_example: Policy = "error",
 ) -> Dataset:
-    """A prepared TFDS data set: `tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION`.
+    """Read a prepared TFDS data set: `tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION`. Examples are its numeric features by name.
 
     Args:
-      name: as TFDS writes it.
-      data_dir: the folder that holds it, or that holds a folder `tensorflow_datasets` that does;
+      name: name in the TFDS catalog.
+      data_dir: the folder that holds the data set, or that has a folder `tensorflow_datasets` that holds it;
         `~/tensorflow_datasets` if None.
-      splits: which TFDS split, with slices, is which: `{"train": "train[:90%]", "validation": "train[90%:]"}`. Unless
-        given, those that the data set has, and where it has no validation split, the end of train.
+      splits: split -> TFDS split, with slices: `{"train": "train[:90%]", "validation": "train[90%:]"}`. By default
+        those that the data set has, and without a validation split, the end of train.
       holdout: percent of train that validates in that case.
-      on_bad_example: of an example that cannot be decoded: `error`, which ends the run when it is read, or `skip`: its row has
-        weight 0 and is counted in the metric `skipped_examples`.
+      on_bad_example: for an example that cannot be decoded: `error` ends the run when it is read; `skip` gives its row
+        weight 0 and counts it in the metric `skipped_examples`.
 
     Raises:
       ConfigError: no such folder (how to prepare it), a format without random access, or an unknown split.
@@ -75,42 +74,31 @@ def tfds(
     if not splits or not all(isinstance(value, str) for value in splits.values()):
         raise ConfigError(f"config.data.splits: give each split as TFDS writes it, {{'train': 'train[:90%]'}}; got {dict(splits)}.")
     features = builder.info.features
-    names = tuple(name for name, feature in features.items() if _is_numeric(feature))
+    arrays = [Array(column=name, shape=kind.shape, dtype=np.dtype(kind.np_dtype)) for name, kind in features.items() if _is_numeric(kind)]
     try:
-        parts = {ours: Examples(builder.as_data_source(theirs), names, f"{folder} {theirs}") for ours, theirs in splits.items()}
+        rows = {ours: SplitRows(builder.as_data_source(theirs), f"{folder} {theirs}") for ours, theirs in splits.items()}
     except NotImplementedError as error:
         raise ConfigError(f"config.data.source: {folder} allows no random access. {_how_to_prepare(name, data_dir)}") from error
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.data.splits: {error} (the data set has: {', '.join(builder.info.splits)})") from error
-    if on_bad_example == "skip":
-        blank = _blank(features, names)
-        parts = {name: Forgiving(part, blank) for name, part in parts.items()}
+    dataset = open_on_read(rows, arrays, Holdout(holdout=0, on_bad_example=on_bad_example))
     info = {}
     if "image" in features:
         info["image_shape"] = tuple(features["image"].shape)
     if "label" in features and hasattr(features["label"], "num_classes"):
         info["num_classes"] = features["label"].num_classes
-    return Dataset(parts, info)
-
-
-def _blank(features, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """An example of zeros."""
-    for name in names:
-        if None in features[name].shape:
-            raise ConfigError(f"config.data.on_bad_example='skip' needs features of one size; {name!r} is {tuple(features[name].shape)}.")
-    dtypes = {name: np.dtype(features[name].np_dtype) for name in names}
-    return {name: np.zeros(features[name].shape, np.int32 if dtype == np.int64 else dtype) for name, dtype in dtypes.items()}
+    return dataclasses.replace(dataset, info=info)
 
 
 def _is_numeric(feature) -> bool:
     try:
         return np.dtype(feature.np_dtype).kind in "biuf"
-    except (AttributeError, TypeError):  # texts, and features inside features
+    except (AttributeError, TypeError):  # texts and nested features
         return False
 
 
 def _find_folder(name: str, data_dir: str | None) -> str:
-    """The folder of the wanted version of a data set, the newest unless one is named."""
+    """Return the folder of a data set's version, by default the newest."""
     path, _, version = name.partition(":")
     roots = [os.path.join(data_dir, "tensorflow_datasets"), data_dir] if data_dir else [os.path.expanduser("~/tensorflow_datasets")]
     for root in roots:
@@ -131,5 +119,5 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
     where = f" --data_dir={os.path.join(data_dir, 'tensorflow_datasets')}" if data_dir else ""
     return (
         f"Prepare it with: pip install 'jaxmodels[prepare]' && tfds build {name.partition(':')[0]} --file_format=array_record{where}; "
-        "or say where it lies with --data_dir=DIR or JAXMODELS_DATA_DIR."
+        "or name its folder with --data_dir=DIR or JAXMODELS_DATA_DIR."
     )

@@ -1,0 +1,37 @@
+"""Arrays of numbers."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from jaxmodels.data.features.base import Feature
+from jaxmodels.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Array(Feature):
+    """A column of numbers as it is, under its own name; int64 becomes int32.
+
+    Attributes:
+      column: name of the column and the array.
+      shape: of every value; None for a dimension that differs.
+      dtype: of the values.
+    """
+
+    on_read: ClassVar = True
+    column: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+    def columns(self):
+        return {self.column: self.column}
+
+    def encode(self, row):
+        value = np.asarray(row.values[self.column])
+        return {self.column: value.astype(np.int32) if value.dtype == np.int64 else value}
+
+    def blank(self):
+        if None in self.shape:
+            raise ConfigError(f"config.data.on_bad_example='skip' needs features of one size; {self.column!r} is {tuple(self.shape)}.")
+        return {self.column: np.zeros(self.shape, np.int32 if self.dtype == np.int64 else self.dtype)}

@@ -1,0 +1,118 @@
+"""Labels: classes and numbers."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from jaxmodels import config as config_lib
+from jaxmodels.data.features.base import Column, Feature, Problem, Row, counts
+from jaxmodels.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Label(Feature):
+    """A class: `label` int32.
+
+    Attributes:
+      label_column: the label's name, or its number from 0.
+      label: `class`, the name or number of a class; `value`, a number to predict; `none`, no label is read.
+      labels: class names in order; by default the distinct labels of the training rows, sorted.
+    """
+
+    arrays: ClassVar = ("label",)
+    label_column: Column
+    label: Literal["class", "value", "none"] = "class"
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.labels is not None and (len(set(self.labels)) != len(self.labels) or self.label != "class"):
+            raise ConfigError(f"config.data.labels names the classes of data.label='class', each once; got {list(self.labels)}.")
+        self._numbers: dict[str, int] = {}
+
+    def columns(self):
+        return {"label_column": self.label_column}
+
+    def check(self, row):
+        value = row.values[self.label_column]
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
+            raise Problem(f"the label {self.label_column!r} is {value!r}, not the name or number of a class.")
+
+    def fit(self, rows):
+        names = self.labels if self.labels is not None else class_names(rows, self.label_column)
+        self._numbers = {name: i for i, name in enumerate(names)}
+
+    def encode(self, row):
+        name = str(row.values[self.label_column]).strip()
+        if name not in self._numbers:
+            known = ", ".join(list(self._numbers)[:10]) + (", …" if len(self._numbers) > 10 else "")
+            raise Problem(f"the label {name!r} is none of {known}.{config_lib.suggest(name, self._numbers)}")
+        return {"label": np.int32(self._numbers[name])}
+
+    def blank(self):
+        return {"label": np.int32(0)}
+
+    def info(self):
+        return {"num_classes": len(self._numbers), "labels": list(self._numbers)}
+
+    @staticmethod
+    def show(name, example, info):
+        value = np.asarray(example[name])
+        if value.dtype.kind in "iu" and info.get("labels"):
+            return str(info["labels"][int(value)])
+        return Feature.show(name, example, info)
+
+    @staticmethod
+    def describe(columns: Mapping[str, np.ndarray], info: Mapping) -> dict[str, Any]:
+        column = columns["label"]
+        if column.dtype.kind in "iu":
+            return {"labels": counts(column, info.get("labels") or range(info.get("num_classes", 0)))}
+        return {"label": {"least": float(column.min()), "mean": float(column.mean()), "deviation": float(column.std()), "most": float(column.max())}}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Number(Feature):
+    """A number to predict: `label` float32.
+
+    Attributes:
+      label_column: the number's column.
+    """
+
+    arrays: ClassVar = ("label",)
+    label_column: Column
+
+    def columns(self):
+        return {"label_column": self.label_column}
+
+    def check(self, row):
+        value = row.values[self.label_column]
+        try:
+            finite = not isinstance(value, bool) and math.isfinite(float(value))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise Problem(f"the label {self.label_column!r} is {value!r}, not a finite number, as data.label='value' requires.")
+
+    def encode(self, row):
+        return {"label": np.float32(row.values[self.label_column])}
+
+    def blank(self):
+        return {"label": np.float32(0)}
+
+
+def class_names(rows: Sequence[Row], column: Column) -> list[str]:
+    """Return the distinct labels, sorted by value if all are whole numbers, else by name."""
+    first, numbers_of = {}, {}
+    for row in rows:
+        name = str(row.values[column]).strip()
+        first.setdefault(name, row)
+        numbers_of[name] = numbers_of.get(name, 0) + 1
+    numbers = {name for name in first if name.removeprefix("-").isdecimal()}
+    if numbers == set(first):
+        return sorted(first, key=int)
+    names = sorted(set(first) - numbers)
+    if len(names) == 1 and numbers and numbers_of[names[0]] == 1 and first[names[0]].where.endswith("line 1"):
+        raise ConfigError(f"{first[names[0]].where}: the label is {names[0]!r}, all others are numbers: set data.header=true.")
+    return sorted(first)

@@ -1,0 +1,37 @@
+"""All features, and the choice of those that a section's keys name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodels.data.features.audio import Audio
+from jaxmodels.data.features.base import Feature
+from jaxmodels.data.features.image import Boxes, Image
+from jaxmodels.data.features.label import Label, Number
+from jaxmodels.data.features.text import Pair, Tags, Text
+from jaxmodels.errors import ConfigError
+
+FEATURES: tuple[type[Feature], ...] = (Text, Pair, Tags, Label, Image, Boxes, Audio)
+BY_ARRAY = {array: feature for feature in FEATURES for array in feature.arrays}  # for data sets that hold arrays alone, too
+
+
+def choose(keys: Mapping[str, Any]) -> list[Feature]:
+    """Return the features that the keys of a section of rows name: those whose column is set, or else one text; and a label beside."""
+
+    def named(*columns: str) -> bool:
+        return any(keys[column] is not None for column in columns)
+
+    if named("source_column", "target_column"):
+        if keys["labels"] is not None:
+            raise ConfigError("config.data.labels names the classes of data.label='class'; a pair of texts has no label.")
+        return [Pair.of(keys)]
+    if named("words_column", "tags_column"):
+        return [Tags.of(keys)]
+    chosen = [feature.of(keys) for feature, column in ((Image, "image_column"), (Audio, "audio_column")) if named(column)]
+    if named("boxes_column", "box_labels_column"):
+        if named("image_column") and keys["fit"] != "stretch":
+            raise ConfigError("config.data.fit must be 'stretch' with boxes: a crop would move them.")
+        return [*chosen, Boxes.of(keys)]
+    label = {"class": Label, "value": Number}.get(keys["label"])
+    if keys["label"] != "class":
+        Label.of(keys)  # checks `labels`
+    return [*(chosen or [Text.of(keys)]), *([label.of(keys)] if label else [])]

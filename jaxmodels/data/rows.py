@@ -1,0 +1,266 @@
+"""Data sets of rows: what readers yield, divided into splits, checked, and encoded by features."""
+
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxmodels.data.features.base import Feature, Problem, Row
+from jaxmodels.data.features.text import Tokenized
+from jaxmodels.data.keys import Keys
+from jaxmodels.data.skipping import BadExample, Forgiving, Policy, Skipping
+from jaxmodels.data.source import Arrays, Dataset, Untokenized, fingerprint
+from jaxmodels.errors import ConfigError
+from jaxmodels.tokenizers.base import Tokenizer
+from jaxmodels.tokenizers.factory import make_tokenizer
+
+Splits = Mapping[str, Sequence[Row]]
+
+
+class Rows(Protocol):
+    """The rows of a split, by index. A list of rows is one.
+
+    Optional: `cheap(columns)`, the rows with only some columns, where others are costly to read; `fingerprint(indices, arrays)`, a
+    checksum of some rows, given the arrays that are encoded already.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holdout(Keys):
+    """Keys of sources of rows.
+
+    Attributes:
+      holdout: fraction of the training rows, chosen by a fixed draw, that validates where no validation split is found; 0 for none.
+      on_bad_example: `error`, or `skip`: leave bad rows out and count them as `skipped_examples`.
+    """
+
+    holdout: float = 0.1
+    on_bad_example: Policy = "error"
+
+    def __post_init__(self):
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"config.data.holdout must be at least 0 and below 1, got {self.holdout}.")
+
+
+def hold_out(items: Sequence, share: float) -> tuple[list, list]:
+    """Divide a list by a fixed draw, keeping its order: the rest, and `share` of it (at least one item).
+
+    Drawn, not cut off the end: files are often sorted by label.
+    """
+    # Raw bits of a bit generator are the same in every numpy version; its permutations need not be.
+    order = np.argsort(np.random.PCG64(0).random_raw(len(items)), kind="stable")
+    held = set(order[: max(1, round(share * len(items)))].tolist())
+    return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
+
+
+def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequence[Feature], options: Holdout, data_dir: str | None) -> Dataset | Untokenized:
+    """Return the data set of some features of rows.
+
+    Args:
+      read: returns the rows of each split; called anew whenever they are needed.
+      features: at most one of them tokenized.
+      options: holdout and policy.
+      data_dir: where a tokenizer's file may be.
+
+    Raises:
+      ConfigError: bad rows, unless they are skipped; keys that do not fit the data or the tokenizer. Of tokenized data, when it is tokenized.
+    """
+    if any(feature.on_read for feature in features):
+        return open_on_read(read(), features, options)
+    text = next((feature for feature in features if isinstance(feature, Tokenized)), None)
+    if text is None:
+        return _encoded(read(), features, options)
+
+    def training_texts() -> Iterator[str]:
+        return _texts(_checked(read(), features, options, Skipping(options.on_bad_example)), text, text.tokenizer)
+
+    def tokenize(tokenizer: str | Tokenizer) -> Dataset:
+        return _encoded(read(), features, options, lambda rows: text.use(make_tokenizer(tokenizer, _texts(rows, text, tokenizer), data_dir)))
+
+    return Untokenized(text.tokenizer, training_texts, tokenize)
+
+
+def _texts(rows: Splits, text: Tokenized, spec: str | Tokenizer) -> Iterator[str]:
+    """Yield what a tokenizer is trained on: `character`, which has no token for unknown characters, needs the texts of all splits."""
+    return (value for split, part in rows.items() if split == "train" or spec == "character" for row in part for value in text.texts(row))
+
+
+def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], options: Holdout, skipping: Skipping) -> dict[str, list[Row]]:
+    """Return the usable rows of each split, with the features fitted to the training rows, held-out ones included."""
+    rows = {split: list(part) for split, part in splits.items()}
+    held_out = "validation" not in rows and options.holdout > 0
+    if held_out:
+        rows["train"], rows["validation"] = hold_out(rows["train"], options.holdout)
+    good = {split: _passing(split, part, functools.partial(check, features=features), skipping) for split, part in rows.items()}
+    skipping.check_rest("train", len(good["train"]))
+    for feature in features:
+        feature.fit(good["train"] + (good["validation"] if held_out else []))
+    for feature in features:
+        good = {split: _passing(split, part, feature.check_known, skipping) for split, part in good.items()}
+    return good
+
+
+def _passing(split: str, rows: Sequence[Row], check: Callable[[Row], None], skipping: Skipping) -> list[Row]:
+    """Return the rows that `check` raises no Problem for."""
+    passed = []
+    for row in rows:
+        try:
+            check(row)
+            passed.append(row)
+        except Problem as problem:
+            skipping.bad(split, problem.where or row.where, str(problem))
+    return passed
+
+
+def check(row: Row, features: Sequence[Feature]) -> None:
+    """Raise Problem for a row that is malformed or has raw values of the wrong kind."""
+    if row.problem is not None:
+        raise Problem(row.problem)
+    for feature in features:
+        feature.check(row)
+
+
+def _encoded(splits, features: Sequence[Feature], options: Holdout, before: Callable[[Splits], None] = lambda rows: None) -> Dataset:
+    """Return a data set in memory; `before` is called with the usable rows before any is encoded."""
+    skipping = Skipping(options.on_bad_example)
+    rows = _checked(splits, features, options, skipping)
+    before(rows)
+    arrays, notes = {}, []
+    for split, part in rows.items():
+        examples = encode_all(split, part, functools.partial(_encode, features=features), skipping)
+        arrays[split] = Arrays({key: np.stack([example[key] for example in examples]) for key in examples[0]})
+        notes += filter(None, (feature.note(split, len(examples)) for feature in features))
+    return Dataset(arrays, _info(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
+
+
+def _encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:
+    return {name: array for feature in features for name, array in feature.encode(row).items()}
+
+
+def encode_all(split: str, rows: Sequence[Row], encode: Callable[[Row], Any], skipping: Skipping) -> list:
+    """Return what `encode` returns for each row of a split, without the rows that it raises Problem for."""
+    examples = []
+    for row in rows:
+        try:
+            examples.append(encode(row))
+        except Problem as problem:
+            skipping.bad(split, problem.where or row.where, str(problem))
+    skipping.check_rest(split, len(examples))
+    return examples
+
+
+def _info(features: Sequence[Feature]) -> dict[str, Any]:
+    return {key: value for feature in features for key, value in feature.info().items()}
+
+
+# Rows that are decoded when they are read
+
+
+class DecodedRows:
+    """Examples of which some features are decoded on reading, and the others are in memory.
+
+    A row that cannot be used raises BadExample when it is read.
+    """
+
+    def __init__(self, rows: Rows, indices: np.ndarray, features: Sequence[Feature], arrays: Mapping[str, np.ndarray], problems: Mapping[int, tuple[str, str]]):
+        """
+        Args:
+          rows: the reader's rows.
+          indices: int [examples], the row of each example.
+          features: decoded on reading.
+          arrays: of the other features, one entry for each example.
+          problems: example -> file and line and message, of the examples that the other features cannot encode.
+        """
+        self.rows, self.indices, self.features, self.arrays, self.problems = rows, indices, features, dict(arrays), dict(problems)
+        if hasattr(rows, "fingerprint"):
+            self.fingerprint = self._fingerprint
+
+    def __len__(self):
+        return len(self.indices)
+
+    def _fingerprint(self) -> int:
+        return self.rows.fingerprint(self.indices, self.arrays)
+
+    def __getitem__(self, index):
+        if index in self.problems:
+            raise BadExample(*self.problems[index])
+        row = self.rows[int(self.indices[index])]
+        try:
+            check(row, self.features)
+            decoded = _encode(row, self.features)
+        except Problem as problem:
+            raise BadExample(problem.where or row.where, str(problem)) from problem
+        return decoded | {name: array[index] for name, array in self.arrays.items()}
+
+
+class FileRows(list):
+    """Rows whose values may be names of files; the checksum has the size of each file."""
+
+    def fingerprint(self, indices: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+        result = fingerprint(*arrays.values())
+        for row in (self[i] for i in indices):
+            values = [(value, _size(os.path.join(row.folder, value)) if isinstance(value, str) else None) for value in row.values.values()]
+            result = zlib.crc32(repr(values).encode(), result)
+        return result
+
+
+def _size(path: str) -> int | None:
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def open_on_read(splits: Mapping[str, Rows], features: Sequence[Feature], options: Holdout) -> Dataset:
+    """Return a data set whose features `on_read` are decoded when an example is read, and the others now."""
+    eager = [feature for feature in features if not feature.on_read]
+    late = [feature for feature in features if feature.on_read]
+    parts = {split: (rows, range(len(rows))) for split, rows in splits.items()}
+    cheap = {split: _cheap(rows, eager) for split, rows in splits.items()} if eager else {}
+    for feature in eager:
+        feature.fit([row for row in cheap["train"] if _is_usable(row, eager)])
+    if "validation" not in parts and options.holdout:
+        train = parts["train"][0]
+        parts["train"], parts["validation"] = ((train, part) for part in hold_out(range(len(train)), options.holdout))
+        cheap |= {"validation": cheap["train"]} if eager else {}
+    blank = {name: value for feature in features for name, value in feature.blank().items()} if options.on_bad_example == "skip" else None
+    opened = {}
+    for split, (rows, numbers) in parts.items():
+        arrays, problems = _encode_now([cheap[split][i] for i in numbers] if eager else [], eager)
+        if problems and blank is None:
+            raise BadExample(*next(iter(problems.values())))
+        source = DecodedRows(rows, np.array(numbers, np.int32), late, arrays, problems)
+        opened[split] = source if blank is None else Forgiving(source, blank)
+    return Dataset(opened, _info(features))
+
+
+def _cheap(rows: Rows, features: Sequence[Feature]) -> Rows:
+    """Return the rows with the columns of some features."""
+    return rows.cheap([column for feature in features for column in feature.columns().values()]) if hasattr(rows, "cheap") else rows
+
+
+def _is_usable(row: Row, features: Sequence[Feature]) -> bool:
+    try:
+        check(row, features)
+    except Problem:
+        return False
+    return True
+
+
+def _encode_now(rows: Sequence[Row], features: Sequence[Feature]) -> tuple[dict[str, np.ndarray], dict[int, tuple[str, str]]]:
+    """Return the arrays of all rows, -1 where a row cannot be encoded, and what is wrong with those rows."""
+    examples, problems = [], {}
+    missing = {name: np.full_like(value, -1) for feature in features for name, value in feature.blank().items()}
+    for i, row in enumerate(rows):
+        try:
+            check(row, features)
+            examples.append(_encode(row, features))
+        except Problem as problem:
+            problems[i] = problem.where or row.where, str(problem)
+            examples.append(missing)
+    return {name: np.stack([example[name] for example in examples]) for name in missing}, problems
