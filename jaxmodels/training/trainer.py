@@ -234,6 +234,8 @@ class Trainer:
         with self.clock.paused():
             if self._evaluation_due(step) or asked_to_stop:
                 self._evaluate(step)
+                save, stop = self.hooks.requests(agree=True)  # what a callback asked for when it saw the evaluation
+                asked_to_save, asked_to_stop = asked_to_save or save, asked_to_stop or stop
             if asked_to_stop and not self.progress.finished:
                 self.terminal.say(f"stopping early: {self.hooks.stop_reason}")
                 self.progress = dataclasses.replace(self.progress, finished=True)

@@ -1,0 +1,81 @@
+"""The examples of docs/extending.md, each as a user would write it in one file, run end to end; and the page shows these very files."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_configs
+from conftest import ROOT
+
+import jaxmodels
+from jaxmodels.errors import Interrupted
+from jaxmodels.runs.folder import RunFolder
+
+HERE = Path(__file__).parent
+FILES = sorted(path.name for path in HERE.glob("own_*.py"))
+TIMES = {"seconds", "steps_per_second", "examples_per_second", "data_wait"}
+
+
+def test_the_page_shows_the_files():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    blocks = dict(re.findall(r"```python\n# (own_\w+\.py)\n(.*?)```", page, re.S))
+    assert sorted(blocks) == FILES
+    for name, text in blocks.items():
+        assert text == (HERE / name).read_text(), f"docs/extending.md: {name} differs from tests/examples/{name}"
+
+
+def test_all_of_them_train_from_the_command_line(tmp_path):
+    for name in FILES:
+        shutil.copy(HERE / name, tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    command = [sys.executable, "-m", "jaxmodels", "train", "--config=own_config.py", "--workdir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "stopping early: top_k is above 0.97" in done.stdout and re.search(r"validation +loss [\d.]+ +top_k", done.stdout)
+    folder = RunFolder(tmp_path / "run")
+    validation = folder.metrics("validation")
+    assert [line["good_in_a_row"] for line in validation][-2:] == [1.0, 2.0]
+    # The best checkpoint is the first with the best value of the task's own metric, and it is the one that is tested.
+    (test,) = folder.metrics("test")
+    assert test["step"] == max(validation, key=lambda line: (line["top_k"], -line["step"]))["step"] and test["top_k"] > 0.9
+    # The schedule: a triangle over 360 steps from 0.2 of the peak, wherever the run stopped.
+    for line in folder.metrics("train"):
+        position = (line["step"] - 1) / 180
+        assert line["learning_rate"] == pytest.approx(3e-3 * (0.2 + 0.8 * (position if position < 1 else 2 - position)), rel=1e-5)
+    rows = (tmp_path / "run" / "table.md").read_text().splitlines()
+    assert len(rows) == 2 + len(validation) + 1 and rows[-1].startswith(f"| {test['step']} | test |")
+    config = json.loads(folder.config_file.read_text())
+    assert config["model"]["rate"] == 0.1 and config["data"]["noise"] == 0.1
+
+
+def test_they_resume_exactly(tmp_path, monkeypatch):
+    """Dropout of a tutorial's module, a callback's count and an own optimizer's state go on where they stopped."""
+    monkeypatch.syspath_prepend(HERE)
+
+    class StopAt(jaxmodels.Callback):
+        def on_step(self, run, step, metrics):
+            if step == 70 and not run.resumed:
+                raise Interrupted("SIGTERM")
+
+    config = jaxmodels.load_config(str(HERE / "own_config.py"), {"callbacks": ({"name": "own_callback:StopWhenGood", "metric": "top_k", "above": 2.0},)})
+    jaxmodels.train(config, str(tmp_path / "whole"), quiet=True)
+    with pytest.raises(Interrupted):
+        jaxmodels.train(config, str(tmp_path / "cut"), quiet=True, callbacks=[StopAt()])
+    jaxmodels.train(config, str(tmp_path / "cut"), quiet=True)
+    one, other = ([{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(tmp_path / name).metrics()] for name in ("whole", "cut"))
+    assert one == other
+
+
+def test_a_loss_of_your_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    config = small_configs.config(small_configs.CNN, task={"name": "classify", "loss": "own_loss:brier"}, optimizer__learning_rate=1e-2, training__steps=100)
+    result = jaxmodels.train(config, str(tmp_path / "x"), quiet=True)
+    assert result.metrics["test"]["accuracy"] > 0.8
+    probabilities = jaxmodels.load(str(tmp_path / "x")).predict({"image": np.zeros((2, 8, 8, 1), np.float32)})
+    assert probabilities.shape == (2, 10)
