@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py gpt_shakespeare --data_dir=DIR
     python benchmarks/overhead.py cnn_digits
+    python benchmarks/overhead.py cnn_digits --against=OLDER_CHECKOUT    # and the same run by another checkout, in turn
 
 The two run in turn, each in a process of its own, ROUNDS times; a figure is the median over the windows of LOG steps of
 a run, without the first, and the ratio is the median over the rounds. The plain loop is the shortest one that trains
@@ -28,15 +29,16 @@ CASES = {
 }
 
 
-def framework(name: str, data_dir: str | None) -> list[float]:
-    """Seconds a step in each window of one `jaxmodels train`."""
+def framework(name: str, data_dir: str | None, checkout: Path = ROOT) -> list[float]:
+    """Return the seconds a step in each window of one `jaxmodels train`, run from a checkout."""
     steps, window = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jaxmodels", "train", f"--config=configs/{name}.py", f"--workdir={folder}/run"]
         command += [f"--config.training={{'steps': {steps}}}", f"--config.log.every={window}", "--config.evaluation.every=None"]
         command += [f"--config.checkpoint.every={10 * steps}", "--config.checkpoint.best=None"]
         command += [f"--data_dir={data_dir}"] if data_dir else []
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
     return [1 / line["steps_per_second"] for line in lines if line["split"] == "train"][1:]
 
@@ -150,21 +152,28 @@ def main():
     parser.add_argument("name", choices=CASES)
     parser.add_argument("--data_dir", default=os.environ.get("JAXMODELS_DATA_DIR"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure the same run by another checkout too")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--allocator", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:
         print(json.dumps(run_plain(options.name, options.data_dir, options.allocator)))
         return
-    results = {"jaxmodels": [], "plain loop": [], "plain loop, same allocator": []}
+    others = {
+        "plain loop": lambda: plain(options.name, options.data_dir, False),
+        "plain loop, same allocator": lambda: plain(options.name, options.data_dir, True),
+    }
+    if options.against is not None:
+        others["other checkout"] = lambda: framework(options.name, options.data_dir, options.against.absolute())
+    results = {kind: [] for kind in ("jaxmodels", *others)}
     for _ in range(options.rounds):
         results["jaxmodels"].append(statistics.median(framework(options.name, options.data_dir)))
-        results["plain loop"].append(statistics.median(plain(options.name, options.data_dir, False)))
-        results["plain loop, same allocator"].append(statistics.median(plain(options.name, options.data_dir, True)))
+        for kind, measure in others.items():
+            results[kind].append(statistics.median(measure()))
     print(f"{options.name}: milliseconds a step, {options.rounds} rounds")
     for kind, times in results.items():
         print(f"  {kind:<27} median {1e3 * statistics.median(times):8.3f}  min {1e3 * min(times):8.3f}  max {1e3 * max(times):8.3f}")
-    for kind in ("plain loop", "plain loop, same allocator"):
+    for kind in others:
         ratios = [a / b for a, b in zip(results["jaxmodels"], results[kind], strict=True)]
         print(f"  jaxmodels / {kind}: median {statistics.median(ratios):.3f}  min {min(ratios):.3f}  max {max(ratios):.3f}")
 

@@ -18,7 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The metric that a config is judged by, where it is not the first of these that it has.
 METRICS = ("accuracy", "f1", "exact_match", "label_error_rate", "mse", "loss")
-OWN = {"gpt_text": "loss", "lstm_text": "loss", "moe_text": "loss", "gpt_shakespeare": "loss", "lstm_shakespeare": "loss"}
+OWN = {
+    "transcribe_digits": "label_error_rate",
+    "seq2seq_lstm": "exact_match",
+    "seq2seq_transformer": "exact_match",
+    "gpt_text": "loss",
+    "lstm_text": "loss",
+    "moe_text": "loss",
+    "gpt_shakespeare": "loss",
+    "lstm_shakespeare": "loss",
+}
 
 
 def train(name: str, seed: int, folder: Path, also: list[str]) -> Path:

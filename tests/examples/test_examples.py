@@ -76,6 +76,6 @@ def test_a_loss_of_your_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     config = small_configs.config(small_configs.CNN, task={"name": "classify", "loss": "own_loss:brier"}, optimizer__learning_rate=1e-2, training__steps=100)
     result = jaxmodels.train(config, str(tmp_path / "x"), quiet=True)
-    assert result.metrics["test"]["accuracy"] > 0.8
+    assert result.metrics["test"]["accuracy"] > 0.7
     probabilities = jaxmodels.load(str(tmp_path / "x")).predict({"image": np.zeros((2, 8, 8, 1), np.float32)})
     assert probabilities.shape == (2, 10)
