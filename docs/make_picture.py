@@ -1,6 +1,6 @@
 """Draws docs/run.svg: the terminal of a run of configs/cnn_digits.py, and its curves below.
 
-    python docs/make_picture.py
+python docs/make_picture.py
 """
 
 import io

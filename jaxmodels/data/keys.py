@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -51,7 +52,10 @@ def takes(
             if key in optional:
                 annotation, default = annotation | None, None
             if key in required:
-                annotation, default = typing.Union[tuple(hint for hint in typing.get_args(annotation) if hint is not type(None))], config_lib.REQUIRED
+                annotation, default = (
+                    functools.reduce(operator.or_, (hint for hint in typing.get_args(annotation) if hint is not type(None))),
+                    config_lib.REQUIRED,
+                )
             if only_names and int in typing.get_args(annotation) and key.endswith("_column"):
                 annotation = str | None if type(None) in typing.get_args(annotation) else str
             annotations[key] = annotation
@@ -77,8 +81,8 @@ def takes(
 def _documented(parts: tuple[type[Keys], ...]) -> dict[str, str]:
     """Return key -> its lines in the docstring of a part."""
     found = {}
-    for part in (base for part in parts for base in reversed(part.__mro__) if base.__doc__):
-        block = re.search(r"(?ms)^Attributes:\n(.*?)(?:\n\S|\Z)", inspect.getdoc(part))
+    for base in (base for part in parts for base in reversed(part.__mro__) if base.__doc__):
+        block = re.search(r"(?ms)^Attributes:\n(.*?)(?:\n\S|\Z)", inspect.getdoc(base))
         for entry in re.findall(r"(?m)^  \S.*(?:\n    .*)*", block[1]) if block else ():
             found |= {name.strip(): entry for name in entry.partition(":")[0].split(",")}
     return found

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,7 +34,7 @@ class Run:
         self._weights = (params, stats)
 
         def predict(params, stats, batch, key):
-            keys = keys_by_index(key, np.arange(len(jax.tree.leaves(batch)[0])))
+            keys = keys_by_index(key, jnp.arange(len(jax.tree.leaves(batch)[0])))
             return task.predict(functional.evaluation_model(graph, params, stats), batch, keys)
 
         self._predict = jax.jit(predict)

@@ -77,10 +77,9 @@ def with_default_stream(rngs: nnx.Rngs) -> nnx.Rngs:
 
 def accept_rngs(model: nnx.Module) -> nnx.Module:
     """Let a module be called with `rngs=`, which tasks pass, where its `__call__` has no such parameter. Changes the class of `model` in place."""
-    call = getattr(type(model), "__call__", None)
-    if call is None or isinstance(model, _AcceptsRngs):
+    if not callable(model) or isinstance(model, _AcceptsRngs):
         return model
-    parameters = inspect.signature(call).parameters.values()
+    parameters = inspect.signature(type(model).__call__).parameters.values()
     if not any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
         object.__setattr__(model, "__class__", _accepting(type(model)))
     return model

@@ -263,7 +263,8 @@ def _scan_forward(op: Op, mesh: Mapping[str, int]) -> None:
     for _ in range(3):
         _forward(body, mesh)
         pairs = list(zip(body.inputs[consts : consts + carries], body.outputs[:carries], strict=True))
-        if not any([_fill(inner, out.spec, mesh) for inner, out in pairs]):
+        changed = [_fill(inner, out.spec, mesh) for inner, out in pairs]  # all of them, not up to the first
+        if not any(changed):
             break
     for i, (inner, outer) in enumerate(zip(body.outputs, op.outputs, strict=True)):
         _fill(outer, inner.spec if i < carries else ((), *inner.spec), mesh)

@@ -502,8 +502,8 @@ def compiled(function, mesh, *arrays, options=None, **kwargs) -> str:
     return jax.jit(function, **kwargs).lower(*arrays).compile(compiler_options=options or {}).as_text()
 
 
-def array(mesh, shape, spec=P(), dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+def array(mesh, shape, spec=None, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P() if spec is None else spec))
 
 
 # 96 MB of the 128 MB on the chip for tiles, as the published recipes have it; with the compiler's own 16, v6e reads operands more often.

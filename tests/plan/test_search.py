@@ -116,7 +116,7 @@ def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
 
 
 def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
-    mesh = {axis: 1 for axis in ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor")}
+    mesh = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
     assert candidates.accumulations(decoder, mesh | {"data": 8}) == [1, 2, 4]  # of 4 rows a device
     assert candidates.accumulations(decoder, mesh | {"data": 4, "pipeline": 2}) == [1, 2, 4]
     # Batch normalisation and a mixture's load are over all rows of a part.

@@ -339,7 +339,7 @@ def test_a_blocked_tracker_delays_nothing(tmp_path, monkeypatch):
     assert blocked.entered.wait(10)
     for step in range(100):
         each(wrapped, "on_log", run, step, {"loss": 1.0})
-        wait_for(lambda: (step, {"loss": 1.0}) in healthy.calls)
+        wait_for(lambda step=step: (step, {"loss": 1.0}) in healthy.calls)
     before = list(run.warnings)
     each(wrapped, "on_end", run, None)
     assert time.monotonic() - began < 30  # three trackers, one time limit; a blocked call would never return

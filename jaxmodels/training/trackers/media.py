@@ -99,7 +99,7 @@ def encode(name: str, media: Any, kind: str, *, rate: int | None = None) -> list
         return [MediaFile(name, ".png", buffer.getvalue(), grid.shape)]
     if kind == "audio":
         names = [name] if len(media) == 1 else [f"{name}-{i}" for i in range(len(media))]
-        return [MediaFile(clip_name, ".wav", _wav(clip, int(rate)), clip.shape, int(rate)) for clip_name, clip in zip(names, media)]
+        return [MediaFile(clip_name, ".wav", _wav(clip, int(rate)), clip.shape, int(rate)) for clip_name, clip in zip(names, media, strict=True)]
     raise ValueError(f"media of kind {kind!r} have no file format")
 
 
