@@ -69,21 +69,17 @@ def test_links_lead_somewhere():
 
 
 def test_every_config_has_a_row_of_results():
-    readme = (ROOT / "README.md").read_text()
+    results = (ROOT / "docs" / "results.md").read_text()
     for path in HEADERS:
-        assert f"`{path.stem}`" in readme or "no result is claimed" in path.read_text(), path
+        assert f"`{path.stem}" in results or "no result is claimed" in path.read_text(), path
 
 
 def test_the_python_of_the_readme_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     os.symlink(ROOT / "configs", tmp_path / "configs")
-    # The second block makes GPT-2 itself: by shape is enough.
-    second = blocks[1].replace("create(", "nnx.eval_shape(lambda: create(").replace("nnx.Rngs(0))", "nnx.Rngs(0)))")
-    program = f"import numpy as np\nimages = np.zeros((2, 8, 8, 1), np.float32)\n{blocks[0]}\nassert probabilities.shape == (2, 10)\n{second}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) > 0.5
+    assert float(done.stdout.split()[-1]) > 0.8
 
 
 def test_the_task_of_ones_own_trains_and_its_metric_picks_the_best(tmp_path, monkeypatch):

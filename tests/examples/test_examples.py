@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small_configs
 from conftest import ROOT
+from flax import nnx
 
 import jaxmodels
 from jaxmodels.errors import Interrupted
@@ -28,6 +30,14 @@ def test_the_page_shows_the_files():
     assert sorted(blocks) == FILES
     for name, text in blocks.items():
         assert text == (HERE / name).read_text(), f"docs/extending.md: {name} differs from tests/examples/{name}"
+
+
+def test_models_stand_alone():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"```python\n(from flax import nnx\n.*?)```", page, re.S)
+    found = {}
+    exec(code.replace("create(", "nnx.eval_shape(lambda: create(").replace("nnx.Rngs(0))", "nnx.Rngs(0)))"), found)  # by shape is enough
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(found["model"], nnx.Param))) == 124_439_808  # of the published model
 
 
 def test_all_of_them_train_from_the_command_line(tmp_path):
