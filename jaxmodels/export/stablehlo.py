@@ -22,8 +22,6 @@ import numpy as np
 from jax import export as jax_export
 
 from jaxmodels.errors import ConfigError, optional_import
-from jaxmodels.inference import load
-from jaxmodels.models import functional
 from jaxmodels.pretrained import safetensors
 from jaxmodels.pretrained.folder import read_json, whole_folder
 
@@ -130,6 +128,7 @@ def export_stablehlo(run: str, output: str) -> Path:
     Raises:
       ConfigError: no such run, the folder is taken, or the model cannot be exported.
     """
+    from jaxmodels.inference import load
     from jaxmodels.runs import weights as weights_lib
 
     optional_import("flatbuffers", "export")
@@ -153,7 +152,7 @@ def export_stablehlo(run: str, output: str) -> Path:
 
 def _settled(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """The graph of a run's model as every platform can compute it, and the shapes of its parameters and statistics by path."""
-    from jaxmodels.models import attention, rnn
+    from jaxmodels.models import attention, functional, rnn
 
     attention.resolve_implementation(opened.model, "cpu")
     rnn.resolve_implementation(opened.model, "cpu")
@@ -163,6 +162,8 @@ def _settled(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
 
 def _export(opened: Any, graph: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[jax_export.Exported, dict, list[str]]:
     """The program, its inputs' shapes, and what of them had to be fixed."""
+
+    from jaxmodels.models import functional
 
     statistics = functional.flatten(functional.split(opened.model)[2])
 

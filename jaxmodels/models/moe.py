@@ -35,7 +35,7 @@ class Mixture:
     """Routing of tokens to experts.
 
     Attributes:
-      experts: E.
+      experts: number of experts, E.
       top_k: K; a token is routed to the experts with the largest probabilities.
       normalize: scale the weights of a token's experts to sum to 1, which is the softmax over the K largest
         logits (Mixtral, Qwen3-MoE). Otherwise they are the probabilities among all experts (Switch, OLMoE).

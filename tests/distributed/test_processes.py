@@ -250,7 +250,7 @@ jax.distributed.initialize("127.0.0.1:{free_port()}", 1, 0, cluster_detection_me
 print(json.dumps(use(utils.multihost.get_jax_distributed_client())), flush=True)
 os._exit(0)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(HELPERS), str(ROOT)))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(ROOT / "tests"), str(HELPERS), str(ROOT)))}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     answers = use(Store())

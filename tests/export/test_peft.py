@@ -292,7 +292,7 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     differs = error(lambda copy: None, lora={"rank": 3, "alpha": 6.0, "targets": ("attention/query", "mlp/up")})
     assert "blocks/0/mlp/up has an adapter here, none in" in differs and "embed has an adapter in" in differs
     assert "config.init_from.adapters=" in error(lambda copy: None, init_from=str(tmp_path), model={"name": "gpt"})
-    with pytest.raises(ConfigError, match="names no model that its adapters are for"):
+    with pytest.raises(ConfigError, match="lacks base_model_name_or_path, the model of its adapters"):
         _set(tmp_path / "0", base_model_name_or_path=None)
         load_model(f"hf:{tmp_path / '0'}")
     with pytest.raises(ConfigError, match="adapter_model.bin, a pickle"):

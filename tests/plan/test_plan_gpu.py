@@ -351,7 +351,7 @@ def test_a_step_is_compiled_without_a_gpu(name):
 @pytest.fixture(scope="module")
 def benchmark_script():
     """`benchmarks/plan_gpu.py`, which runs whole on a GPU alone."""
-    path = Path(__file__).parents[1] / "benchmarks" / "plan_gpu.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "plan_gpu.py"
     spec = importlib.util.spec_from_file_location("plan_gpu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

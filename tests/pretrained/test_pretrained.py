@@ -302,8 +302,8 @@ def test_every_device_reads_its_own_part(folder):
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         from jaxmodels.pretrained import weights as published
         from jaxmodels.pretrained.mapping import LazyParameter
-        section = random_pretrained.model_section("hf:{path}") | {{"scan": True}}
-        found = random_pretrained.locate("hf:{path}", section, [])
+        section = published.model_section("hf:{path}") | {{"scan": True}}
+        found = published.locate("hf:{path}", section, [])
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
         asked = []
         values = LazyParameter.values

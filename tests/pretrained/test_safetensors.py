@@ -196,9 +196,9 @@ def test_bad_folders_are_refused(sharded):
 
     (sharded / "copies").mkdir()
     assert "lacks b.safetensors, one of its 2 files" in error(lambda path: (path / "b.safetensors").unlink())
-    assert "promises c in b.safetensors, which does not hold it" in error(lambda path: index(path, {"a": "a.safetensors", "c": "b.safetensors"}))
+    assert "lists c in b.safetensors, which does not contain it" in error(lambda path: index(path, {"a": "a.safetensors", "c": "b.safetensors"}))
     swapped = error(lambda path: index(path, {"a": "b.safetensors", "b": "a.safetensors"}))
-    assert "promises a in b.safetensors, which does not hold it" in swapped
+    assert "lists a in b.safetensors, which does not contain it" in swapped
     for outside in ("../a.safetensors", str(sharded / "a.safetensors"), "sub/a.safetensors", "..", ""):
         assert f"names the file {outside!r}, which leaves the folder" in error(lambda path, outside=outside: index(path, {"a": outside}))
     assert "no weight_map" in error(lambda path: index(path, ["a"]))
