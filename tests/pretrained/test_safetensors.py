@@ -200,7 +200,7 @@ def test_bad_folders_are_refused(sharded):
     swapped = error(lambda path: index(path, {"a": "b.safetensors", "b": "a.safetensors"}))
     assert "lists a in b.safetensors, which does not contain it" in swapped
     for outside in ("../a.safetensors", str(sharded / "a.safetensors"), "sub/a.safetensors", "..", ""):
-        assert f"names the file {outside!r}, which leaves the folder" in error(lambda path, outside=outside: index(path, {"a": outside}))
+        assert f"names the file {outside!r}, which is outside the folder" in error(lambda path, outside=outside: index(path, {"a": outside}))
     assert "no weight_map" in error(lambda path: index(path, ["a"]))
     assert "no weight_map" in error(lambda path: index(path, {"a": 3}))
     assert "cannot be read as JSON" in error(lambda path: (path / "model.safetensors.index.json").write_text("{"))
@@ -212,6 +212,6 @@ def test_bad_folders_are_refused(sharded):
         for name in names:
             (path / name).write_bytes(b"\x80\x02}q\x00.")
 
-    assert "has its weights in pytorch_model.bin, a pickle, which may run any code" in error(lambda path: only(path, "pytorch_model.bin"))
+    assert "has its weights in pytorch_model.bin, a pickle" in error(lambda path: only(path, "pytorch_model.bin"))
     assert "model.ckpt, a pickle" in error(lambda path: only(path, "model.ckpt"))
     assert "there are no weights in it" in error(only)
