@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it was trained on and how, what it reached, and where it came from."""
+"""The model card of an export: architecture, results, training, lineage and config."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ _PIPELINES = {
 
 
 def model_card(folder: RunFolder, step: int, architecture: Architecture, config_json: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """The card, Markdown with the hub's front matter.
+    """Return the model card as Markdown with the Hugging Face hub's front matter.
 
     Args:
-      folder: of the run.
-      step: of the weights.
-      architecture: that it was exported as.
-      config_json: that it was exported with.
-      notes: what is otherwise there than here.
+      folder: the run folder.
+      step: the step of the weights.
+      architecture: the exported architecture.
+      config_json: the exported config.json.
+      notes: differences between the exported model and the run.
     """
     config, manifest = folder.config(), folder.manifest()
     task = config["task"]["name"]
@@ -41,7 +41,7 @@ def model_card(folder: RunFolder, step: int, architecture: Architecture, config_
     sections = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
         f"# {folder.path.name}",
-        f"A {architecture.name} ({config_json['architectures'][0]}) of {manifest['parameters']:,} parameters{_made(config, manifest, step)}.",
+        f"A {architecture.name} ({config_json['architectures'][0]}) of {manifest['parameters']:,} parameters{_origin(config, manifest, step)}.",
         _use(config_json["architectures"][0], task),
         "## Results\n\n" + _results(folder, step),
         "## Training\n\n" + _training(config, manifest),
@@ -53,10 +53,10 @@ def model_card(folder: RunFolder, step: int, architecture: Architecture, config_
     return "\n\n".join(sections) + "\n"
 
 
-def _made(config: Mapping, manifest: Mapping, step: int) -> str:
+def _origin(config: Mapping, manifest: Mapping, step: int) -> str:
     parents = manifest.get("parents", [])
     if parents and "model_type" in parents[0] and "taken" not in parents[0]:
-        return f", imported from {parents[0]['run']}, and not trained since"
+        return f", imported from {parents[0]['run']} and not trained since"
     return f", trained with jaxmodels: `{config['task']['name']}` on `{config['data']['source']}`, weights of step {step:,}"
 
 
@@ -75,7 +75,7 @@ def _results(folder: RunFolder, step: int) -> str:
         if lines:
             rows += [f"| {split} | {key} | {value:.6g} |" for key, value in lines[-1].items() if isinstance(value, float) and not key.startswith("_")]
     if not rows:
-        return "None was measured here."
+        return "No metrics were recorded."
     return "| split | metric | value |\n|---|---|---|\n" + "\n".join(rows)
 
 
@@ -96,4 +96,4 @@ def _lineage(folder: RunFolder) -> str:
         kind = f"pretrained weights ({parent['model_type']})" if "model_type" in parent else f"step {parent['step']}"
         counts = ", ".join(f"{len(parent[word])} {word}" for word in lineage.WORDS if parent.get(word))
         lines.append(f"- from {parent['run']}, {kind}" + (f": {counts}" if counts else ""))
-    return "\n".join(lines) or "Its weights began at random."
+    return "\n".join(lines) or "Trained from random initial weights."

@@ -1,6 +1,6 @@
-"""A run's adapters as PEFT keeps them; see `peft.py` for the format.
+"""Export a run's adapters in PEFT's format, which `pretrained/peft.py` describes.
 
-Shapes: R rank, D width in, F width out.
+Shapes: R rank, D input width, F output width.
 """
 
 import dataclasses
@@ -25,50 +25,50 @@ from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.weights import Stored
 
-_TASKS = {"gpt": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}  # an encoder's would have PEFT save its head, trained or not
-_INSTEAD = "Export the run with its adapters merged: jaxmodels export without --format=peft."
+_TASKS = {"gpt": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}  # none for encoders: PEFT would save their head, trained or not
+_INSTEAD = "Export the run with merged adapters: jaxmodels export without --format=peft."
 
 
 @dataclasses.dataclass
 class _Content:
-    """What is written.
+    """Content of an adapter folder.
 
     Attributes:
-      tensors: by name.
-      modules: those with an adapter -> its rank.
-      saved: modules that were trained whole.
-      turned: matrices there lie as ours do.
-      tied: the embedding is the output layer too, whose adapter says the same again.
+      tensors: tensor name -> array.
+      modules: name of an adapted module -> rank of its adapter.
+      saved: names of fully trained modules (PEFT's `modules_to_save`).
+      fan_in_fan_out: whether PEFT's model stores matrices as [in, out], as ours does.
+      tied: whether the output layer is the embedding; its adapter is then written for both.
     """
 
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     modules: dict[str, int] = dataclasses.field(default_factory=dict)
     saved: list[str] = dataclasses.field(default_factory=list)
-    turned: bool = False
+    fan_in_fan_out: bool = False
     tied: bool = False
 
 
 def export_adapters(run: str, output: str) -> Path:
-    """Writes the adapters of a run that began with pretrained weights, for `peft.PeftModel.from_pretrained` on that model.
+    """Write the adapters of a run that started from pretrained weights, for `peft.PeftModel.from_pretrained` on that model.
 
-    Other modules that it trained, such as a head, come with them whole (`modules_to_save`).
+    Other trained modules, such as a head, are written in full (`modules_to_save`).
 
     Args:
       run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
-      output: a folder that is not there yet, or empty. It appears when it is whole.
+      output: a folder that does not exist or is empty. It appears under its name once it is complete.
 
     Returns:
       The folder.
 
     Raises:
-      ConfigError: no such run; it has no adapters; it did not begin with pretrained weights; PEFT cannot say what was trained, and why; the
-        folder is taken.
+      ConfigError: the run does not exist, has no adapters or did not start from pretrained weights; PEFT cannot represent what was trained;
+        or the folder is not empty.
     """
     located = weights_lib.locate(run)
     folder = located.folder
     config = folder.config()
     if config["lora"] is None:
-        raise ConfigError(f"{folder.path} has no adapters (config.lora): export it without --format=peft.")
+        raise ConfigError(f"{folder.path} has no adapters (config.lora); export it without --format=peft.")
     lora, base = Lora(**config["lora"]), _base(folder)
     architecture = architecture_lib.load(base["model_type"])
     head = architecture.head_in(located.arrays)
@@ -84,18 +84,18 @@ def export_adapters(run: str, output: str) -> Path:
 
 
 def _base(folder: RunFolder) -> dict[str, str]:
-    """The pretrained model that a run began with, itself or through an import of it: its `name` and `model_type`."""
+    """Return `name` and `model_type` of the pretrained model that a run started from, directly or through an imported run."""
     parents = folder.manifest().get("parents", [])
     entry = parents[0] if parents else {}
     if len(parents) == 2 and entry.get("step") == 0 and parents[1].get("weights") == "published":
-        entry = parents[1]  # a run that jaxmodels import made
+        entry = parents[1]  # written by jaxmodels import
     if not is_pretrained(entry.get("run")):
-        problem = "did not begin with pretrained weights (init_from=hf:…), so there is no model that PEFT could add adapters to"
+        problem = "did not start from pretrained weights (init_from=hf:…), so PEFT has no base model for its adapters"
         raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
     name = entry["run"].removeprefix("hf:")
     path = entry.get("path") or os.path.abspath(os.path.expanduser(name))
     if os.path.isfile(os.path.join(path, CONFIG)):
-        problem = f"began with {entry['run']}, which is adapters merged into a model: that model alone is not what these adapters are for"
+        problem = f"started from {entry['run']}, a model with merged adapters; PEFT would load the base model without them"
         raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
     return {"name": path if os.path.isdir(os.path.expanduser(name)) else name, "model_type": entry["model_type"]}
 
@@ -113,17 +113,17 @@ def _content(architecture: Architecture, links: Sequence[Link], located: weights
             continue
         found.update(layers)
         if parts[0].form not in ("same", "transposed") or layers[0].endswith("/router"):
-            raise ConfigError(f"{located.name}: {layers[0]} has an adapter, and {name} is no layer that PEFT adapts. {_INSTEAD}")
+            raise ConfigError(f"{located.name}: {layers[0]} has an adapter, but PEFT cannot adapt {name}. {_INSTEAD}")
         module = name.removesuffix(".weight")
         if parts[0].ours.endswith("/embedding"):
             _add_table(content, architecture, module, layers[0], arrays, located.name)
         else:
-            content.turned |= parts[0].form == "same"
+            content.fan_in_fan_out |= parts[0].form == "same"
             a, b = _matrices(parts, layers, arrays, lora.rank)
             content.modules[module] = len(a)
             content.tensors |= {PREFIX + module + end: x for end, x in zip(MATRIX, (a, b), strict=True)}
     if lost := sorted(adapted - found):
-        raise ConfigError(f"{located.name}: {lost[0]} has an adapter, and there is no such layer in {architecture.name}. {_INSTEAD}")
+        raise ConfigError(f"{located.name}: {lost[0]} has an adapter, but {architecture.name} has no such layer. {_INSTEAD}")
     _add_saved(content, links, {path: arrays[path] for path in own if not path.endswith(ADAPTERS)}, located.name)
     return content
 
@@ -135,7 +135,10 @@ def _read(located: weights_lib.Located, paths: Iterable[str]) -> dict[str, np.nd
 
 
 def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two matrices [R, D] and [F, R] of a module, which is one of our layers, or several side by side."""
+    """Return the adapter matrices [R, D] and [F, R] of a PEFT module that corresponds to one or several of our layers.
+
+    Different adapters of several layers become one whose rank is their sum and whose second matrix is block-diagonal.
+    """
     pairs = []
     for link, layer in zip(parts, layers, strict=True):
         pairs.append(tuple(arrays[path][link.index].T if path in arrays else None for path in (f"{layer}/{name}" for name in ADAPTERS)))
@@ -151,22 +154,22 @@ def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str,
 
 
 def _add_table(content: _Content, architecture: Architecture, module: str, layer: str, arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """An embedding's adapter; and the output layer's, where that is the embedding."""
+    """Add an embedding's adapter, and the same for the output layer if it is tied."""
     if architecture.model == "encoder_decoder":
-        raise ConfigError(f"{where}: {layer} has an adapter, and {module} is shared by several modules there, whose adapters are not. {_INSTEAD}")
+        raise ConfigError(f"{where}: {layer} has an adapter, but PEFT does not share adapters between the modules that share {module}. {_INSTEAD}")
     a, b = (arrays[f"{layer}/{name}"].T for name in ADAPTERS)
     content.modules[module] = len(a)
     content.tensors |= {PREFIX + module + end: x for end, x in zip(TABLE, (a, b), strict=True)}
     if content.tied and layer == "embed":
         if architecture.model != "gpt":
-            problem = f"{layer} has an adapter, and is the output layer too, which PEFT does not adapt in {architecture.name}"
+            problem = f"{layer} has an adapter and is also the output layer, which PEFT does not adapt in {architecture.name}"
             raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
         content.modules["lm_head"] = len(a)
         content.tensors |= {f"{PREFIX}lm_head{end}": x for end, x in zip(MATRIX, (b.T, a.T), strict=True)}
 
 
 def _add_saved(content: _Content, links: Sequence[Link], arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """Modules of which something was trained beside the adapters, each whole."""
+    """Add the modules with trained parameters other than adapters, each in full."""
     theirs = mapping.by_theirs(links)
     modules = dict.fromkeys(link.theirs.rpartition(".")[0] for link in links if link.ours in arrays)
     for module in modules:
@@ -175,14 +178,14 @@ def _add_saved(content: _Content, links: Sequence[Link], arrays: Mapping[str, np
         bad = next((link for link in parts if link.ours not in arrays or link.part is not None or link.ours.endswith("/embedding")), None)
         if bad is not None or any("." in name.removeprefix(module + ".") for name in inside) or module in content.modules:
             trained = next(link.ours for link in links if link.ours in arrays and link.theirs.rpartition(".")[0] == module)
-            problem = f"{trained} was trained beside the adapters, which PEFT keeps by whole modules, and {module} is none that was"
+            problem = f"{trained} was trained in addition to the adapters; PEFT saves such modules in full, but {module} was not trained in full"
             raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
         content.saved.append(module)
         content.tensors |= {PREFIX + name: mapping.tensor_of(theirs[name], arrays) for name in inside}
 
 
 def _config(architecture: Architecture, links: Sequence[Link], content: _Content, lora: Lora, base: str) -> dict[str, Any]:
-    """The adapter_config.json."""
+    """Return the content of adapter_config.json."""
     alpha = lora.scale * lora.rank
     larger = {module: rank // lora.rank for module, rank in content.modules.items() if rank != lora.rank}
     every = {link.theirs.removesuffix(".weight") for link in links if link.ours.endswith(KINDS)}
@@ -199,7 +202,7 @@ def _config(architecture: Architecture, links: Sequence[Link], content: _Content
         "rank_pattern": {module: times * lora.rank for module, times in larger.items()},
         "alpha_pattern": {module: _whole(times * alpha) for module, times in larger.items()},
         "modules_to_save": content.saved or None,
-        "fan_in_fan_out": content.turned,
+        "fan_in_fan_out": content.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
@@ -211,7 +214,7 @@ def _whole(x: float) -> float | int:
 
 
 def shortest(chosen: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The ends of modules' names that mean all of `chosen`, and none else of `every`."""
+    """Return the shortest suffixes of module names that match all of `chosen` and nothing else in `every`."""
     chosen, ends = set(chosen), {}
     for module in sorted(chosen):
         names = module.split(".")

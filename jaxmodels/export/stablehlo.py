@@ -1,14 +1,14 @@
-"""A model's forward pass as StableHLO, by `jax.export`: a program that runs without the code that made it.
+"""Export a model's forward pass as StableHLO by `jax.export`: a program that runs without the model's code.
 
-    forward.stablehlo        the program, serialised: `jax.export.deserialize` reads it
-    parameters.safetensors   what it computes with, under the paths of the run's parameters and statistics
-    forward.json             how it is called
+    forward.stablehlo        the serialised program, for `jax.export.deserialize`
+    parameters.safetensors   its parameters and statistics, by their paths in the run
+    forward.json             how to call it
 
-The program is a function of two dictionaries, the parameters by path and the inputs by name, and gives what the model gives: logits,
-not probabilities. Any batch size will do, and any length up to the model's context where it reads a sequence. It was lowered for each
-of `PLATFORMS`, and is in the parameters' own precision, with the attention that every platform has.
+The program is a function of two dictionaries, the parameters by path and the inputs by name. It returns the model's output: logits, not
+probabilities. It accepts any batch size, and any sequence length up to the model's context. It is lowered for each of `PLATFORMS`, in the
+parameters' own precision, with the portable attention implementation.
 
-Only what writes it needs the rest of this package, which is why that is imported there.
+Loading an export does not need the rest of the package, so the writing functions import it themselves.
 """
 
 import json
@@ -29,14 +29,14 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, DESCRIPTION = "forward.stablehlo", "parameters.safetensors", "forward.json"
 _WHOLE_NUMBERS = ("tokens", "types", "source", "target")
 _MEANINGS = {
-    "tokens": "token numbers; -1 is padding",
-    "types": "kinds of tokens: 0 of a first text, 1 of a second",
-    "source": "token numbers; -1 is padding",
-    "target": "token numbers from the start token on; -1 is padding, after the tokens",
+    "tokens": "token ids; -1 is padding",
+    "types": "token types: 0 for the first text, 1 for the second",
+    "source": "token ids; -1 is padding",
+    "target": "token ids from the start token on; -1 is padding, after the tokens",
     "image": "values from 0 to 1",
-    "frames": "vectors, padding after them",
+    "frames": "feature vectors, followed by padding",
     "valid": "false at padding",
-    "past": "what is known",
+    "past": "past values",
 }
 
 
@@ -44,7 +44,7 @@ class Forward:
     """An exported forward pass with its parameters.
 
     Attributes:
-      description: what `forward.json` says.
+      description: content of `forward.json`.
     """
 
     def __init__(self, exported: jax_export.Exported, parameters: Mapping[str, jax.Array], description: Mapping[str, Any]):
@@ -52,13 +52,13 @@ class Forward:
         self._call = jax.jit(exported.call)
 
     def __call__(self, **inputs: Any) -> jax.Array:
-        """What the model gives.
+        """Return the model's output.
 
         Args:
-          inputs: arrays by name, as `description["inputs"]` lists them.
+          inputs: arrays by name, as listed in `description["inputs"]`.
 
         Raises:
-          ValueError: one is missing, unknown, of another type or shape, or too long.
+          ValueError: an input is missing, unknown, too long, or has another dtype or shape.
         """
         wanted = self.description["inputs"]
         if set(inputs) != set(wanted):
@@ -78,55 +78,55 @@ class Forward:
 
 
 def _fits(shape: tuple[int, ...], wanted: list[int | str], sizes: dict[str, int]) -> bool:
-    """Whether a shape is that of an input; names of sizes get their values in `sizes`."""
+    """Return whether a shape matches that of an input; bind the symbolic sizes in `sizes`."""
     if len(shape) != len(wanted):
         return False
     return all(sizes.setdefault(size, n) == n if isinstance(size, str) else size == n for size, n in zip(wanted, shape, strict=True))
 
 
 def _parameters(exported: jax_export.Exported) -> dict[str, Any]:
-    """Shapes of the parameters that a program is called with, by path."""
+    """Return the shapes of a program's parameters by path."""
     arguments, _ = exported.in_tree.unflatten(exported.in_avals)
     return arguments[0]
 
 
 def load_stablehlo(folder: str) -> Forward:
-    """An exported forward pass, ready to call: `forward(tokens=…)`. Needs jax, and no model's code.
+    """Load an exported forward pass, called as `forward(tokens=…)`. Needs only jax, not the model's code.
 
     Raises:
-      ConfigError: the folder holds none, or one that is damaged or not whole.
+      ConfigError: the folder holds no export, or a damaged or incomplete one.
     """
     path = Path(folder).expanduser().absolute()
     if missing := [name for name in (PROGRAM, PARAMETERS, DESCRIPTION) if not (path / name).is_file()]:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}: it is not what jaxmodels export --format=stablehlo writes.")
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; expected a folder written by jaxmodels export --format=stablehlo.")
     optional_import("flatbuffers", "export")
     description = read_json(path / DESCRIPTION)
     try:
         exported = jax_export.deserialize(bytearray((path / PROGRAM).read_bytes()))
-    except Exception as error:  # noqa: BLE001  flatbuffers and jaxlib raise their own
-        raise ConfigError(f"{path / PROGRAM} cannot be read by this version of jax ({jax.__version__}): {_line(error)}. Export it anew.") from error
+    except Exception as error:  # flatbuffers and jaxlib raise types of their own
+        raise ConfigError(f"{path / PROGRAM} cannot be read by jax {jax.__version__}: {_line(error)}. Export the model again.") from error
     tensors = safetensors.read_header(path / PARAMETERS)
     given, wanted = ({name: tuple(x.shape) for name, x in arrays.items()} for arrays in (tensors, _parameters(exported)))
     if given != wanted:
         differs = sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name))
-        raise ConfigError(f"{path}: {PARAMETERS} does not belong to {PROGRAM}: they differ in {differs[0]}. Export it anew.")
+        raise ConfigError(f"{path}: {PARAMETERS} does not match {PROGRAM}: they differ in {differs[0]}. Export the model again.")
     return Forward(exported, {name: jnp.asarray(tensor.view()) for name, tensor in tensors.items()}, description)
 
 
 def export_stablehlo(run: str, output: str) -> Path:
-    """Writes the forward pass of a run, or of a pretrained model, to a folder, which appears when it is whole.
+    """Write the forward pass of a run or a pretrained model to a folder, which appears under its name once it is complete.
 
-    Parameters are read from disk and written one at a time: a model need not fit into memory.
+    Parameters are copied one at a time, so the model need not fit into memory.
 
     Args:
       run: `RUN`, `RUN@best`, `RUN@latest`, `RUN@STEP`, or `hf:PATH_OR_ID`.
-      output: a folder that does not exist, or is empty.
+      output: a folder that does not exist or is empty.
 
     Returns:
       The folder.
 
     Raises:
-      ConfigError: no such run, the folder is taken, or the model cannot be exported.
+      ConfigError: the run does not exist, the folder is not empty, or the model cannot be exported.
     """
     from jaxmodels.inference import load
     from jaxmodels.runs import weights as weights_lib
@@ -134,7 +134,7 @@ def export_stablehlo(run: str, output: str) -> Path:
     optional_import("flatbuffers", "export")
     with whole_folder(output) as folder:
         opened = load.open_run(run)
-        graph, shapes = _settled(opened)
+        graph, shapes = _portable_graph(opened)
         exported, inputs, notes = _export(opened, graph, shapes)
         (folder / PROGRAM).write_bytes(exported.serialize())
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -150,8 +150,8 @@ def export_stablehlo(run: str, output: str) -> Path:
     return Path(output).expanduser().absolute()
 
 
-def _settled(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    """The graph of a run's model as every platform can compute it, and the shapes of its parameters and statistics by path."""
+def _portable_graph(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Return the model's graph with portable implementations, and the shapes of its parameters and statistics by path."""
     from jaxmodels.models import attention, functional, rnn
 
     attention.resolve_implementation(opened.model, "cpu")
@@ -161,8 +161,7 @@ def _settled(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
 
 
 def _export(opened: Any, graph: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[jax_export.Exported, dict, list[str]]:
-    """The program, its inputs' shapes, and what of them had to be fixed."""
-
+    """Return the exported program, the shapes of its inputs, and notes on sizes that had to be fixed."""
     from jaxmodels.models import functional
 
     statistics = functional.flatten(functional.split(opened.model)[2])
@@ -177,20 +176,20 @@ def _export(opened: Any, graph: Any, shapes: Mapping[str, jax.ShapeDtypeStruct])
         inputs = _inputs(opened, symbolic)
         try:
             return jax_export.export(jax.jit(forward), platforms=PLATFORMS)(dict(shapes), inputs), inputs, notes
-        except Exception as error:  # noqa: BLE001  what a model of any make raises when traced with lengths that are not known
+        except Exception as error:  # a user's model may raise anything when traced with symbolic lengths
             if not symbolic or not any("length" in str(x.shape) for x in inputs.values()):
-                raise ConfigError(f"{opened.config['model']['name']!r} cannot be exported with a batch of any size: {_line(error)}.") from error
-            notes.append(f"the length is fixed, since the model cannot be traced without knowing it: {_line(error)}")
+                raise ConfigError(f"{opened.config['model']['name']!r} cannot be exported with a symbolic batch size: {_line(error)}.") from error
+            notes.append(f"the sequence length is fixed, since tracing with a symbolic length failed: {_line(error)}")
     raise AssertionError("one of the two returned or raised")
 
 
 def _inputs(opened: Any, symbolic: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what the model is called with: any batch size, and any length where `symbolic`, else the context."""
+    """Return the shapes of the model's inputs, with a symbolic batch size; lengths are symbolic, or the context if not `symbolic`."""
     names = _input_names(opened)
     context = opened.config["model"].get("context")
     lengths = {name: f"{name}_length" if name in ("source", "target") else "length" for name in names}
     if not symbolic and context is None:
-        raise ConfigError(f"{opened.config['model']['name']!r} has no context, so there is no length to export it for.")
+        raise ConfigError(f"{opened.config['model']['name']!r} has no `context`, so no fixed sequence length to export with.")
     limits = [f"{length} <= {context}" for length in dict.fromkeys(lengths.values())] if context is not None and symbolic else []
     scope = jax_export.SymbolicScope(limits)
     inputs = {}
@@ -204,14 +203,14 @@ def _inputs(opened: Any, symbolic: bool) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _input_names(opened: Any) -> list[str]:
-    """What the model is called with: its positional arguments, and those others that its result depends on."""
+    """Return the names of the model's inputs: its positional arguments, and the optional ones that affect its output."""
     from jaxmodels import config as config_lib
 
     names = config_lib.positional(type(opened.model).__call__)[1:]
     if unknown := [name for name in names if name not in opened.task.batch]:
         raise ConfigError(
-            f"{opened.config['model']['name']!r} is called with {', '.join(names)}, but the data of {opened.config['task']['name']!r} has no "
-            f"{unknown[0]}: its shape is not known, so it cannot be exported."
+            f"{opened.config['model']['name']!r} takes {', '.join(names)}, but batches of {opened.config['task']['name']!r} have no "
+            f"{unknown[0]}: its shape is unknown, so the model cannot be exported."
         )
     if getattr(opened.model, "types", None) is not None:
         names.append("types")
@@ -219,7 +218,7 @@ def _input_names(opened: Any) -> list[str]:
 
 
 def _describe(opened: Any, exported: jax_export.Exported, inputs: Mapping, notes: list[str]) -> dict[str, Any]:
-    """What `forward.json` says."""
+    """Return the content of `forward.json`."""
     arguments = [*({"parameter": path} for path in sorted(_parameters(exported))), *({"input": name} for name in sorted(inputs))]
     config, context = opened.config, opened.config["model"].get("context")
     meanings = {name: _MEANINGS.get(name) for name in inputs}

@@ -1,4 +1,4 @@
-"""The tokenizer of a run as files that `transformers` reads."""
+"""Write the tokenizer of a run as files that `transformers` reads."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ _ROLES = {"unknown": "unk_token", "start": "bos_token", "end": "eos_token", "mas
 
 
 def tokenizer_of(folder: RunFolder) -> Tokenizer | None:
-    """The tokenizer of a run on text."""
+    """Return the tokenizer of a text run, or None."""
     return tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8")) if folder.tokenizer_file.is_file() else None
 
 
 def special_ids(tokenizer: Tokenizer, architecture: Architecture) -> dict[str, Any]:
-    """Keys of a config.json that name special tokens by number."""
+    """Return the keys of config.json with the ids of special tokens."""
     if isinstance(tokenizer, PretrainedTokenizer):
         return {key: value for key, value in tokenizer.config.items() if key.endswith("_token_id")}
     start, end = tokenizer.special("start"), tokenizer.special("end")
@@ -36,7 +36,7 @@ def special_ids(tokenizer: Tokenizer, architecture: Architecture) -> dict[str, A
 
 
 def write(folder: RunFolder, target: Path) -> list[str]:
-    """Writes a run's tokenizer into the folder of an export; returns notes on what is not the same there."""
+    """Write a run's tokenizer into an export folder; return notes on differences."""
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         return []
@@ -46,17 +46,17 @@ def write(folder: RunFolder, target: Path) -> list[str]:
         return []
     if isinstance(tokenizer, SentencePieceTokenizer):
         (target / "spiece.model").write_bytes(tokenizer.model_bytes())
-        return ["The tokenizer is a SentencePiece model (spiece.model), to be read with the sentencepiece library."]
+        return ["The tokenizer is a SentencePiece model (spiece.model); read it with the sentencepiece library."]
     converted = library.Tokenizer.from_str(tokenizer.to_json()) if isinstance(tokenizer, TokenizersTokenizer) else _convert(tokenizer)
     converted.save(str(target / "tokenizer.json"))
     named = {role: converted.id_to_token(i) for name, role in _ROLES.items() if (i := tokenizer.special(name)) is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return ["A word of a text that is spelled like a special token, such as <end>, is read as one there."] if isinstance(tokenizer, WordTokenizer) else []
+    return ["Unlike in jaxmodels, text spelled like a special token, such as <end>, is encoded as that token."] if isinstance(tokenizer, WordTokenizer) else []
 
 
 def _convert(tokenizer: CharacterTokenizer | ByteTokenizer | WordTokenizer) -> library.Tokenizer:
-    """Tokenizers of our own as ones of the `tokenizers` library, which give the same numbers."""
+    """Convert a tokenizer of this package to the `tokenizers` library, with the same ids."""
     if isinstance(tokenizer, ByteTokenizer):
         names = _bytes_by_character()
         vocabulary = {name: i for i, name in enumerate([*tokenizer.names, *names])}
@@ -80,7 +80,7 @@ def _convert(tokenizer: CharacterTokenizer | ByteTokenizer | WordTokenizer) -> l
 
 
 def _bytes_by_character() -> list[str]:
-    """The character that byte-level BPE writes for each byte (Radford et al. 2019): itself where it prints, else one from 256 on."""
+    """Return byte-level BPE's character for each byte (Radford et al. 2019): itself if printable, else one from code point 256 on."""
     printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""A run as a pretrained model: safetensors, config.json, tokenizer and a model card, which `transformers` loads as they are."""
+"""Export a run as a pretrained model that `transformers` loads: safetensors, config.json, tokenizer and model card."""
 
 import functools
 import json
@@ -25,29 +25,29 @@ from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-_AT_ONCE = 1 << 30  # bytes of parameters that are read together
+_BATCH_BYTES = 1 << 30  # maximum bytes of parameters read at once
 
 
 def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: float = 5.0) -> Path:
-    """Writes a run's weights (their moving average, where it kept one; adapters merged) as `transformers` lays them out.
+    """Write a run's weights (the EMA if the run keeps one) in the format of `transformers`, with adapters merged.
 
     Args:
       run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`.
-      output: a folder that is not there yet, or empty. It appears when it is whole.
-      dtype: of the weights: `float32`, `bfloat16` or `float16`; that of the files they were imported from if nothing was trained since,
-        else float32, unless given.
-      shard_gb: size of a file at most, in 10^9 bytes, where no tensor is larger.
+      output: a folder that does not exist or is empty. It appears under its name once it is complete.
+      dtype: dtype of the weights: `float32`, `bfloat16` or `float16`. The default is the published dtype for imported weights that were not
+        trained since, else float32.
+      shard_gb: maximum size of a file in 10^9 bytes; a larger tensor gets a file of its own.
 
     Returns:
       The folder.
 
     Raises:
-      ConfigError: no such run; the folder is taken; `transformers` has no such model, and why.
+      ConfigError: the run does not exist, the folder is not empty, or `transformers` has no such model; the message says why.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype={dtype}: there are {', '.join(DTYPES)}.")
+        raise ConfigError(f"--dtype={dtype}: it must be one of {', '.join(DTYPES)}.")
     if not shard_gb > 0:
-        raise ConfigError(f"--shard_gb must be above 0, got {shard_gb}.")
+        raise ConfigError(f"--shard_gb must be positive, got {shard_gb}.")
     located = weights_lib.locate(run)
     folder = located.folder
     config, manifest = folder.config(), folder.manifest()
@@ -70,14 +70,14 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
 
 
 def choose(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[Architecture, list[str]]:
-    """The architecture that a model is, and notes on what it does otherwise there.
+    """Return the `transformers` architecture of a model, and notes on differences in behaviour.
 
     Args:
       model: the `model` section of a resolved config.
-      manifest: of the run: what it started from is tried first.
+      manifest: the run's manifest; the architectures of its parents are tried first.
 
     Raises:
-      ConfigError: there is none; says what stands in the way of the nearest.
+      ConfigError: no architecture fits; the message lists the options that the nearest one does not support.
     """
     first = [parent["model_type"] for parent in manifest.get("parents", []) if "model_type" in parent]
     constructor = models.find(model["name"])[0]
@@ -91,23 +91,23 @@ def choose(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[Archi
             return architecture, _notes(model)
     if not misfits:
         raise ConfigError(
-            f"{model['name']!r} is no model that `transformers` has: there are {', '.join(ARCHITECTURES)}. "
+            f"{model['name']!r} has no equivalent in `transformers`; supported are {', '.join(ARCHITECTURES)}. "
             "--format=stablehlo exports the forward pass of any model."
         )
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     raise ConfigError(
-        f"`transformers` has no such model. The nearest is {nearest}, which has not {', '.join(misfits[nearest])}. "
+        f"`transformers` has no such model. The nearest is {nearest}, which does not support {', '.join(misfits[nearest])}. "
         "--format=stablehlo exports the forward pass of any model."
     )
 
 
 def _misfits(architecture: Architecture, model: Mapping) -> list[str]:
-    """What of a model's options an architecture cannot say, found by saying it and reading it back."""
+    """Return the model options that an architecture cannot represent, found by a round trip through its config.json."""
     try:
         keys = Keys(architecture.config(model) | {"model_type": architecture.name}, "config.json")
         back = architecture.options(keys, lambda: [] if model.get("tie_embeddings") else ["lm_head.weight"])
         keys.finish()
-    except StopIteration:  # no such activation there
+    except StopIteration:  # the architecture lacks this activation
         return [f"activation={model['activation']!r}", *_misfits(architecture, dict(model) | {"activation": "gelu"})]
     except (ConfigError, KeyError, TypeError) as error:
         return [str(error)]
@@ -118,7 +118,7 @@ def _misfits(architecture: Architecture, model: Mapping) -> list[str]:
 
 
 def _canonical(model: Mapping) -> dict:
-    """Options with what None stands for filled in."""
+    """Return options with the value that None stands for in place of None."""
     result = {key: list(value) if isinstance(value, tuple) else value for key, value in model.items()}
     for key, value in (("kv_heads", model.get("heads")), ("mlp_width", 4 * model.get("width", 0)), ("qkv_bias", model.get("bias"))):
         if key in result and result[key] is None:
@@ -134,7 +134,7 @@ def _canonical(model: Mapping) -> dict:
 
 def _notes(model: Mapping) -> list[str]:
     if model.get("moe") and model["moe"]["dispatch"] == "capacity":
-        return ["The experts of this model took a limited number of tokens each (dispatch='capacity'); in `transformers` they take all."]
+        return ["The model was trained with a limited number of tokens per expert (dispatch='capacity'); `transformers` has no such limit."]
     return []
 
 
@@ -143,11 +143,11 @@ def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, 
     missing = sorted(wanted - set(located.arrays))
     left = sorted(path for path in set(located.arrays) - wanted if not path.endswith(ADAPTERS))
     if missing or left:
-        raise ConfigError(f"{folder.path}: {(missing + left)[0]} is {'not in the run' if missing else 'nothing that `transformers` has'}.")
+        raise ConfigError(f"{folder.path}: {(missing + left)[0]} is {'missing from the run' if missing else 'not part of the model in `transformers`'}.")
 
 
 def _types(located: weights_lib.Located, manifest: Mapping, asked: str | None) -> dict[str, np.dtype]:
-    """path -> type of its tensors."""
+    """Return the dtype of the exported tensors by parameter path."""
     imported = next((parent for parent in manifest.get("parents", [])[:1] if "dtypes" in parent and "taken" not in parent), None)
     if asked is None and imported is not None:
         return {path: np.dtype(imported["dtypes"].get(path, imported["dtypes"][""])) for path in located.arrays}
@@ -155,7 +155,7 @@ def _types(located: weights_lib.Located, manifest: Mapping, asked: str | None) -
 
 
 def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale: float | None, types: Mapping[str, np.dtype]) -> dict[str, ToWrite]:
-    """name -> tensor. Parameters are read when a tensor of theirs is written, some at once, and let go of after."""
+    """Return the tensors to write by name. Their parameters are read in batches, when a tensor of the batch is written, and released after."""
     shapes = {path: tuple(stored.shape) for path, stored in located.arrays.items()}
     reader = _Reader(located, scale)
     tensors: dict[str, ToWrite] = {}
@@ -169,11 +169,11 @@ def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale:
 
 
 def _batches(groups: Iterable[Sequence[mapping.Link]], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[list[mapping.Link]]:
-    """Components together, up to so many bytes of parameters."""
+    """Group components into batches of at most `_BATCH_BYTES` of parameters."""
     batch, size = [], 0
     for group in groups:
         own = 4 * sum(int(np.prod(shapes[path])) for path in {link.ours for link in group})
-        if batch and size + own > _AT_ONCE:
+        if batch and size + own > _BATCH_BYTES:
             yield batch
             batch, size = [], 0
         batch = [*batch, *group]
@@ -182,18 +182,22 @@ def _batches(groups: Iterable[Sequence[mapping.Link]], shapes: Mapping[str, tupl
 
 
 class _Reader:
-    """Parameters of a run in memory, those of one batch at a time."""
+    """Reader of a run's parameters that holds one batch in memory."""
 
     def __init__(self, located: weights_lib.Located, scale: float | None):
-        """`scale` is that of the run's adapters, which are merged; None where it has none."""
+        """
+        Args:
+          located: location of the run's weights.
+          scale: scale of the run's adapters, which are merged; None without adapters.
+        """
         self.located, self.scale = located, scale
         self.batch: int | None = None
         self.arrays: dict[str, np.ndarray] = {}
 
     def tensor(self, batch: int, paths: Sequence[str], parts: Sequence[mapping.Link], dtype: np.dtype) -> np.ndarray:
-        """A tensor of a batch, whose parameters are `paths`."""
+        """Return a tensor of the batch with this index, whose parameters are `paths`."""
         if batch != self.batch:
-            self.arrays, self.batch = {}, batch  # the last ones go before others come
+            self.arrays, self.batch = {}, batch  # release the last batch before reading the next
             self.arrays = self._read(paths)
         return mapping.tensor_of(parts, self.arrays).astype(dtype)
 
@@ -238,7 +242,7 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
 
 
 def _write_processor(folder: Path, config: Mapping, info: Mapping) -> None:
-    """How images are prepared, where it is images."""
+    """Write the image preprocessing of an image run."""
     if "image_shape" not in info:
         return
     height, width, channels = info["image_shape"]

@@ -14,18 +14,18 @@ from jaxmodels.training.signals import StopSignals
 
 
 def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """Metrics of a run's weights (their moving average, where it kept one) on a split.
+    """Evaluate a run's weights (the EMA if the run keeps one) on a split of its data.
 
     Args:
-      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`; RUN alone is its best checkpoint where it kept one, else its latest.
-      split: of the run's data.
-      data, data_dir: as for `train`.
+      run: `RUN`, `RUN@best`, `RUN@latest` or `RUN@STEP`. `RUN` alone is its best checkpoint if it tracks one, else its latest.
+      split: name of a split of the run's data.
+      data, data_dir: as in `train`.
 
     Returns:
-      The metrics, with the `step` of the weights and the `seconds` it took.
+      The metrics, the `step` of the weights, and the `seconds` of the evaluation.
 
     Raises:
-      ConfigError: no such run, checkpoint or split.
+      ConfigError: the run, checkpoint or split does not exist.
     """
     located = weights_lib.locate(run)
     folder = located.folder
@@ -33,7 +33,7 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
         experiment = build_experiment(portable_config(folder.config()), data_dir=data_dir, data=data, trained_info=trained_info_of(folder))
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
-        # All devices there are, however many trained it; a padded batch may be larger than asked.
+        # Use all devices, whatever their number in training. Padding to a multiple of the devices can make a batch larger than configured.
         mesh = fitting_mesh(experiment.mesh, experiment.sharding, experiment.state_shapes())
         layout = sharding_lib.make_layout(mesh, experiment.sharding)
         ways = mesh_lib.batch_ways(mesh) * layout.microbatches

@@ -24,11 +24,11 @@ from jaxmodels.tokenizers import factory as tokenizers
 
 
 def load(run: str, *, spread: bool = False) -> Run:
-    """A run, or a pretrained model, ready to predict and to make texts; needs no data.
+    """Load a run or a pretrained model for prediction and generation. No data set is needed.
 
     Args:
-      run: as for `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the head that it was published with.
-      spread: over all devices, as the run's own mesh says; otherwise it lies on the first.
+      run: as in `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the published head.
+      spread: shard the weights over all devices by the run's own mesh; otherwise place them on the first device.
     """
     opened = open_run(run)
     graph, params, stats = functional.split(opened.model)
@@ -48,14 +48,14 @@ def load(run: str, *, spread: bool = False) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A run, or a pretrained model, none of whose weights are read yet.
+    """A run or a pretrained model whose weights are not read yet.
 
     Attributes:
-      config: resolved, without a wish for kernels that this machine may not have.
-      info: what its data said of itself.
-      task: what it learned.
-      model: the module, of shapes instead of arrays.
-      located: where its weights lie.
+      config: the resolved config, with accelerator-specific kernels replaced by portable ones.
+      info: description of the data set.
+      task: the task object.
+      model: the module, with shapes instead of arrays.
+      located: location of the weights.
     """
 
     config: dict[str, Any]
@@ -66,7 +66,7 @@ class Opened:
 
 
 def open_run(run: str) -> Opened:
-    """What `load` makes a `Run` of, for those that read the weights in their own way; arguments and errors as there."""
+    """Open a run without reading its weights, for callers that read them in another way; arguments and errors as in `load`."""
     if is_pretrained(run):
         config, info = pretrained_config(run)
     else:
@@ -83,19 +83,19 @@ def open_run(run: str) -> Opened:
 
 
 def fitting_mesh(sizes: mesh_lib.MeshSizes, sharding: sharding_lib.Sharding, shapes: state.TrainState) -> jax.sharding.Mesh:
-    """The run's own mesh, where it fits the devices that are here; else each of them has the whole model, which is said."""
+    """Return the run's own mesh if it fits the devices of this machine; else print a warning and return a mesh that replicates the model."""
     try:
         mesh = mesh_lib.make_mesh(sizes)
         sharding_lib.place_state(shapes, sharding, sharding_lib.make_layout(mesh, sharding))
         return mesh
     except ConfigError as error:
         mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes())
-        print(f"jaxmodels: the run's mesh does not fit here ({error}) Each of the {mesh.size} devices has the whole model.", file=sys.stderr)
+        print(f"jaxmodels: the run's mesh does not fit these devices ({error}) The model is replicated on each of the {mesh.size} devices.", file=sys.stderr)
         return mesh
 
 
 def portable_config(config: dict) -> dict:
-    """A run's config without its wish for an accelerator's own attention or recurrent kernel, which this machine may not have."""
+    """Return the config with accelerator-specific attention and recurrent kernels replaced by portable ones."""
     model = dict(config["model"])
     if model.get("attention") in ("cudnn", "splash"):
         model["attention"] = "auto"
@@ -105,10 +105,10 @@ def portable_config(config: dict) -> dict:
 
 
 def trained_info_of(folder: RunFolder) -> dict[str, Any]:
-    """What the data said of itself when the run was trained, with the run's own tokenizer."""
+    """Return the description of the data set that the run was trained on, with the run's own tokenizer."""
     info = folder.manifest().get("info")
     if info is None:
-        raise ConfigError(f"{folder.manifest_file} is missing or says nothing of the data: the run cannot be loaded.")
+        raise ConfigError(f"{folder.manifest_file} is missing or has no `info` of the data set: the run cannot be loaded.")
     if folder.tokenizer_file.is_file():
         info["tokenizer"] = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
     return info

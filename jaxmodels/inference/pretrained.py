@@ -1,4 +1,4 @@
-"""A pretrained model as a run that was never trained here: a config, what its data would have said, and as a run's folder."""
+"""Present a pretrained model as a run: its config, the description of its data set, and a run folder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,10 +22,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.
 
 
 def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The resolved config, and the `info` of a data set, that make a pretrained model with the head that it has.
+    """Return the resolved config and the data set `info` that build a pretrained model with its published head.
 
     Raises:
-      ConfigError: it has no head that is known here; the task needs a tokenizer, and the folder has none.
+      ConfigError: the head is unknown, or the task needs a tokenizer and the folder has none.
     """
     folder, architecture, _, _ = pretrained_lib.describe(reference)
     head = pretrained_lib.pretrained_head(folder, architecture)
@@ -47,14 +47,14 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
         elif architecture.model == "encoder_decoder":
             task["name"] = "seq2seq"
         if task["name"] in ("masked_lm", "seq2seq") and "tokenizer" not in info:
-            raise ConfigError(f"{folder.path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), which {task['name']} needs. Copy it there too.")
+            raise ConfigError(f"{folder.path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), which {task['name']} needs. Copy its files into the folder.")
     config = {"model": {"name": reference}, "task": task, "data": {"source": "arrays", "batch_size": 1}, "optimizer": {"name": "sgd"}}
     config["optimizer"]["learning_rate"] = 0.0
     return resolve(config | {"training": {"steps": 1}}), info
 
 
 def _normalisation(folder: folder_lib.Folder) -> dict[str, Any]:
-    """The mean and deviation that images were published with, as keys of the task."""
+    """Return the mean and standard deviation of the published image normalisation, as keys of the task."""
     file = folder.path / "preprocessor_config.json"
     values = folder_lib.read_json(file) if file.is_file() else {}
     keys = {"mean": values.get("image_mean"), "std": values.get("image_std")} if values.get("do_normalize", bool(values)) else {}
@@ -62,14 +62,14 @@ def _normalisation(folder: folder_lib.Folder) -> dict[str, Any]:
 
 
 def import_run(reference: str, output: str) -> RunFolder:
-    """Writes a pretrained model as the folder of a run: it is evaluated, generated from, exported, and started from like any.
+    """Write a pretrained model as a run folder, which can be evaluated, exported, generated from and used as `init_from`.
 
     Args:
       reference: `hf:FOLDER` or `hf:OWNER/NAME`.
-      output: a folder that holds no run.
+      output: a folder without a run.
 
     Raises:
-      ConfigError: as `pretrained_config` and `weights.locate_whole`; or the folder is taken.
+      ConfigError: as in `pretrained_config` and `weights.locate_whole`; or the folder holds a run.
     """
     folder = new_folder(output)
     config, info = pretrained_config(reference)
@@ -87,7 +87,7 @@ def import_run(reference: str, output: str) -> RunFolder:
     text = None if tokenizer is None else tokenizer.to_json()
     types = {path: stored.dtype.name for path, stored in located.arrays.items()}
     common = max(set(types.values()), key=list(types.values()).count)
-    entry["dtypes"] = {"": common} | {path: name for path, name in types.items() if name != common}  # for an export of the same bytes
+    entry["dtypes"] = {"": common} | {path: name for path, name in types.items() if name != common}  # so that an export writes the same bytes
     entry["token_ids"] = {key: value for key, value in pretrained.folder.config.items() if key.endswith("_token_id")}
     write_run(folder, config, arrays["params"], arrays["stats"], 0, info=info, tokenizer=text, parents=[entry])
     return folder

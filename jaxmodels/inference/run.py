@@ -1,4 +1,4 @@
-"""A trained run, loaded: predict, generate, stream."""
+"""A loaded run: predict, generate, stream."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,15 +17,15 @@ from jaxmodels.step.step import keys_by_index
 
 
 class Run:
-    """A trained run, loaded.
+    """A loaded run.
 
     Attributes:
       model: the Flax module with its weights, in evaluation mode.
-      task: what it learned.
-      config: resolved.
-      step: of the weights.
-      tokenizer: of a text run, or None.
-      layout: how the model is spread over devices; None for one.
+      task: the task object.
+      config: the resolved config.
+      step: the step of the weights.
+      tokenizer: the tokenizer of a text run, or None.
+      layout: sharding of the model over devices, or None for one device.
     """
 
     def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer, layout: Layout | None = None):
@@ -44,43 +44,46 @@ class Run:
 
         Args:
           batch: arrays with B rows, the model's inputs. Encode text with `run.tokenizer.encode`, and pad it with -1.
-          seed: of tasks that draw their predictions. The draws of a row depend on the seed and its number in the batch.
+          seed: random seed of tasks whose predictions are sampled. The samples of a row depend on the seed and the row's index in the batch.
 
         Returns:
-          By task: `classify`, of `image` [B, H, W, C], and `classify_text`, of `tokens` [B, T]: class probabilities [B, C].
-          `language_model`, of `tokens`: log-probabilities of what follows each [B, T, V]; `masked_lm`: of what is at each place.
-          `tag`, of `tokens`: the tags' numbers [B, T], names in `run.task.names`. `regress_text`, of `tokens`: numbers [B].
-          `seq2seq`, of `source` [B, S]: decoded tokens [B, U], which `run.task.text(row)` makes a text of.
-          `forecast`, of `past` [B, L, V]: [B, H, V].
+          By task:
+            `classify` from `image` [B, H, W, C], `classify_text` from `tokens` [B, T]: class probabilities [B, C].
+            `language_model` from `tokens`: log-probabilities of the next token at each position [B, T, V].
+            `masked_lm` from `tokens`: log-probabilities of the token at each position [B, T, V].
+            `tag` from `tokens`: tag indices [B, T]; their names are `run.task.names`.
+            `regress_text` from `tokens`: numbers [B].
+            `seq2seq` from `source` [B, S]: decoded tokens [B, U]; `run.task.text(row)` decodes a row to text.
+            `forecast` from `past` [B, L, V]: [B, H, V].
         """
         return jax.tree.map(np.asarray, self._predict(*self._weights, dict(batch), jax.random.key(seed)))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *, precision: str = "float32", **options: Any) -> list[Completion]:
-        """Texts that the model makes of prompts: what follows them, or of a `seq2seq` run what they become.
+        """Generate a completion for each prompt; a `seq2seq` run generates the target sequence of each source.
 
         Args:
-          prompts: a text or several, or lists of token numbers.
-          precision: of the computation, `float32` or `bfloat16`.
-          options: `max_tokens`, `temperature`, `top_k`, …, as `inference.generate.Options` has them.
+          prompts: one text or several, or lists of token ids.
+          precision: dtype of the computation, `float32` or `bfloat16`.
+          options: `max_tokens`, `temperature`, `top_k`, …; see `generation.generate.Options`.
 
         Raises:
-          ConfigError: this run makes no texts; a prompt that is empty or does not fit; options that mean nothing.
+          ConfigError: the task does not generate text; a prompt is empty or too long; an option is invalid.
         """
         return self._generator(precision).generate(prompts, **options)
 
     def stream(self, prompt: Prompt, *, precision: str = "float32", **options: Any) -> Iterator[str]:
-        """The text of one prompt, in pieces as they come; arguments as of `generate`."""
+        """Yield the completion of one prompt in pieces as they are generated; arguments as in `generate`."""
         return self._generator(precision).stream(prompt, **options)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  a run is kept as long as its texts are made
+    @functools.lru_cache(maxsize=2)  # noqa: B019  the cache keeps the last two runs alive, which is intended
     def _generator(self, precision: str) -> Generator:
         name = self.config["task"]["name"]
         if name not in ("language_model", "seq2seq"):
             raise ConfigError(
-                f"a run of the task {name!r} makes no texts, those of 'language_model' and 'seq2seq' do; "
-                "evaluate this one with jaxmodels evaluate, or ask jaxmodels.load(RUN).predict(batch)."
+                f"a run of the task {name!r} cannot generate text; only 'language_model' and 'seq2seq' can. "
+                "Use jaxmodels evaluate or jaxmodels.load(RUN).predict(batch)."
             )
         if precision not in functional.DTYPES:
-            raise ConfigError(f"precision is {' or '.join(functional.DTYPES)}, got {precision!r}.")
+            raise ConfigError(f"precision must be {' or '.join(functional.DTYPES)}, got {precision!r}.")
         own = {"start": self.task.start, "ends": (self.task.end,)} if name == "seq2seq" else {}
         return Generator(self.model, self.tokenizer, dtype=functional.DTYPES[precision], layout=self.layout, **own)

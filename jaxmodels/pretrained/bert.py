@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019), as `transformers` lays them out."""
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) in the format of `transformers`."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]], offset: int) -> dic
     keys.must("add_cross_attention", False, False)
     keys.must("position_embedding_type", "absolute", "absolute")
     keys.must("tie_word_embeddings", True, True)
-    keys.not_applied("attention_probs_dropout_prob", "no attention weights are dropped")
+    keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.ignore("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type")
     return {ours: keys.get(theirs) for ours, theirs in _SIZES.items()} | {
         "context": keys.get("max_position_embeddings") - offset,
@@ -47,7 +47,7 @@ def _config(options: Mapping) -> dict:
 
 
 def _constants(prefix: str, options: Mapping) -> dict[str, np.ndarray]:
-    """A model without kinds of tokens is one whose only kind adds nothing."""
+    """Return a zero token-type embedding for models without token types."""
     name = f"{prefix}.embeddings.token_type_embeddings.weight"
     return {} if options["types"] else {name: np.zeros((1, options["width"]), np.float32)}
 
@@ -75,7 +75,7 @@ def _bert_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
 
 
 def _roberta_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
-    keys.must("hidden_act", "gelu", "gelu")  # the head for tokens has it whatever the blocks have
+    keys.must("hidden_act", "gelu", "gelu")  # RoBERTa's masked-LM head uses GELU regardless of hidden_act
     return _options(keys, names, keys.get("pad_token_id", 1) + 1)
 
 

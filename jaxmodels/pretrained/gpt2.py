@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), as `transformers` lays it out: matrices as ours lie, and one for queries, keys and values together."""
+"""GPT-2 (Radford et al. 2019) in the format of `transformers`: matrices as [in, out] like ours, and one for queries, keys and values."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("scale_attn_weights", True, True)
     keys.must("scale_attn_by_inverse_layer_idx", False, False)
     keys.must("add_cross_attention", False, False)
-    keys.not_applied("attn_pdrop", "no attention weights are dropped")
+    keys.not_applied("attn_pdrop", "attention weights have no dropout")
     keys.ignore("reorder_and_upcast_attn", "n_ctx", "embd_pdrop", *(key for key in keys.values if key.startswith("summary_")))
     width = keys.get("n_embd")
     return {

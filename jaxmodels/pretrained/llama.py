@@ -1,4 +1,4 @@
-"""Llama 2 and 3 and those built like them, as `transformers` lays them out: Mistral, Qwen 2.5 and 3, and with experts Mixtral and Qwen3-MoE."""
+"""Llama 2 and 3, Mistral, Qwen 2.5 and 3, Mixtral and Qwen3-MoE in the format of `transformers`."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _SCALING = {  # ours -> theirs
 
 
 def _rotary(keys: Keys, base: float) -> dict:
-    """Base and scaling of rotary positions, as newer files (`rope_parameters`) and older ones (`rope_theta`, `rope_scaling`) say it."""
+    """Return base and scaling of rotary positions, from `rope_parameters` (newer files) or `rope_theta` and `rope_scaling` (older ones)."""
     values = dict(keys.get("rope_parameters", None) or keys.get("rope_scaling", None) or {})
     keys.ignore("rope_scaling")
     base = values.pop("rope_theta", keys.get("rope_theta", base))
@@ -30,7 +30,7 @@ def _rotary(keys: Keys, base: float) -> dict:
         _check_rotary(keys, values, "default", {})
         return {"rotary_base": float(base), "rotary_scaling": None}
     if kind not in _SCALING:
-        raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; there are default, {', '.join(_SCALING)}.")
+        raise ConfigError(f"{keys.where}: rope_type={kind!r} is not supported; it must be one of default, {', '.join(_SCALING)}.")
     names = _SCALING[kind]
     if kind == "yarn":
         values.setdefault("original_max_position_embeddings", keys.get("max_position_embeddings"))
@@ -44,11 +44,11 @@ def _check_rotary(keys: Keys, values: Mapping, kind: str, names: Mapping) -> Non
     harmless = {"partial_rotary_factor": 1.0, "truncate": True, unused: values.get(unused)}
     for key, value in values.items():
         if key not in names.values() and value is not None and harmless.get(key) != value:
-            raise ConfigError(f"{keys.where}: {key}={value!r} in the rotary positions ({kind}) changes what the model computes, and is not supported.")
+            raise ConfigError(f"{keys.where}: {key}={value!r} in the rotary positions ({kind}) changes what the model computes and is not supported.")
 
 
 def _window(keys: Keys, default: int | None) -> int | None:
-    """The window of all layers."""
+    """Return the attention window of all layers, or None."""
     window = keys.get("sliding_window", default)
     if not keys.get("use_sliding_window", keys.values.get("model_type") in ("mistral", "mixtral")):
         window = None
@@ -73,11 +73,11 @@ def _options(
     experts: str | None = None,
 ) -> dict:
     keys.must("hidden_act", "silu", "silu")
-    keys.not_applied("attention_dropout", "no attention weights are dropped")
+    keys.not_applied("attention_dropout", "attention weights have no dropout")
     keys.ignore("pretraining_tp")
     bias = keys.must("attention_bias", False, False, True)
     if bias != keys.must("mlp_bias", False, False, True):
-        raise ConfigError(f"{keys.where}: attention_bias={bias} and mlp_bias={not bias}: biases on one of them alone are not supported.")
+        raise ConfigError(f"{keys.where}: attention_bias={bias} and mlp_bias={not bias}: different values are not supported.")
     width, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
     options = {
         "context": keys.get("max_position_embeddings"),

@@ -1,11 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021) as PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, in and out.
+"""Low-rank adapters (Hu et al. 2021) in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What the tables say of a matrix, says where its adapter belongs: of `NAME.weight` it is `base_model.model.NAME.lora_A.weight`, our `lora_a`
-transposed, and `lora_B`; of an embedding `lora_embedding_A` and `lora_embedding_B`. Where several of our matrices are one there (GPT-2's
-queries, keys and values), an adapter of theirs is one of each of ours with the same `lora_a`; ours, which differ, are one adapter
-there whose rank is the sum of theirs, and whose `lora_B` has their blocks on its diagonal.
+The name of an adapter follows from the name of its matrix. For `NAME.weight`, PEFT has `base_model.model.NAME.lora_A.weight`, which is our
+`lora_a` transposed, and `lora_B.weight`; for an embedding, `lora_embedding_A` and `lora_embedding_B`.
 
-Shapes: R rank, D width in, F width out.
+Several of our matrices can be one matrix in PEFT's model (GPT-2's queries, keys and values). A PEFT adapter of it becomes one adapter for each
+of ours, with the same `lora_a`. Different adapters of ours become one PEFT adapter: its rank is the sum of their ranks, and its `lora_B` is
+block-diagonal.
+
+Shapes: R rank, D input width, F output width.
 """
 
 import dataclasses
@@ -28,16 +30,16 @@ from jaxmodels.pretrained.safetensors import Tensor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MATRIX, TABLE = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
-KINDS = ("kernel", "embedding")  # the last part of the paths of what has an adapter
+KINDS = ("kernel", "embedding")  # last path component of parameters that can have an adapter
 
-# Keys of an adapter_config.json that say nothing of what adapters compute, or what their tensors say anyway.
+# Keys of adapter_config.json that do not affect the computation, or that are read elsewhere or follow from the tensors.
 _HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "megatron_core"),
     *("qalora_group_size", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern"),
 }
-_PLAIN_STARTS = (True, None, "gaussian", "eva")  # of init_lora_weights: those that leave the model's own weights as they are
-_INSTEAD = "Merge the adapters into their model with PEFT (merge_and_unload), and import that."
+_PLAIN_STARTS = (True, None, "gaussian", "eva")  # values of init_lora_weights that do not change the base model's weights
+_INSTEAD = "Merge the adapters into their model with PEFT (merge_and_unload), and import the result."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Adapters:
     """Adapters on disk.
 
     Attributes:
-      path: their folder.
-      base: the model that they were trained for, as their config names it.
+      path: the folder.
+      base: name of the base model in the adapters' config.
       rank: R.
-      scale: that their products are multiplied with.
+      scale: factor on the product of the two matrices.
       modules: name of a module -> names of its two tensors.
-      tensors: by name.
-      tied: an embedding's adapter stands for the output layer's too.
+      tensors: tensors by name.
+      tied: whether an embedding's adapter applies to the output layer too.
     """
 
     path: Path
@@ -67,20 +69,20 @@ class Adapters:
 
 
 def read(directory: str) -> Adapters:
-    """The adapters in a folder, or on the hub (`hf:OWNER/NAME`); of tensors only headers are read.
+    """Open the adapters in a folder or on the hub (`hf:OWNER/NAME`); only headers of tensors are read.
 
     Raises:
-      ConfigError: there are none, they are a pickle or damaged, or have an option that makes them something else than products of two
-        matrices; names it.
+      ConfigError: there are no adapters, they are pickled or damaged, or an option makes them something other than a product of two
+        matrices; the message names it.
     """
     path = place(directory, weights=True) if is_pretrained(directory) else Path(directory).expanduser().absolute()
     if not (path / CONFIG).is_file():
-        raise ConfigError(f"{path} holds no adapters: it has no {CONFIG}.")
+        raise ConfigError(f"{path} is not a folder of adapters: it has no {CONFIG}.")
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise ConfigError(
-                f"{path} has its adapters in adapter_model.bin, a pickle, which may run any code when it is read; only {WEIGHTS} is. "
-                "Save them anew with safe_serialization=True."
+                f"{path} has its adapters in adapter_model.bin, a pickle, which can run arbitrary code when read; only {WEIGHTS} is supported. "
+                "Save them again with safe_serialization=True."
             )
         raise ConfigError(f"{path} has no {WEIGHTS}. Copy or download it.")
     config, where = read_json(path / CONFIG), path / CONFIG
@@ -89,7 +91,7 @@ def read(directory: str) -> Adapters:
     _check_options(config, where)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ConfigError(f"{where}: r={rank!r} and lora_alpha={alpha!r} are no rank and scale.")
+        raise ConfigError(f"{where}: r={rank!r} and lora_alpha={alpha!r}: r must be an integer of at least 1, and lora_alpha a number.")
     tensors = safetensors.read_header(path / WEIGHTS)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     adapters = Adapters(path, config.get("base_model_name_or_path"), rank, scale, _modules(tensors, path), tensors, _tied(config))
@@ -98,7 +100,7 @@ def read(directory: str) -> Adapters:
 
 
 def _tied(config: Mapping[str, Any]) -> bool:
-    """PEFT ties embeddings of this name alone."""
+    """Return whether PEFT ties the output layer's adapter: it does so only for embeddings named `embed_tokens`."""
     targets = config.get("target_modules")
     return bool(config.get("ensure_weight_tying")) and isinstance(targets, list) and any(name.split(".")[-1] == "embed_tokens" for name in targets)
 
@@ -106,10 +108,10 @@ def _tied(config: Mapping[str, Any]) -> bool:
 def _check_options(config: Mapping[str, Any], where: Path) -> None:
     start = config.get("init_lora_weights", True)
     if not (isinstance(start, bool) or start in _PLAIN_STARTS):
-        raise ConfigError(f"{where}: init_lora_weights={start!r} changes the model's own weights, and is not supported. {_INSTEAD}")
+        raise ConfigError(f"{where}: init_lora_weights={start!r} changes the base model's weights and is not supported. {_INSTEAD}")
     for key, value in config.items():
         if key not in _HARMLESS and key != "init_lora_weights" and value not in (None, False, "none", {}, []):
-            raise ConfigError(f"{where}: {key}={value!r} changes what the adapters compute, and is not supported. {_INSTEAD}")
+            raise ConfigError(f"{where}: {key}={value!r} changes what the adapters compute and is not supported. {_INSTEAD}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -126,21 +128,21 @@ def _modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[str, 
             continue
         module = name.removesuffix(pair[0]).removesuffix(pair[1])
         if other := next((module + end for end in pair if module + end not in tensors), None):
-            raise ConfigError(f"{path / WEIGHTS} has {name}, and no {other}. Copy or download it anew.")
+            raise ConfigError(f"{path / WEIGHTS} has {name} but no {other}. Copy or download it again.")
         modules[module.removeprefix(PREFIX)] = (module + pair[0], module + pair[1])
     if strange:
-        raise ConfigError(f"{path / WEIGHTS} has tensors that are no adapters: {_some(strange)}. {_INSTEAD}")
+        raise ConfigError(f"{path / WEIGHTS} has tensors that do not belong to adapters: {_some(strange)}. {_INSTEAD}")
     if not modules:
-        raise ConfigError(f"{path / WEIGHTS} has no adapters in it.")
+        raise ConfigError(f"{path / WEIGHTS} contains no adapters.")
     for module, (a, b) in modules.items():
         shapes = tensors[a].shape, tensors[b].shape
         if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
-            raise ConfigError(f"{path / WEIGHTS}: {a} is {list(shapes[0])} and {b} {list(shapes[1])}, which is no adapter of {module}.")
+            raise ConfigError(f"{path / WEIGHTS}: {a} is {list(shapes[0])} and {b} {list(shapes[1])}; an adapter of {module} needs [R, D] and [F, R].")
     return modules
 
 
 def _check_ranks(adapters: Adapters, config: Mapping[str, Any]) -> None:
-    """Every adapter has one rank and scale, but for those that `export_adapters` makes of several."""
+    """Check that all adapters have one rank and scale, except the block-diagonal ones that `export_adapters` writes."""
     where = adapters.path / CONFIG
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     for module in adapters.modules:
@@ -148,17 +150,17 @@ def _check_ranks(adapters: Adapters, config: Mapping[str, Any]) -> None:
         rank, alpha = found["rank_pattern"] or adapters.rank, found["alpha_pattern"] or config.get("lora_alpha", 8)
         if adapters.rank_of(module) != rank:
             name = adapters.modules[module][0]
-            raise ConfigError(f"{where}: {module} has the rank {rank}, but {name} is {list(adapters.tensors[name].shape)}.")
+            raise ConfigError(f"{where}: {module} has rank {rank}, but {name} has shape {list(adapters.tensors[name].shape)}.")
         if rank == adapters.rank and alpha == config.get("lora_alpha", 8):
             continue
         same = not config.get("use_rslora") and math.isclose(alpha / rank, adapters.scale)
         if rank % adapters.rank or not same or _blocks(adapters, module) is None:
             key = next(key for key in patterns if patterns[key])
-            raise ConfigError(f"{where}: {key}={patterns[key]!r}: adapters of several ranks or scales are not supported. {_INSTEAD}")
+            raise ConfigError(f"{where}: {key}={patterns[key]!r}: adapters of different ranks or scales are not supported. {_INSTEAD}")
 
 
 def _blocks(adapters: Adapters, module: str) -> int | None:
-    """How many adapters of rank R a larger one is made of, on the diagonal of its second matrix; None if it is not so made."""
+    """Return the number of rank-R blocks on the diagonal of an adapter's second matrix, or None if it is not block-diagonal."""
     a, b = (adapters.tensors[name].view() for name in adapters.modules[module])
     count = adapters.rank_of(module) // adapters.rank
     if b.shape[0] % count:
@@ -169,11 +171,11 @@ def _blocks(adapters: Adapters, module: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Adapters under our names.
+    """Adapters by parameter paths of our model.
 
     Attributes:
-      arrays: path of `lora_a` or `lora_b` -> how it is read.
-      matrices: path of the matrix beside -> the paths of the two.
+      arrays: path of `lora_a` or `lora_b` -> parameter, read lazily.
+      matrices: path of the adapted matrix -> paths of its `lora_a` and `lora_b`.
     """
 
     arrays: Mapping[str, LazyParameter]
@@ -181,16 +183,16 @@ class Placed:
 
 
 def under_our_names(adapters: Adapters, architecture: Architecture, links: Iterable[Link]) -> Placed:
-    """Where adapters belong in a model here.
+    """Map adapters to the parameter paths of our model.
 
     Args:
-      adapters: of `read`.
-      architecture: of the model that they are for.
-      links: of that model's parameters.
+      adapters: as `read` returns.
+      architecture: architecture of the base model.
+      links: mapping of the base model's parameters.
 
     Raises:
-      ConfigError: some are for modules that the model does not have, or that have none here; of some layers alone where layers are stacked;
-        of an embedding which is the output layer too, unless both are adapted.
+      ConfigError: an adapted module does not exist or cannot have an adapter; only some of the stacked layers have adapters; or an
+        embedding that is also the output layer has an adapter for one of the two uses only.
     """
     by_module = {link.theirs.removesuffix(".weight"): [] for link in links}
     for link in links:
@@ -204,23 +206,23 @@ def under_our_names(adapters: Adapters, architecture: Architecture, links: Itera
         if any(link.form not in ("same", "transposed") or link.ours.rpartition("/")[2] != KINDS[table] for link in group):
             strange.append(name)
     if strange:
-        raise ConfigError(f"{adapters.path}: there are no adapters here for {_some(strange)} of {architecture.name}. {_INSTEAD}")
+        raise ConfigError(f"{adapters.path}: adapters for {_some(strange)} of {architecture.name} are not supported. {_INSTEAD}")
     _check_tied(adapters, architecture, modules, output, by_module)
     parts: dict[str, tuple[list[Link], list[Link]]] = {}
     for name, pair in modules.items():
         for link in by_module.get(name, ()):
-            made = _adapter_links(adapters, name, pair, link)
-            for group, one in zip(parts.setdefault(link.ours, ([], [])), made or (), strict=False):
+            links_of_pair = _adapter_links(adapters, name, pair, link)
+            for group, one in zip(parts.setdefault(link.ours, ([], [])), links_of_pair or (), strict=False):
                 group.append(one)
     arrays, matrices = {}, {}
     for path, pair in parts.items():
         if not pair[0]:
-            continue  # one of several in one, which has none
+            continue  # its block of a block-diagonal adapter is zero: no adapter
         own = [link for link in links if link.ours == path]
         if len(pair[0]) != len(own):
             lacking = sorted({link.theirs.removesuffix(".weight") for link in own} - modules.keys())
-            cure = "with config.model.scan all layers have one, or none"
-            raise ConfigError(f"{adapters.path} has adapters of some layers alone, none of {lacking[0]}: {cure}.")
+            cure = "with config.model.scan, all layers or none must have one"
+            raise ConfigError(f"{adapters.path} has adapters for some layers only, none for {lacking[0]}: {cure}.")
         layer = path.rpartition("/")[0]
         matrices[path] = tuple(f"{layer}/{name}" for name in ADAPTERS)
         arrays |= {where: LazyParameter.of(group, adapters.tensors) for where, group in zip(matrices[path], pair, strict=True)}
@@ -228,14 +230,14 @@ def under_our_names(adapters: Adapters, architecture: Architecture, links: Itera
 
 
 def _named(adapters: Adapters, architecture: Architecture) -> dict[str, tuple[str, str]]:
-    """Modules as the class with a head names them."""
+    """Return the tensor names by module, with names of the base class (without a head) completed by its prefix."""
     prefix, names = architecture.prefix, adapters.modules
     lacks = prefix and not any(name.startswith(prefix) for name in names)
     return {prefix + name if lacks and name not in _outside(architecture) else name: pair for name, pair in names.items()}
 
 
 def _outside(architecture: Architecture) -> set[str]:
-    """Modules of heads."""
+    """Return the names of head modules, which have no prefix."""
     return {entry.theirs.removesuffix(".weight") for table in architecture.heads.values() for entry in table} | {"lm_head"}
 
 
@@ -245,29 +247,29 @@ def _check_tied(adapters: Adapters, architecture: Architecture, modules: Mapping
         return
     paths = {link.ours for group in by_module.values() for link in group}
     if architecture.model == "encoder_decoder":
-        raise ConfigError(f"{adapters.path}: {(*tables, *output)[0]} is shared by several modules there, whose adapters are not. {_INSTEAD}")
+        raise ConfigError(f"{adapters.path}: PEFT does not share the adapter of {(*tables, *output)[0]} between the modules that share it. {_INSTEAD}")
     shared = "output/kernel" not in paths and not any(path.startswith("head/output") for path in paths)
     same = _same(adapters, modules[tables[0]], modules[next(iter(output))]) if output and tables else adapters.tied
     if (shared and not same) or (output and not tables):
         name = (*tables, *output)[0]
-        raise ConfigError(f"{adapters.path}: {name} has an adapter of its own, but is embedding and output layer in one here. {_INSTEAD}")
+        raise ConfigError(f"{adapters.path}: {name} has a separate adapter, but is shared by the embedding and the output layer. {_INSTEAD}")
 
 
 def _same(adapters: Adapters, table: tuple[str, str], matrix: tuple[str, str]) -> bool:
-    """Whether an output layer's adapter is that of an embedding, which multiplies from the other side."""
+    """Return whether an output layer's adapter equals an embedding's, transposed."""
     (a, b), (c, d) = ([adapters.tensors[name].view() for name in pair] for pair in (table, matrix))
     return np.array_equal(c, b.T) and np.array_equal(d, a.T)
 
 
 def _adapter_links(adapters: Adapters, module: str, pair: tuple[str, str], link: Link) -> tuple[Link, Link] | None:
-    """Our two matrices beside the one of `link`, as parts of an adapter there; None if this adapter has none for it."""
+    """Return the links of `lora_a` and `lora_b` for the matrix of `link`, or None if this adapter is zero for it."""
     layer = link.ours.rpartition("/")[0]
     rank = adapters.tensors[pair[0]].shape[0]
     forms, parts = ["transposed", "transposed"], [None, link.part]
     if link.part is not None and rank != adapters.rank:
         i, n = link.part
         if rank != n * adapters.rank:
-            raise ConfigError(f"{adapters.path}: {module} has the rank {rank}, which are not {n} adapters of {adapters.rank}. {_INSTEAD}")
+            raise ConfigError(f"{adapters.path}: {module} has rank {rank}; expected {n} adapters of rank {adapters.rank}. {_INSTEAD}")
         if not np.any(adapters.tensors[pair[0]].view()[i * adapters.rank : (i + 1) * adapters.rank]):
             return None
         forms[1] = _rows(i, n)
@@ -277,14 +279,14 @@ def _adapter_links(adapters: Adapters, module: str, pair: tuple[str, str], link:
 
 
 def _rows(i: int, n: int) -> str:
-    """The form of the i-th of n blocks of columns, transposed."""
+    """Register and return the form that transposes a matrix and takes the i-th of n blocks of its rows."""
     name = f"rows{i}of{n}"
     FORMS[name] = (lambda x: x.swapaxes(-1, -2)[i * (x.shape[-1] // n) : (i + 1) * (x.shape[-1] // n)], lambda x: x.swapaxes(-1, -2))
     return name
 
 
 def section(adapters: Adapters, architecture: Architecture, links: Sequence[Link]) -> dict[str, Any]:
-    """The `lora` section of a config that adapters belong to."""
+    """Return the `lora` section of the config that matches adapters."""
     chosen = set(under_our_names(adapters, architecture, links).matrices)
     kinds: dict[str, set[str]] = {}
     for link in links:
@@ -298,17 +300,17 @@ def section(adapters: Adapters, architecture: Architecture, links: Sequence[Link
 
 
 def _kind(path: str) -> str:
-    """A path with any layer's number in it."""
+    """Return a pattern for a path with any layer number."""
     return re.sub(r"(?<=/)\d+(?=/|$)", r"\\d+", path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged(LazyParameter):
-    """A matrix with an adapter's product added to it as it is read.
+    """A matrix to which an adapter's product is added while reading.
 
     Attributes:
-      a, b: the adapter's.
-      scale: of its product.
+      a, b: the adapter's matrices.
+      scale: factor on their product.
     """
 
     a: LazyParameter
@@ -323,10 +325,10 @@ class Merged(LazyParameter):
 
 
 def merged(arrays: Mapping[str, LazyParameter], adapters: Adapters, placed: Placed) -> dict[str, LazyParameter]:
-    """Parameters with adapters merged into them.
+    """Return parameters with their adapters merged.
 
     Raises:
-      ConfigError: an adapter's sizes are not those of its matrix.
+      ConfigError: an adapter's shape does not match its matrix.
     """
     result = dict(arrays)
     for path, (a, b) in placed.matrices.items():
@@ -338,6 +340,6 @@ def merged(arrays: Mapping[str, LazyParameter], adapters: Adapters, placed: Plac
 
 
 def check_shape(path: str, shape: Sequence[int], a: str, a_shape: Sequence[int], b: str, b_shape: Sequence[int]) -> None:
-    """Raises ConfigError unless two matrices are an adapter of a third."""
+    """Raise ConfigError unless the shapes of `a` and `b` fit the matrix that they adapt."""
     if (*a_shape[:-1], b_shape[-1]) != tuple(shape) or a_shape[-1] != b_shape[-2]:
-        raise ConfigError(f"{path} is {tuple(shape)}, but its adapter is {a} {tuple(a_shape)} and {b} {tuple(b_shape)}: it is one of another model.")
+        raise ConfigError(f"{path} has shape {tuple(shape)}, but its adapter is {a} {tuple(a_shape)} and {b} {tuple(b_shape)}: wrong base model.")

@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al. 2015), as `transformers` lays it out."""
+"""ResNet v1.5 (He et al. 2015) in the format of `transformers`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.architecture import Architecture, Keys, linear
 from jaxmodels.pretrained.mapping import Entry
 
-_WIDER = {"basic": 1, "bottleneck": 4}  # than its width a block's output is
+_EXPANSION = {"basic": 1, "bottleneck": 4}  # ratio of a block's output width to its inner width
 
 
 def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
@@ -17,22 +17,22 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("downsample_in_first_stage", False, False)
     keys.must("downsample_in_bottleneck", False, False)
     keys.ignore("out_features", "out_indices", "stage_names")
-    block = keys.must("layer_type", "bottleneck", *_WIDER)
+    block = keys.must("layer_type", "bottleneck", *_EXPANSION)
     width, widths = keys.get("embedding_size"), keys.get("hidden_sizes")
-    if widths != [width * _WIDER[block] * 2**stage for stage in range(len(widths))]:
-        wanted = f"embedding_size={width} times {_WIDER[block]}, doubled at each stage"
-        raise ConfigError(f"{keys.where}: hidden_sizes={widths} are not {wanted}; no others are supported.")
+    if widths != [width * _EXPANSION[block] * 2**stage for stage in range(len(widths))]:
+        wanted = f"embedding_size={width} times {_EXPANSION[block]}, doubled at each stage"
+        raise ConfigError(f"{keys.where}: hidden_sizes={widths} is not supported; it must be {wanted}.")
     return {"stages": tuple(keys.get("depths")), "block": block, "width": width, "stem": "imagenet"}
 
 
 def _config(options: Mapping) -> dict:
-    widths = [options["width"] * _WIDER[options["block"]] * 2**stage for stage in range(len(options["stages"]))]
+    widths = [options["width"] * _EXPANSION[options["block"]] * 2**stage for stage in range(len(options["stages"]))]
     config = {"depths": list(options["stages"]), "layer_type": options["block"], "embedding_size": options["width"], "hidden_sizes": widths}
     return config | {"hidden_act": "relu", "num_channels": 3, "downsample_in_first_stage": False, "downsample_in_bottleneck": False}
 
 
 def _layers(options: Mapping) -> list[tuple[str, str]]:
-    """(ours, theirs) of each convolution with its normalisation."""
+    """Return (our path, their name) of each convolution with its normalisation."""
     pairs = [("first", "resnet.embedder.embedder")]
     names = {"basic": ("first", "second"), "bottleneck": ("first", "second", "third")}[options["block"]]
     number = 0
@@ -40,7 +40,8 @@ def _layers(options: Mapping) -> list[tuple[str, str]]:
         for layer in range(count):
             home = f"resnet.encoder.stages.{stage}.layers.{layer}"
             pairs += [(f"blocks/{number}/{name}", f"{home}.layer.{i}") for i, name in enumerate(names)]
-            # The first block of a stage changes its input's size or width; that of the first stage, its width if it is a bottleneck.
+            # The first block of a stage changes the size or width of its input, and so has a convolution on its shortcut. In the first stage
+            # only a bottleneck block changes the width.
             if layer == 0 and (stage > 0 or options["block"] == "bottleneck"):
                 pairs.append((f"blocks/{number}/shortcut", f"{home}.shortcut"))
             number += 1

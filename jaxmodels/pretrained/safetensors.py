@@ -1,7 +1,7 @@
-"""The safetensors format: eight bytes that say how long a header is, the header (JSON), and the tensors' bytes.
+"""The safetensors format: eight bytes with the length of the header, the header (JSON), and the tensors' bytes.
 
-Reads are lazy and by tensor: nothing but the header is read until a tensor is asked for, and then only the parts of it that are
-indexed. Writes are a tensor at a time. So neither ever holds a file in memory.
+Reads are lazy: opening a file reads its header, and indexing a tensor reads only the indexed part. Writes are one tensor at a time. So
+neither holds a whole file in memory.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
-      file: where.
-      offset: of its first byte in the file.
-      dtype, shape: of the array.
+      file: path of the file.
+      offset: offset of its first byte in the file.
+      dtype, shape: dtype and shape of the array.
     """
 
     file: Path
@@ -57,42 +57,42 @@ class Tensor:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def view(self) -> np.ndarray:
-        """The tensor as it lies in the file, read where it is indexed; the file stays open as long as the view lives."""
+        """Return a memory map of the tensor; indexing it reads from the file, which stays open while the view exists."""
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name.
+    """Return the tensors of a file by name.
 
     Raises:
-      ConfigError: it is cut off, or its header is no header or does not agree with the file.
+      ConfigError: the file is truncated, or its header is invalid or does not match the file.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ConfigError(f"{path} is no whole safetensors file: it has {size:,} bytes, and says that its header has {length:,}. {_AGAIN}")
+            raise ConfigError(f"{path} is not a complete safetensors file: it has {size:,} bytes, and its header should have {length:,}. {_AGAIN}")
         try:
             header = json.loads(file.read(length))
             if not isinstance(header, dict):
-                raise ValueError("it holds no names")
+                raise ValueError("it is not an object")
             header.pop("__metadata__", None)
             tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: the header is not that of a safetensors file ({str(error).splitlines()[0]}). {_AGAIN}") from error
+            raise ConfigError(f"{path}: invalid safetensors header ({str(error).splitlines()[0]}). {_AGAIN}") from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
-            raise ConfigError(f"{path}: the header lies about where {name} is: tensors overlap, or leave a gap before it. {_AGAIN}")
+            raise ConfigError(f"{path}: invalid offset of {name} in the header: it overlaps another tensor, or leaves a gap. {_AGAIN}")
         end += tensor.nbytes
     if end != size:
-        raise ConfigError(f"{path} is {'cut off' if end > size else 'too long'}: its header promises {end:,} bytes, it has {size:,}. {_AGAIN}")
+        raise ConfigError(f"{path} is {'truncated' if end > size else 'too long'}: expected {end:,} bytes by its header, found {size:,}. {_AGAIN}")
     return tensors
 
 
-_AGAIN = "Copy or download it anew."
+_AGAIN = "Copy or download it again."
 
 
 def _tensor(path: Path, name: str, entry: Mapping, start: int) -> Tensor:
@@ -103,16 +103,16 @@ def _tensor(path: Path, name: str, entry: Mapping, start: int) -> Tensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list)
     if not lists or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, *offsets)) or len(offsets) != 2:
-        raise ValueError(f"{name} has no proper shape and offsets: {shape}, {offsets}")
+        raise ValueError(f"{name} has an invalid shape or offsets: {shape}, {offsets}")
     tensor = Tensor(path, start + offsets[0], DTYPES[entry["dtype"]], tuple(shape))
     if offsets[1] - offsets[0] != tensor.nbytes:
-        raise ValueError(f"{name} {shape} of {entry['dtype']} takes {tensor.nbytes:,} bytes, its offsets leave {offsets[1] - offsets[0]:,}")
+        raise ValueError(f"{name} {shape} of {entry['dtype']} needs {tensor.nbytes:,} bytes, but its offsets span {offsets[1] - offsets[0]:,}")
     return tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class ToWrite:
-    """A tensor to be written: its form now, its values when its turn comes."""
+    """A tensor to be written; `values` is called when the tensor is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -124,7 +124,7 @@ class ToWrite:
 
 
 def write(path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> None:
-    """Writes a file; `values` are asked for in order, one tensor at a time. It appears under its name when it is whole."""
+    """Write a file, one tensor at a time in order. It appears under its name once it is complete."""
     header, end = {"__metadata__": dict(metadata)}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
@@ -137,13 +137,13 @@ def write(path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str
         for name, tensor in tensors.items():
             values = np.asarray(tensor.values())
             if values.shape != tensor.shape or values.dtype != tensor.dtype:
-                raise ValueError(f"{name}: {values.dtype} {values.shape}, but {tensor.dtype} {tensor.shape} was promised")
+                raise ValueError(f"{name}: expected {tensor.dtype} {tensor.shape}, got {values.dtype} {values.shape}")
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     os.replace(partial, path)
 
 
 def in_files(tensors: Mapping[str, ToWrite], largest: int) -> Iterable[dict[str, ToWrite]]:
-    """Tensors in groups of at most so many bytes, in order; one that is larger has a group to itself."""
+    """Group tensors, in order, into files of at most `largest` bytes; a larger tensor gets a group of its own."""
     group, size = {}, 0
     for name, tensor in tensors.items():
         if group and size + tensor.nbytes > largest:

@@ -1,4 +1,4 @@
-"""T5 v1.1 (Raffel et al. 2020; Shazeer 2020) and those of its form, such as Flan-T5 and mT5's, as `transformers` lays them out."""
+"""T5 v1.1 (Raffel et al. 2020; Shazeer 2020) and models of the same form, such as Flan-T5 and mT5, in the format of `transformers`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("feed_forward_proj", "relu", "gated-gelu")
     keys.must("dense_act_fn", "gelu_new", "gelu_new")
     keys.must("is_gated_act", True, True)
-    # Where nothing else is said, tied embeddings mean that the decoder's end is scaled, as in the first T5.
+    # Without the key, tied embeddings imply scaled decoder outputs, as in the first T5.
     keys.must("scale_decoder_outputs", keys.get("tie_word_embeddings", True), False)
     keys.must("relative_attention_num_buckets", 32, 32)
     keys.must("relative_attention_max_distance", 128, 128)

@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021), as `transformers` lays it out."""
+"""The Vision Transformer (Dosovitskiy et al. 2021) in the format of `transformers`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ _SIZES = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width"
 def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("hidden_act", "gelu", "gelu")
     keys.must("num_channels", 3, 3)
-    keys.not_applied("attention_probs_dropout_prob", "no attention weights are dropped")
+    keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.ignore("encoder_stride", "pooler_act", "pooler_output_size", "image_size")
     return {ours: keys.get(theirs) for ours, theirs in _SIZES.items()} | {
         "patch": keys.get("patch_size"),

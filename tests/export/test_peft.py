@@ -199,7 +199,7 @@ def test_an_embedding_that_is_the_output_layer_too(base, adapters, tmp_path):
     apart, _ = adapters("gpt2", target_modules=["wte"])
     other = config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(apart)})
     for use in (lambda: load_model(f"hf:{apart}"), lambda: begin(other, tmp_path / "other")):
-        with pytest.raises(ConfigError, match="transformer.wte has an adapter of its own, but is embedding and output layer in one here"):
+        with pytest.raises(ConfigError, match="transformer.wte has a separate adapter, but is shared by the embedding and the output layer"):
             use()
 
 
@@ -212,7 +212,7 @@ def test_a_head_trained_beside_the_adapters_goes_out_whole(base, tmp_path):
     assert sorted(json.loads((out / "adapter_config.json").read_text())["modules_to_save"]) == ["bert.pooler.dense", "classifier"]
     np.testing.assert_allclose(there("bert_classes", path, out), run(jaxmodels.load(str(tmp_path / "run")).model), atol=1e-4)
     config["training"]["trainable"] = ("head/", "^embed/")
-    with pytest.raises(ConfigError, match="embed/embedding was trained beside the adapters"):
+    with pytest.raises(ConfigError, match="embed/embedding was trained in addition to the adapters"):
         export_adapters(begin(config, tmp_path / "more"), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -234,12 +234,12 @@ def test_root_of_the_rank_as_scale(base, adapters, tmp_path):
         ({"lora_bias": True}, "lora_bias=True changes"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] changes"),
         ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] changes"),
-        ({"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 1}}, r"rank_pattern={'up_proj': 3}: adapters of several ranks or scales"),
-        ({"rank_pattern": {"q_proj": 2}}, "q_proj has the rank 2, but .* is .3, 32."),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the model's own weights"),
+        ({"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 1}}, r"rank_pattern={'up_proj': 3}: adapters of different ranks or scales"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 2, but .* has shape .3, 32."),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base model's weights"),
         ({"some_new_option": 1}, "some_new_option=1 changes"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; only LORA is"),
-        ({"r": "three"}, "r='three' and lora_alpha=6 are no rank and scale"),
+        ({"r": "three"}, "r='three' and lora_alpha=6: r must be an integer"),
     ],
 )
 def test_options_that_mean_something_else_are_refused_by_name(adapters, tmp_path, values, problem):
@@ -273,11 +273,11 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     assert "adapter_model.bin, a pickle" in error(pickled)
     assert "has no adapter_model.safetensors" in error(lambda copy: (copy / "adapter_model.safetensors").unlink())
     assert "it has no adapter_config.json" in error(lambda copy: (copy / "adapter_config.json").unlink())
-    assert "cut off" in error(lambda copy: (copy / "adapter_model.safetensors").write_bytes((copy / "adapter_model.safetensors").read_bytes()[:-4]))
-    assert f"has {query}A.weight, and no {query}B.weight" in error(
-        lambda copy: rewrite(copy, lambda t: {k: v for k, v in t.items() if k != f"{query}B.weight"})
+    assert "is truncated" in error(lambda copy: (copy / "adapter_model.safetensors").write_bytes((copy / "adapter_model.safetensors").read_bytes()[:-4]))
+    assert f"has {query}A.weight but no {query}B.weight" in error(lambda copy: rewrite(copy, lambda t: {k: v for k, v in t.items() if k != f"{query}B.weight"}))
+    assert f"tensors that do not belong to adapters: {query}magnitude" in error(
+        lambda copy: rewrite(copy, lambda t: t | {f"{query}magnitude": np.zeros(2, np.float32)})
     )
-    assert f"tensors that are no adapters: {query}magnitude" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}magnitude": np.zeros(2, np.float32)}))
     assert "is [3, 32] and" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}B.weight": np.zeros((32, 2), np.float32)}))
     narrow = error(lambda copy: rewrite(copy, lambda t: t | {f"{query}A.weight": np.zeros((3, 30), np.float32)}))
     assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) here, (30, 3) there" in narrow
@@ -285,7 +285,7 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
         "base_model.model.model.strange.lora_A.weight": np.zeros((3, 4), np.float32),
         "base_model.model.model.strange.lora_B.weight": np.zeros((4, 3), np.float32),
     }
-    assert "there are no adapters here for model.strange of llama" in error(lambda copy: rewrite(copy, lambda t: t | strange))
+    assert "adapters for model.strange of llama are not supported" in error(lambda copy: rewrite(copy, lambda t: t | strange))
     targets = ("attention/query", "mlp/down", "^embed$")
     assert "config.lora.rank=2, but" in error(lambda copy: None, lora={"rank": 2, "targets": targets})
     assert "alpha / rank = 1 here, by 2 in" in error(lambda copy: None, lora={"rank": 3, "targets": targets})
@@ -307,7 +307,7 @@ def test_runs_without_adapters_or_a_published_start_are_refused(base, tmp_path):
     model = {"name": "gpt", "layers": 1, "heads": 2, "width": 8, "context": 16}
     own = untrained_run({**config_of("gpt2", None), "model": model}, {"vocab_size": random_pretrained.VOCABULARY}, tmp_path / "own")
     on_a_run = begin(config_of("gpt2", own, model=model, lora={"rank": 2, "targets": ("query",)}), tmp_path / "on_a_run")
-    with pytest.raises(ConfigError, match="did not begin with pretrained weights"):
+    with pytest.raises(ConfigError, match="did not start from pretrained weights"):
         export_adapters(on_a_run, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

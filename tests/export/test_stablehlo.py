@@ -110,7 +110,7 @@ def test_what_needs_a_fixed_length_has_one_and_says_so(tmp_path):
         run = untrained_run(small_configs.config(one_layer, model__moe=mixture), INFO["gpt"], tmp_path / str(fixed))
         forward = load_stablehlo(export_stablehlo(run, str(tmp_path / f"{fixed}_exported")))
         assert forward.description["inputs"]["tokens"]["shape"] == ["batch", 16 if fixed else "length"]
-        assert ["the length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
+        assert ["the sequence length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
         tokens = np.random.default_rng(0).integers(0, 50, (3, 16), dtype=np.int32)
         model = jaxmodels.load(run).model
         np.testing.assert_allclose(forward(tokens=tokens), jax.jit(lambda x, model=model: model(x))(tokens), atol=1e-5)
@@ -144,7 +144,7 @@ def test_more_kinds_of_models(tmp_path, kind):
     forward = load_stablehlo(export_stablehlo(run, str(tmp_path / "exported")))
     assert list(forward.description["inputs"]) == names
     fixed = kind == "windows"  # of JAX's own attention
-    assert ["the length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
+    assert ["the sequence length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
     loaded = jaxmodels.load(run)
     for batch in (1, 3):
         random, inputs = np.random.default_rng(batch), {}
@@ -182,9 +182,9 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
             load_stablehlo(str(copy))
         return str(error.value)
 
-    assert "cannot be read by this version of jax" in damaged("forward.stablehlo", b"not a program")
-    assert "no whole safetensors file" in damaged("parameters.safetensors", b"short")
-    assert "does not belong to" in damaged("parameters.safetensors", (exported[1]["gpt"] / "parameters.safetensors").read_bytes())
+    assert "cannot be read by jax" in damaged("forward.stablehlo", b"not a program")
+    assert "not a complete safetensors file" in damaged("parameters.safetensors", b"short")
+    assert "does not match forward.stablehlo" in damaged("parameters.safetensors", (exported[1]["gpt"] / "parameters.safetensors").read_bytes())
     assert "cannot be read as JSON" in damaged("forward.json", b"{")
     with pytest.raises(ConfigError, match="lacks forward.stablehlo"):
         load_stablehlo(str(tmp_path))

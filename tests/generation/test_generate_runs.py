@@ -72,9 +72,9 @@ def test_what_cannot_be_is_one_line_and_status_2(run, tmp_path):
     assert command("generate", f"--workdir={tmp_path}/none", "--prompt=a")[0] == 2
     no_text = jaxmodels.load(run)
     no_text.config["task"]["name"] = "classify"
-    with pytest.raises(ConfigError, match="a run of the task 'classify' makes no texts.*jaxmodels evaluate"):
+    with pytest.raises(ConfigError, match="a run of the task 'classify' cannot generate text.*jaxmodels evaluate"):
         no_text.generate("ab")
-    with pytest.raises(ConfigError, match="precision is float32 or bfloat16, got 'float16'"):
+    with pytest.raises(ConfigError, match="precision must be float32 or bfloat16, got 'float16'"):
         jaxmodels.load(run).generate("ab", precision="float16")
 
 

@@ -328,11 +328,11 @@ def test_every_device_reads_its_own_part(folder):
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        ({"name": "gpt", "post_norm": True}, "nearest is gpt2, which has not post_norm=True"),
+        ({"name": "gpt", "post_norm": True}, "nearest is gpt2, which does not support post_norm=True"),
         ({"name": "gpt", "norm": "rms", "positions": "rotary", "bias": False, "activation": "geglu"}, "nearest is llama.*activation='geglu'"),
-        ({"name": "encoder", "pool": "mean"}, "nearest is bert, which has not pool='mean'"),
-        ({"name": "resnet18", "stem": "cifar"}, "nearest is resnet, which has not stem='cifar'"),
-        ({"name": "lstm"}, "'lstm' is no model that `transformers` has"),
+        ({"name": "encoder", "pool": "mean"}, "nearest is bert, which does not support pool='mean'"),
+        ({"name": "resnet18", "stem": "cifar"}, "nearest is resnet, which does not support stem='cifar'"),
+        ({"name": "lstm"}, "'lstm' has no equivalent in `transformers`"),
     ],
 )
 def test_what_transformers_has_not_is_refused(model, problem):
