@@ -1,14 +1,14 @@
-"""Cycles of splash attention's kernels on TPUs, by the compiler's own schedule of them; no TPU is needed.
+"""Print the cycles of splash attention's kernels on TPUs, by the compiler's schedule; no TPU is needed.
 
     python benchmarks/attention_kernels.py                          # every chip
-    python benchmarks/attention_kernels.py --chips=v5p --json=FILE  # one, and each kernel's figures
+    python benchmarks/attention_kernels.py --chips=v5p --json=FILE  # one chip, and a file with each kernel's figures
 
-Needs `pip install 'jaxmodels[plan]'`; 20 to 60 seconds a chip on two cores. A TPU's core executes one bundle of instructions a cycle. A schedule contains the
-waits for results, except for the matrix units, which may be given more than they can take: a block takes as many cycles as its bundles or its products,
-whichever are more. Waits for memory are not in it.
+Needs `pip install 'jaxmodels[plan]'`; takes 20 to 60 seconds a chip on two cores. A TPU core executes one bundle of instructions a cycle. A schedule contains
+the waits for results, except those of the matrix units, which can be issued more products than they can compute: a block takes as many cycles as its bundles
+or its products, whichever are more. Waits for memory are not included.
 
-Of a schedule, the loop over the grid is read: the branch inside it with matrix products is the block, the branches beside it are the beginning and end of a
-row of blocks, and the rest is around every block.
+The figures come from the loop over the grid. The branch in it with matrix products is the block, the other branches are the beginning and end of a row of
+blocks, and the rest is executed with every block.
 """
 
 import argparse
@@ -20,13 +20,22 @@ import tempfile
 from pathlib import Path
 
 TOPOLOGIES = {"v4": "v4-8", "v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
-SIZES = ((512, 128), (1024, 128), (512, 256))  # of a block, and of a head
+SIZES = ((512, 128), (1024, 128), (512, 256))  # (block size, head width)
 COMPUTE = 512  # keys that a block multiplies at once, as in `models.fused`
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one kernel: instructions of a block, around it, and of a row's beginning and end."""
+    """Instruction bundles of one kernel.
+
+    Attributes:
+      chip, kernel: names.
+      block: block size in queries and keys.
+      head_width: width of a head.
+      computed: bundles of a block's products.
+      step: other bundles of every block.
+      row: bundles at the beginning and end of a row of blocks.
+    """
 
     chip: str
     kernel: str
@@ -38,7 +47,7 @@ class Bundles:
 
 
 def compile_kernels(chip: str, block: int, head_width: int, fused: bool) -> None:
-    """The forward and backward pass of causal attention of two rows and two heads, two blocks long."""
+    """Compile the forward and backward pass of causal attention with two rows and two heads, two blocks long."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -65,9 +74,9 @@ def compile_kernels(chip: str, block: int, head_width: int, fused: bool) -> None
 
 
 def read_schedule(text: str) -> tuple[int, int, int]:
-    """Bundles of the final schedule of a kernel: of its block, around it, of a row's beginning and end."""
+    """Return `computed`, `step` and `row` of `Bundles` from a kernel's final schedule."""
     found = re.findall(r"(?ms)^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(.*?)(?=^\s*0x[0-9a-f]+\s+(?:[A-Z]{2})?\s*:|\Z)", text)
-    bundles = [instructions for _, instructions in found]  # their numbers count on from 0
+    bundles = [instructions for _, instructions in found]  # their numbers count from 0
     starts = {}
     for i, instructions in enumerate(bundles):
         for region in re.findall(r"(?:Start|Start/End empty) region (\d+)", instructions):
@@ -88,7 +97,7 @@ def read_schedule(text: str) -> tuple[int, int, int]:
 
 
 def measure(chip: str, folder: Path) -> list[Bundles]:
-    """All kernels of a chip; the compiler writes down its schedules in that folder."""
+    """Return the bundles of all kernels of a chip; the compiler writes its schedules to `folder`."""
     found = []
     for block, head_width in SIZES:
         for fused in (False, True):
@@ -104,18 +113,18 @@ def measure(chip: str, folder: Path) -> list[Bundles]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="of " + ", ".join(TOPOLOGIES))
-    parser.add_argument("--json", help="a file for each kernel's figures")
+    parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="comma-separated, of " + ", ".join(TOPOLOGIES))
+    parser.add_argument("--json", help="file to write each kernel's figures to")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # libtpu reads it once, when it is loaded.
+        # libtpu reads this variable once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
 
         jax.config.update("jax_enable_compilation_cache", False)
         found = [each for chip in options.chips.split(",") for each in measure(chip, Path(folder))]
-    print("| chip | kernel | block | head width | cycles of a block | around it | of a row's ends |\n|---|---|---|---|---|---|---|")
+    print("| chip | kernel | block | head width | cycles of a block | other cycles per block | cycles per row of blocks |\n|---|---|---|---|---|---|---|")
     for each in found:
         print(f"| {each.chip} | {each.kernel} | {each.block:,} | {each.head_width} | {each.computed:,} | {each.step:,} | {each.row:,} |")
     if options.json:

@@ -1,14 +1,13 @@
-"""One fine-tuning step of BERT-base: `jaxmodels` against `transformers` on PyTorch, the same sizes on the same CPU.
+"""Compare one fine-tuning step of BERT-base in `jaxmodels` and in `transformers` on PyTorch, with the same sizes on the same CPU.
 
     python benchmarks/bert_step.py
-    python benchmarks/bert_step.py --parts          # where the time of our step goes, too
+    python benchmarks/bert_step.py --parts          # and the parts of the jaxmodels step
 
-Forward, backward and AdamW on a batch of 16 sequences of 128 tokens with labels, float32, random weights, dropout as published. The two
-take turns in one process, ROUNDS times after one step each that is not counted; a figure is the median over the rounds, the ratio that of
-the rounds' ratios. PyTorch runs eagerly, with `transformers`' own choice of attention and the fused AdamW that its trainer takes.
+A step is forward, backward and AdamW on a batch of 16 labelled sequences of 128 tokens, in float32, with random weights and the published dropout. The
+two sides alternate in one process for ROUNDS rounds, after one uncounted step each. A figure is the median over the rounds; a ratio is the median of the
+rounds' ratios. PyTorch runs eagerly, with the attention that `transformers` selects and the fused AdamW of its trainer.
 
-`transformers` drops attention probabilities too (`attention_probs_dropout_prob`), which our models never do: both figures of it are given,
-with that and without.
+`transformers` also has attention dropout (`attention_probs_dropout_prob`), which jaxmodels does not have. It is measured with and without.
 """
 
 import argparse
@@ -28,15 +27,15 @@ CONFIG = {
 
 
 def batch(rows: int, length: int) -> dict[str, np.ndarray]:
-    """Tokens without padding, and labels."""
+    """Return a batch of tokens without padding, and labels."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, SIZES["vocab"], (rows, length), np.int32)
-    tokens[0, 0] = SIZES["vocab"] - 1  # the vocabulary is as large as its largest token
+    tokens[0, 0] = SIZES["vocab"] - 1  # sets the vocabulary size, which follows from the largest token
     return {"tokens": tokens, "label": (np.arange(rows) % 2).astype(np.int32)}
 
 
-class Ours:
-    """The compiled train step of a config."""
+class JaxStep:
+    """The compiled train step of a jaxmodels config."""
 
     def __init__(self, name: str, data: dict, changes: dict):
         import jax
@@ -56,14 +55,14 @@ class Ours:
         self.compiled = jax.jit(experiment.step_function(), donate_argnums=0).lower(self.state, self.batch, self.key).compile()
 
     def step(self) -> float:
-        """The loss."""
+        """Run one step and return the loss."""
         self.state, metrics = self.compiled(self.state, self.batch, self.key)
         total, weight = metrics["loss"]
         return float(total) / float(weight)
 
 
-class Theirs:
-    """The usual loop."""
+class TorchStep:
+    """The step of a usual PyTorch training loop."""
 
     def __init__(self, name: str, data: dict, **options):
         import torch
@@ -80,7 +79,7 @@ class Theirs:
         self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.from_numpy(data["label"].astype(np.int64))}
 
     def step(self) -> float:
-        """The loss."""
+        """Run one step and return the loss."""
         loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
@@ -89,14 +88,14 @@ class Theirs:
 
 
 def alternate(sides: list, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Of each side's step, round by round, the seconds it took and the processors' seconds, which other work beside it changes less."""
+    """Return (seconds, processor seconds) of each side's step by round. Other work on the machine affects the second less."""
     for side in sides:
         loss = side.step()
         assert np.isfinite(loss) and loss < 3, (side.name, loss)
     times = {side.name: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            time.sleep(0.2)  # threads of the other side that still spin are done by then
+            time.sleep(0.2)  # until the other side's threads stop spinning
             started, busy = time.perf_counter(), time.process_time()
             side.step()
             times[side.name].append((time.perf_counter() - started, time.process_time() - busy))
@@ -104,12 +103,12 @@ def alternate(sides: list, rounds: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def main():
-    """Prints seconds a step and ratios."""
+    """Print seconds a step and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--parts", action="store_true", help="our step without dropout, with the approximate GELU, and with plain SGD, too")
+    parser.add_argument("--parts", action="store_true", help="also measure the jaxmodels step without dropout, with the approximate GELU, and with plain SGD")
     options = parser.parse_args()
     import torch
 
@@ -118,28 +117,28 @@ def main():
     keep_freed_memory()
     data = batch(options.rows, options.length)
     sides = [
-        Ours("jaxmodels", data, {}),
-        Theirs("transformers", data),
-        Theirs("transformers, attention not dropped", data, attention_probs_dropout_prob=0.0),
+        JaxStep("jaxmodels", data, {}),
+        TorchStep("transformers", data),
+        TorchStep("transformers, no attention dropout", data, attention_probs_dropout_prob=0.0),
     ]
     if options.parts:
         sides += [
-            Ours("ours, no dropout", data, {"model.dropout": 0.0}),
-            Ours("ours, no dropout, GELU by tanh", data, {"model.dropout": 0.0, "model.activation": "gelu"}),
-            Ours(
-                "ours, no dropout, GELU by tanh, SGD",
+            JaxStep("jaxmodels, no dropout", data, {"model.dropout": 0.0}),
+            JaxStep("jaxmodels, no dropout, GELU by tanh", data, {"model.dropout": 0.0, "model.activation": "gelu"}),
+            JaxStep(
+                "jaxmodels, no dropout, GELU by tanh, SGD",
                 data,
                 {"model.dropout": 0.0, "model.activation": "gelu", "optimizer": {"name": "sgd", "learning_rate": 1e-3}},
             ),
-            Theirs("theirs, no dropout", data, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
+            TorchStep("transformers, no dropout", data, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         ]
     times = alternate(sides, options.rounds)
-    print(f"a step of BERT-base, {options.rows} x {options.length}, {options.rounds} rounds, {torch.get_num_threads()} threads")
+    print(f"one step of BERT-base, {options.rows} x {options.length}, {options.rounds} rounds, {torch.get_num_threads()} threads")
     for name, values in times.items():
         for unit, column in (("seconds", 0), ("processor seconds", 1)):
             own = [value[column] for value in values]
             ratio = statistics.median(a / b[column] for a, b in zip(own, times["jaxmodels"], strict=True))
-            print(f"  {name:<36} {unit:<18} median {statistics.median(own):6.2f}  min {min(own):6.2f}  max {max(own):6.2f}   {ratio:5.2f} of ours")
+            print(f"  {name:<41} {unit:<18} median {statistics.median(own):6.2f}  min {min(own):6.2f}  max {max(own):6.2f}   {ratio:5.2f} x jaxmodels")
 
 
 if __name__ == "__main__":

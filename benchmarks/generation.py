@@ -1,10 +1,10 @@
-"""Greedy generation beside `transformers` on the same CPU, in one run: GPT-2 124M with random weights, the same in both.
+"""Compare greedy generation with `transformers` on the same CPU, in one process: GPT-2 124M with the same random weights in both.
 
-    python benchmarks/generation.py                      # batch 1 and 8, prompts of 32 tokens, 128 new ones, float32
+    python benchmarks/generation.py                      # batches of 1 and 8, prompts of 32 tokens, 128 new ones, float32
     python benchmarks/generation.py --precision=bfloat16 --new=64
 
-Each side runs once to compile and warm up, then the two take turns, so that what else the machine does falls on both; the least time counts.
-`decode` is a second figure: new tokens a second without the reading of the prompts, from the difference to a call for one token.
+Each side runs once to compile and warm up. Then the two alternate, so that other load on the machine affects both; the figure is the minimum time.
+`decode` is a second figure: new tokens a second without prefill, from the difference to a call for one token.
 """
 
 import argparse
@@ -24,13 +24,13 @@ SIZES = {"gpt2": {}, "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_si
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="gpt2", help="gpt2, or tiny to try the script")
+    parser.add_argument("--size", choices=SIZES, default="gpt2", help="gpt2, or tiny for a quick test of the script")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens per prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens per prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of PyTorch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -44,21 +44,21 @@ def main() -> None:
 
 
 def compare(ours, theirs, batch: int, options) -> dict:
-    """Tokens a second of both, and ours over theirs."""
+    """Return tokens a second of both sides, and the ratio of jaxmodels to `transformers`."""
     prompts = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (batch, options.prompt))
 
     def run_ours(new):
-        made = ours.generate(prompts.tolist(), max_tokens=new, precision=options.precision)
-        return np.array([completion.tokens for completion in made])
+        completions = ours.generate(prompts.tolist(), max_tokens=new, precision=options.precision)
+        return np.array([completion.tokens for completion in completions])
 
     def run_theirs(new):
         with torch.inference_mode():
             given = torch.tensor(prompts)
             mask = torch.ones_like(given)
-            # Neither side ends before `new` tokens.
+            # Prevent an end before `new` tokens, on both sides.
             lengths = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
-            made = theirs.generate(given, attention_mask=mask, do_sample=False, **lengths)
-        return made[:, options.prompt :].numpy()
+            tokens = theirs.generate(given, attention_mask=mask, do_sample=False, **lengths)
+        return tokens[:, options.prompt :].numpy()
 
     texts = {name: run(options.new) for name, run in (("ours", run_ours), ("theirs", run_theirs))}
     seconds: dict[str, dict[int, float]] = {name: {options.new: np.inf, 1: np.inf} for name in texts}
@@ -66,7 +66,7 @@ def compare(ours, theirs, batch: int, options) -> dict:
         for name, run in (("ours", run_ours), ("theirs", run_theirs)):
             for new in (options.new, 1):
                 if new not in seconds[name] or seconds[name][new] == np.inf:
-                    run(new)  # a size of its own compiles
+                    run(new)  # compile this size
                 started = time.perf_counter()
                 run(new)
                 seconds[name][new] = min(seconds[name][new], time.perf_counter() - started)

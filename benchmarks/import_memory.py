@@ -1,20 +1,20 @@
-"""Host memory, and time, that the import of a pretrained model takes: a folder with layers of Llama 2 7B's sizes, in bfloat16.
+"""Measure the host memory and time that importing a pretrained model takes: a folder with layers of Llama 2 7B's sizes, in bfloat16.
 
     python benchmarks/import_memory.py --layers=13 --folder=/tmp/llama_shaped
 
-The folder is written shard by shard with random weights, and deleted afterwards. Each way of importing it runs in a process of its own:
+The folder is written file by file with random weights, and deleted afterwards. Each way of importing it runs in its own process:
 
-    load_model   `interop.pretrained.load_model`: a plain module with its weights
-    import_run   `jaxmodels import`: the folder of a run, its checkpoint written
-    init_from    the start of a training run from it, as `jaxmodels train` makes it, with SGD, whose state is empty
+    load_model   `pretrained.weights.load_model`: a plain module with its weights
+    import_run   `jaxmodels import`: a run folder with a checkpoint
+    init_from    the start of a training run, as in `jaxmodels train`, with SGD, which has no optimizer state
 
-What is measured is the process's peak resident memory less what it had with JAX started and nothing read. It should stay below the
-target's own size, its float32 parameters, plus 1.3 times the largest shard.
+The figure is the process's peak resident memory above that after starting JAX. It should stay below the size of the float32 parameters (the target)
+plus 1.3 times the largest file.
 
-Measured on two cores of a shared machine, with 13 layers: a target of 11.57 GB, shards of 0.99 GB, so a limit of 12.86 GB. `load_model`
-took 12.33 GB (22 s of a processor), `import_run` 11.66 GB (50 s, most of them for its checkpoint), `init_from` 11.73 GB (21 s). With 6
-layers, 5.91 GB, `init_from` and `import_run` took 21.9 GB and 8.8 GB before a run's start left out drawing what it reads, and an
-import wrote its checkpoint in chunks; now 5.97 GB and 6.23 GB.
+Measured on two cores of a shared machine, with 13 layers: the target is 11.57 GB, the largest file 0.99 GB, so the limit is 12.86 GB. `load_model` took
+12.33 GB (22 processor seconds), `import_run` 11.66 GB (50 s, mostly for its checkpoint), `init_from` 11.73 GB (21 s). With 6 layers, a target of 5.91 GB,
+`init_from` and `import_run` took 21.9 GB and 8.8 GB before a run's start stopped initialising parameters that it reads and an import wrote its checkpoint
+in chunks; now 5.97 GB and 6.23 GB.
 """
 
 import argparse
@@ -38,7 +38,7 @@ WIDTH, MLP, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 
 
 def tensors(layers: int, divisor: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, as `transformers` lays Llama out; widths divided by `divisor`."""
+    """Return names and shapes of Llama's tensors in the format of `transformers`, with widths divided by `divisor`."""
     width, mlp = WIDTH // divisor, MLP // divisor
     shapes = {"model.embed_tokens.weight": (VOCABULARY // divisor, width)}
     for layer in range(layers):
@@ -51,11 +51,11 @@ def tensors(layers: int, divisor: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_folder(folder: Path, layers: int, divisor: int, shard_gb: float) -> tuple[int, int]:
-    """A pretrained model's folder. Returns the bytes of its largest file, and of its parameters in float32."""
+    """Write a pretrained model's folder. Return the bytes of its largest file and of its parameters in float32."""
     random = np.random.default_rng(0)
 
     def values(shape):
-        # The bits of random numbers below 2 in magnitude: what they are does not matter, that they are no zeros does.
+        # Random bits of numbers below 2 in magnitude. Their values do not matter, but they must not be zeros.
         bits = random.integers(0, 2**16, shape, dtype=np.uint16)
         return (bits & np.uint16(0xBFFF)).view(ml_dtypes.bfloat16)
 
@@ -76,12 +76,12 @@ def write_folder(folder: Path, layers: int, divisor: int, shard_gb: float) -> tu
 
 
 def peak() -> int:
-    """Bytes this process had resident at most."""
+    """Return the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def import_model(way: str, folder: str, output: str) -> dict[str, float]:
-    """Imports a folder in this process. Returns the seconds, those of a processor, and bytes before and at the peak."""
+    """Import a folder in this process. Return seconds, processor seconds, and resident bytes before and at the peak."""
     import jax
     import jax.numpy as jnp
 
@@ -99,26 +99,26 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     jax.block_until_ready(jnp.zeros(8) + 1)
     reference, before, start, processor = f"hf:{folder}", peak(), time.perf_counter(), time.process_time()
     if way == "load_model":
-        kept = load_model(reference)
-        jax.block_until_ready(jax.tree.leaves(functional.split(kept)[1]))
+        model = load_model(reference)
+        jax.block_until_ready(jax.tree.leaves(functional.split(model)[1]))
     elif way == "import_run":
-        kept = import_run(reference, output)
+        import_run(reference, output)
     else:
         config = {"init_from": reference, "task": {"name": "language_model", "sample_length": 0}, "data": {"source": "arrays", "batch_size": 1}}
         config |= {"optimizer": {"name": "sgd", "learning_rate": 1e-3}, "training": {"steps": 1}}
-        rows = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]  # a source of arrays goes by its largest token
+        rows = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]  # a source of arrays takes its vocabulary size from its largest token
         experiment = build_experiment(config, data={"train": {"tokens": np.full((1, 9), rows - 1, np.int32)}})
         layout = sharding.make_layout(mesh.make_mesh(experiment.mesh), experiment.sharding)
         shapes = sharding.place_state(experiment.state_shapes(), experiment.sharding, layout)
         checkpoints = Checkpoints(RunFolder(output).checkpoints)
-        kept, *_ = state.start(experiment.on("cpu", layout), RunFolder(output), checkpoints, shapes, jax.random.key(0))
-        jax.block_until_ready(kept.params)
+        train_state, *_ = state.start(experiment.on("cpu", layout), RunFolder(output), checkpoints, shapes, jax.random.key(0))
+        jax.block_until_ready(train_state.params)
         checkpoints.close()
     return {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor, "before": before, "peak": peak()}
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:
-    """`import_model` in a process of its own."""
+    """Run `import_model` in a new process."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as output:
         command = [sys.executable, __file__, f"--child={way}", f"--folder={folder}", f"--output={output}/run"]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -126,11 +126,11 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=13, help="of 32 (default: 13, whose float32 parameters are 11.6 GB)")
-    parser.add_argument("--divisor", type=int, default=1, help="divides the widths, for a try")
-    parser.add_argument("--shard_gb", type=float, default=1.0, help="size of a file (default: 1)")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write it (default: a temporary folder)")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {','.join(WAYS)}")
+    parser.add_argument("--layers", type=int, default=13, help="number of layers, of Llama's 32 (default: 13, with 11.6 GB of float32 parameters)")
+    parser.add_argument("--divisor", type=int, default=1, help="divisor of the widths, for a quick test")
+    parser.add_argument("--shard_gb", type=float, default=1.0, help="maximum size of a file in GB (default: 1)")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write the model (default: a temporary folder)")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"comma-separated, of {','.join(WAYS)}")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -144,16 +144,16 @@ def main() -> None:
         shard, target = write_folder(folder, options.layers, options.divisor, options.shard_gb)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         seconds = time.perf_counter() - start
-        print(f"{options.layers} layers: {size / 1e9:.2f} GB of bfloat16, largest shard {shard / 1e9:.2f} GB; written in {seconds:.0f} s")
+        print(f"{options.layers} layers: {size / 1e9:.2f} GB of bfloat16, largest file {shard / 1e9:.2f} GB; written in {seconds:.0f} s")
         limit = target + 1.3 * shard
-        print(f"target, float32: {target / 1e9:.2f} GB; limit with 1.3 of the largest shard: {limit / 1e9:.2f} GB")
+        print(f"target, float32: {target / 1e9:.2f} GB; limit with 1.3 times the largest file: {limit / 1e9:.2f} GB")
         for way in options.ways.split(","):
             found = measure(way, folder)
             used = found["peak"] - found["before"]
             print(
-                f"{way:<11} {used / 1e9:6.2f} GB above the {found['before'] / 1e9:.2f} GB of the started process, "
-                f"{'under' if used <= limit else 'OVER'} the limit ({(used - target) / shard:+.2f} shards beside the target); "
-                f"{found['seconds']:.0f} s, of a processor {found['processor']:.0f} s, {size / 1e9 / found['seconds']:.2f} GB/s of the files"
+                f"{way:<11} {used / 1e9:6.2f} GB above the {found['before'] / 1e9:.2f} GB of the process before, "
+                f"{'under' if used <= limit else 'OVER'} the limit (target {(used - target) / shard:+.2f} files); "
+                f"{found['seconds']:.0f} s, {found['processor']:.0f} processor seconds, {size / 1e9 / found['seconds']:.2f} GB/s of the files"
             )
     finally:
         shutil.rmtree(folder)

@@ -1,9 +1,9 @@
-"""The analytic memory model beside the compiler's peak, for the large configs: bytes on a device, and what of them is what.
+"""Compare the analytic memory model with the compiler's peak memory for the large configs: bytes per device, and their parts.
 
     JAX_PLATFORMS=cpu python benchmarks/memory_model.py [CONFIG[:VARIANT] [TOPOLOGY]] …
 
-Each step takes a minute or two of two cores; those of `configs/` with the topologies that their meshes are for, unless others are given. A line in the end
-says how many are within a tenth.
+Each step takes one or two minutes on two cores. The default is the large configs of `configs/` with the topologies of their meshes. The last line gives
+the number of steps within a tenth.
 """
 
 import resource
@@ -53,7 +53,7 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(
             f"{name} | {place} | model {model.total / 1e9:.2f} GB in {modelled:.1f} s ({parts}) | compiler {peak / 1e9:.2f} GB in {step.record.seconds:.0f} s, "
-            f"{used:.1f} GB of the host at most | {model.total / peak - 1:+.1%}",
+            f"peak host memory {used:.1f} GB | {model.total / peak - 1:+.1%}",
             flush=True,
         )
     print(f"{near} of {len(steps)} within a tenth")

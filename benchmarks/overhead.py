@@ -1,14 +1,13 @@
-"""What the framework costs a step: `jaxmodels train` against a plain Flax and Optax loop of the same model.
+"""Measure the framework's overhead per step: `jaxmodels train` against a plain Flax and Optax loop with the same model.
 
     python benchmarks/overhead.py gpt_shakespeare --data_dir=DIR
     python benchmarks/overhead.py cnn_digits
-    python benchmarks/overhead.py cnn_digits --against=OLDER_CHECKOUT    # and the same run by another checkout, in turn
+    python benchmarks/overhead.py cnn_digits --against=OLDER_CHECKOUT    # also alternate with the same run by another checkout
 
-The two run in turn, each in a process of its own, ROUNDS times; a figure is the median over the windows of LOG steps of
-a run, without the first, and the ratio is the median over the rounds. The plain loop is the shortest one that trains
-the same: one jitted, donated step on plain arrays, batches cut from arrays in memory with NumPy, the loss read once a
-window. It is run as a plain program would be, and again with the allocator setting that `jaxmodels` makes
-(`jaxmodels/hardware/malloc.py`), since that alone changes the time of a step.
+The two alternate, each in a new process, for ROUNDS rounds. A run's figure is the median over its windows of LOG steps, without the first; a ratio is the
+median over the rounds. The plain loop is the shortest one with the same training: one jitted step with donated arguments on plain arrays, batches sliced
+from arrays in memory with NumPy, and the loss read once a window. It runs with the default allocator, and again with the allocator setting of `jaxmodels`
+(`jaxmodels/hardware/malloc.py`), which alone changes the step time.
 """
 
 import argparse
@@ -30,7 +29,7 @@ CASES = {
 
 
 def framework(name: str, data_dir: str | None, checkout: Path = ROOT) -> list[float]:
-    """Return the seconds a step in each window of one `jaxmodels train`, run from a checkout."""
+    """Run `jaxmodels train` from a checkout; return the seconds a step in each window."""
     steps, window = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jaxmodels", "train", f"--config=configs/{name}.py", f"--workdir={folder}/run"]
@@ -44,14 +43,14 @@ def framework(name: str, data_dir: str | None, checkout: Path = ROOT) -> list[fl
 
 
 def plain(name: str, data_dir: str | None, allocator: bool) -> list[float]:
-    """Seconds a step in each window of the plain loop, in a process of its own."""
+    """Run the plain loop in a new process; return the seconds a step in each window."""
     command = [sys.executable, __file__, name, "--plain"] + (["--allocator"] if allocator else [])
     command += [f"--data_dir={data_dir}"] if data_dir else []
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def plain_gpt(data_dir: str):
-    """Model, loss, optimizer and batches of configs/gpt_shakespeare.py, by hand."""
+    """Return model, loss, optimizer and batches of configs/gpt_shakespeare.py, without the framework."""
     import jax
     import numpy as np
     import optax
@@ -83,7 +82,7 @@ def plain_gpt(data_dir: str):
 
 
 def plain_cnn(_):
-    """Model, loss, optimizer and batches of configs/cnn_digits.py, by hand."""
+    """Return model, loss, optimizer and batches of configs/cnn_digits.py, without the framework."""
     import numpy as np
     import optax
     from flax import nnx
@@ -111,7 +110,7 @@ def plain_cnn(_):
 
 
 def run_plain(name: str, data_dir: str | None, allocator: bool) -> list[float]:
-    """The plain loop itself."""
+    """Run the plain loop in this process; return the seconds a step in each window."""
     import jax
     import numpy as np
     import optax
@@ -147,12 +146,12 @@ def run_plain(name: str, data_dir: str | None, allocator: bool) -> list[float]:
 
 
 def main():
-    """Runs all three in turn and prints their figures."""
+    """Run all kinds alternately and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=CASES)
     parser.add_argument("--data_dir", default=os.environ.get("JAXMODELS_DATA_DIR"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure the same run by another checkout too")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="also measure the same run by another checkout")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--allocator", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

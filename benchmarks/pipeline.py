@@ -1,18 +1,18 @@
-"""The bubble of a pipeline, as predicted and as measured: train steps of one batch, cut into more and more microbatches.
+"""Compare the predicted and measured bubble of a pipeline: train steps of one batch, split into more and more microbatches.
 
     python benchmarks/pipeline.py                  # four simulated devices on the CPU
-    python benchmarks/pipeline.py --stages=8       # on eight devices: real ones where there are as many
+    python benchmarks/pipeline.py --stages=8       # eight devices: real ones if there are as many
 
-A stage works at every turn, in the bubble on rows that nothing counts. So what a bubble costs can be seen as work too many,
-also on simulated devices that share a few cores, where no device can be seen to wait. The columns:
+A stage computes at every turn; in the bubble it computes rows that are discarded. So the bubble shows as additional work, even on simulated devices
+that share a few cores and never wait visibly. The columns:
 
     predicted    (S - 1) / (M + S - 1)
     operations   1 - (operations without a pipeline / operations with it): matrix products of the traced step, by hardware/flops.py;
-                 those outside the blocks are counted too, and are few
-    work         1 - (processor seconds of a step spread over `data` / those of a step as a pipeline), on the same devices: medians
-                 of steps taken in turn. It holds what else differs: sizes of products, loops, copies. Of simulated devices alone.
-    time         the same of seconds by the clock. On real devices: how long they are idle. On simulated ones, which share cores:
-                 again their work, and what else runs on the machine.
+                 includes the few products outside the blocks
+    work         1 - (processor seconds of a step sharded over `data` / those of a pipelined step), on the same devices: medians of
+                 alternating steps. Includes other differences: sizes of products, loops, copies. Simulated devices only.
+    time         the same for wall-clock seconds. On real devices, the idle share. On simulated devices, which share cores, their work
+                 again, and any other load of the machine.
 """
 
 import argparse
@@ -22,12 +22,12 @@ import time
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, default=4, help="S, and devices")
+    parser.add_argument("--stages", type=int, default=4, help="number of stages S, and of devices")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--rows", type=int, default=64, help="of a batch")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed, of each")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
     arguments = parser.parse_args()
 
     import jax
@@ -50,7 +50,7 @@ def main() -> None:
     from jaxmodels.parallel import pipeline
 
     print(f"{S} x {devices[0].device_kind}; {arguments.rows} rows of {arguments.length} tokens, width {arguments.width}")
-    print(f"data={S}: {clock[None]:.3f} s a step, {work[None]:.3f} s of processors")
+    print(f"data={S}: {clock[None]:.3f} s a step, {work[None]:.3f} processor seconds")
     print(f"{'microbatches':>12} {'turns':>6} {'predicted':>10} {'operations':>11} {'work':>6} {'time':>6} {'s a step':>9}")
     simulated = devices[0].platform == "cpu"
     for M, (_, operations) in steps.items():
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _step(arguments, devices, sizes: dict, microbatches: int):
-    """A function that makes one train step after the other on a mesh, and the operations of one."""
+    """Return a function that runs one train step after the other on a mesh, and the operations of one step."""
     import jax
 
     from jaxmodels.data.loader import TrainingBatches

@@ -1,13 +1,13 @@
-"""Predicted against measured peak memory and step time on the GPU that is here: GPT-2 and ResNet-50, bfloat16, random data.
+"""Compare predicted and measured peak memory and step time on this machine's GPU: GPT-2 and ResNet-50, bfloat16, random data.
 
     python benchmarks/plan_gpu.py
     python benchmarks/plan_gpu.py --steps=50 --models=gpt2
 
-Needs JAX with CUDA (`pip install 'jaxmodels[cuda]'`) and a GPU of `jaxmodels/hardware/chips.py`. `jaxmodels plan` is asked of one such GPU in a process of
-its own, which sees no device; then the same config's step runs in another process, on one batch again and again: the median of STEPS steps after three that
-are not counted, and the most bytes that JAX had in use. The targets are 5% of memory and 15% of time. Exit status 1 if one is missed.
+Needs JAX with CUDA (`pip install 'jaxmodels[cuda]'`) and a GPU of `jaxmodels/hardware/chips.py`. `jaxmodels plan` predicts for one such GPU in a process
+that sees no device. Then another process runs the same config's step repeatedly on one batch; the figures are the median of STEPS steps after three
+uncounted ones, and JAX's peak bytes in use. The targets are 5% of memory and 15% of time. The exit status is 1 if a target is missed.
 
-Never run yet: no GPU was at hand.
+It has not been run yet: no GPU was available.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def predict(config: dict, topology: str) -> dict:
-    """What `jaxmodels plan` says of a config, as its JSON."""
+    """Return the JSON of `jaxmodels plan` for a config."""
     with tempfile.TemporaryDirectory() as folder:
         file, answer = Path(folder) / "config.py", Path(folder) / "plan.json"
         file.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config!r})\n")
@@ -50,7 +50,7 @@ def predict(config: dict, topology: str) -> dict:
 
 
 def measure(config: dict, steps: int) -> dict:
-    """The same figures of the step as it runs on the first device of this process; memory is None where the device does not tell."""
+    """Run the step on the first device of this process; return the same figures. Memory is None if the device does not report it."""
     import jax
     import numpy as np
 
@@ -83,7 +83,7 @@ def measure(config: dict, steps: int) -> dict:
 
 
 def compare(name: str, predicted: dict, measured: dict) -> bool:
-    """Prints a line for each figure. Returns whether all are within their targets."""
+    """Print a line for each figure. Return whether all are within their targets."""
     within = True
     for figure, target in TARGETS.items():
         off = predicted[figure] / measured[figure] - 1
@@ -97,11 +97,11 @@ def compare(name: str, predicted: dict, measured: dict) -> bool:
 
 
 def main() -> int:
-    """Runs all models, each in its own processes."""
+    """Run all models, each in new processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--models", default=",".join(CONFIGS))
-    parser.add_argument("--measure", choices=list(CONFIGS), help="only run this step, and print what it took as JSON")
+    parser.add_argument("--measure", choices=list(CONFIGS), help="only run this model's step, and print its figures as JSON")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(CONFIGS[options.measure], options.steps)))
@@ -113,7 +113,7 @@ def main() -> int:
 
     chip = chip_of(kind)
     if chip is None or chip.platform != "gpu":
-        parser.error(f"the first device is {kind!r}, and no GPU of jaxmodels/hardware/chips.py")
+        parser.error(f"the first device is {kind!r}; it must be a GPU of jaxmodels/hardware/chips.py")
     good = True
     for name in options.models.split(","):
         predicted = predict(CONFIGS[name], f"{chip.name}x1")

@@ -1,12 +1,11 @@
-"""What pretraining is worth: fine-tuned against trained from scratch, the same steps on the same examples, several seeds.
+"""Compare fine-tuning with training from scratch: the same steps on the same examples, with several seeds.
 
     python benchmarks/pretraining.py bert_classify
     python benchmarks/pretraining.py bert_sst2 --data_dir=DIR
 
-Trains the parent, `runs/PARENT`, and then for each seed `configs/NAME.py`, which starts from it, and `configs/NAME.py:scratch`,
-which does not, in `runs/NAME-START-SEED`, below the working directory; what is done already is not done again. Prints the test
-accuracy of each at the step that was best on the validation split, and their means. The seed draws the new parameters, dropout
-and the order of examples; all seeds start from one parent and have one training set.
+Trains the parent, `runs/PARENT`. Then trains, for each seed, `configs/NAME.py`, which starts from it, and `configs/NAME.py:scratch`, which does not, in
+`runs/NAME-START-SEED` below the working directory. Finished runs are not repeated. Prints the test accuracy of each at the step with the best validation
+score, and the means. The seed determines the new parameters, dropout and the order of examples; all seeds share one parent and one training set.
 """
 
 import argparse
@@ -22,7 +21,7 @@ STARTS = {"fine-tuned": "", "scratch": ":scratch"}
 
 
 def train(config: str, run: str, *options: str) -> float | None:
-    """Trains, or goes on, or does nothing if it is done; returns the test accuracy, where there is one."""
+    """Train or resume a run, or do nothing if it is finished; return the test accuracy if there is one."""
     command = [sys.executable, "-m", "jaxmodels", "train", f"--config={ROOT}/configs/{config}", f"--workdir={run}", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -35,8 +34,8 @@ def train(config: str, run: str, *options: str) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=PARENTS)
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
-    parser.add_argument("--data_dir", help="the folder of real data sets")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
+    parser.add_argument("--data_dir", help="folder of the data sets")
     arguments = parser.parse_args()
     data = [f"--data_dir={arguments.data_dir}"] if arguments.data_dir else []
     parent = PARENTS[arguments.name]

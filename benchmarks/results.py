@@ -1,10 +1,9 @@
-"""Trains configs with several seeds and prints their results as rows of docs/results.md.
+"""Train configs with several seeds and print their results as rows of docs/results.md.
 
     python benchmarks/results.py cnn_digits forecast_linear --seeds=3 --output=results
     python benchmarks/results.py bert_sst2 --also=--config.init_from=runs/bert_mlm_sst2
 
-A run that is finished in the output folder is read, not trained again. Times are those of training, without imports and compiling; they mean
-something on a quiet machine alone.
+Finished runs in the output folder are not trained again. Times are of training, without imports and compilation; measure them on an idle machine.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# The metric that a config is judged by, where it is not the first of these that it has.
+# The reported metric is the first of these that a run has, unless OWN names another.
 METRICS = ("accuracy", "f1", "exact_match", "label_error_rate", "mse", "loss")
 OWN = {
     "transcribe_digits": "label_error_rate",
@@ -31,7 +30,7 @@ OWN = {
 
 
 def train(name: str, seed: int, folder: Path, also: list[str]) -> Path:
-    """Train a config with a seed, unless it is done; return the run folder."""
+    """Train a config with a seed, unless the run is finished; return the run folder."""
     spec, _, argument = name.partition(":")
     workdir = folder / f"{name.replace(':', '_')}_{seed}"
     command = [sys.executable, "-m", "jaxmodels", "train", f"--config=configs/{spec}.py" + (f":{argument}" if argument else "")]
@@ -43,7 +42,7 @@ def train(name: str, seed: int, folder: Path, also: list[str]) -> Path:
 
 
 def read(workdir: Path, name: str) -> tuple[str, float, float]:
-    """Return the split and metric that a run is judged by, as one name, its value, and the seconds of training."""
+    """Return the name of the reported split and metric, its value, and the seconds of training."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     split = "test" if any(line["split"] == "test" for line in lines) else "validation"
     last = [line for line in lines if line["split"] == split][-1]
@@ -55,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="CONFIG[:ARG]")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … (default: 3)")
-    parser.add_argument("--output", type=Path, default=Path("runs/results"), help="where the runs go")
-    parser.add_argument("--also", action="append", default=[], help="another argument of jaxmodels train")
+    parser.add_argument("--output", type=Path, default=Path("runs/results"), help="folder of the runs")
+    parser.add_argument("--also", action="append", default=[], help="additional argument of jaxmodels train")
     options = parser.parse_args()
     print("| config | metric | mean | seeds | training |\n|---|---|---|---|---|", flush=True)
     for name in options.names:
