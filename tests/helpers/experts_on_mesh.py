@@ -1,8 +1,8 @@
-"""A mixture of experts on eight simulated devices and on one; prints what differs, and how devices talked.
+"""Compare a mixture of experts on eight simulated devices with one device; print the differences and collectives as JSON.
 
-    python tests/experts_on_mesh.py ACTIVATION…
+    python tests/helpers/experts_on_mesh.py ACTIVATION…
 
-A process of its own, since the number of devices is settled when JAX starts.
+It runs in its own process, since JAX fixes the number of devices when it starts.
 """
 
 import collections
@@ -54,7 +54,7 @@ def inputs():
 
 
 def loss(params, x, valid, *, model, layout=None):
-    """(a sum over rows and the auxiliary loss, as (values, sums)), of rows that are all there, or under `pmap` a device's own."""
+    """Return the loss (a sum over rows plus the auxiliary loss) and (outputs, sums); under `pmap`, of the device's own rows."""
     graph, _, stats = split(model)
     with layout_lib.use(layout):
         y, sums = merge(graph, params, stats)(x, valid=valid)
@@ -72,7 +72,7 @@ def make_layout(sizes):
 
 
 def compiled(model, layout):
-    """The function of `gradient`, and its arguments, spread as a layout says."""
+    """Return the compiled function of `gradient`, and its arguments, sharded by a layout."""
     params, (x, valid) = split(model)[1], inputs()
     specs = {path: sharding.parameter_spec(f"mlp/{path}", p.shape, sharding.Sharding(), layout) for path, p in flatten(params).items()}
     params = unflatten({path: jax.device_put(p, jax.NamedSharding(layout.mesh, specs[path])) for path, p in flatten(params).items()})
@@ -82,15 +82,15 @@ def compiled(model, layout):
 
 
 def collectives(text):
-    """How often each collective occurs in a compiled program, and the values that the largest gather makes."""
+    """Return how often each collective occurs in a compiled program, and the number of values of the largest gather."""
     found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text)
-    gathered = [shape for made, kind in found if kind == "all-gather" for shape in re.findall(r"\[([\d,]+)\]", made)]
+    gathered = [shape for result, kind in found if kind == "all-gather" for shape in re.findall(r"\[([\d,]+)\]", result)]
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
     return dict(collections.Counter(kind for _, kind in found)) | {"largest gather": int(max(sizes, default=0))}
 
 
 def difference(one, other):
-    """The largest of any array, as a part of its largest value."""
+    """Return the largest difference of any pair of arrays, relative to the array's largest value."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(a).max(), 1e-6)) for a, b in pairs)
 
@@ -110,7 +110,7 @@ def spread(model, one, sizes):
 
 
 def mapped(model, one):
-    """Under `pmap`, a row a device."""
+    """Compare the result under `pmap`, with one row on each device."""
     layout = layout_lib.Layout(make_mesh(MeshSizes(data=8)), axis="devices")
     (x, valid), params = inputs(), split(model)[1]
 
@@ -124,7 +124,7 @@ def mapped(model, one):
 
 
 def in_a_pipeline():
-    """Two layers side by side over `pipeline`, looped over and rematerialised, beside the same without devices."""
+    """Compare two stages sharded over `pipeline`, in a rematerialised loop, with the same on one device."""
     layout = make_layout({"pipeline": 2, "expert": 2, "fsdp": 2})
     graph, _, stats = split(make())
     params = jax.tree.map(lambda p: jnp.stack([p, 0.7 * p]), split(make())[1])
@@ -155,7 +155,7 @@ def experts_that_do_not_divide():
 
 
 def main(activations):
-    grouped.BLOCK = 4  # several blocks an expert
+    grouped.BLOCK = 4  # so that an expert has several blocks
     results = {}
     for dispatch in ("dropless", "capacity"):
         for activation in activations:

@@ -1,4 +1,4 @@
-"""A cloud, a cluster and a SLURM that are played by the scripts in fake_tools/, for the tests of launch/."""
+"""Fake gcloud, kubectl and SLURM commands (the scripts in tests/launch/fake_tools/) for the tests of launch/."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ GKE_GPU = [*GKE, "--gpu=nvidia-h100-80gb", "--hosts=2", "--claim=shared"]
 
 
 class Fake:
-    """A folder of played tools that come first on PATH, and what was asked of them."""
+    """A folder of fake tools that are first on PATH, and a record of their calls."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -25,12 +25,12 @@ class Fake:
         shutil.copytree(ROOT / "tests" / "launch" / "fake_tools", tools)
         for name in ("docker", "gcloud", "kubectl", "sudo", "gcsfuse", "mountpoint", "srun", "scontrol"):
             if not (tools / name).exists():
-                shutil.copy(tools / "recorded", tools / name)  # every tool of a cloud is played: no test reaches a real one
+                shutil.copy(tools / "recorded", tools / name)  # all cloud tools are replaced: no test reaches a real one
         for name in ("python3.11", "python3.12", "python3.13"):
             shutil.copy(tools / "python3", tools / name)
-        (tools / "sudo").write_text('#!/usr/bin/env bash\nmkdir -p "${@: -1}"\n')  # only used to make the folder of the bucket
+        (tools / "sudo").write_text('#!/usr/bin/env bash\nmkdir -p "${@: -1}"\n')  # only used to create the bucket's folder
         self.environment = os.environ | {"FAKE": str(folder), "PATH": f"{tools}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable}
-        # The checkout may belong to another user than the one who tests it.
+        # The checkout may belong to another user than the one who runs the tests.
         self.environment |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
         self.write(calls="", starts="", outcomes="0", created="READY", jobset="absent", pods="", exit_codes="")
 
@@ -50,7 +50,7 @@ class Fake:
         return done.stdout.splitlines()
 
     def calls(self) -> list[list[str]]:
-        """Every call, without what was asked again because worker 0 had ended a moment before worker 1."""
+        """Return all calls, without the repeated ones that occur if worker 0 ends just before worker 1."""
         calls = []
         for line in self.read("calls"):
             call = shlex.split(line)
@@ -62,13 +62,13 @@ class Fake:
         return calls
 
     def verbs(self) -> list[str]:
-        """What was asked of gcloud, without questions for states."""
+        """Return the gcloud calls, without queries of states."""
         calls = [call for call in self.calls() if call[0] == "gcloud" and call[4] != "describe"]
         return [" ".join(worker_command(call) or call[4:5]) for call in calls]
 
 
 def worker_command(call) -> list[str]:
-    """The command of tpu_worker.sh and the workers it goes to; nothing for other calls."""
+    """Return the command of tpu_worker.sh and the workers that receive it; [] for other calls."""
     if call[4:5] != ["ssh"]:
         return []
     worker, command = (next(word for word in call if word.startswith(key)).split("=", 1)[1] for key in ("--worker=", "--command="))

@@ -1,4 +1,4 @@
-"""Texts of runs on eight simulated devices, `python generate_on_mesh.py few|all RUN…`: prints them, and how weights and caches lie, as JSON."""
+"""Generate texts of runs on eight simulated devices, `python generate_on_mesh.py few|all RUN…`; print them and the sharding of weights and caches as JSON."""
 
 import json
 import sys
@@ -18,12 +18,12 @@ PROMPTS = ["abc", "the cat sat on the", "x"]
 
 
 def parts(tree):
-    """Into how many pieces each array is cut: the most, by number of dimensions."""
+    """Return the largest number of shards of any array."""
     return max(x.size // int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))
 
 
 def main(kinds, *paths):
-    told = []
+    results = []
     for path in paths:
         run = jaxmodels.load(path, spread=True)
         texts = [c.tokens for c in run.generate(PROMPTS, max_tokens=20)]
@@ -37,8 +37,8 @@ def main(kinds, *paths):
         state = generator._programs.start(*generator.weights, *generator._inputs(tokens), max_new_tokens=32, key=jax.random.key(0), **how)
         state = generator._programs.advance(*generator.weights, state, np.int32(3), np.zeros(len(state["done"]), bool), **how)
         entry["cache"] = sorted({axis for x in state["cache"].arrays if x.ndim >= 3 for axis in axes_in(x.sharding.spec)})
-        told.append(entry)
-    print(json.dumps(told))
+        results.append(entry)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

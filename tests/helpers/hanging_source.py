@@ -1,4 +1,4 @@
-"""A source whose examples can be made to hang, for tests of stopping while data is waited for."""
+"""A source whose reads can block, for tests of stopping while the loader waits for data."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from jaxmodels.data.source import Dataset
 
 
 class Hanging:
-    """Zeros; example reads block after `limit` of them while the file named by HANG_FILE exists."""
+    """Images of one value each. After `limit` reads, reads block while the file named by HANG_FILE exists."""
 
     def __init__(self, size, limit):
         self.size, self.limit, self.reads = size, limit, 0

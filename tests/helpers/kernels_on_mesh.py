@@ -1,6 +1,6 @@
-"""Attention and cuDNN's LSTM on eight simulated devices, against one: run by test_spread_kernels.py in a process of its own.
+"""Compare attention and cuDNN's LSTM on eight simulated devices with one device, in a process of its own.
 
-Prints a JSON object: for every case the largest differences of results and gradients from those of one device.
+Prints a JSON object: for every case, the largest differences of results and gradients from those of one device.
 """
 
 import json
@@ -21,7 +21,7 @@ from jaxmodels.parallel.sharding import Sharding, make_layout
 from jaxmodels.plan import hlo
 
 RING = {
-    # mesh, heads of queries and of keys, options; parts of 16 in blocks of 6, of which the last is filled up
+    # mesh, (query heads, key heads), options. Shards of 16 tokens have blocks of 6, the last one with padding.
     "causal": ({"context": 8}, (2, 2), {"causal": True}),
     "bidirectional": ({"context": 8}, (2, 1), {}),
     "causal window segments": ({"context": 8}, (2, 1), {"causal": True, "window": 40, "segments": True}),
@@ -79,13 +79,13 @@ def compare(case, context: str, T: int, function) -> list[float]:
 
 
 def differences(one, spread) -> list[float]:
-    """The largest difference in each pair of arrays, for a largest number of one."""
+    """Return the largest difference of each pair of arrays, relative to the array's largest value."""
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(one, spread, strict=True)]
     return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs]
 
 
 def compiled(context: str, T: int, mesh: dict, heads: int = 2, key_heads: int = 1):
-    """The compiled gradient of causal attention over sequences of T in parts."""
+    """Return the compiled gradient of causal attention over sharded sequences of T tokens."""
     layout = layout_of(mesh, context)
     heads = (heads, key_heads, key_heads, heads)
     shapes = [jax.ShapeDtypeStruct((1, T, n, 8), jnp.float32, sharding=layout.sharding("batch", "sequence", "heads", None)) for n in heads]
@@ -93,7 +93,7 @@ def compiled(context: str, T: int, mesh: dict, heads: int = 2, key_heads: int = 
 
 
 def collectives(compiled) -> dict[str, int]:
-    """How often each kind runs; sums over groups of one device move nothing."""
+    """Return how often each collective occurs, without those over groups of one device, which move no data."""
     names = []
     for line in compiled.as_text().splitlines():
         match = re.search(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
@@ -103,14 +103,14 @@ def collectives(compiled) -> dict[str, int]:
 
 
 def interpreted(q, k, v, *, causal=False, window=None, segments=None, scale=None):
-    """The TPU's kernel, as the CPU's interpreter runs it."""
+    """Run the TPU kernel in Pallas' interpreter."""
     ways = layout_lib.current().size("heads")
     k, v = (_for_devices(x, q.shape[2], ways) for x in (k, v))
     return fused.splash(q, k, v, causal=causal, window=window, segments=segments, bias=None, scale=scale, interpret=True)
 
 
 def lstm() -> list[float]:
-    """A layer by the call of cuDNN, JAX's reference in its place, on every device's rows: outputs, last state, gradients."""
+    """Return the differences of outputs, last states and gradients of an LSTM layer. JAX's reference replaces the cuDNN call."""
 
     def reference(x, hidden, cell, weights, lengths, width_in, width, layers, rate, both):
         parts = jax_rnn.unpack_lstm_weights(weights, width_in, width, layers, both)

@@ -1,4 +1,4 @@
-"""Small train steps of all families, for which the memory model is compared with the TPU compiler: name -> (config, topology)."""
+"""Small train steps of all model families for comparing the memory model with the TPU compiler: name -> (config, topology)."""
 
 import copy
 
@@ -72,8 +72,8 @@ POINTS = {
     "moe none": (_on(MOE, {"expert": 2, "fsdp": 2}), "v5p:2x2x1"),
 }
 
-# How far the model may be off: a tenth; of these, which are known to be further off, this much. Why sharded encoders take more than it says
-# is not known; of a deep residual network the compiler orders the backward pass so that more is in memory. Collectives on SparseCores are what the
-# mixture's rest is: without these options (`hardware/compiler_options.py`) the compiler takes 2.69 GB, not 3.28, and 5.00, not 5.40, for the residual
-# network.
+# Tolerances of the steps whose relative error is known to exceed a tenth, the tolerance of all others. Why sharded encoders take more memory than the
+# model predicts is unknown. For a deep residual network the compiler's order of the backward pass needs more memory. For the mixture the reason is
+# collectives on SparseCores: without these options (`hardware/compiler_options.py`) the compiler takes 2.69 GB, not 3.28, and 5.00, not 5.40, for the
+# residual network.
 TOLERANCE = {"bert unrolled": 0.14, "vit full": 0.16, "resnet50": 0.18, "moe full": 0.16}

@@ -1,4 +1,4 @@
-"""Data whose tokens are the tags that a model will predict, and the model that does: for scores that are known by hand."""
+"""Data whose tokens are the tags to predict, and a model that predicts its tokens: for metrics computed by hand."""
 
 import json
 import sys
@@ -15,15 +15,15 @@ from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.signals import StopSignals
 
 NAMES = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
-# Predicted above, true below; `.` is no word of the sentence. Entities: 6 true ones, 5 predicted, 4 of them right.
+# (predicted tags, true tags); `.` is padding. Entities: 6 true ones, 5 predicted, 4 of them correct.
 ROWS = [
-    ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC"),  # both right
-    ("B-PER O O .", "B-PER I-PER O ."),  # cut short: wrong
+    ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC"),  # both correct
+    ("B-PER O O .", "B-PER I-PER O ."),  # too short: wrong
     ("O O . .", "O B-LOC . ."),  # missed
     ("O . . .", "O . . ."),
-    ("B-LOC I-LOC O O", "B-LOC I-LOC O O"),  # right
+    ("B-LOC I-LOC O O", "B-LOC I-LOC O O"),  # correct
     ("O O O O", "O O O O"),
-    ("O B-PER . .", "O B-PER . ."),  # right; the last row, alone in its batch
+    ("O B-PER . .", "O B-PER . ."),  # correct; the last row, alone in its batch
 ]
 CONFIG = {
     "model": {"name": "oracle_model:Echo"},
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 class Echo(nnx.Module):
-    """Logits that are largest for the class of the token's number."""
+    """A model whose largest logit is that of the class with the token's id."""
 
     def __init__(self, vocab_size: int, head: tuple[str, int], *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.ones(()))
@@ -49,14 +49,14 @@ class Echo(nnx.Module):
 def tagged() -> Dataset:
     numbers = {name: i for i, name in enumerate(NAMES)} | {".": -1}
     tokens, tags = (np.array([[numbers[name] for name in row[part].split()] for row in ROWS], np.int32) for part in (0, 1))
-    # Elsewhere than in the batch's own padding, a token without a tag: it must not count, whatever is predicted there.
+    # A token without a tag that is not padding: it must not count, whatever the model predicts.
     tokens, tags = np.pad(tokens, ((0, 0), (1, 0)), constant_values=1), np.pad(tags, ((0, 0), (1, 0)), constant_values=-1)
     part = Arrays({"tokens": tokens, "tags": tags})
     return Dataset({"train": part, "validation": part}, {"vocab_size": len(NAMES), "tags": NAMES})
 
 
 def evaluate() -> dict:
-    """The metrics of all rows, over all devices there are."""
+    """Return the metrics of all rows, evaluated on all devices."""
     experiment = build_experiment(CONFIG)
     state = experiment.init_function()(jax.random.key(0))
     with StopSignals() as stop:

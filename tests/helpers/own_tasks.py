@@ -1,4 +1,4 @@
-"""Tasks as a user writes them, and tasks with faults, named in configs as `own_tasks:NAME`."""
+"""Tasks as a user writes them, and faulty ones, named in configs as `own_tasks:NAME`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from jaxmodels.tasks.classify import Classify
 
 
 class ClassifyNoisy(Classify):
-    """Classification with two metrics more: `draws`, of the rows' keys, and `within_two`, a true label among the two most probable."""
+    """Classification with two more metrics: `draws`, from the rows' keys, and `within_two`, whether the true label is among the two most probable."""
 
     higher_is_better = {"within_two": True}
     shown = ("loss", "within_two")

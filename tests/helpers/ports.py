@@ -1,4 +1,4 @@
-"""Ports for tests of several processes."""
+"""Free ports for tests with several processes."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Folders of published models with random weights in tiny sizes, as `transformers` saves them, each with a tokenizer of its kind."""
+"""Write pretrained model folders with `transformers`: small sizes, random weights, and a tokenizer of the model's kind."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def bert(folder, with_head=False, **options) -> Path:
-    """An encoder as it is published: with the heads that it was pretrained with; or with one for two classes."""
+    """Write BERT with its pretraining heads, or with a head for two classes."""
     import transformers
 
     sizes = {
@@ -29,7 +29,7 @@ def bert(folder, with_head=False, **options) -> Path:
 
 
 def gpt2(folder, **options) -> Path:
-    """A decoder."""
+    """Write GPT-2."""
     import transformers
 
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
@@ -38,7 +38,7 @@ def gpt2(folder, **options) -> Path:
 
 
 def llama(folder, **options) -> Path:
-    """A decoder for conversations."""
+    """Write Llama with a chat template."""
     import transformers
 
     sizes = {
@@ -57,7 +57,7 @@ def llama(folder, **options) -> Path:
 
 
 def t5(folder, **options) -> Path:
-    """An encoder–decoder."""
+    """Write T5."""
     import transformers
 
     sizes = {
@@ -77,7 +77,7 @@ def t5(folder, **options) -> Path:
 
 
 def vit(folder, **options) -> Path:
-    """An encoder of images of 224 × 224."""
+    """Write ViT for images of 224 × 224."""
     import transformers
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 224, "patch_size": 32}

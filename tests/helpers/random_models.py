@@ -1,4 +1,4 @@
-"""Models, and runs, with drawn parameters, for tests of what is made with them."""
+"""Models and runs with random parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from jaxmodels.runs.merge import new_folder, write_run
 
 
 def drawn(name: str, *args, scale: float = 0.5, seed: int = 1, **options) -> nnx.Module:
-    """A model with every parameter drawn by NumPy, which compiles nothing. Large ones keep logits apart: no near ties."""
+    """Return a model with all parameters drawn by NumPy, without compilation. A large `scale` avoids near ties of logits."""
     graph, params, stats = split(nnx.eval_shape(lambda: create(name, *args, rngs=nnx.Rngs(0), **options)))
     rng = np.random.default_rng(seed)
     return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, scale, p.shape), p.dtype), params), stats)
 
 
 def run_of(folder, model: dict, task: dict, tokenizer, *, mesh: dict | None = None, scale: float = 0.5) -> str:
-    """A run's folder with drawn weights, as if it had been trained on text with this tokenizer. Returns its path."""
+    """Write the folder of a text run with random weights and this tokenizer; return its path."""
     info = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer, "target_length": 20}
     config = {"model": model, "task": task, "data": {"source": "arrays", "batch_size": 8}, "optimizer": {"name": "sgd", "learning_rate": 0.0}}
     resolved = resolve(config | {"training": {"steps": 1}, "mesh": mesh or {}})

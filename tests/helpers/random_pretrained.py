@@ -1,4 +1,4 @@
-"""Pretrained models as tests make them: random weights in tiny sizes, written by `transformers` itself."""
+"""Models of `transformers` with random weights in small sizes, their inputs and logits."""
 
 import os
 
@@ -28,7 +28,7 @@ _EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok"
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
 _RESNET = {"embedding_size": 8, "num_labels": 5}
 
-# name -> (class, arguments of its config). What is odd about each is in its name.
+# name -> (class, arguments of its config). The name says which options differ from the default.
 MODELS = {
     "bert": ("BertForMaskedLM", _BERT),
     "bert_classes": ("BertForSequenceClassification", {**_BERT, "num_labels": 3}),
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def make(name: str):
-    """A model with random weights, all of them, biases and norms too; in evaluation mode."""
+    """Return a model in evaluation mode whose parameters and statistics are all random, including biases and norms."""
     class_name, options = MODELS[name]
     kind = getattr(transformers, class_name)
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def make(name: str):
 
 
 def inputs(name: str) -> tuple[np.ndarray, ...]:
-    """What a model reads: tokens up to its longest, -1 after the end of the first row; or images."""
+    """Return a model's inputs: images, or tokens of the maximum length, with the first row padded with -1."""
     random = np.random.default_rng(0)
     if name.startswith(("vit", "resnet")):
         return (random.normal(size=(2, 16, 16, 3) if name == "vit" else (2, 64, 64, 3)).astype(np.float32),)
@@ -85,7 +85,7 @@ def inputs(name: str) -> tuple[np.ndarray, ...]:
 
 
 def arguments(model, arrays: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
-    """The same for `transformers`."""
+    """Return the inputs as arguments of the `transformers` model."""
     first = arrays[0]
     if first.ndim == 4:
         return {"pixel_values": torch.tensor(first.transpose(0, 3, 1, 2))}
@@ -95,11 +95,11 @@ def arguments(model, arrays: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
 
 
 def logits(model, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-    """What `transformers` says."""
+    """Return the logits of the `transformers` model."""
     with torch.no_grad():
         return model(**arguments(model, arrays)).logits.numpy()
 
 
 def real(values: np.ndarray, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Logits where there is a token."""
+    """Return the values at positions that are not padding."""
     return values[arrays[0] >= 0] if values.ndim == 3 and len(arrays) == 1 else values

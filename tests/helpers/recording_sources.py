@@ -1,4 +1,4 @@
-"""Sources that write down which training examples each process read, call by call: the loader asks for one batch at a time."""
+"""Sources that record which training examples each process reads in each call; the loader requests one batch per call."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from jaxmodels.errors import RunError
 
 
 class Watched:
-    """Another source in memory; every `get_batch` appends the indices to `$WATCH/process-I.jsonl`."""
+    """Wrapper of an in-memory source; `get_batch` appends its indices to `$WATCH/process-I.jsonl`."""
 
-    in_memory = True  # read when asked for, in order
+    in_memory = True  # so that the loader reads on demand and in order
 
     def __init__(self, source):
         self.source = source
@@ -40,7 +40,7 @@ def shakespeare(data_dir, *, sequence_length: int, stride: int | None = None) ->
 
 
 def numbers(*, size: int = 960) -> Dataset:
-    """Small images whose class is easy to see."""
+    """Return a data set of small images whose class is easy to learn."""
     draw = np.random.default_rng(0)
     labels = (np.arange(size) % 4).astype(np.int32)
     images = draw.normal(size=(size, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
@@ -49,7 +49,7 @@ def numbers(*, size: int = 960) -> Dataset:
 
 
 class Failing(Watched):
-    """Fails in process 1, in its 30th batch."""
+    """A source that fails in process 1, at its 30th batch."""
 
     reads = 0
 
@@ -66,6 +66,6 @@ def failing() -> Dataset:
 
 
 def batches(folder, rows: int) -> list[list[list[int]]]:
-    """What each process asked for, by process and call; calls for another number of rows are those that look at an example."""
+    """Return the indices by process and call, for calls with `rows` rows; other calls only inspect an example."""
     files = sorted(folder.glob("process-*.jsonl"))
     return [[call for line in open(file) if len(call := json.loads(line)) == rows] for file in files]

@@ -1,6 +1,6 @@
-"""Saves the train step of a config for the CPU devices of this process, as `jaxmodels plan --save` does for chips elsewhere.
+"""Save the train step of a config for the CPU devices of this process, as `jaxmodels plan --save` does for absent chips.
 
-`python save_step.py CONFIG FOLDER DEVICES [HOST:PORT PROCESS]`: with the last two, it is one of two processes, of which the first saves.
+`python save_step.py CONFIG FOLDER DEVICES [HOST:PORT PROCESS]`: with the last two arguments it is one of two processes, and the first saves.
 """
 
 import sys
@@ -20,7 +20,7 @@ FIGURES = {"step_seconds": 1000.0, "peak_bytes_per_device": 10**12}
 
 
 def compiled_here(config) -> CompiledStep:
-    """The step, compiled by shapes alone."""
+    """Return the train step, compiled from shapes."""
     experiment = build_experiment(config)
     mesh = mesh_lib.make_mesh(experiment.mesh)
     layout = sharding_lib.make_layout(mesh, experiment.sharding)

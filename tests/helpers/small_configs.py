@@ -1,4 +1,4 @@
-"""Small configs that compile fast, for tests of what goes around them."""
+"""Small configs that compile quickly."""
 
 import copy
 
@@ -29,7 +29,7 @@ ALL = {"cnn": CNN, "lstm": LSTM, "gpt": GPT}
 
 
 def config(base: dict, **changes) -> dict:
-    """A copy with changes; `training__steps=3` sets training.steps."""
+    """Return a copy with changes; `training__steps=3` sets training.steps."""
     result = copy.deepcopy(base)
     for key, value in changes.items():
         set_at(result, key.replace("__", "."), value)

@@ -1,4 +1,4 @@
-"""Folders with tokenizers of published models' kinds, trained on a few lines: as `transformers` writes them now, and as it once did."""
+"""Tokenizers of the kinds of pretrained models, trained on a few lines, and folders with their files in present and older formats."""
 
 import io
 import json
@@ -21,7 +21,7 @@ LINES = [
     "東京 is a city; 你好 世界 🙂 emoji",
     "def f(x):\n    return x + 1\n\n\tand more  spaces   here",
 ] * 4
-# Case, accents (composed and not), CJK, emoji, white space in front and within, digits, contractions, what looks like special tokens.
+# Case, accents (composed and decomposed), CJK, emoji, leading and inner whitespace, digits, contractions, text like special tokens.
 TRICKY = [
     "Hello World", " leading space", "  two leading", "trailing ", "a  b   c",
     "\ttab\nnewline\r\nreturn\n\n", "naïve café Ünïcödé", "e\u0301le\u0301gant",
@@ -38,7 +38,7 @@ CHATML = (
 
 
 def wordpiece(lower=True) -> tokenizers.Tokenizer:
-    """BERT's."""
+    """Return a tokenizer like BERT's."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -50,7 +50,7 @@ def wordpiece(lower=True) -> tokenizers.Tokenizer:
 
 
 def byte_level(special, roberta=False) -> tokenizers.Tokenizer:
-    """GPT-2's, or RoBERTa's."""
+    """Return a tokenizer like GPT-2's or RoBERTa's."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def byte_level(special, roberta=False) -> tokenizers.Tokenizer:
 
 
 def unigram(extra=4) -> tokenizers.Tokenizer:
-    """T5's, with a few sentinels."""
+    """Return a tokenizer like T5's, with `extra` sentinels."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -74,13 +74,13 @@ def unigram(extra=4) -> tokenizers.Tokenizer:
 
 
 def metaspace_bpe() -> tokenizers.Tokenizer:
-    """Llama 2's: BPE with bytes to fall back on."""
+    """Return a tokenizer like Llama 2's: BPE with byte fallback."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False))
-    values = json.loads(tokenizer.to_str())  # bytes are tokens, but no special ones
+    values = json.loads(tokenizer.to_str())  # bytes must be normal tokens, not special ones
     values["added_tokens"] = [token for token in values["added_tokens"] if not token["content"].startswith("<0x")]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
@@ -88,7 +88,7 @@ def metaspace_bpe() -> tokenizers.Tokenizer:
 
 
 def sentencepiece_model(kind: str) -> bytes:
-    """`unigram` as T5's, `bpe` as Llama 2's."""
+    """Return a SentencePiece model: `unigram` like T5's, or `bpe` like Llama 2's."""
     import sentencepiece
 
     options = {
@@ -104,7 +104,7 @@ def sentencepiece_model(kind: str) -> bytes:
 
 
 def write(folder, files: dict) -> Path:
-    """Files by name: text, bytes, or what JSON can hold."""
+    """Write files by name, each text, bytes, or a dictionary for JSON; return the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

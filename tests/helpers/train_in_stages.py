@@ -1,4 +1,4 @@
-"""What test_pipeline.py asserts, computed on eight simulated devices in one process; prints it as JSON."""
+"""Compute the values that test_pipeline.py checks, on eight simulated devices in one process; print them as JSON."""
 
 import dataclasses
 import json
@@ -39,8 +39,10 @@ def layout_of(sizes: dict, **section) -> layout_lib.Layout:
 
 
 def error(one, many) -> float:
-    """The largest difference of two trees of arrays, as a share of the array's largest value; or where this is tiny (the
-    gradient of keys' biases is 0 but for rounding) of a thousandth of the tree's."""
+    """Return the largest difference of two trees of arrays, relative to the array's largest value.
+
+    If that is tiny (the gradient of the keys' biases is 0 except for rounding), it is relative to a thousandth of the tree's largest value.
+    """
     one, many = (jax.tree.leaves(jax.device_get(tree)) for tree in (one, many))
     largest = max(np.abs(a).max() for a in one)
     return float(max(np.abs(a - b).max() / max(np.abs(a).max(), largest / 1000) for a, b in zip(one, many, strict=True)))
@@ -53,7 +55,7 @@ def tokens(rows: int, length: int = 12, *, padded: bool, seed: int = 0) -> np.nd
 
 
 def gradients(model: nnx.Module, call, arguments, layout: layout_lib.Layout | None):
-    """What a model says, and the gradient of a loss of all of it, spread by a layout."""
+    """Return a model's outputs and the gradient of a loss of all outputs, sharded by a layout."""
     graph, params, stats = functional.split(model)
 
     def loss(params, *arguments):
@@ -73,7 +75,7 @@ def gradients(model: nnx.Module, call, arguments, layout: layout_lib.Layout | No
 
 
 def models(more: bool = False) -> dict:
-    """Of each model on a mesh: how far outputs and gradients are from those of one device. `more` are the rarer ways."""
+    """Return for each model the error of outputs and gradients on a mesh, compared with one device; `more` adds rarer configurations."""
     segments = np.repeat(np.arange(2), 6)[None].repeat(16, axis=0)
     packed = tokens(16, padded=True)
     rngs = nnx.Rngs(0)
@@ -127,7 +129,10 @@ def models(more: bool = False) -> dict:
 
 
 def schedule() -> dict:
-    """`over_layers` of a function with a closed form: layer l adds its weight w_l, and sums x over rows; and of one that draws."""
+    """Return errors of `over_layers` for a function with a closed form, and results for a function with random draws.
+
+    In the first, layer l adds its weight w_l and returns the sum of x over rows.
+    """
     layout = layout_of(FOUR, microbatches=8)
     x, weights = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32), np.arange(1.0, 9, dtype=np.float32)
 
@@ -156,10 +161,10 @@ def schedule() -> dict:
 
 
 def compiled(sizes: dict, microbatches: int, accumulate: int):
-    """A GPT on a mesh, {} for one device: the experiment, shapes of the state, the train step, and four batches."""
+    """Return the experiment, state shapes, compiled train step, and four batches of a GPT on a mesh; `sizes` {} means one device."""
     changes = {"layers": 4, "dropout": 0.0, "scan": True, "width": 32}
     config = small_configs.config(small_configs.GPT, **{f"model__{key}": value for key, value in changes.items()}, data__batch_size=32)
-    # Not Adam, which makes whole steps of gradients that are rounding alone.
+    # Not Adam, whose steps have full size even for gradients that are only rounding errors.
     config |= {"mesh": sizes, "sharding": {"microbatches": microbatches}, "optimizer": {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}}
     config["training"]["accumulate"] = accumulate
     experiment = build_experiment(config)
@@ -175,7 +180,7 @@ def compiled(sizes: dict, microbatches: int, accumulate: int):
 
 
 def exchange() -> dict:
-    """What a device holds of the blocks, what devices exchange in a train step, and what a dry run tells."""
+    """Return a device's share of the blocks, the collectives of a train step, and figures of a dry run."""
     experiment, shapes, step_function, _ = compiled(FOUR, 4, 2)
     blocks = [x for path, x in functional.flatten(shapes.params).items() if path.startswith("blocks/")]
     whole = build_experiment(experiment.config | {"mesh": {}})
@@ -192,7 +197,7 @@ def exchange() -> dict:
 
 
 def training() -> dict:
-    """How far parameters are from those of one device, after four steps on all meshes."""
+    """Return the error of the parameters after four steps on each mesh, compared with one device."""
     cases = {"one": ({}, 1, 1)}
     cases |= {f"{sizes} {m} {a}": (sizes, m, a) for sizes in (FOUR, MIXED) for m in (4, 8) for a in (1, 2)}
     params = {}

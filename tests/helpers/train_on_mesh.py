@@ -1,7 +1,7 @@
-"""Trains small models on so many simulated devices and writes what came out: `python train_on_mesh.py DEVICES CASES.json OUTPUT`.
+"""Train small models on simulated devices and write the results: `python train_on_mesh.py DEVICES CASES.json OUTPUT`.
 
-A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "optimizer", "steps"}. The losses of all its steps and
-the last parameters go to OUTPUT/NUMBER.npz. With "compile", the step is compiled and not run: its collectives and bytes.
+A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "optimizer", "steps"}. The losses of all steps and the final parameters are
+written to OUTPUT/NUMBER.npz. With "compile", the step is only compiled, and its collectives and bytes are written to OUTPUT/NUMBER.json.
 """
 
 import json
@@ -22,9 +22,9 @@ from jaxmodels.training.signals import StopSignals
 from jaxmodels.training.trainer import Trainer
 
 TEXT = {"source": "python_docs", "tokenizer": "byte+special", "sequence_length": 16, "batch_size": 32}
-# An epsilon above the rounding of gradients, some of which (of rare tokens) are almost none.
+# An epsilon above the rounding errors of gradients, some of which (of rare tokens) are almost zero.
 ADAM = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "clip_norm": 1.0, "eps": 1e-6}
-# Adam divides by the size of gradients, so behind batch normalisation, where some are almost none, it turns rounding into updates.
+# Adam divides by the size of gradients. Before batch normalisation some are almost zero, and it would turn rounding errors into updates.
 MOMENTUM = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
 BLOCKS = {"layers": 2, "heads": 4, "width": 32, "context": 16, "scan": True}
 MODELS = {
@@ -44,7 +44,7 @@ MODELS = {
         "data": TEXT,
         "optimizer": ADAM,
     },
-    # Modules of one's own, whose layers keep their random streams.
+    # User modules whose layers keep their own random streams.
     "own_cnn": {
         "model": {"name": "tutorial_models:TutorialCNN", "dropout": 0.0},
         "task": {"name": "classify"},
@@ -61,7 +61,7 @@ MODELS = {
 
 
 def config(case: dict) -> dict:
-    """The config of a case."""
+    """Return the config of a case."""
     config = json.loads(json.dumps(MODELS[case["model"]]))
     if case.get("dropout") and case["model"] != "cnn":
         config["model"]["dropout"] = case["dropout"]
@@ -75,7 +75,7 @@ def config(case: dict) -> dict:
 
 
 def run(case: dict, output: Path) -> None:
-    """Trains a case through the trainer, as `train` would."""
+    """Train a case with `Trainer`, as `train` does."""
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
         trainer = Trainer(build_experiment(config(case)), RunFolder(folder), stop, Console(quiet=True))
         trainer.run()
@@ -88,7 +88,7 @@ def run(case: dict, output: Path) -> None:
 
 
 def inspect(case: dict, output: Path) -> None:
-    """Compiles a case's step: its collectives, as (operation, shapes, in a loop), and its bytes on a device."""
+    """Compile a case's step and write its collectives, as (operation, shapes, in a loop), and its bytes on a device."""
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
         trainer = Trainer(build_experiment(config(case)), RunFolder(folder), stop, Console(quiet=True))
         shapes, experiment = trainer.shapes, trainer.experiment
@@ -112,7 +112,7 @@ def inspect(case: dict, output: Path) -> None:
 
 
 def collectives(text: str) -> list[tuple[str, list[str], bool]]:
-    """Of a compiled program: (operation, shapes it gives, whether it runs in a loop), in order."""
+    """Return (operation, result shapes, whether it runs in a loop) of a compiled program's collectives, in order."""
     found, loops = [], set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", text))
     computation = ""
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Runs with random weights, made without data or training: what is tested of them is what comes after."""
+"""Runs with random weights, written without training."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxmodels.training.initialize import check_parent, start
 
 
 def untrained_run(config: dict, info: dict, path) -> str:
-    """The folder of a finished run of a config, every parameter and statistic drawn at random; `info` is what its data would say."""
+    """Write the folder of a finished run with random parameters and statistics; return its path. `info` describes its data set."""
     resolved = resolve(config)
     _, build = build_model(resolved, info)
     params, stats = (flatten(tree) for tree in split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))[1:])
@@ -29,7 +29,7 @@ def untrained_run(config: dict, info: dict, path) -> str:
 
 
 def begun_run(config: dict, data: dict, path) -> str:
-    """The folder of a run that began where its config says, saved before its first step."""
+    """Write the folder of a run saved before its first step, with the weights of `init_from` if the config has it; return its path."""
     experiment = build_experiment(config, data=data)
     check_parent(experiment)
     layout = sharding.make_layout(mesh.make_mesh(experiment.mesh), experiment.sharding)
