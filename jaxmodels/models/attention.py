@@ -23,7 +23,7 @@ from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 Context = Literal["whole", "gather", "heads", "ring"]
 
-NO_BIAS = "{} adds no bias, as relative positions need; use sharding.context='gather'"
+NO_BIAS = "{} does not support the bias of relative positions; use sharding.context='gather'"
 
 
 def attend(
@@ -183,10 +183,10 @@ def choose(
         if asked not in ("auto", "xla"):
             cure = "use 'auto', or sharding.context='gather'"
             raise ValueError(f"attention={asked!r} excludes sharding.context='ring', which computes with 'xla'; {cure}")
-        return "xla", "keys are passed round (sharding.context=ring)"
+        return "xla", "ring attention (sharding.context=ring)"
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if asked == "xla":
-        return "xla", "asked for"
+        return "xla", "requested"
     problems = {
         "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias, context),
         "splash": _splash_problem(platform, bias),
@@ -194,7 +194,7 @@ def choose(
     if asked != "auto":
         if problems[asked] is not None:
             raise ValueError(f"attention={asked!r} cannot run here: {problems[asked]}; use 'xla' or 'auto'")
-        return asked, "asked for"
+        return asked, "requested"
     best = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if best is None:
         return "xla", f"there is no fused kernel for {platform}"
@@ -207,7 +207,7 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention computes in bfloat16 or float16, not {dtype} (training.precision)"
     if head_width % 8 or head_width > 128:
-        return f"cuDNN wants heads of a multiple of 8 up to 128, not {head_width} wide"
+        return f"cuDNN needs head widths that are multiples of 8 up to 128, not {head_width}"
     if bias:
         return "cuDNN is not used with relative positions, whose bias has a gradient of its own"
     if window is not None and not causal:
@@ -221,7 +221,7 @@ def _splash_problem(platform, bias) -> str | None:
     if platform != "tpu":
         return f"splash attention is a TPU kernel, this is a {platform}"
     if bias:
-        return "splash attention adds no bias (relative positions)"
+        return "splash attention does not support a bias (relative positions)"
     return None
 
 
@@ -243,13 +243,13 @@ def resolve_implementation(model: nnx.Module, platform: str | None, dtype: Any =
     found: dict[str, list[str]] = {"asked": [], "used": [], "why": []}
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attention):
-            wanted = module.implementation
+            requested = module.implementation
             options = {"causal": module.causal, "window": module.window, "bias": module.biased, "context": context_of(layout)}
             if options["context"] == "heads" and module.heads % (layout.size("heads") * layout.size("sequence")):
                 raise ValueError(_indivisible(module.heads, layout))
-            likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(wanted, "cpu")
-            used, why = choose(wanted, likely, dtype, module.head_width, **options)
-            for key, value in zip(found, (wanted, used, why), strict=True):
+            likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(requested, "cpu")
+            used, why = choose(requested, likely, dtype, module.head_width, **options)
+            for key, value in zip(found, (requested, used, why), strict=True):
                 if value not in found[key]:
                     found[key].append(value)
             module.implementation = used if platform else "xla"

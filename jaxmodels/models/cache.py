@@ -62,8 +62,8 @@ def append(layer: dict[str, jax.Array], slot: jax.Array, k_BG1K: jax.Array, v_BG
         if index is not None:
             slots = jax.lax.dynamic_update_slice(slots, x[None], (index, *start))
             return constrain(slots, None, *_NAMES)
-        kept = [i for i, size in enumerate(slots.shape) if size > 1]  # as `Packed` has it
-        written = jax.lax.dynamic_update_slice(jnp.squeeze(slots), x.reshape([x.shape[i] for i in kept]), [start[i] for i in kept])
+        axes = [i for i, size in enumerate(slots.shape) if size > 1]  # those that `pack` leaves
+        written = jax.lax.dynamic_update_slice(jnp.squeeze(slots), x.reshape([x.shape[i] for i in axes]), [start[i] for i in axes])
         return constrain(written.reshape(slots.shape), *_NAMES)
 
     return {"key": put(layer["key"], k_BG1K), "value": put(layer["value"], v_BG1K)}

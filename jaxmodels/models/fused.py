@@ -13,10 +13,10 @@ import numpy as np
 from jaxmodels.parallel.layout import Layout, current, on_each_device
 
 ROWS, NUMBERS = ("batch", "sequence", "heads", None), ("batch", "sequence")
-CUDNN_PARTS = "cuDNN counts a causal mask's positions from a device's own first query, so it cannot have parts of sequences (mesh.context)"
-# Queries and keys that the TPU's kernel works on at once, and the shortest sequence that they are for: larger blocks spend less time around their
-# products, but more of what a causal mask covers is computed without use (`benchmarks/attention_kernels.py`). Of queries, no more than 1,024 have room in
-# the vector memory, nor of heads wider than 128 more than 512 of both.
+CUDNN_PARTS = "cuDNN counts the positions of a causal mask from a device's first query, so it does not support sharded sequences (mesh.context)"
+# Block size of the TPU kernel -> the shortest sequence that it is used for. Larger blocks have less overhead around their products, but compute more
+# products that a causal mask hides (`benchmarks/attention_kernels.py`). Vector memory limits blocks to 1,024 queries, and for heads wider than 128 to 512
+# queries and keys.
 BLOCKS = {2048: 32768, 1024: 2048, 512: 512, 256: 256, 128: 128}
 
 
@@ -32,7 +32,7 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
     if causal and layout is not None and layout.size("sequence") > 1 and q_BTNK.shape[1] % layout.size("sequence") == 0:
         raise ValueError(f"{CUDNN_PARTS}; use 'xla' or 'auto'")
     if bias is not None and layout is not None:
-        raise ValueError("cuDNN has no bias on several devices; use 'xla' or 'auto'")
+        raise ValueError("cuDNN attention does not support a bias on several devices; use 'xla' or 'auto'")
 
     def attend(q, k, v, *segments):
         k, v, *numbers = _all_keys(layout, k_BSGK.shape[1], k, v, *segments[1:])
@@ -61,7 +61,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     )
 
     if bias is not None:
-        raise ValueError("splash attention has no bias; use 'xla' or 'auto'")
+        raise ValueError("splash attention does not support a bias; use 'xla' or 'auto'")
     layout = current()
     parts = 1 if layout is None else layout.size("sequence")
     (T, N, K), S = q_BTNK.shape[1:], k_BSGK.shape[1]
@@ -71,8 +71,8 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     # Padding queries see padding keys, so that no query is without a key.
     numbers = [_filled(x, length, np.iinfo(np.int32).min) for x, length in zip(segments or (), (filled_T, filled_S), strict=False)]
     heads, rows = N // _ways(layout, "heads", N), q_BTNK.shape[0] // _ways(layout, "batch", q_BTNK.shape[0])
-    # The two cores of a chip share out rows, which are mapped, and nothing else of the backward pass. Of an odd number of rows heads are mapped too, in
-    # groups of the same keys; else they are not, since XLA then copies more for it.
+    # In the backward pass the two cores of a chip divide only mapped dimensions. With an odd number of rows, groups of heads that share keys are mapped as
+    # well as rows. With an even number they are not, since XLA would copy more.
     groups = k_BSGK.shape[2] // _ways(layout, "heads", N) if rows % 2 else 1
     block = _block(filled_T // parts, K, most=1024), _block(filled_S, K)
     kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads // groups, causal, window, block, interpret)
@@ -94,7 +94,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
         with jax.named_scope(blocks):
             return jax.vmap(of_row)(*heads_first, *numbers[:1], *key_numbers).swapaxes(1, 2)
 
-    # The mask is given as the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
+    # The mask arrays are the blocks of keys that each block of queries needs, [1, blocks, blocks], and the queries' positions.
     mask_names = [("sequence",) if x.ndim == 1 else (None, "sequence", None) for x in masks]
     inputs = [ROWS] * 3 + [NUMBERS] * len(numbers) + mask_names
     filled = [_filled(x, length) for x, length in ((q_BTNK, filled_T), (k_BSGK, filled_S), (v_BSGK, filled_S))]
@@ -124,8 +124,8 @@ def _splash_kernel(
     left, right = None if window is None else window - 1, 0 if causal else window and window - 1
     mask = mask_lib.FullMask(shape) if left is right is None else _band_mask()(shape, (left, right), 0)
     q, kv = block
-    # The gradients of queries, and of keys and values, are a kernel each. One for both multiplies five times instead of seven, but gives a part of the
-    # queries' gradient for each block of keys, and XLA's sum of these takes longer than is gained (`docs/large_models.md`).
+    # Two kernels compute the gradients: one for queries, one for keys and values. The fused kernel has five products instead of seven, but returns a partial
+    # gradient of the queries for each block of keys, and XLA's sum of these costs as much as is saved (`docs/large_models.md`).
     sizes = {f"block_q{of}": q for of in ("", "_dkv", "_dq")} | {f"block_kv{of}": kv for of in ("", "_dkv", "_dq")}
     sizes |= {f"block_kv{of}_compute": min(kv, 512) for of in ("", "_dkv")}
     # One shard of heads: all heads have the same mask.
@@ -141,7 +141,7 @@ def _visible_blocks(shape: tuple[int, int], parts: int, block: tuple[int, int], 
     """Return the number of query × key blocks in which a query sees a key, in the shard with the most of them."""
     left, right = (np.inf if side is None else side for side in sides)
     queries, keys = (np.arange(0, length, size) for length, size in zip(shape, block, strict=True))
-    lowest = queries[:, None] - (keys[None] + block[1] - 1)  # places from a key of a block on to a query of it
+    lowest = queries[:, None] - (keys[None] + block[1] - 1)  # smallest distance from a key of the block to a query
     highest = queries[:, None] + block[0] - 1 - keys[None]
     return int(((lowest <= left) & (highest >= -right)).reshape(parts, -1).sum(axis=1).max())
 
@@ -161,7 +161,7 @@ def _band_mask() -> type:
         def __getitem__(self, index) -> np.ndarray:
             rows, keys = index
             left, right = (np.inf if side is None else side for side in self.window_size)
-            lowest, highest = rows.start - (keys.stop - 1), rows.stop - 1 - keys.start  # places from a key on to its query
+            lowest, highest = rows.start - (keys.stop - 1), rows.stop - 1 - keys.start  # smallest and largest distance from a key to a query
             full = highest <= left and lowest >= -right
             if full or lowest > left or highest < -right:
                 return np.full((1, 1), full)

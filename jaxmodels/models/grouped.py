@@ -13,7 +13,7 @@ from jaxmodels.parallel.layout import on_tpu
 # Rows that are multiplied at once on a CPU. Groups are padded to whole blocks.
 BLOCK = 64
 
-# Rows, and values of a row, that a TPU's kernel of the matrices' gradient takes at once: of 2-byte numbers 12 MB of its 16 in all.
+# Rows, and values of a row, in a tile of the TPU kernel for the matrices' gradient. With 2-byte values it uses 12 of the 16 MB of vector memory.
 TILE, SIDE = 512, 1024
 
 
@@ -33,18 +33,17 @@ def rows(total: int, groups: int) -> int:
 def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Multiply consecutive groups of rows with one matrix each. The result of rows after the last group is undefined.
 
-    `jax.lax.ragged_dot` where there is an accelerator; on TPUs rows after the last group take no time, and the gradient of the
-    matrices is that of Pallas' grouped product (after Gale et al. 2022, MegaBlocks), since that of `ragged_dot` takes every row
-    times every matrix (compiled for a v5p, 8 matrices: 8 times the operations). On a CPU `ragged_dot` itself does that
-    (measured with 8 matrices: 10 times the time of one dense product, its gradient 17 times), so there each block of rows is
-    multiplied with its own copy of its matrix (3 times, 1.6 times).
+    Accelerators use `jax.lax.ragged_dot`. On TPUs, rows after the last group take no time, and the gradient of the matrices is Pallas'
+    grouped product (after Gale et al. 2022, MegaBlocks): the gradient of `ragged_dot` multiplies every row with every matrix (compiled for
+    a v5p with 8 matrices: 8 times the operations). On CPUs `ragged_dot` itself does this (measured with 8 matrices: 10 times the time of one
+    dense product, its gradient 17 times). So there each block of rows is multiplied with its own copy of its matrix (3 times, 1.6 times).
 
     Args:
       x_SD: rows, a multiple of BLOCK.
       kernels_EDF: matrices.
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
-    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # read here: gradients are traced after the layout is no longer in use
+    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # read the layout here: gradients are traced after `layout.use` has ended
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,7 +51,7 @@ def _product(for_tpu, x_SD, kernels_EDF, sizes_E):
     ways = {"cpu": _by_blocks, "default": jax.lax.ragged_dot}
     if for_tpu:
         ways["tpu"] = _way_on_tpu(kernels_EDF)
-    # Under `vmap` (a pipeline's stages, of which a device has one) one after the other: TPUs have no ragged_dot of several.
+    # Under `vmap` (pipeline stages, one per device) products run one after the other: TPUs have no batched ragged_dot.
     return jax.custom_batching.sequential_vmap(functools.partial(jax.lax.platform_dependent, **ways))(x_SD, kernels_EDF, sizes_E)
 
 
@@ -61,15 +60,15 @@ def _forward(for_tpu, x_SD, kernels_EDF, sizes_E):
     return _product(for_tpu, x_SD, kernels_EDF, sizes_E), (x_SD, kernels_EDF, sizes_E)
 
 
-def _backward(for_tpu, kept, g_SF):
+def _backward(for_tpu, residuals, g_SF):
     def transpose(way, x_SD, kernels_EDF, sizes_E, g_SF):
         return jax.vjp(lambda x, kernels: way(x, kernels, sizes_E), x_SD, kernels_EDF)[1](g_SF)
 
     ways = {"cpu": functools.partial(transpose, _by_blocks), "default": functools.partial(transpose, jax.lax.ragged_dot)}
-    if for_tpu:  # tracing it takes a second, so only where it is used
+    if for_tpu:  # only if used: tracing it takes a second
         ways["tpu"] = _transpose_on_tpu
     gradients = jax.custom_batching.sequential_vmap(functools.partial(jax.lax.platform_dependent, **ways))
-    return *gradients(*kept, g_SF), None
+    return *gradients(*residuals, g_SF), None
 
 
 _product.defvjp(_forward, _backward)

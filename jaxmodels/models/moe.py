@@ -130,7 +130,7 @@ class MoE(nnx.Module):
           mixture: the attributes of `Mixture`: `experts`, `top_k`, …
 
         Raises:
-          ValueError: a size below 1, more experts per token than there are, an unknown name.
+          ValueError: a size is below 1, `top_k` is larger than `experts`, or a name is unknown.
         """
         check_sizes(width=width, mlp_width=mlp_width)
         if activation not in ACTIVATIONS:
@@ -153,16 +153,16 @@ class MoE(nnx.Module):
           The experts' weighted outputs, [B, T, D], and float32 sums over all real tokens, from which `statistics` computes the auxiliary loss
           and the metrics:
             tokens: number of tokens.
-            assignments: [E], to each expert, before any is dropped.
-            probabilities: [E], of each expert.
-            router_z: of the squared logs of the sum of exponentials of a token's logits.
-            dropped: assignments without a slot.
+            assignments: [E], number of assignments to each expert, before any is dropped.
+            probabilities: [E], sum of each expert's probabilities.
+            router_z: sum of the squared log of the sum of exponentials of a token's logits.
+            dropped: number of assignments without a slot.
         """
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid is None else valid
         logits_BTE = self.router(x_BTD.astype(jnp.float32))
         probabilities_BTE = jax.nn.softmax(logits_BTE)
         tokens = ("batch", "sequence", None)
-        # On each device for its own tokens, since compilers gather the operand of a top_k.
+        # Each device computes this for its own tokens, since the compiler would gather the operand of a partitioned top_k.
         best = on_each_device(lambda probabilities_BTE: jax.lax.top_k(probabilities_BTE, self.mixture.top_k)[1], (tokens,), tokens)
         chosen_BTK = best(jax.lax.stop_gradient(probabilities_BTE))
         is_chosen_BTKE = chosen_BTK[..., None] == jnp.arange(self.mixture.experts)
@@ -189,8 +189,8 @@ class MoE(nnx.Module):
         C = min(T, math.ceil(self.mixture.capacity_factor * T * K / E))  # a token is routed to an expert at most once
         chosen_BA = chosen_BTK.reshape(B, T * K)
         rank_BA = _rank(chosen_BA, E)
-        kept_BA = (rank_BA < C) & (chosen_BA < E)
-        slot_BA = jnp.where(kept_BA, chosen_BA * C + rank_BA, E * C)
+        has_slot_BA = (rank_BA < C) & (chosen_BA < E)
+        slot_BA = jnp.where(has_slot_BA, chosen_BA * C + rank_BA, E * C)
         take = jax.vmap(functools.partial(_lay_out, slots=E * C, each=K))
         back = jax.vmap(_gather_back)
         slots_BSD, assignment_BS = take(x_BTD, slot_BA)
@@ -203,7 +203,7 @@ class MoE(nnx.Module):
         y_BECD = constrain(self.experts(slots_BECD, self.experts.kernels(), product), *at_rows)
         y_BAD = back(y_BECD.reshape(B, E * C, D), slot_BA, assignment_BS)
         y_BTD = jnp.einsum("btkd,btk->btd", y_BAD.reshape(B, T, K, D), weights_BTK)
-        return y_BTD, jnp.sum((chosen_BA < E) & ~kept_BA)
+        return y_BTD, jnp.sum((chosen_BA < E) & ~has_slot_BA)
 
     def _dropless(self, x_BTD, chosen_BTK, weights_BTK):
         """Return the weighted sums over each token's experts [B, T, D], zero for padding, and 0 dropped assignments.
@@ -221,14 +221,14 @@ class MoE(nnx.Module):
 
         owners, hidden, stored = axes("expert", E), axes("mlp", F), axes("embed", D)
         if {*stored} & {*owners, *hidden}:
-            stored = ()  # the compiler brings these together
+            stored = ()  # the compiler gathers these
         shared = tuple(axis for axis in owners if axis in axes("batch", B))
         summed = tuple(axis for axis in owners if axis not in shared + hidden)
         embed = "embed" if stored else None
         sides = {"gate": ("expert", embed, "mlp"), "up": ("expert", embed, "mlp"), "down": ("expert", "mlp", embed)}
 
         def on_device(x_BTD, chosen_BTK, weights_BTK, *kernels_E):
-            if stored:  # by hand, since its gradient then is sums scattered, where the compiler makes whole ones
+            if stored:  # gathered explicitly: the gradient is then a reduce-scatter, where the compiler would use an all-reduce
                 along = [sides[name].index(embed) for name in kernels]
                 kernels_E = [jax.lax.all_gather(x, stored, axis=axis, tiled=True) for axis, x in zip(along, kernels_E, strict=True)]
             if shared:
@@ -246,15 +246,15 @@ class MoE(nnx.Module):
             on_device = jax.checkpoint(on_device, prevent_cse=False, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
         tokens = ("batch", "sequence", None)
         inputs = (tokens, tokens, tokens, *(sides[name] for name in kernels))
-        # Parts of the hidden layers give parts of the sum, which are added outside: there, that costs nothing backward.
+        # Shards of the hidden layers give partial sums. They are added outside of `on_device`, where the backward pass of the sum costs nothing.
         parts = on_each_device(on_device, inputs, ("mlp", *tokens))(x_BTD, chosen_BTK, weights_BTK, *kernels.values())
         return jax.lax.reduce(parts, np.zeros((), parts.dtype), jax.lax.add, (0,)), jnp.zeros(())
 
     def _own_experts(self, x_BTD, chosen_BTK, weights_BTK, kernels):
-        """Return the weighted sums [B, T, D] of the assignments to the experts of `kernels`. Other assignments have their number."""
+        """Return the weighted sums [B, T, D] of the assignments to the experts of `kernels`; other assignments have the index E."""
         (B, T, D), K, E = x_BTD.shape, self.mixture.top_k, len(kernels["up"])
         even = B * T * K * E // self.mixture.experts
-        if E < K:  # at most E of a token's: these, expert by expert
+        if E < K:  # a token has at most E assignments to these experts: list them by expert
             is_own_BTKE = chosen_BTK[..., None] == jnp.arange(E)
             chosen_BTK = jnp.where(is_own_BTKE.any(axis=2), jnp.arange(E), E)
             weights_BTK = jnp.sum(jnp.where(is_own_BTKE, weights_BTK[..., None], 0), axis=2)
@@ -266,7 +266,7 @@ class MoE(nnx.Module):
         ends_E = jnp.cumsum(sizes_E)
         slot_A = jnp.where(chosen_A < E, jnp.take(ends_E - sizes_E, chosen_A, mode="clip") + _rank(chosen_A, E), slots)
         slots_SD, assignment_S = _lay_out(x_BTD.reshape(B * T, D), slot_A, slots=slots, each=K)
-        with jax.named_scope(f"rows={even}of{slots}"):  # with an even load: tells those who read the compiled program (`plan.counts`)
+        with jax.named_scope(f"rows={even}of{slots}"):  # rows with an even load, for the cost model (`plan.counts`)
             y_SD = self.experts(slots_SD, kernels, lambda x, kernels, _: grouped.product(x, kernels, sizes_E))
         y_BTKD = _gather_back(y_SD, slot_A, assignment_S).reshape(B, T, K, D)
         return jnp.einsum("btkd,btk->btd", y_BTKD, weights_BTK)

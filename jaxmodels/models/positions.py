@@ -56,8 +56,8 @@ def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | No
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         turns = scaling.original_context * frequencies / (2 * math.pi)
-        kept = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / scaling.factor, 1.0
+        unscaled = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0, 1)
+        return unscaled * frequencies + (1 - unscaled) * frequencies / scaling.factor, 1.0
 
     def pair(turns):
         """Return the (fractional) pair of channels with that number of rotations within the original context."""

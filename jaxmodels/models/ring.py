@@ -106,8 +106,8 @@ def ring_attend(
         y, log_sum = forward(q, k, v, *segments)
         return y, (q, k, v, segments, y, log_sum)
 
-    def attend_backward(kept, dy):
-        q, k, v, segments, y, log_sum = kept
+    def attend_backward(residuals, dy):
+        q, k, v, segments, y, log_sum = residuals
         return *backward(q, k, v, y, dy, log_sum, *segments), None
 
     attend.defvjp(attend_forward, attend_backward)

@@ -44,7 +44,7 @@ class MeshSizes:
 def simulate_devices(count: int) -> None:
     """Make JAX use `count` devices on the CPU. Call it before JAX initialises a backend."""
     # XLA's default of one thread per device can deadlock: devices that wait in a collective hold a thread each, so that
-    # others may not get one (with eight on two cores, the gathers of `fsdp` hung in two of three runs).
+    # none may be left for the others (with eight on two cores, the gathers of `fsdp` hung in two of three runs).
     os.environ.setdefault("PJRT_NPROC", str(4 * count))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
@@ -67,7 +67,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
         shape[free[0]] = devices // known
     if math.prod(shape.values()) != devices:
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ConfigError(f"config.mesh: {shown(shape)} makes {known} devices, but there are {devices}. Sizes divide that: {divisors}.")
+        raise ConfigError(f"config.mesh: {shown(shape)} needs {known} devices, but there are {devices}. Sizes must divide that: {divisors}.")
     return shape
 
 
@@ -84,7 +84,7 @@ def make_mesh(sizes: MeshSizes, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    # Auto: under Explicit, which is JAX's own default now, gathers and recurrent loops need shardings spelled out.
+    # Auto: under Explicit, the default of recent JAX, gathers and recurrent loops need explicit shardings.
     return Mesh(_arrange(shape, devices), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -93,7 +93,7 @@ def _arrange(shape: Mapping[str, int], devices) -> np.ndarray:
     slices = {getattr(device, "slice_index", None) for device in devices}
     inner = tuple(1 if axis == "slices" else size for axis, size in shape.items())
     outer = tuple(size if axis == "slices" else 1 for axis, size in shape.items())
-    # An axis of 4 or 16 on a network of 8 × 8 has to take a part of one of its dimensions, or lie across two.
+    # An axis of 4 or 16 on a network of 8 × 8 must use part of one of its dimensions, or span two.
     split = {"allow_split_physical_axes": True}
     if len(slices) > 1:
         if shape["slices"] != len(slices):

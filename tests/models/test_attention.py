@@ -128,7 +128,7 @@ def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, chang
     [
         ("cudnn", "cpu", "bfloat16", 64, {}, "needs an NVIDIA GPU"),
         ("cudnn", "gpu", "float32", 64, {}, "not float32"),
-        ("cudnn", "gpu", "bfloat16", 36, {}, "not 36 wide"),
+        ("cudnn", "gpu", "bfloat16", 36, {}, "up to 128, not 36"),
         ("cudnn", "gpu", "bfloat16", 64, {"context": "gather"}, "mesh.context"),
         ("splash", "gpu", "float32", 64, {}, "TPU kernel"),
         ("splash", "tpu", "float32", 64, {"context": "ring"}, "sharding.context='gather'"),

@@ -35,8 +35,8 @@ def test_one_axis_takes_what_the_others_leave():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, r"data=-1 × fsdp=3 makes 3 devices, but there are 8. Sizes divide that: 1, 2, 4, 8"),
-        ({"data": 2, "tensor": 2}, r"data=2 × tensor=2 makes 4 devices, but there are 8"),
+        ({"fsdp": 3}, r"data=-1 × fsdp=3 needs 3 devices, but there are 8. Sizes must divide that: 1, 2, 4, 8"),
+        ({"data": 2, "tensor": 2}, r"data=2 × tensor=2 needs 4 devices, but there are 8"),
         ({"fsdp": -1}, r"only one axis may be -1, but data and fsdp are; give --config.mesh.data=1"),
         ({"context": 0}, r"context=0"),
         ({"expert": -2}, r"expert=-2"),
@@ -76,7 +76,7 @@ def test_slices_are_the_outermost_axis():
     assert grid.shape == tuple(shape.values())
     for i in range(2):
         assert {device.slice_index for device in grid[i].flat} == {i}
-    with pytest.raises(ConfigError, match="lie in 2 slices: --config.mesh.slices=2"):
+    with pytest.raises(ConfigError, match="are in 2 slices: use --config.mesh.slices=2"):
         mesh_lib._arrange(mesh_shape(MeshSizes(), 8), devices)
 
 
@@ -156,7 +156,7 @@ def test_the_optimizer_lies_as_the_parameters_or_over_the_copies_too():
 
 
 def test_pmap_cuts_no_model():
-    with pytest.raises(ConfigError, match="config.mesh.fsdp=8 cannot be; use partition=jit"):
+    with pytest.raises(ConfigError, match="excludes config.mesh.fsdp=8; use partition=jit"):
         sharding_lib.make_layout(layout(fsdp=8).mesh, Sharding(), "pmap")
     with pytest.raises(ConfigError, match="sharding.optimizer=data cannot be"):
         sharding_lib.make_layout(layout(data=8).mesh, Sharding(optimizer="data"), "pmap")
@@ -190,7 +190,7 @@ def test_names_mean_nothing_without_a_mesh():
     assert on_each_device(jnp.sum, [("batch", None)], ()) is jnp.sum
     with use(layout()):
         assert constrain(x, "batch", "mlp") is x
-    with use(layout(data=2)), pytest.raises(ValueError, match="1 names for an array of 2 dimensions"):
+    with use(layout(data=2)), pytest.raises(ValueError, match="1 logical axes for an array of 2 dimensions"):
         constrain(x, "batch")
 
 

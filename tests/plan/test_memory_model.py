@@ -181,7 +181,7 @@ def test_offloaded_activations_take_no_room():
 
 
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_an_error():
-    with pytest.raises(ConfigError, match="makes 4 devices, but there are 8"):
+    with pytest.raises(ConfigError, match="needs 4 devices, but there are 8"):
         memory.memory_model(build_experiment(POINTS["gpt full"][0]), place(8))
 
 
