@@ -81,7 +81,7 @@ def read(directory: str) -> Adapters:
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise ConfigError(
-                f"{path} has its adapters in adapter_model.bin, a pickle, which can run arbitrary code when read; only {WEIGHTS} is supported. "
+                f"{path} has its adapters in adapter_model.bin, a pickle, which can execute code when loaded; only {WEIGHTS} is supported. "
                 "Save them again with safe_serialization=True."
             )
         raise ConfigError(f"{path} has no {WEIGHTS}. Copy or download it.")

@@ -214,4 +214,4 @@ def test_bad_folders_are_refused(sharded):
 
     assert "has its weights in pytorch_model.bin, a pickle" in error(lambda path: only(path, "pytorch_model.bin"))
     assert "model.ckpt, a pickle" in error(lambda path: only(path, "model.ckpt"))
-    assert "there are no weights in it" in error(only)
+    assert "it contains no weights" in error(only)
