@@ -52,7 +52,7 @@ def _prepare(options, overrides):
 
             config = join(options, processes, lambda: load(options, overrides))
             from jaxmodels.experiment.build import build_experiment
-            from jaxmodels.plan.dry_run import print_dry_run
+            from jaxmodels.experiment.dry_run import print_dry_run
             from jaxmodels.training import trainer  # noqa: F401  imported while signals are handled
 
             with session.first_goes_first("data"):  # process 0 fills the caches for the others

@@ -19,6 +19,7 @@ import small_configs  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from jaxmodels.data.loader import TrainingBatches  # noqa: E402
+from jaxmodels.experiment import dry_run  # noqa: E402
 from jaxmodels.experiment.build import build_experiment  # noqa: E402
 from jaxmodels.models.encoder import Encoder  # noqa: E402
 from jaxmodels.models.encoder_decoder import EncoderDecoder  # noqa: E402
@@ -26,7 +27,6 @@ from jaxmodels.models.transformer import Decoder  # noqa: E402
 from jaxmodels.parallel import layout as layout_lib  # noqa: E402
 from jaxmodels.parallel import mesh as mesh_lib  # noqa: E402
 from jaxmodels.parallel import pipeline, sharding  # noqa: E402
-from jaxmodels.plan import dry_run  # noqa: E402
 
 FOUR = {"pipeline": 4, "data": 2}
 MIXED = {"pipeline": 2, "fsdp": 2, "tensor": 2, "data": 1}

@@ -10,11 +10,11 @@ import small_configs
 from flax import nnx
 
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.experiment.dry_run import active_parameters
 from jaxmodels.models import create, find, grouped, moe
 from jaxmodels.models.functional import merge, split
 from jaxmodels.models.moe import MoE
 from jaxmodels.models.transformer import Decoder
-from jaxmodels.plan.dry_run import active_parameters
 from jaxmodels.tasks.language_model import LanguageModel
 
 B, T, D, F, E, K = 2, 12, 8, 16, 4, 2
