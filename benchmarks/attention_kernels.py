@@ -55,7 +55,7 @@ def compile_kernels(chip: str, block: int, head_width: int, fused: bool) -> None
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from jaxmodels.plan import topology
+    from jaxmodels.hardware import absent, topologies
 
     backward = {"use_fused_bwd_kernel": True} if fused else {"block_q_dq": block, "block_kv_dq": block}
     sizes = {f"block_{side}{of}": block for side in ("q", "kv") for of in ("", "_dkv")}
@@ -68,7 +68,7 @@ def compile_kernels(chip: str, block: int, head_width: int, fused: bool) -> None
         y, vjp = jax.vjp(jax.vmap(jax.vmap(kernel)), q, k, v)
         return y, vjp(gradient)
 
-    mesh = Mesh(np.array(topology.devices(topology.parse(TOPOLOGIES[chip]))[:1]), ("x",))
+    mesh = Mesh(np.array(absent.devices(topologies.parse(TOPOLOGIES[chip]))[:1]), ("x",))
     x = jax.ShapeDtypeStruct((2, 2, 1, length, head_width), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
     jax.jit(forward_and_backward).lower(x, x, x, x).compile()
 

@@ -12,7 +12,8 @@ import time
 
 from jaxmodels.config import load_config
 from jaxmodels.experiment.build import build_experiment
-from jaxmodels.plan import memory, topology
+from jaxmodels.hardware import topologies
+from jaxmodels.plan import compiler, memory
 
 STEPS = (
     ("gpt2_xl", "v5p:4x4x4"),
@@ -43,10 +44,10 @@ def main() -> None:
     for name, place in steps:
         file, _, variant = name.partition(":")
         experiment = build_experiment(load_config(f"configs/{file}.py" + (f":{variant}" if variant else "")))
-        where, started = topology.parse(place), time.perf_counter()
+        where, started = topologies.parse(place), time.perf_counter()
         model = memory.memory_model(experiment, where)
         modelled = time.perf_counter() - started
-        step = topology.compile_step(experiment, place)
+        step = compiler.compile_step(experiment, place)
         peak = step.compiled.memory_analysis().peak_memory_in_bytes
         near += abs(model.total / peak - 1) <= 0.1
         parts = ", ".join(f"{part} {getattr(model, part) / 1e9:.2f}" for part in ("state", "gradients", "activations", "logits", "gathered", "temporaries"))

@@ -8,6 +8,7 @@ from rich.console import Console
 from jaxmodels.experiment.build import Arrays, build_experiment
 from jaxmodels.hardware.malloc import keep_freed_memory
 from jaxmodels.training import trainer
+from jaxmodels.training.compare import for_training
 
 if TYPE_CHECKING:
     from jaxmodels.plan.plan import Plan
@@ -42,11 +43,7 @@ def train(
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
     keep_freed_memory()
-    options: dict[str, Any] = {"callbacks": []}
-    if plan is not None:
-        from jaxmodels.plan.compare import for_training  # runs load nothing of `plan` otherwise
-
-        options = for_training(plan)
+    options = for_training(plan)
     options["callbacks"] = [*callbacks, *options["callbacks"]]
     experiment = build_experiment(config, data_dir=data_dir, data=data)
     return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet), **options)
@@ -57,12 +54,12 @@ def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
-      topology: such as `v5p-128`, `v5p:4x4x4`, `4xv5p-128` or `h100x8`; see `plan.topology.parse`.
+      topology: such as `v5p-128`, `v5p:4x4x4`, `4xv5p-128` or `h100x8`; see `hardware.topologies.parse`.
       data, data_dir: as for `train`.
 
     Raises:
       ConfigError: the topology is none, or mesh, batch or a kernel does not fit it.
-      plan.topology.DoesNotFit: the step needs more memory than a device has; says how much, and what to change.
+      plan.compiler.DoesNotFit: the step needs more memory than a device has; says how much, and what to change.
       RunError: the compiler failed.
     """
     from jaxmodels.plan.plan import make_plan  # plans are not loaded by runs

@@ -26,10 +26,9 @@ def run_train(options, overrides):
     from jaxmodels.config import split_spec
     from jaxmodels.distributed import session
     from jaxmodels.training import summary, trainer
+    from jaxmodels.training.compare import for_training
 
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
-    from jaxmodels.plan.compare import for_training
-
     workdir = options.workdir or os.path.join("runs", name)
     result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))
     if session.is_first():

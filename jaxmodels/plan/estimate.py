@@ -30,7 +30,7 @@ def estimate(text: str, topology: Any, mesh: Mapping[str, int]) -> Estimate:
 
     Args:
       text: of the optimized program.
-      topology: that it was compiled for, as `plan.topology.parse` returns.
+      topology: that it was compiled for, as `hardware.topologies.parse` returns.
       mesh: sizes of its axes, in order.
 
     Raises:

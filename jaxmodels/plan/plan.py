@@ -16,19 +16,23 @@ import jax
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.flops import ModelFlops, model_flops
+from jaxmodels.hardware import absent, topologies
+from jaxmodels.hardware.topologies import Topology
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan import executable, gpu, roofline
+from jaxmodels.plan import compiler, roofline
 from jaxmodels.plan import memory as memory_lib
-from jaxmodels.plan import topology as topology_lib
+from jaxmodels.plan.compiler import CompiledStep
 from jaxmodels.plan.cost import Estimate
 from jaxmodels.plan.estimate import estimate
 from jaxmodels.plan.memory import MemoryEstimate
-from jaxmodels.plan.topology import CompiledStep, Topology
 from jaxmodels.runs.folder import write_json
+from jaxmodels.training import executable
 
 PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-BY_MODELS = "memory and time are those of the analytic models"
+MODELS_ARE_LOW = "for GPUs the memory model was 25 to 33% below the compiler (docs/estimates.md)"
+NOT_TRIED = "compiled without a GPU, so nothing was autotuned; predictions for GPUs have not been measured (docs/estimates.md)"
+JAX_SHARE = 0.75  # docs.jax.dev/en/latest/gpu_memory_allocation.html
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Plan:
             "peak_bytes_per_device": self.peak,
             "device_bytes": chip.memory_per_device,
             "memory": dict(self.memory),
-            "allocations": topology_lib.memory(step.compiled) if step else {},
+            "allocations": compiler.memory(step.compiled) if step else {},
             "host_bytes_per_device": self.host_bytes,
             "memory_model": dataclasses.asdict(self.memory_model) | {"total": self.memory_model.total},
             "step_seconds": time.seconds,
@@ -157,20 +161,19 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
 
     Args:
       experiment: as `build_experiment` returns.
-      topology: or its name, as for `topology.parse`.
+      topology: or its name, as for `hardware.topologies.parse`.
 
     Raises:
       ConfigError: the topology is unknown, or mesh, batch or a kernel does not fit it.
       DoesNotFit: the step needs more memory than a device has; states how much, and what to change.
       RunError: the compiler failed.
     """
-    topology = topology_lib.parse(topology) if isinstance(topology, str) else topology
-    topology_lib.check_mesh(experiment.mesh, topology)
-    if topology_lib.has_compiler(topology):
-        return compiled_plan(experiment, topology, topology_lib.compile_step(experiment, topology))
-    why = f"libtpu, the compiler for TPUs, is not installed (pip install 'jaxmodels[plan]'): {BY_MODELS}"
-    if topology.chip.platform == "gpu":
-        why = f"JAX's CUDA plugin, the compiler for GPUs, is not installed ({gpu.INSTALL}): {BY_MODELS}; {gpu.MODELS_ARE_LOW}"
+    topology = topologies.parse(topology) if isinstance(topology, str) else topology
+    compiler.check_mesh(experiment.mesh, topology)
+    platform = topology.chip.platform
+    if absent.has_compiler(platform):
+        return compiled_plan(experiment, topology, compiler.compile_step(experiment, topology))
+    why = f"{absent.missing(platform)}: memory and time are those of the analytic models" + (f"; {MODELS_ARE_LOW}" if platform == "gpu" else "")
     return analytic_plan(experiment, topology, why)
 
 
@@ -184,7 +187,7 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
     traced, memory, readable = roofline.trace(experiment, topology.devices, topology.chip), _memory(step), step.text is not None
     peak, notes = sum(memory.values()), []
     if on_gpu and peak > room:  # whose compiler does not refuse it
-        raise topology_lib.does_not_fit(experiment, topology, peak, room, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
+        raise compiler.does_not_fit(experiment, topology, peak, room, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
     if not readable:
         compilers = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("jaxmodels", "jax", "jaxlib"))
         notes.append(
@@ -192,10 +195,16 @@ def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep
             "for the compiler's, install the version that this jax requires: pip install 'jaxmodels[plan]'"
         )
     time = estimate(step.text, topology, step.mesh.shape) if readable else roofline.estimate_traced(traced, topology)
-    notes += [*(gpu.memory_notes(peak, topology) if on_gpu else ()), *time.notes, *([gpu.NOT_TRIED] if on_gpu else ())]
+    notes += [*(gpu_memory_notes(peak, room) if on_gpu else ()), *time.notes, *([NOT_TRIED] if on_gpu else ())]
     notes += [*sharding_lib.replicated_notes(step.shapes, experiment.sharding, step.layout), *sharding_lib.notes(step.layout)]
     by, mesh, flops = "compiler" if readable else "analytic", dict(step.mesh.shape), model_flops(experiment)
     return Plan(topology, experiment, mesh, memory, "compiler", memory_lib.peak(traced), time, by, flops, notes, step)
+
+
+def gpu_memory_notes(peak: int, room: int) -> list[str]:
+    """Return a note if a step needs more of a GPU's memory than JAX allocates by default."""
+    needs = f"JAX allocates {JAX_SHARE:.0%} of a GPU's memory by default, and this step needs more: XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    return [needs] if peak > JAX_SHARE * room else []
 
 
 def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
@@ -208,7 +217,7 @@ def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
     traced = roofline.trace(experiment, topology.devices, topology.chip)
     modelled, room = memory_lib.peak(traced), topology.chip.memory_per_device
     if modelled.total > room:
-        raise topology_lib.does_not_fit(experiment, topology, modelled.total, room, modelled.state, by="the analytic model")
+        raise compiler.does_not_fit(experiment, topology, modelled.total, room, modelled.state, by="the analytic model")
     time, flops = roofline.estimate_traced(traced, topology), model_flops(experiment)
     return Plan(topology, experiment, traced.mesh, dataclasses.asdict(modelled), "analytic", modelled, time, "analytic", flops, [why])
 
@@ -219,7 +228,7 @@ def _memory(step: CompiledStep) -> dict[str, int]:
     The peak is `peak_memory_in_bytes`, which the compiler itself compares with the memory there is. It may count what is in a TPU's on-chip memory, of small programs
     most of it; but never is more in use than all allocations together (arguments, temporaries, and outputs without a donated argument), so these bound it.
     """
-    analysis, total = step.compiled.memory_analysis(), topology_lib.memory(step.compiled)["total"]
+    analysis, total = step.compiled.memory_analysis(), compiler.memory(step.compiled)["total"]
     peak = min(getattr(analysis, "peak_memory_in_bytes", 0) or total, total)
     names = {"params": "parameters", "frozen": "frozen parameters", "opt_state": "optimizer", "ema": "moving average", "stats": "statistics"}
     parts = {name: mesh_lib.bytes_per_device(getattr(step.shapes, part)) for part, name in names.items()}
@@ -268,7 +277,7 @@ def check(topology: str, files: Mapping[str, str | None]) -> Topology:
             raise ConfigError(f"--{name}={path}: there is no folder {os.path.dirname(path)!r}.")
         if path is not None and name != "save" and os.path.isdir(path):
             raise ConfigError(f"--{name}={path} is a folder; give a file's name.")
-    found = topology_lib.parse(topology)
+    found = topologies.parse(topology)
     if found.chip.platform == "gpu" and files["save"]:
         raise ConfigError(f"--save={files['save']}: what is compiled for {topology} without a GPU is not what one would run; train compiles there.")
     return found
@@ -290,7 +299,7 @@ def plan_and_write(experiment: Experiment, topology: Topology, files: Mapping[st
     extra = {"search": found.to_json()} if found is not None else {}
     try:
         plan = make_plan(experiment, topology)
-    except topology_lib.DoesNotFit as error:
+    except compiler.DoesNotFit as error:
         if files["json"] and error.needed:
             page = {"topology": topology.name, "fits": False, "peak_bytes_per_device": error.needed, "device_bytes": error.available, "error": str(error)}
             write_json(Path(files["json"]), page | extra)

@@ -78,7 +78,7 @@ def estimate_traced(step: memory.TracedStep, topology: Any) -> Estimate:
 
     Args:
       step: as `trace` returns.
-      topology: as `plan.topology.parse` returns.
+      topology: as `hardware.topologies.parse` returns.
     """
     work = graph_work(step.graph, step.mesh, topology.chip)
     groups = [cost.group_along(each.axes, step.mesh, topology) for each in work.collectives]

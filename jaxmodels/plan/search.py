@@ -29,9 +29,9 @@ from jaxmodels.config import load_config, parse_override, split_spec
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.hardware import absent, topologies
 from jaxmodels.plan import candidates as candidates_lib
 from jaxmodels.plan import memory, roofline
-from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.candidates import Candidate, Changes, changed, mesh_changes, rank
 from jaxmodels.plan.plan import versions
 from jaxmodels.training.compile import cache_folder
@@ -92,14 +92,14 @@ def search(spec: str, overrides: Mapping[str, str], topology: str, *, budget: fl
       ConfigError: the config or the topology is wrong; or nothing fits, with the nearest.
     """
     experiment = build_experiment(load_config(spec, {key: parse_override(text) for key, text in overrides.items()}), data_dir=data_dir)
-    place = topology_lib.parse(topology)
+    place = topologies.parse(topology)
     folder = cache_folder().parent / "search" / _key(experiment, topology)
     known = _read(folder / "found.json")
     if known is not None and known["budget"] >= budget:
         return SearchResult(topology, [_candidate(each) for each in known["settings"]], known["notes"], known["seconds"], cached=True)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [f"--config={spec}", *(f"--config.{key}={text}" for key, text in overrides.items()), *([f"--data_dir={data_dir}"] if data_dir else [])]
-    runner = plan_in_process(arguments, topology, folder) if topology_lib.has_compiler(place) else None
+    runner = plan_in_process(arguments, topology, folder) if absent.has_compiler(place.chip.platform) else None
     result = find(experiment, place, budget=budget, run=runner, workers=workers())
     part = folder / f"found.{os.getpid()}.part"
     part.write_text(json.dumps({"budget": budget, **result.to_json()}))
@@ -118,7 +118,7 @@ def find(experiment: Experiment, topology: Any, *, budget: float, run: Runner | 
 
     Args:
       experiment: as `build_experiment` returns.
-      topology: as `plan.topology.parse` returns.
+      topology: as `hardware.topologies.parse` returns.
       budget: seconds that it may take.
       run: compiles a setting; None if there is no compiler, and the models decide alone.
       workers: compilations at a time.

@@ -140,7 +140,7 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
       mesh: that it is spread over.
       shapes: of the train state, with shardings.
       state, key: arrays to compile for; their shapes will do, also for devices that are not here.
-      saved: an executable to load in place of compiling, where it is of this very program; see `plan.executable.Saved`.
+      saved: an executable to load in place of compiling, where it is of this very program; see `training.executable.Saved`.
 
     Raises:
       ConfigError: the compiler does not take one of the config's `compiler_options`.

@@ -69,7 +69,7 @@ def train(
       workdir: the run folder: created, or resumed if it holds a run of the same config.
       overwrite: delete the run that is there.
       callbacks: called beside those of the config; see `training.callback`.
-      executable: a compiled train step to load instead of compiling, where it is of the same program; see `plan.executable.Saved`.
+      executable: a compiled train step to load instead of compiling, where it is of the same program; see `training.executable.Saved`.
       console: where to print.
 
     Raises:

@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.sections import resolve
-from jaxmodels.hardware import chips, compiler_options
+from jaxmodels.hardware import absent, chips, compiler_options, topologies
 from jaxmodels.hardware.compiler_options import Option, choose
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import trainer
@@ -140,9 +140,7 @@ def test_an_option_that_is_wrong_leaves_the_folder_alone(tmp_path):
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:4x4x4", "v6e:2x2"])
 def test_the_tables_of_tpus_are_taken_by_the_compiler_that_is_installed(name):
     """Also where it makes programs for devices that are not here, on hosts of which there are several."""
-    from jaxmodels.plan import topology
-
-    device = topology.devices(name)[-1]
+    device = absent.devices(topologies.parse(name))[-1]
     chosen = choose({}, device)
     assert chosen.rejected == {} and chosen.options == {option.name: option.value for option in compiler_options.OPTIONS[name.partition(":")[0]]}
     with pytest.raises(ConfigError, match=r"No such compile option.*Did you mean 'xla_tpu_scoped_vmem_limit_kib'\?"):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.plan import topology
+from jaxmodels.hardware import topologies
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ from jaxmodels.plan import topology
     ],
 )
 def test_names_of_topologies(name, grid, slices, devices):
-    found = topology.parse(name)
+    found = topologies.parse(name)
     assert (found.name, found.grid, found.slices, found.devices) == (name, grid, slices, devices)
     assert found.chips * found.chip.devices_per_chip == found.devices
 
@@ -69,5 +69,5 @@ def test_names_of_topologies(name, grid, slices, devices):
 )
 def test_names_that_are_none(name, said):
     with pytest.raises(ConfigError, match="--topology=" + re.escape(name)) as error:
-        topology.parse(name)
+        topologies.parse(name)
     assert said in str(error.value)

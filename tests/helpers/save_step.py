@@ -12,8 +12,8 @@ from jaxmodels.distributed import processes, session
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan import executable
-from jaxmodels.plan.topology import CompiledStep
+from jaxmodels.plan.compiler import CompiledStep
+from jaxmodels.training import executable
 from jaxmodels.training.compile import compile_train_step
 
 FIGURES = {"step_seconds": 1000.0, "peak_bytes_per_device": 10**12}

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from jaxmodels.config import load_config
 from jaxmodels.errors import RunError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import absent, topologies
 from jaxmodels.hardware.chips import CHIPS, chip_of
 from jaxmodels.models import fused, grouped
 from jaxmodels.models.attention import attend
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.plan import cost, hlo
-from jaxmodels.plan import topology as topology_lib
 from jaxmodels.plan.cost import PARTS, Group
 from jaxmodels.plan.estimate import estimate
 from jaxmodels.plan.plan import make_plan
@@ -30,7 +30,7 @@ v5p, v5e = CHIPS["v5p"], CHIPS["v5e"]
 
 def read(text: str, name: str = "v5p:2x2x2", **axes: int):
     """An estimate, by default of eight chips in a cube."""
-    return estimate(text, topology_lib.parse(name), axes or {"data": 2, "fsdp": 4})
+    return estimate(text, topologies.parse(name), axes or {"data": 2, "fsdp": 4})
 
 
 def cycles(number: int) -> str:
@@ -206,11 +206,11 @@ def test_elementwise_operations_are_bound_by_memory():
     ],
 )
 def test_collectives_take_the_bytes_of_a_ring_over_links(name, kind, devices, expected):
-    assert cost.collective_seconds(kind, 1e9, Group(devices, devices), topology_lib.parse(name)) == pytest.approx(expected)
+    assert cost.collective_seconds(kind, 1e9, Group(devices, devices), topologies.parse(name)) == pytest.approx(expected)
 
 
 def test_collectives_between_slices_go_over_their_network():
-    topology = topology_lib.parse("2xv5p:4x4x4")
+    topology = topologies.parse("2xv5p:4x4x4")
     assert cost.collective_seconds("all-reduce", 1e9, Group(2, 1), topology) == pytest.approx(1 / 6.25)
     assert cost.collective_seconds("all-reduce", 1e9, Group(8, 4), topology) == pytest.approx(2 * 7 / 8 / (4 * 6.25))
     assert Group(8, 4).network == "slices" and Group(8, 8).network == "links"
@@ -494,8 +494,8 @@ def test_chips_by_the_names_of_their_devices():
 
 def devices(name: str):
     pytest.importorskip("libtpu")
-    topology = topology_lib.parse(name)
-    return topology, topology_lib.devices(topology)
+    topology = topologies.parse(name)
+    return topology, absent.devices(topology)
 
 
 def compiled(function, mesh, *arrays, options=None, **kwargs) -> str:

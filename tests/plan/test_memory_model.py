@@ -16,9 +16,10 @@ from memory_points import POINTS, TOLERANCE
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import topologies
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.plan import memory, shardings, topology
+from jaxmodels.plan import compiler, memory, shardings
 from jaxmodels.plan import trace as trace_lib
 
 # One mesh for functions of their own: two axes.
@@ -194,7 +195,7 @@ def test_the_model_is_near_the_compiler(name):
     pytest.importorskip("libtpu")
     config, where = POINTS[name]
     experiment = build_experiment(config)
-    model = memory.memory_model(experiment, topology.parse(where))
-    peak = topology.compile_step(experiment, where).compiled.memory_analysis().peak_memory_in_bytes
+    model = memory.memory_model(experiment, topologies.parse(where))
+    peak = compiler.compile_step(experiment, where).compiled.memory_analysis().peak_memory_in_bytes
     print(f"\n{name} | {where} | model {model.total / 1e9:.3f} GB | compiler {peak / 1e9:.3f} GB | {model.total / peak - 1:+.1%}", flush=True)
     assert model.total == pytest.approx(peak, rel=TOLERANCE.get(name, 0.1))

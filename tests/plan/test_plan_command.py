@@ -15,8 +15,9 @@ from jaxmodels import api
 from jaxmodels.cli import main as cli
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import absent, topologies
+from jaxmodels.plan import compiler, search
 from jaxmodels.plan import plan as plan_lib
-from jaxmodels.plan import search, topology
 from jaxmodels.plan.cost import PARTS
 from jaxmodels.training.compile import CompileRecord
 
@@ -26,7 +27,7 @@ LARGE = {"model__width": 8192, "model__layers": 4, "model__heads": 64, "model__s
 
 @pytest.fixture
 def without_libtpu(monkeypatch):
-    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    monkeypatch.setattr(absent, "has_compiler", lambda platform: platform != "tpu")
 
 
 @pytest.fixture
@@ -99,9 +100,7 @@ def check_sums(plan: dict) -> None:
 
 
 def test_gpus_without_their_compiler(write, tmp_path, capsys, monkeypatch):
-    from jaxmodels.plan import gpu
-
-    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
+    monkeypatch.setattr(absent, "has_compiler", lambda platform: platform != "gpu")
     assert cli.run(["plan", write(GPT), "--topology=2xh100x4", f"--json={tmp_path / 'plan.json'}"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["method"] == "analytic" and plan["devices"] == 8 and "jax-cuda" in plan["notes"][0]
@@ -132,8 +131,8 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change(write, tmp
     ],
 )
 def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
-    error = topology.does_not_fit(
-        build_experiment(small_configs.config(GPT, **changes)), topology.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
+    error = compiler.does_not_fit(
+        build_experiment(small_configs.config(GPT, **changes)), topologies.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
     )
     assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB too few" in str(error) and error.exit_status == 1
     assert all(each in str(error) for each in said) and not any(each in str(error) for each in unsaid)
@@ -157,18 +156,18 @@ def test_what_compilers_say_of_memory_is_understood(said, needed, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError(said)
 
-    with pytest.raises(topology.DoesNotFit) as error:
+    with pytest.raises(compiler.DoesNotFit) as error:
         compile_with(fail, monkeypatch)
     assert error.value.needed == (None if needed is None else round(needed * 2**30))
-    assert error.value.available == (topology.parse("v5e-1").chip.memory_per_device if needed is None else round(15.75 * 2**30))
+    assert error.value.available == (topologies.parse("v5e-1").chip.memory_per_device if needed is None else round(15.75 * 2**30))
     assert needed or "something else" in str(error.value)
 
 
 def compile_with(compile_train_step, monkeypatch):
     """Has `compile_step` go on with one of this process's devices as if it were a TPU, and another compiler."""
-    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:1])
-    monkeypatch.setattr(topology, "compile_train_step", compile_train_step)
-    return topology.compile_step(build_experiment(GPT), "v5e-1")
+    monkeypatch.setattr(absent, "devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(compiler, "compile_train_step", compile_train_step)
+    return compiler.compile_step(build_experiment(GPT), "v5e-1")
 
 
 def test_another_failure_of_the_compiler_is_one_line_and_a_file(monkeypatch, tmp_path):
@@ -210,7 +209,7 @@ def test_a_program_that_jaxlib_cannot_read_comes_from_its_compiler(monkeypatch, 
 
 def test_a_program_that_nothing_reads_leaves_memory_of_the_compiler_and_time_of_the_model(monkeypatch, tmp_path, without_libtpu):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
-    plan = plan_lib.compiled_plan(build_experiment(GPT), topology.parse("v5e-1"), dataclasses.replace(step, text=None))
+    plan = plan_lib.compiled_plan(build_experiment(GPT), topologies.parse("v5e-1"), dataclasses.replace(step, text=None))
     found = plan.to_json()
     assert found["method"] == "compiler" and found["step_seconds_method"] == "analytic" and found["cycles"] is None
     assert f"jaxlib {jax.lib.__version__} cannot read" in found["notes"][0]

@@ -4,20 +4,21 @@ import dataclasses
 import importlib.util
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import small_configs
+from conftest import ROOT
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import absent, topologies
 from jaxmodels.hardware.chips import CHIPS
 from jaxmodels.hardware.flops import count_flops
 from jaxmodels.models.attention import attend
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import cost, counts, gpu, hlo, roofline, topology
+from jaxmodels.plan import compiler, cost, counts, hlo, roofline
 from jaxmodels.plan import plan as plan_lib
 from jaxmodels.plan import trace as trace_lib
 from jaxmodels.plan.cost import PARTS
@@ -116,7 +117,7 @@ def test_flops_are_those_that_are_counted(base):
 
 def test_parts_add_up_and_a_device_of_several_has_its_part():
     one, many = (build_experiment(small_configs.config(GPT, mesh=sizes(data=n))) for n in (1, 8))
-    found, on_tpu = (roofline.estimate_traced(roofline.trace(one, 1, place.chip), place) for place in (topology.parse("h100x1"), topology.parse("v5e:1x1")))
+    found, on_tpu = (roofline.estimate_traced(roofline.trace(one, 1, place.chip), place) for place in (topologies.parse("h100x1"), topologies.parse("v5e:1x1")))
     parts = found.parts
     assert tuple(parts) == PARTS and found.low <= found.seconds <= found.high and found.seconds == pytest.approx(sum(parts.values()))
     assert all(parts[name] > 0 for name in PARTS[:3]) and parts["exposed collectives"] == 0
@@ -154,7 +155,7 @@ def test_parts_of_heads_and_hidden_units_add_up_activations_four_times_a_layer()
 
 def test_networks_of_nodes_and_slices():
     mesh = sizes(slices=2, data=8)
-    nodes, slices = topology.parse("2xh100x8"), topology.parse("2xv5p:2x2x2")
+    nodes, slices = topologies.parse("2xh100x8"), topologies.parse("2xv5p:2x2x2")
     size = 1e9
 
     def seconds(kind, axes, place):
@@ -226,7 +227,7 @@ ENTRY %main (x: bf16[4096,2048], w: bf16[2048,8192], image: bf16[64,28,28,128], 
 
 
 def test_a_program_is_read_by_kernels():
-    mesh, h100 = sizes(data=2, tensor=2), topology.parse("h100x4")
+    mesh, h100 = sizes(data=2, tensor=2), topologies.parse("h100x4")
     found = estimate(PROGRAM.replace("COST", ""), h100, mesh)
     peak, memory = H100.flops_per_second, H100.memory_bandwidth
     product = 2 * 4096 * 2048 * 8192 / peak + 2 * (4096 * 2048 + 2048 * 8192 + 4096 * 8192) / memory / 2
@@ -252,7 +253,7 @@ def test_a_program_is_read_by_kernels():
 
 def test_the_compilers_own_figures_of_products_count():
     own = '{"end_to_end_cycles":0,"exec_time_us":250.5,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}'
-    with_own, without = (estimate(PROGRAM.replace("COST", text), topology.parse("h100x4"), sizes(data=2, tensor=2)) for text in (own, ""))
+    with_own, without = (estimate(PROGRAM.replace("COST", text), topologies.parse("h100x4"), sizes(data=2, tensor=2)) for text in (own, ""))
     product = cost.operation_seconds(H100, flops=2 * 4096 * 2048 * 8192, size=2 * (4096 * 2048 + 2048 * 8192 + 4096 * 8192)).mean
     assert with_own.parts["matrix products"] - without.parts["matrix products"] == pytest.approx(250.5e-6 - product)
 
@@ -274,8 +275,8 @@ KEYS = {"topology", "method", "step_seconds_method", "peak_bytes_per_device", "s
 
 
 def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
-    file, where = tmp_path / "plan.json", topology.parse("2xh100x8")
+    monkeypatch.setattr(absent, "has_compiler", lambda platform: False)
+    file, where = tmp_path / "plan.json", topologies.parse("2xh100x8")
     experiment = build_experiment(small_configs.config(GPT, mesh=sizes(slices=2, data=2, fsdp=4)))
     plan_lib.plan_and_write(experiment, where, {"json": str(file), "hlo": None, "save": None})
     page = json.loads(file.read_text())
@@ -284,20 +285,21 @@ def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkey
     assert page["model_flops_per_device"] * 16 == page["model_flops_per_step"] > 0 and page["peak_bytes_per_device"] > 0
     assert {(each["kind"], *each["axes"]) for each in page["collectives"]} >= {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
     assert {each["network"] for each in page["collectives"] if "slices" in each["axes"]} == {"slices"}
-    assert any("CUDA plugin" in note and "pip install" in note and gpu.MODELS_ARE_LOW in note for note in page["notes"])
+    assert any("CUDA plugin" in note and "pip install" in note and plan_lib.MODELS_ARE_LOW in note for note in page["notes"])
 
 
 def test_a_step_that_fits_no_gpu_says_what_to_change(monkeypatch):
-    monkeypatch.setattr(gpu, "has_compiler", lambda: False)
-    tiny = dataclasses.replace(topology.parse("h100x1"), chip=dataclasses.replace(H100, memory_bytes=2**16))
-    with pytest.raises(topology.DoesNotFit, match="does not fit h100x1.*Try ") as raised:
+    monkeypatch.setattr(absent, "has_compiler", lambda platform: False)
+    tiny = dataclasses.replace(topologies.parse("h100x1"), chip=dataclasses.replace(H100, memory_bytes=2**16))
+    with pytest.raises(compiler.DoesNotFit, match="does not fit h100x1.*Try ") as raised:
         plan_lib.make_plan(build_experiment(GPT), tiny)
     assert raised.value.needed > raised.value.available == 2**16
 
 
 def test_a_step_that_needs_more_than_jax_takes_is_told_how_to_have_it():
-    assert not gpu.memory_notes(59 * 10**9, topology.parse("h100x8"))
-    (note,) = gpu.memory_notes(61 * 10**9, topology.parse("h100x8"))
+    room = topologies.parse("h100x8").chip.memory_per_device
+    assert not plan_lib.gpu_memory_notes(59 * 10**9, room)
+    (note,) = plan_lib.gpu_memory_notes(61 * 10**9, room)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in note
 
 
@@ -319,21 +321,21 @@ def test_sums_of_what_all_devices_have_alike_need_no_network():
 
 def test_an_unknown_gpu_is_told_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'h100x8'"):
-        topology.parse("h10x8")
+        topologies.parse("h10x8")
     with pytest.raises(ConfigError, match="2xh100x8"):
-        topology.parse("h100x16")
+        topologies.parse("h100x16")
 
 
 def test_without_the_compiler_its_package_is_named(monkeypatch):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="jax-cuda13-plugin=="):
-        topology.compile_step(build_experiment(GPT), topology.parse("h100x1"))
+        compiler.compile_step(build_experiment(GPT), topologies.parse("h100x1"))
 
 
-@pytest.mark.skipif(not gpu.has_compiler(), reason="JAX's CUDA plugin is not installed")
+@pytest.mark.skipif(not absent.has_compiler("gpu"), reason="JAX's CUDA plugin is not installed")
 @pytest.mark.parametrize("name", ["h100x8", "a100x8", "2xh200x8"])
 def test_a_step_is_compiled_without_a_gpu(name):
-    where = topology.parse(name)
+    where = topologies.parse(name)
     experiment = build_experiment(small_configs.config(GPT, model__attention="xla", mesh=sizes(slices=where.slices, fsdp=8)))
     plan = plan_lib.make_plan(experiment, where)
     found, page = plan.time, plan.to_json()
@@ -344,14 +346,14 @@ def test_a_step_is_compiled_without_a_gpu(name):
     state = sum(mesh_lib.bytes_per_device(getattr(plan.step.shapes, part)) for part in ("params", "opt_state", "ema"))
     assert plan.peak > state and page["compiler_options"]["xla_gpu_enable_triton_gemm"] is False
     tiny = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory_bytes=2**16))
-    with pytest.raises(topology.DoesNotFit, match="says the compiler"):
+    with pytest.raises(compiler.DoesNotFit, match="says the compiler"):
         plan_lib.make_plan(experiment, tiny)
 
 
 @pytest.fixture(scope="module")
 def benchmark_script():
     """`benchmarks/plan_gpu.py`, which runs whole on a GPU alone."""
-    path = Path(__file__).parents[2] / "benchmarks" / "plan_gpu.py"
+    path = ROOT / "benchmarks" / "plan_gpu.py"
     spec = importlib.util.spec_from_file_location("plan_gpu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -18,8 +18,9 @@ from jaxmodels.config import load_config
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.sections import resolve
+from jaxmodels.hardware import absent, topologies
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import candidates, memory, roofline, search, show, topology
+from jaxmodels.plan import candidates, compiler, memory, roofline, search, show
 
 DECODER = small_configs.config(
     small_configs.GPT,
@@ -35,8 +36,8 @@ RESNET = {
     "optimizer": {"name": "sgd", "learning_rate": 0.1},
     "training": {"steps": 10, "accumulate": 2},
 }
-EIGHT = topology.parse("v5e:2x4")
-FOUR = topology.parse("v5e:2x2")
+EIGHT = topologies.parse("v5e:2x4")
+FOUR = topologies.parse("v5e:2x2")
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_meshes_are_of_what_the_model_has(decoder):
     assert axes(small_configs.config(DECODER, model__scan=False)) == {"data", "fsdp", "tensor"}
     long = small_configs.config(DECODER, data__sequence_length=4096, model__context=4096)
     assert "context" in axes(long)
-    assert all(shape["slices"] == 2 for shape, _ in candidates.meshes(decoder, topology.parse("2xv5e:2x2")))
+    assert all(shape["slices"] == 2 for shape, _ in candidates.meshes(decoder, topologies.parse("2xv5e:2x2")))
 
 
 def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
@@ -277,7 +278,7 @@ def config_file(tmp_path):
 
 def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, monkeypatch):
     compiler = Compiler(seconds=lambda c: 1.0 + c["mesh.tensor"] / 10)
-    monkeypatch.setattr(topology, "has_compiler", lambda topology: True)
+    monkeypatch.setattr(absent, "has_compiler", lambda platform: True)
     monkeypatch.setattr(search, "run_process", compiler.process)
     first = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=200)
     asked = len(compiler.asked)
@@ -353,6 +354,6 @@ def test_a_search_with_the_tpu_compiler(config_file, tmp_path):
     output = tmp_path / "best.py"
     search.write_config(str(output), str(config_file), {"mesh.data": "4"}, found)
     best = build_experiment(load_config(str(output)))
-    peak = topology.compile_step(best, "v5e:2x2").compiled.memory_analysis().peak_memory_in_bytes
+    peak = compiler.compile_step(best, "v5e:2x2").compiled.memory_analysis().peak_memory_in_bytes
     assert found.best.plan["peak_bytes_per_device"] == pytest.approx(peak, rel=0.02)
     assert search.search(str(config_file), {"mesh.data": "4"}, "v5e:2x2", budget=240).cached

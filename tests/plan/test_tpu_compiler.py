@@ -19,10 +19,11 @@ from conftest import ROOT
 
 from jaxmodels.config import load_config
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import topologies
 from jaxmodels.hardware.flops import count_flops
 from jaxmodels.models.functional import flatten
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import topology as topology_lib
+from jaxmodels.plan import compiler
 
 pytestmark = pytest.mark.tpu_compiler
 pytest.importorskip("libtpu")
@@ -52,7 +53,7 @@ class Figures:
     """What is said of one compiled step.
 
     Attributes:
-      memory: as `topology.memory`.
+      memory: as `compiler.memory`.
       state: its bytes on a device.
       collectives: between two devices or more.
       carried: of each loop how many arrays of which dimensions, in ascending order, it passes from one turn to the next.
@@ -71,8 +72,8 @@ def compiled(name: str, topology: str) -> Figures:
     """Compiles the step of `configs/NAME.py[:VARIANT]`, and prints its line."""
     file, _, variant = name.partition(":")
     experiment = build_experiment(load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else "")))
-    step = topology_lib.compile_step(experiment, topology)
-    memory, cost = topology_lib.memory(step.compiled), topology_lib.cost(step.compiled)
+    step = compiler.compile_step(experiment, topology)
+    memory = compiler.memory(step.compiled)
     batch = experiment.batch_shapes(experiment.loading.batch_size)
     flops = count_flops(step.experiment.step_function(), step.shapes, batch, jax.eval_shape(lambda: jax.random.key(0)))
     rows = " × ".join(str(n) for n in (experiment.loading.batch_size, *next(batch[key] for key in ("tokens", "image") if key in batch).shape[1:]))
@@ -81,7 +82,7 @@ def compiled(name: str, topology: str) -> Figures:
     parts = ", ".join(f"{part} {memory[part] / 1e9:.2f}" for part in ("arguments", "temporaries"))
     print(
         f"\n{name} | {topology} | {shown} | batch {rows} | {memory['total'] / 1e9:.2f} GB a device ({parts}) | {flops:.3g} FLOPs a step, "
-        f"{flops / step.mesh.size:.3g} a device | compiler's count, loop bodies once: {cost['flops']:.3g} FLOPs, {cost['bytes'] / 1e9:.1f} GB | "
+        f"{flops / step.mesh.size:.3g} a device | "
         f"compiled in {step.record.seconds:.0f} s | {step.experiment.kernels.get('attention', {}).get('used', '')} {list(step.layout.left_whole) or ''}",
         flush=True,
     )
@@ -145,7 +146,7 @@ def collectives(program: str) -> list[Collective]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_step_compiles_and_fits(name, topology):
     figures = compiled(name, topology)
-    assert figures.memory["total"] < topology_lib.parse(topology).chip.memory_per_device
+    assert figures.memory["total"] < topologies.parse(topology).chip.memory_per_device
     # What it is given is the state, in its shares, and a batch.
     assert figures.state <= figures.memory["arguments"] < 1.1 * figures.state + 64e6
     # The new state takes the old one's place.

@@ -19,9 +19,8 @@ from jaxmodels.experiment.sections import resolve
 from jaxmodels.hardware import chips, compiler_options
 from jaxmodels.hardware.flops import count_flops
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
-from jaxmodels.plan import compare
 from jaxmodels.runs.folder import RunFolder
-from jaxmodels.training import throughput, trainer
+from jaxmodels.training import compare, throughput, trainer
 
 CONFIG = small_configs.config(small_configs.CNN, training__steps=12, evaluation={}, log__every=3)
 PEAK = 5e12

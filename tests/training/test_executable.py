@@ -24,9 +24,8 @@ import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
-from jaxmodels.plan import compare, executable
 from jaxmodels.runs.folder import RunFolder, write_json
-from jaxmodels.training import trainer
+from jaxmodels.training import compare, executable, trainer
 
 CONFIG = small_configs.config(small_configs.GPT, training__steps=12, training__accumulate=2, training__ema=0.9, evaluation={}, log__every=4)
 ONE = small_configs.config(CONFIG, training__steps=1)  # with a constant learning rate, the same program
@@ -252,16 +251,16 @@ def test_saved_over_itself_and_where_nothing_can_be_written(tmp_path):
 @pytest.mark.tpu_compiler
 def test_a_step_for_tpus(tmp_path):
     """Bytes and a page come of it. That a TPU loads the bytes cannot be shown without one."""
-    from jaxmodels.plan import topology
+    from jaxmodels.plan import compiler
 
-    step = topology.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
+    step = compiler.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
     page = executable.save(step, tmp_path / "step", FIGURES)
     assert page["versions"]["libtpu"] and page["devices"]["platform"] == "tpu" and page["devices"]["kind"] == "v5e"
     assert sorted(place[0] for place in page["devices"]["places"]) == [0, 1, 2, 3] and len(page["devices"]["places"][0]) == 5
     assert page["executable"]["bytes"] == (tmp_path / "step" / executable.PROGRAM).stat().st_size > 100_000
     assert page["compiler_options"] == step.record.options and not any("dump" in name for name in page["compiler_options"])
     # Compiled again, it is the same program.
-    again = topology.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
+    again = compiler.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
     assert again.record.program == page["program"]
     # And it is no step for a CPU.
     reason = "the devices' count is 4 there, 1 here; the devices' kind is v5e there, cpu here; the devices' platform is tpu there, cpu here"

@@ -51,7 +51,7 @@ def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> di
     """Write a compiled train step to a folder, in place of one that is there. Returns the page.
 
     Args:
-      step: a `plan.topology.CompiledStep`.
+      step: a `plan.compiler.CompiledStep`.
       folder: created if needed.
       figures: of its plan, which a run that loads it is compared with.
 
@@ -136,7 +136,7 @@ class Saved:
         if reason is None:
             try:
                 compiled = self._read(lowered, mesh)
-            except Exception as error:  # noqa: BLE001  reported: what unpickles a file can raise anything
+            except Exception as error:  # reported: what unpickles a file can raise anything
                 reason = f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         reasons = session.gather("executable", reason)
         other = next((i for i, each in enumerate(reasons) if each), None)

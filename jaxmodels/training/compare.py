@@ -14,8 +14,8 @@ import jax
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.hardware.chips import chip_of
-from jaxmodels.plan.executable import PAGE, Saved, open_saved
 from jaxmodels.training.callback import Callback
+from jaxmodels.training.executable import PAGE, Saved, open_saved
 from jaxmodels.training.throughput import peak_memory
 
 # Steps that are not timed, as devices and caches warm up; then those whose median is taken.

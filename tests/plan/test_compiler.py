@@ -7,8 +7,9 @@ import small_configs
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import absent, topologies
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import topology
+from jaxmodels.plan import compiler
 
 
 @pytest.mark.parametrize(
@@ -22,24 +23,24 @@ from jaxmodels.plan import topology
 )
 def test_a_mesh_that_does_not_cover_the_topology(mesh, name, said):
     sizes = mesh_lib.MeshSizes(**mesh)
-    topology.check_mesh(mesh_lib.MeshSizes(slices=topology.parse(name).slices), topology.parse(name))
+    compiler.check_mesh(mesh_lib.MeshSizes(slices=topologies.parse(name).slices), topologies.parse(name))
     with pytest.raises(ConfigError, match=said):
-        topology.check_mesh(sizes, topology.parse(name))
+        compiler.check_mesh(sizes, topologies.parse(name))
 
 
 def test_without_the_tpus_compiler_its_extra_is_named(monkeypatch):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxmodels\[plan\]'"):
-        topology.compile_step(build_experiment(small_configs.config(small_configs.CNN)), "v5e:2x2")
+        compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN)), "v5e:2x2")
 
 
 def test_pmap_is_for_devices_that_are_here():
     with pytest.raises(ConfigError, match="partition=jit"):
-        topology.compile_step(build_experiment(small_configs.config(small_configs.CNN, partition="pmap")), "v5e:2x2")
+        compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN, partition="pmap")), "v5e:2x2")
 
 
 def test_memory_of_a_compiled_function():
     compiled = jax.jit(lambda x, y: (x @ y, y), donate_argnums=1).lower(*(jax.ShapeDtypeStruct((256, 256), jnp.float32) for _ in range(2))).compile()
-    found = topology.memory(compiled)
+    found = compiler.memory(compiled)
     assert (found["arguments"], found["outputs"], found["aliased"]) == (2 * 2**18, pytest.approx(2 * 2**18, abs=64), 2**18)
     assert found["total"] == found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
