@@ -35,35 +35,35 @@ def run_plan(options, overrides):
         with StopSignals() as stop, stop.may_raise():
             from rich.console import Console
 
+            from jaxmodels.cli import plan_files, plan_output
             from jaxmodels.experiment.build import build_experiment
-            from jaxmodels.plan import plan as plan_lib
-            from jaxmodels.plan import show
 
             files = {"json": options.json, "hlo": options.hlo, "save": options.save}
             console = Console(width=None if sys.stdout.isatty() else 200)
-            topology = plan_lib.check(options.topology, files)
+            topology = plan_files.check(options.topology, files)
             found = stop.run(_search, options, overrides, console) if options.search else None
             if found is not None:
                 overrides = overrides | {key: repr(value) for key, value in found.best.changes.items()}
             if found is not None and found.best.plan and not (options.hlo or options.save):
-                plan_lib.write_found(found, options.json)  # it is compiled, and all is known
+                plan_files.write_found(found, options.json)  # it is compiled, and all is known
                 return
             experiment = build_experiment(load(options, overrides), data_dir=options.data_dir)
-            plan = stop.run(plan_lib.plan_and_write, experiment, topology, files, found)
-            show.print_plan(plan, console)
+            plan = stop.run(plan_files.plan_and_write, experiment, topology, files, found)
+            plan_output.print_plan(plan, console)
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped; there is nothing to save.") from None
 
 
 def _search(options, overrides, console):
     """What `--search` found, printed and written."""
-    from jaxmodels.plan import search, show
+    from jaxmodels.cli import plan_files, plan_output
+    from jaxmodels.plan import search
 
     if options.write:
-        search.check_output(options.write)
+        plan_files.check_output(options.write)
     found = search.search(options.config, overrides, options.topology, budget=options.budget or 900.0, data_dir=options.data_dir)
-    show.print_search(found, console)
+    plan_output.print_search(found, console)
     if options.write:
-        search.write_config(options.write, options.config, overrides, found)
+        plan_files.write_config(options.write, options.config, overrides, found)
         console.print(f"{options.write} is the best as a config: jaxmodels train --config={options.write}\n", highlight=False, markup=False, soft_wrap=True)
     return found

@@ -1,19 +1,15 @@
 """`jaxmodels plan`: memory, time and cost of a run on chips that are not present, from its compiled train step; without a compiler, from models.
 
-`Plan` holds the figures, `make_plan` finds them, `plan.show` prints them. docs/plan.md says what each means.
+`Plan` holds the figures, `make_plan` finds them, `cli.plan_output` prints them. docs/plan.md says what each means.
 """
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.flops import ModelFlops, model_flops
 from jaxmodels.hardware import absent, topologies
@@ -26,8 +22,7 @@ from jaxmodels.plan.compiler import CompiledStep
 from jaxmodels.plan.cost import Estimate
 from jaxmodels.plan.estimate import estimate
 from jaxmodels.plan.memory import MemoryEstimate
-from jaxmodels.runs.folder import write_json
-from jaxmodels.training import executable
+from jaxmodels.training.executable import installed
 
 PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 MODELS_ARE_LOW = "for GPUs the memory model was 25 to 33% below the compiler (docs/estimates.md)"
@@ -249,74 +244,5 @@ def tokens_per_step(experiment: Experiment) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that a plan depends on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-# The command
-
-
-def check(topology: str, files: Mapping[str, str | None]) -> Topology:
-    """Check the command's arguments, before anything is compiled.
-
-    Args:
-      topology: its name.
-      files: `json`, `hlo` and `save`: paths to write to, or None.
-
-    Raises:
-      ConfigError: the topology is unknown, or a path cannot be written.
-    """
-    for name, path in files.items():
-        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise ConfigError(f"--{name}={path}: there is no folder {os.path.dirname(path)!r}.")
-        if path is not None and name != "save" and os.path.isdir(path):
-            raise ConfigError(f"--{name}={path} is a folder; give a file's name.")
-    found = topologies.parse(topology)
-    if found.chip.platform == "gpu" and files["save"]:
-        raise ConfigError(f"--save={files['save']}: what is compiled for {topology} without a GPU is not what one would run; train compiles there.")
-    return found
-
-
-def plan_and_write(experiment: Experiment, topology: Topology, files: Mapping[str, str | None], found: Any = None) -> Plan:
-    """Plan a run and write the files; of a step that does not fit, write how much it needs.
-
-    Args:
-      experiment, topology: as for `make_plan`.
-      files: as for `check`.
-      found: by `plan.search`, if it was asked.
-
-    Raises:
-      ConfigError, DoesNotFit, RunError: as `make_plan` does; or there is nothing to write.
-    """
-    # JAX can cache executables for absent devices, but not load them again (PjRt requires a client for that), and says so each time.
-    jax.config.update("jax_enable_compilation_cache", False)
-    extra = {"search": found.to_json()} if found is not None else {}
-    try:
-        plan = make_plan(experiment, topology)
-    except compiler.DoesNotFit as error:
-        if files["json"] and error.needed:
-            page = {"topology": topology.name, "fits": False, "peak_bytes_per_device": error.needed, "device_bytes": error.available, "error": str(error)}
-            write_json(Path(files["json"]), page | extra)
-        raise
-    if files["json"]:
-        write_json(Path(files["json"]), plan.to_json() | extra)
-    for name in ("hlo", "save"):
-        if files[name] and (plan.step is None or name == "hlo" and plan.step.text is None):
-            raise RunError(f"--{name}={files[name]}: there is no compiled step to write. {plan.notes[0]}.")
-    if files["hlo"]:
-        Path(files["hlo"]).write_text(plan.step.text)
-    if files["save"]:
-        executable.save(plan.step, files["save"], plan.to_json())
-    return plan
-
-
-def write_found(found: Any, path: str | None) -> None:
-    """Write the best plan of a search that compiled it, as `--json` does; None writes nothing."""
-    if path:
-        write_json(Path(path), found.best.plan | {"search": found.to_json()})
+    """Return the versions of the installed packages that a plan depends on."""
+    return installed(PACKAGES)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxmodels
-from jaxmodels.config import load_config, parse_override, split_spec
+from jaxmodels.config import load_config, parse_override
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.experiment import Experiment
@@ -299,58 +299,6 @@ def run_process(command: Sequence[str], log: Path, seconds: float) -> int | None
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
-
-
-# The winner as a config
-
-
-def write_config(path: str, spec: str, overrides: Mapping[str, str], found: SearchResult) -> None:
-    """Write the best setting as a config: `.py`, the original with the values that the search changed; `.json`, the whole config.
-
-    Args:
-      path: a new file.
-      spec, overrides: of the original, as for `search`.
-      found: its result.
-
-    Raises:
-      ConfigError: the file exists, or has another ending.
-    """
-    changes, best = {key: parse_override(text) for key, text in overrides.items()} | found.best.changes, found.best
-    check_output(path)
-    if path.endswith(".json"):
-        Path(path).write_text(json.dumps(load_config(spec, changes).to_dict(), indent=2) + "\n")
-        return
-    file, argument = split_spec(spec)
-    relative = os.path.relpath(os.path.abspath(file), os.path.dirname(os.path.abspath(path)))
-    suffix = "" if argument is None else f":{argument}"
-    values = "\n".join(f"    {json.dumps(key)}: {json.dumps(value) if isinstance(value, str) else repr(value)}," for key, value in changes.items())
-    Path(path).write_text(f'''"""{file}{suffix} with the best setting that `jaxmodels plan --search` found on {found.topology}: {best.name}.
-
-{1e3 * best.step_seconds:.4g} ms a step and {best.bytes / 1e9:.1f} GB a device, by {"the compiler" if best.plan else "the analytic model"}.
-"""
-
-from pathlib import Path
-
-from jaxmodels.config import load_config
-
-CHANGES = {{
-{values}
-}}
-
-
-def get_config():
-    return load_config(f"{{Path(__file__).parent / {relative!r}}}{suffix}", CHANGES)
-''')
-
-
-def check_output(path: str) -> None:
-    """Raise ConfigError if `--write` cannot be written; before anything is searched."""
-    if not path.endswith((".py", ".json")):
-        raise ConfigError(f"--write={path}: a config is a .py or a .json file.")
-    if os.path.exists(path):
-        raise ConfigError(f"--write={path} exists; give another name, or delete it.")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise ConfigError(f"--write={path}: there is no folder {os.path.dirname(path)!r}.")
 
 
 # The cache

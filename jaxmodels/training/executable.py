@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,14 @@ def save(step: Any, folder: str | os.PathLike, figures: Mapping[str, Any]) -> di
 
 
 def versions(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """Versions of the packages that make an executable for the devices of a mesh."""
-    names, found = (*_PACKAGES, *_COMPILERS.get(mesh.devices.flat[0].platform, ())), {}
-    for name in names:
+    """Return the versions of the packages that make an executable for the devices of a mesh."""
+    return installed((*_PACKAGES, *_COMPILERS.get(mesh.devices.flat[0].platform, ())))
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -11,6 +11,7 @@ import pytest
 import small_configs
 from conftest import ROOT
 
+from jaxmodels.cli import plan_files
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.hardware import absent, topologies
@@ -278,7 +279,7 @@ def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkey
     monkeypatch.setattr(absent, "has_compiler", lambda platform: False)
     file, where = tmp_path / "plan.json", topologies.parse("2xh100x8")
     experiment = build_experiment(small_configs.config(GPT, mesh=sizes(slices=2, data=2, fsdp=4)))
-    plan_lib.plan_and_write(experiment, where, {"json": str(file), "hlo": None, "save": None})
+    plan_files.plan_and_write(experiment, where, {"json": str(file), "hlo": None, "save": None})
     page = json.loads(file.read_text())
     assert KEYS <= set(page) and page["method"] == page["step_seconds_method"] == "analytic" and page["cycles"] is None
     assert page["step_seconds"] == pytest.approx(sum(page["parts"].values())) and 0 < page["mfu"] < 1

@@ -14,13 +14,14 @@ import pytest
 import small_configs
 from rich.console import Console
 
+from jaxmodels.cli import plan_files, plan_output
 from jaxmodels.config import load_config
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.hardware import absent, topologies
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.plan import candidates, compiler, memory, roofline, search, show
+from jaxmodels.plan import candidates, compiler, memory, roofline, search
 
 DECODER = small_configs.config(
     small_configs.GPT,
@@ -286,7 +287,7 @@ def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, m
     assert asked and len(compiler.asked) == asked and again.cached and not first.cached
     assert again.settings == first.settings and again.seconds == first.seconds
     output = Console(width=200, record=True, quiet=True)
-    show.print_search(again, output)
+    plan_output.print_search(again, output)
     # More time searches on, but compiles nothing again; another config or topology is another question.
     longer = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=300)
     assert not longer.cached and len(compiler.asked) == asked
@@ -300,17 +301,17 @@ def test_the_winner_is_a_config_that_loads_and_is_what_was_found(config_file, tm
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "training.accumulate": 2, "model.remat": ("query", "up"), "model.offload": ()}
     found = search.SearchResult("v5e:2x4", [search.Candidate(changes, seconds=0.1, memory=10**9)], [], 1.0)
     written = tmp_path / f"best.{ending}"
-    search.write_config(str(written), f"{config_file}:7", {"optimizer.learning_rate": "0.01"}, found)
+    plan_files.write_config(str(written), f"{config_file}:7", {"optimizer.learning_rate": "0.01"}, found)
     expected = copy.deepcopy(DECODER) | {"seed": 7, "mesh": {"data": 2, "fsdp": 4}}
     expected["training"]["accumulate"], expected["optimizer"]["learning_rate"] = 2, 0.01
     expected["model"] |= {"remat": ("query", "up"), "offload": ()}
     assert resolve(load_config(str(written))) == resolve(expected)
     with pytest.raises(ConfigError, match="exists; give another name"):
-        search.check_output(str(written))
+        plan_files.check_output(str(written))
     with pytest.raises(ConfigError, match="a .py or a .json file"):
-        search.check_output(str(tmp_path / "best.yaml"))
+        plan_files.check_output(str(tmp_path / "best.yaml"))
     with pytest.raises(ConfigError, match="there is no folder"):
-        search.check_output(str(tmp_path / "nowhere" / "best.py"))
+        plan_files.check_output(str(tmp_path / "nowhere" / "best.py"))
 
 
 def test_the_command_of_a_setting_ends_with_its_time_and_all_it_started(tmp_path, monkeypatch):
@@ -352,7 +353,7 @@ def test_a_search_with_the_tpu_compiler(config_file, tmp_path):
     (own,) = [each for each in found.settings if each.own]
     assert found.best.state == own.state == "compiled" and found.best.step_seconds <= own.step_seconds
     output = tmp_path / "best.py"
-    search.write_config(str(output), str(config_file), {"mesh.data": "4"}, found)
+    plan_files.write_config(str(output), str(config_file), {"mesh.data": "4"}, found)
     best = build_experiment(load_config(str(output)))
     peak = compiler.compile_step(best, "v5e:2x2").compiled.memory_analysis().peak_memory_in_bytes
     assert found.best.plan["peak_bytes_per_device"] == pytest.approx(peak, rel=0.02)
