@@ -19,7 +19,7 @@ from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.mesh import MeshSizes
 from jaxmodels.parallel.sharding import Sharding
 from jaxmodels.plan import memory
-from jaxmodels.plan.shardings import Graph, Op, Value
+from jaxmodels.plan.shardings import PRODUCTS, Graph, Op, Value
 
 Changes = dict[str, Any]  # dotted key of a config -> value
 
@@ -226,7 +226,7 @@ def _flops_behind(value: Value, mesh: Mapping[str, int]) -> float:
         if op is None or op in seen or op.name == "name":
             continue
         seen.add(op)
-        if op.name in ("dot_general", "conv_general_dilated", "ragged_dot_general", "pallas_call"):
+        if op.name in PRODUCTS | {"ragged_dot_general", "pallas_call"}:
             flops += op.flops / value.shards(mesh)
         elif op.name in memory.COMPUTED_IN_PLACE:
             waiting += op.inputs

@@ -1,4 +1,4 @@
-"""The cost model: seconds that operations and collectives take on a chip, from counts and the rates of `plan.chips`.
+"""The cost model: seconds that operations and collectives take on a chip, from counts and the rates of `hardware.chips`.
 
 It is the same for traced steps (`plan.roofline`) and compiled programs (`plan.estimate`), for TPUs and GPUs. An operation uses a device's matrix unit, its vector unit
 and its memory, each for a count over a rate. At best the three overlap and the longest counts; at worst they run one after the other. A collective takes the

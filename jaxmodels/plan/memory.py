@@ -25,7 +25,7 @@ from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan import trace as trace_lib
-from jaxmodels.plan.shardings import ELEMENTWISE, Graph, Op, Value, spec_of
+from jaxmodels.plan.shardings import ELEMENTWISE, PRODUCTS, Graph, Op, Value, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +161,7 @@ COMPUTED_IN_PLACE = ELEMENTWISE | frozenset(
     "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin reduce_precision".split())
-_PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
-_READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | _PRODUCTS
+_READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | PRODUCTS
 # The same bytes under another shape.
 _RENAMED = frozenset("layout_constraint reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
@@ -235,7 +234,7 @@ def _of_product(value: Value) -> bool:
     """Whether a value is a product's result, maybe by another name."""
     while value.op is not None and value.op.name in _RENAMED:
         value = value.op.inputs[0]
-    return value.op is not None and value.op.name in _PRODUCTS
+    return value.op is not None and value.op.name in PRODUCTS
 
 
 def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
@@ -268,7 +267,7 @@ def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Valu
             if not by and value not in results:
                 roots[value] = below
                 continue
-            produced = op.name in _PRODUCTS or any(x in passing for x in op.inputs)
+            produced = op.name in PRODUCTS or any(x in passing for x in op.inputs)
             if produced and passes_on(value, by):
                 passing.add(value)
                 roots[value] = below

@@ -22,9 +22,9 @@ from jaxmodels.models.functional import DTYPES
 from jaxmodels.plan import cost, memory
 from jaxmodels.plan.cost import Estimate, Seconds, operation_seconds
 from jaxmodels.plan.counts import stated
-from jaxmodels.plan.shardings import Graph, Op, Spec, Value, ways
+from jaxmodels.plan.shardings import PRODUCTS, Graph, Op, Value, axes_of, ways
 
-_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_PRODUCTS = PRODUCTS | {"ragged_dot_general"}
 _KINDS = {
     **dict.fromkeys(("psum", "psum_invariant"), "all-reduce"),
     **dict.fromkeys(("all_gather", "all_gather_invariant"), "all-gather"),
@@ -183,17 +183,12 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
 
 def _summed(op: Op) -> tuple[str, ...]:
     """Axes over which the values lie that an operation sums up: each device has a part of every sum."""
-    if op.name == "dot_general":
-        contract, _ = op.params["dimension_numbers"]
-        lost = [x.spec[i] for x, dimensions in zip(op.inputs, contract, strict=False) for i in dimensions]
-    elif op.name == "conv_general_dilated":
-        numbers = op.params["dimension_numbers"]
-        lost = [op.inputs[0].spec[numbers.lhs_spec[1]], op.inputs[1].spec[numbers.rhs_spec[1]]]
+    if op.name in PRODUCTS:
+        lost = [x.spec[i] for x, dimensions in zip(op.inputs, op.contracted, strict=False) for i in dimensions]
     elif op.name == "reduce_sum":
         lost = [op.inputs[0].spec[i] for i in op.params["axes"]]
     elif op.name in ("scatter-add", "scatter_add"):
-        kept = {axis for axes in op.outputs[0].spec for axis in axes}
-        lost = [tuple(axis for axis in axes if axis not in kept) for axes in op.inputs[2].spec]
+        lost = [tuple(axis for axis in axes if axis not in op.outputs[0].axes) for axes in op.inputs[2].spec]
     else:
         return ()
     return tuple(dict.fromkeys(axis for axes in lost for axis in axes))
@@ -202,7 +197,7 @@ def _summed(op: Op) -> tuple[str, ...]:
 def _differing(op: Op, known: Mapping[Value, frozenset[str]]) -> frozenset[str] | None:
     """Axes along which an operation's results differ from device to device, inside a `shard_map`; None where that is not known."""
     if op.name in ("local", "gathered") and "spec" in op.params:
-        return frozenset(_axes(op.params["spec"]))
+        return frozenset(axes_of(op.params["spec"]))
     if op.name == "axis_index":
         return frozenset((op.params["axis_name"],))
     if any(x not in known and not x.constant for x in op.inputs) or not op.inputs or op.bodies:
@@ -231,14 +226,10 @@ def _collectives(op: Op, mesh: Mapping[str, int], differing: Mapping[Value, froz
             axes = [axis for axis in axes if any(axis in differing[x] for x in op.inputs)]
         add(_KINDS[op.name], axes, max(sum(x.local_bytes(mesh) for x in part) for part in (op.inputs, op.outputs)))
     elif op.name == "gathered":
-        after = _axes(op.outputs[0].spec if "spec" not in op.params else op.params["spec"])
+        after = axes_of(op.params.get("spec", op.outputs[0].spec))
         add("all-gather", op.inputs[0].axes - after, op.outputs[0].local_bytes(mesh))
     elif op.name == "sharding_constraint":
         before, after = op.inputs[0].spec, op.outputs[0].spec
-        moved = {axis for old, new in zip(before, after, strict=True) for axis in old if axis not in new and axis in _axes(after)}
+        moved = {axis for old, new in zip(before, after, strict=True) for axis in old if axis not in new and axis in axes_of(after)}
         add("all-to-all", moved, op.outputs[0].local_bytes(mesh))
     return found
-
-
-def _axes(spec: Spec) -> set[str]:
-    return {axis for axes in spec for axis in axes}

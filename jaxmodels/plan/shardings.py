@@ -14,6 +14,7 @@ from jaxmodels.hardware.flops import operation_flops
 
 Spec = tuple[tuple[str, ...], ...]
 
+PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 _SCATTERS = ("scatter", "scatter-add")
 
 
@@ -42,7 +43,7 @@ class Value:
     @property
     def axes(self) -> set[str]:
         """Mesh axes that it is sharded over."""
-        return {axis for axes in self.spec for axis in axes}
+        return axes_of(self.spec)
 
     def shards(self, mesh: Mapping[str, int]) -> int:
         """Number of different parts."""
@@ -82,6 +83,12 @@ class Op:
         return "transpose(" in self.scopes
 
     @property
+    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Dimensions of the two operands that a product or convolution sums over, in pairs."""
+        numbers = self.params["dimension_numbers"]
+        return numbers[0] if self.name == "dot_general" else ((numbers.lhs_spec[1],), (numbers.rhs_spec[1],))
+
+    @property
     def flops(self) -> int:
         """FLOPs in products and convolutions, over all devices."""
         return operation_flops(self.name, self.params, [x.shape for x in self.inputs], [x.shape for x in self.outputs])
@@ -94,6 +101,11 @@ class Graph:
     inputs: list[Value]
     ops: list[Op]
     outputs: list[Value]
+
+
+def axes_of(spec: Spec) -> set[str]:
+    """Return the mesh axes that a sharding uses."""
+    return {axis for axes in spec for axis in axes}
 
 
 def spec_along(spec: jax.sharding.PartitionSpec, rank: int) -> Spec:
@@ -171,7 +183,7 @@ def _fill(value: Value, spec: Spec, mesh: Mapping[str, int]) -> bool:
     """Shard dimensions that are whole so far, where they divide. Returns whether that changed anything."""
     if value.fixed:
         return False
-    used = {axis for axes in value.spec for axis in axes}
+    used = value.axes
     result = list(value.spec)
     for i, axes in enumerate(spec):
         new = tuple(axis for axis in axes if axis not in used and mesh.get(axis, 1) > 1)
@@ -293,31 +305,19 @@ def _gather(graph: Graph, mesh: Mapping[str, int]) -> None:
     for op in graph.ops:
         for body in op.bodies:
             _gather(body, mesh)
-        if op.name in ("dot_general", "conv_general_dilated"):
+        if op.name in PRODUCTS:
             _gather_operands(op, ops, together)
-        elif op.name == "sharding_constraint" and _lost(op.inputs[0].spec, op.outputs[0].spec):
-            op.name = "gathered"
-        elif op.name == "local" and _lost(op.inputs[0].spec, op.params["spec"]):
-            op.name = "gathered"
+        elif op.name in ("sharding_constraint", "local"):
+            after = op.outputs[0].axes if op.name == "sharding_constraint" else axes_of(op.params["spec"])
+            op.name = "gathered" if op.inputs[0].axes - after else op.name
         ops.append(op)
     graph.ops[:] = ops
 
 
-def _lost(before: Spec, after: Spec) -> bool:
-    return bool({axis for axes in before for axis in axes} - {axis for axes in after for axis in axes})
-
-
 def _gather_operands(op: Op, ops: list[Op], together: dict) -> None:
-    left, right = op.inputs[:2]
-    result = {axis for axes in op.outputs[0].spec for axis in axes}
-    if op.name == "dot_general":
-        contract, _ = op.params["dimension_numbers"]
-    else:
-        numbers = op.params["dimension_numbers"]
-        contract = ((numbers.lhs_spec[1],), (numbers.rhs_spec[1],))
-    for k, x in enumerate((left, right)):
-        other = (right, left)[k]
-        partner = dict(zip(contract[k], contract[1 - k], strict=True))
+    operands, contract, result = op.inputs[:2], op.contracted, op.outputs[0].axes
+    for k, x in enumerate(operands):
+        other, partner = operands[1 - k], dict(zip(contract[k], contract[1 - k], strict=True))
         spec = []
         for i, axes in enumerate(x.spec):
             if i in partner:

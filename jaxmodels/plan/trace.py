@@ -10,7 +10,7 @@ from jax.extend import core as jax_core
 
 from jaxmodels.plan.shardings import Graph, Op, Spec, Value, propagate, spec_along, ways
 
-# Operations that take a function apart from those: they are what that function does.
+# Primitives that only call a function: its operations are inlined.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_lin")
 
 
@@ -21,7 +21,7 @@ def build(jaxpr: jax_core.ClosedJaxpr, specs: Sequence[Spec], mesh: Mapping[str,
       jaxpr: as `jax.make_jaxpr` returns.
       specs: shardings of its arguments.
       mesh: sizes of the axes.
-      platform: whose branch is taken where a function differs by platform.
+      platform: selects the branch of functions that differ by platform.
     """
     inputs = [dataclasses.replace(_value(var.aval), spec=spec, fixed=True) for var, spec in zip(jaxpr.jaxpr.invars, specs, strict=True)]
     graph = _Builder(platform, mesh).graph(jaxpr.jaxpr, inputs, "")
@@ -39,7 +39,7 @@ def _value(aval, constant: bool = False) -> Value:
 
 
 class _Builder:
-    """Makes one list of nested functions."""
+    """Inlines nested functions into one list of operations."""
 
     def __init__(self, platform: str, mesh: Mapping[str, int]):
         self.platform, self.mesh = platform, mesh
@@ -49,7 +49,7 @@ class _Builder:
         return Graph(inputs, ops, self.run(jaxpr, inputs, ops, scopes))
 
     def run(self, jaxpr, inputs: list[Value], ops: list[Op], scopes: str) -> list[Value]:
-        """Adds the operations of a function. Returns its results."""
+        """Append the operations of a function to `ops`, and return its results."""
         values = dict(zip(jaxpr.invars, inputs, strict=True))
         values |= {var: _value(var.aval, True) for var in jaxpr.constvars}
 
@@ -80,9 +80,9 @@ class _Builder:
         if name == "cond" and (choice := _platforms(given[0])) is not None:
             own = next(i for i, names in enumerate(choice) if names is None or self.platform in names)
             return self.run(params["branches"][own].jaxpr, given[1:], ops, scopes)
-        if name == "optimization_barrier":  # what goes in comes out, each by itself
+        if name == "optimization_barrier":  # one operation for each array
             return [self.add(ops, name, params, [x], [var.aval], scopes)[0] for x, var in zip(given, equation.outvars, strict=True)]
-        if name == "psum" and ways(params["axes"], self.mesh) == 1:  # of one device
+        if name == "psum" and ways(params["axes"], self.mesh) == 1:  # a group of one device
             return given
         bodies = ()
         if name == "scan":
@@ -103,7 +103,7 @@ class _Builder:
 
 
 def _scan_counts(params: Mapping[str, Any]) -> dict[str, int]:
-    """How many of a loop's arguments are the same in each turn, and how many are carried on. From jax 0.12 on they are in trees."""
+    """Number of constant and of carried arguments of a loop. From jax 0.12 on they are in trees."""
     if "num_carry" in params:
         return {}
     consts, carried, _ = params["ft_in"].unpack()
@@ -111,14 +111,14 @@ def _scan_counts(params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _platforms(index: Value) -> tuple[tuple[str, ...] | None, ...] | None:
-    """The platforms of the branches that a number chooses from; None where it is no platform's."""
+    """Platforms of the branches that an index selects; None if it is not a platform's index."""
     while index.op is not None and index.op.name != "platform_index" and index.op.inputs:
         index = index.op.inputs[0]
     return index.op.params["platforms"] if index.op is not None and index.op.name == "platform_index" else None
 
 
 def _drop_unused(graph: Graph) -> None:
-    """Leaves out what no result needs; of loops, the results that nothing reads."""
+    """Remove operations that no result needs, and results of loops that nothing reads."""
     needed = set(graph.outputs)
     kept = []
     for op in reversed(graph.ops):
@@ -134,7 +134,7 @@ def _drop_unused(graph: Graph) -> None:
 
 
 def _narrow(op: Op, needed: set[Value]) -> None:
-    """Drops what a loop stacks and nobody reads, and what goes in only for that."""
+    """Remove stacked results of a loop that nothing reads, and the arguments only they need."""
     (body,), consts, carries = op.bodies, op.params["num_consts"], op.params["num_carry"]
     keep = [i for i, value in enumerate(op.outputs) if i < carries or value in needed]
     op.outputs, body.outputs = [op.outputs[i] for i in keep], [body.outputs[i] for i in keep]
