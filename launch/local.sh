@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine.
+# Train with several processes on this machine.
 #
 #   launch/local.sh -n N [--cpu_devices=K | --gpus] [--logs=DIR] [--dry_run] -- ARGS
 #
-# ARGS go to `jaxmodels train`, which is the command JAXMODELS where that is set. Each process writes to DIR/process-I.log;
-# that of process 0 is shown too. SIGTERM and SIGINT are passed on, once; a second SIGINT kills. When one process fails, the
-# others get LEAVE_SECONDS (90) to leave by themselves, and are killed then. Exits as the first that failed did; with 75 if
-# all stopped after saving.
+# ARGS are the arguments of `jaxmodels train`; the variable JAXMODELS replaces the command `jaxmodels`. Each process writes to
+# DIR/process-I.log; the log of process 0 is also shown. SIGTERM and SIGINT are forwarded once; a second SIGINT kills. When one
+# process fails, the others have LEAVE_SECONDS (90) to end by themselves, then they are killed. The exit status is that of the
+# first process that failed, or 75 if all stopped after saving.
 set -euo pipefail
-set -m # each process has a group of its own: a Ctrl-C reaches it through this script alone
+set -m # each process has its own process group, so that Ctrl-C reaches it only through this script
 
 usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
 }
 
 fail() {
@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
     --dry_run) dry_run=true ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    *) fail "unknown argument $1; what train takes stands after --" ;;
+    *) fail "unknown argument $1; arguments of jaxmodels train come after --" ;;
   esac
   shift
 done
@@ -42,10 +42,10 @@ done
 [[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || fail "--cpu_devices must be a number above 0, got '$devices'"
 if $gpus && [ -n "$devices" ]; then fail "--gpus and --cpu_devices exclude each other"; fi
 [ -n "$logs" ] || fail "--logs needs a folder"
-[ $# -gt 0 ] || fail "nothing to train: give what train takes after --"
+[ $# -gt 0 ] || fail "no arguments of jaxmodels train: give them after --"
 
 read -r -a program <<<"${JAXMODELS:-jaxmodels}"
-# A port below those that Linux gives to outgoing connections.
+# A port below the default range for outgoing connections in Linux.
 port=$(python3 - <<'PYTHON'
 import random, socket
 for port in random.sample(range(20000, 32000), 12000):
@@ -61,7 +61,7 @@ PYTHON
 [ -n "$port" ] || fail "no free port between 20000 and 32000"
 
 command=()
-compose() { # the command of process $1
+compose() { # set `command` to the command of process $1
   command=(env "JAXMODELS_COORDINATOR=127.0.0.1:$port" "JAXMODELS_PROCESSES=$count" "JAXMODELS_PROCESS=$1")
   if $gpus; then command+=("JAX_LOCAL_DEVICE_IDS=$1"); fi
   command+=("${program[@]}" train)
@@ -82,8 +82,8 @@ fi
 mkdir -p "$logs"
 pids=()
 signalled=
-# shellcheck disable=SC2329  # traps call it
-forward() { # a signal to all that still run
+# shellcheck disable=SC2329  # called by traps
+forward() { # forward signal $1 to all running processes
   if [ -n "$signalled" ] && [ "$1" = INT ]; then
     kill_rest
   elif [ -z "$signalled" ]; then
@@ -91,7 +91,7 @@ forward() { # a signal to all that still run
     for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done
   fi
 }
-kill_rest() { # with what they started
+kill_rest() { # kill all processes and their children
   for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
 }
 trap 'forward TERM' TERM
@@ -105,7 +105,7 @@ for ((i = 0; i < count; i++)); do
 done
 
 shown=0
-show() { # what process 0 has written since
+show() { # print the new output of process 0
   local size
   size=$(wc -c <"$logs/process-0.log")
   if [ "$size" -gt "$shown" ]; then
@@ -114,7 +114,7 @@ show() { # what process 0 has written since
   fi
 }
 
-first= # status of the first that failed
+first= # exit status of the first process that failed
 since=0
 running=("${!pids[@]}")
 while [ ${#running[@]} -gt 0 ]; do
@@ -136,10 +136,10 @@ while [ ${#running[@]} -gt 0 ]; do
   running=("${still[@]+"${still[@]}"}")
   show
   if [ -n "$first" ] && [ ${#running[@]} -gt 0 ] && [ $((SECONDS - since)) -gt "${LEAVE_SECONDS:-90}" ]; then
-    echo "local.sh: process ${running[*]} did not leave by itself: killed" >&2
+    echo "local.sh: process ${running[*]} did not end by itself: killed" >&2
     kill_rest
   fi
 done
 trap - EXIT
-kill_rest # what a process that was killed has left behind
+kill_rest # children of killed processes
 exit "${first:-0}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU: creates it, installs this code on all its workers, runs, follows, and starts again after preemption.
+# Train on a Cloud TPU: create it, install this code on all workers, run, follow the log, and restart after preemption.
 set -euo pipefail
 
 help() {
@@ -7,26 +7,26 @@ help() {
 Usage: launch/tpu_pod.sh --name=NAME --project=PROJECT --zone=ZONE --type=TYPE [OPTIONS] -- ARGS
 
 Creates or reuses a TPU, copies the code, installs it, runs `jaxmodels train --processes=tpu ARGS` on all workers, and
-follows the log of worker 0. Called again with the same arguments, it finds the run that goes on and follows it.
+follows the log of worker 0. Called again with the same arguments, it follows the active run.
 
   --name=NAME         the TPU's name
-  --project=PROJECT   the cloud project
+  --project=PROJECT   the Google Cloud project
   --zone=ZONE         for example us-east5-b
-  --type=TYPE         accelerator, for example v6e-16, v5p-32, v5litepod-16
-  --version=VERSION   runtime, for example v2-alpha-tpuv6e (default: the one made for TYPE)
-  --spot              preemptible capacity
-  --queued            a queued resource: waits for capacity
-  --bucket=BUCKET     mount this bucket at /shared on all workers (gcsfuse); runs/ then lies in it
-  --env=NAME=VALUE    environment variable of the run; may be repeated
-  --code=head|tree    copy the last commit (default), or the working tree with what is not committed
-  --max_restarts=N    starts after the first, whatever the reason (default: 10)
-  --poll=SECONDS      between questions for the TPU's state (default: 30)
+  --type=TYPE         accelerator type, for example v6e-16, v5p-32, v5litepod-16
+  --version=VERSION   runtime version, for example v2-alpha-tpuv6e (default: depends on TYPE)
+  --spot              use spot capacity, which can be preempted
+  --queued            create a queued resource, which waits for capacity
+  --bucket=BUCKET     mount this bucket at /shared on all workers (gcsfuse); runs/ is then in the bucket
+  --env=NAME=VALUE    environment variable of the run; repeatable
+  --code=head|tree    copy the last commit (default), or the working tree with uncommitted changes
+  --max_restarts=N    maximum restarts, for any reason (default: 10)
+  --poll=SECONDS      interval between queries of the TPU's state (default: 30)
   --delete            delete the TPU when the run has ended
-  --dry_run           print every command; run none
+  --dry_run           print every command; run nothing
   --help
 
-Exit status: that of the run (0 finished, 2 bad config, 3 diverged: these are not repeated; 75 or 1: started again,
---max_restarts times), 1 when the TPU cannot be had, 2 for wrong arguments. See docs/launch.md.
+Exit status: that of the run (0 finished, 2 invalid config, 3 diverged: no restart; 75 or 1: restarted at most
+--max_restarts times), 1 if the TPU cannot be created, 2 for invalid arguments. See docs/launch.md.
 HELP
 }
 
@@ -59,18 +59,18 @@ while (($#)); do
     esac
     shift
 done
-check name "$name" '[a-z]([-a-z0-9]*[a-z0-9])?' 'NAME, of small letters, digits and -'
-check project "$project" '[-a-z0-9.:]+' 'PROJECT, as gcloud projects list shows it'
+check name "$name" '[a-z]([-a-z0-9]*[a-z0-9])?' 'NAME, of lowercase letters, digits and -'
+check project "$project" '[-a-z0-9.:]+' 'PROJECT; gcloud projects list lists them'
 check zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' 'ZONE, for example us-east5-b'
-check type "$type" '[a-z0-9]+-[0-9]+' 'TYPE, for example v6e-16; gcloud compute tpus accelerator-types list shows them'
+check type "$type" '[a-z0-9]+-[0-9]+' 'TYPE, for example v6e-16; gcloud compute tpus accelerator-types list lists them'
 check code "$code" 'head|tree' 'head or tree'
 check max_restarts "$max_restarts" '[0-9]+' 'a whole number'
 check poll "$poll" '[0-9]+(\.[0-9]+)?' 'seconds'
 [[ $bucket != gs://* ]] || bucket=${bucket#gs://}
-[[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, the name alone'
+[[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, a name without gs://'
 check_train "$@"
 if [[ -z $bucket ]] && ! has_option workdir "$@"; then
-    usage_error "where is the run to lie? Name --bucket=BUCKET, or after -- a --workdir that all workers share and that outlives the TPU"
+    usage_error "no run folder: give --bucket=BUCKET, or after -- a --workdir on persistent storage that all workers share"
 fi
 if [[ -z $version ]]; then
     case ${type%%-*} in
@@ -78,20 +78,20 @@ if [[ -z $version ]]; then
         v5p) version=v2-alpha-tpuv5 ;;
         v5litepod) version=v2-alpha-tpuv5-lite ;;
         v4 | v3 | v2) version=tpu-ubuntu2204-base ;;
-        *) usage_error "--version is missing: no runtime is known for $type; gcloud compute tpus tpu-vm versions list --zone=$zone shows them" ;;
+        *) usage_error "--version is missing: no default for $type; gcloud compute tpus tpu-vm versions list --zone=$zone lists them" ;;
     esac
 fi
 needs gcloud 'see https://cloud.google.com/sdk/docs/install'
 
 arguments=(${variables[@]+"${variables[@]}"} -- --processes=tpu "$@")
 place=(--project="$project" --zone="$zone" --quiet)
-# A machine that is taken away may not close its connections: after a minute of silence ssh does.
+# A preempted machine may not close its connections: let ssh close them after a minute without an answer.
 ssh_flags=(--ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-trap 'say "interrupted. What was started on the TPU goes on; the same command follows it"; exit 130' INT
+trap 'say "interrupted. The run on the TPU continues; the same command follows it"; exit 130' INT
 
-# describe DRY_ANSWER GROUP FORMAT: a state, or ABSENT.
+# describe DRY_ANSWER GROUP FORMAT: print a state, or ABSENT.
 describe() {
     local attempt
     for attempt in 1 2 3 4 5; do
@@ -101,13 +101,13 @@ describe() {
             echo ABSENT
             return
         fi
-        say "gcloud gave no state (attempt $attempt of 5)"
+        say "gcloud returned no state (attempt $attempt of 5)"
         pause "$poll"
     done
-    fail "gcloud cannot tell the state of $name: $(tail -n 1 "$scratch/error")"
+    fail "gcloud cannot get the state of $name: $(tail -n 1 "$scratch/error")"
 }
 
-# tpu_state DRY_ANSWER: READY only if the TPU can be used.
+# tpu_state DRY_ANSWER: print the state of the TPU; READY only if it can be used.
 tpu_state() {
     local state
     if $queued; then
@@ -118,7 +118,7 @@ tpu_state() {
         fi
     fi
     state=$(describe "$1" tpu-vm state) || exit
-    # A queued resource stays active for a while after its TPU has gone.
+    # A queued resource stays ACTIVE for some time after its TPU was deleted.
     if $queued && [[ $state == ABSENT ]]; then state=PREEMPTED; fi
     echo "$state"
 }
@@ -142,7 +142,7 @@ remove() {
     fi
 }
 
-# Returns when the TPU is ready, having created it where there is none or the one there is spent. 1: it cannot be had now.
+# Create the TPU if it does not exist or was preempted, and wait until it is ready. Status 1: it cannot be created now.
 ensure_tpu() {
     local state before='' created=false
     state=$(tpu_state ABSENT) || exit
@@ -161,13 +161,13 @@ ensure_tpu() {
                 ;;
             PREEMPTED | TERMINATED | SUSPENDED) remove ;;
             STOPPED) run gcloud compute tpus tpu-vm start "$name" "${place[@]}" || return 1 ;;
-            *) pause "$poll" ;; # on its way somewhere
+            *) pause "$poll" ;; # a transition
         esac
         state=$(tpu_state READY) || exit
     done
 }
 
-# worker WHICH COMMAND...: tpu_worker.sh COMMAND there. gcloud ends with the status of the first worker that failed.
+# worker WHICH COMMAND...: run tpu_worker.sh COMMAND on a worker or all. The status is that of the first worker that failed.
 worker() {
     local which=$1
     shift
@@ -177,10 +177,10 @@ worker() {
 pack() {
     if [[ $code == head ]]; then
         say "copying the last commit, $(git -C "$root" log -1 --format='%h %s')"
-        if ! $dry_run && [[ -n $(git -C "$root" status --porcelain) ]]; then say "what is not committed stays here; --code=tree takes it along"; fi
+        if ! $dry_run && [[ -n $(git -C "$root" status --porcelain) ]]; then say "uncommitted changes are not copied; --code=tree copies them"; fi
         run git -C "$root" archive --format=tar.gz --output="$scratch/jaxmodels.tar.gz" HEAD
     else
-        say "copying the working tree, with what is not committed"
+        say "copying the working tree, with uncommitted changes"
         # shellcheck disable=SC2016
         run bash -c 'cd "$1" && git ls-files -z --cached --others --exclude-standard --deduplicate |
             while IFS= read -r -d "" file; do [[ ! -e $file ]] || printf "%s\0" "$file"; done | tar --null --files-from=- -czf "$2"' \
@@ -195,7 +195,7 @@ install() {
     worker all setup ${flags[@]+"${flags[@]}"}
 }
 
-# The run's state over all workers, as `outcome`: an exit status, 'running', 'none', or 'lost' where a worker did not answer.
+# Set `outcome` to the state of the run over all workers: an exit status, 'running', 'none', or 'lost' if a worker did not answer.
 ask_outcome() {
     local states
     outcome=lost
@@ -203,7 +203,7 @@ ask_outcome() {
         "${ssh_flags[@]}" "${place[@]}" 2>"$scratch/ssh_error"); then return; fi
     states=" $(awk '$1 == "jaxmodels-worker" { printf "%s ", $3 }' <<<"$states")"
     local candidate
-    for candidate in running 2 3 none 75; do # what one worker knows better than the others, first
+    for candidate in running 2 3 none 75; do # in order of priority: one worker may know the cause better than the others
         if [[ $states == *" $candidate "* ]]; then
             outcome=$candidate
             return
@@ -212,7 +212,7 @@ ask_outcome() {
     outcome=$(tr ' ' '\n' <<<"$states" | grep -E '^[0-9]+$' | sort -n | tail -n 1) || outcome=lost
 }
 
-# Follows worker 0 until no worker runs any more; sets `outcome`.
+# Follow the log of worker 0 until no worker is running; set `outcome`.
 follow() {
     local state unanswered=0
     : >"$scratch/log"
@@ -235,7 +235,7 @@ follow() {
     done
 }
 
-# Everything once, on a TPU that may have to be made; sets `outcome`, and `why` where there is nothing to follow.
+# Make one attempt: create the TPU if needed, install, start, follow. Set `outcome`, and `why` if the run did not start.
 attempt() {
     local tries
     outcome=lost why=''
@@ -253,7 +253,7 @@ attempt() {
     done
     local status=0
     worker all start "${arguments[@]}" || status=$?
-    if ((status == 2)); then fail "$name runs another command; take another --name, or wait for it"; fi
+    if ((status == 2)); then fail "$name is running another command; use another --name, or wait until it ends"; fi
     if ((status != 0)); then
         why="the run could not be started on all workers"
         return
@@ -261,12 +261,12 @@ attempt() {
     follow
 }
 
-# The run has ended with STATUS.
+# finish STATUS: delete the TPU if requested, and exit.
 finish() {
     if $delete; then
-        remove || say "$name could not be deleted: it still costs money"
+        remove || say "$name could not be deleted: it is still billed"
     else
-        say "$name is still there, and costs money, until it is deleted: $(dry_run=true && remove 3>&1)"
+        say "$name still exists, and is billed until it is deleted: $(dry_run=true && remove 3>&1)"
     fi
     exit "$1"
 }
@@ -281,23 +281,23 @@ for ((restarts = 0; ; restarts++)); do
             finish 0
             ;;
         2 | 3)
-            say "the run ended with status $outcome, which another start would not change"
+            say "the run ended with status $outcome; a restart would not change that"
             finish "$outcome"
             ;;
         75) why="the run was stopped by a signal" ;;
         none) why="the workers were replaced" ;;
-        lost) [[ -n $why ]] || why="the workers are gone" ;;
+        lost) [[ -n $why ]] || why="the workers no longer exist" ;;
         *) why="the run ended with status $outcome" ;;
     esac
     if ((restarts >= max_restarts)); then
-        say "$why; no start is left of --max_restarts=$max_restarts. The same command goes on from the last checkpoint"
+        say "$why; --max_restarts=$max_restarts is reached. The same command resumes from the last checkpoint"
         [[ $outcome =~ ^[0-9]+$ ]] || outcome=1
         finish "$outcome"
     fi
     if [[ $why == "the TPU could not be created" && $restarts == 0 ]]; then
-        if $queued; then fail "$why; gcloud compute tpus queued-resources describe $name tells more"; fi
+        if $queued; then fail "$why; gcloud compute tpus queued-resources describe $name shows details"; fi
         fail "$why; --queued waits for capacity"
     fi
-    say "$why; starting again ($((restarts + 1)) of $max_restarts)"
+    say "$why; restarting ($((restarts + 1)) of $max_restarts)"
     pause "$poll"
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One worker of a TPU: tpu_pod.sh copies this file there and calls it over ssh. Every command may be repeated.
+# Commands for one TPU worker: tpu_pod.sh copies this file there and calls it over ssh. Every command is idempotent.
 set -euo pipefail
 
 help() {
@@ -7,9 +7,9 @@ help() {
 Usage: bash tpu_worker.sh COMMAND
 
   setup [--bucket=BUCKET] [--extra=tpu]  unpack ~/jaxmodels.tar.gz, mount the bucket, install into a virtual environment
-  start [NAME=VALUE...] -- ARGS...       jaxmodels train ARGS, going on after this connection ends; nothing if it runs already
-  follow LINE                            print the log from that line on, until the run ends
-  status                                 print 'jaxmodels-worker HOST STATE': running, none, or the exit status
+  start [NAME=VALUE...] -- ARGS...       run jaxmodels train ARGS in the background, unless it is already running
+  follow LINE                            print the log from LINE until the run ends
+  status                                 print 'jaxmodels-worker HOST STATE'; STATE is running, none, or the exit status
 
 The bucket is mounted at /shared ($JAXMODELS_SHARED), and runs/ is /shared/runs.
 HELP
@@ -24,12 +24,12 @@ this_boot() {
     cat /proc/sys/kernel/random/boot_id
 }
 
-# The number of a process may be another's after the machine has started anew.
+# After a reboot, another process may have the same process ID.
 is_running() {
     [[ -f $state/process && ! -f $state/status && $(<"$state/boot") == "$(this_boot)" ]] && kill -0 "$(<"$state/process")" 2>/dev/null
 }
 
-# A bucket as a folder. Renaming a folder, which saving a checkpoint ends with, is one operation only in a bucket with hierarchical namespace.
+# Mount a bucket as a folder. Saving a checkpoint ends with renaming a folder, which is atomic only in a bucket with a hierarchical namespace.
 mount_bucket() {
     if ! command -v gcsfuse >/dev/null; then
         . /etc/os-release
@@ -38,14 +38,14 @@ mount_bucket() {
         echo "deb [signed-by=$key] $packages gcsfuse-$VERSION_CODENAME main" |
             sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
         sudo apt-get update -qq
-        sudo apt-get install -y -qq -o DPkg::Lock::Timeout=300 gcsfuse # a new machine updates itself
+        sudo apt-get install -y -qq -o DPkg::Lock::Timeout=300 gcsfuse # a new machine runs its own updates
     fi
     [[ -d $shared ]] || sudo install --directory --owner="$(id -un)" "$shared"
     mountpoint -q "$shared" || gcsfuse --implicit-dirs "$1" "$shared"
     mkdir -p "$shared/runs"
 }
 
-# A Python that is new enough: the runtime images of some TPUs have an older one.
+# Create an environment with Python 3.11 or later: the images of some TPUs have an older default.
 make_environment() {
     local python
     rm -rf "$environment"
@@ -69,13 +69,13 @@ setup() {
         esac
     done
     if is_running; then
-        echo "$(hostname): a run is going on here; its code stays as it is"
+        echo "$(hostname): a run is active; its code is not changed"
         return
     fi
     [[ -z $bucket ]] || mount_bucket "$bucket"
     checksum=$(sha256sum <"$HOME/jaxmodels.tar.gz")
     if [[ -f $environment/installed && $(<"$environment/installed") == "$checksum $extra $bucket" ]]; then
-        echo "$(hostname): this code is installed"
+        echo "$(hostname): this code is already installed"
         return
     fi
     rm -rf "$code"
@@ -98,7 +98,7 @@ start() {
     shift
     if is_running; then
         [[ $(<"$state/arguments") == "$arguments" ]] && return
-        echo "tpu_worker.sh: $(hostname) runs another command: $(<"$state/arguments")" >&2
+        echo "tpu_worker.sh: $(hostname) is running another command: $(<"$state/arguments")" >&2
         exit 2
     fi
     mkdir -p "$state"
@@ -107,7 +107,7 @@ start() {
     this_boot >"$state/boot"
     : >"$state/log"
     cd "$code"
-    # In a session of its own, so that nothing of the connection's end reaches it.
+    # In its own session, so that it survives the end of the connection.
     # shellcheck disable=SC2016
     PYTHONUNBUFFERED=1 setsid nohup bash -c '
         status=0
@@ -135,7 +135,7 @@ status() {
     elif [[ -f $state/status ]]; then
         now=$(<"$state/status")
     elif [[ -f $state/process ]]; then
-        now=137 # gone without a word: killed, or the machine started anew
+        now=137 # no exit status: killed, or the machine was rebooted
     fi
     echo "jaxmodels-worker $(hostname) $now"
 }

@@ -1,9 +1,9 @@
-"""Replaces @NAME@ in a template by JSON values; prints the result. Needs nothing but Python.
+"""Replace @NAME@ in a template with JSON values and print the result. Needs only Python's standard library.
 
     python3 launch/gke/render.py launch/gke/jobset.yaml NAME=text NAME:=json ... -- ARGS
 
-NAME=text stands for a string, NAME:=json for any JSON value. What follows -- becomes the list @ARGS@, in which `$` is
-doubled, as Kubernetes replaces $(NAME) in arguments.
+NAME=text gives a string, NAME:=json any JSON value. The arguments after -- become the list @ARGS@, with `$` doubled, because
+Kubernetes expands $(NAME) in arguments.
 """
 
 import json
@@ -12,17 +12,17 @@ import sys
 
 
 def render(template: str, values: dict) -> str:
-    """The template with each @NAME@ replaced by values[NAME] as JSON, or as it is if NAME ends in _KIND. Comments are kept.
+    """Return the template with each @NAME@ replaced with values[NAME]: as JSON, or verbatim if NAME ends in _KIND. Comments are unchanged.
 
     Raises:
-      ValueError: a name without a value, or a value that the template does not use.
+      ValueError: a name has no value, or the template does not use a value.
     """
     lines, used = [], set()
     for line in template.splitlines():
         if not line.lstrip().startswith("#"):
             names = re.findall(r"@(\w+)@", line)
             if missing := [name for name in names if name not in values]:
-                raise ValueError(f"the template needs {missing[0]}")
+                raise ValueError(f"the template needs a value for {missing[0]}")
             used.update(names)
             line = re.sub(r"@(\w+)@", lambda m: values[m[1]] if m[1].endswith("_KIND") else json.dumps(values[m[1]]), line)
         lines.append(line)

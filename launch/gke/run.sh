@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Kubernetes: builds the image, submits a JobSet, follows its log, and tells how it ended.
+# Train on Kubernetes: build the image, submit a JobSet, follow its log, and report how it ended.
 set -euo pipefail
 
 help() {
@@ -7,32 +7,32 @@ help() {
 Usage: launch/gke/run.sh --name=NAME --image=IMAGE (--tpu=ACCELERATOR --topology=T --hosts=N | --gpu=ACCELERATOR --hosts=N)
                          (--bucket=BUCKET | --claim=CLAIM) [OPTIONS] -- ARGS
 
-Runs `jaxmodels train ARGS`, one process on each host, as the JobSet NAME. All hosts share a volume at /shared, where runs/ lies.
+Runs `jaxmodels train ARGS` as the JobSet NAME, with one process on each host. All hosts share a volume at /shared, which contains runs/.
 
   --name=NAME             the JobSet's name
   --image=IMAGE           for example us-docker.pkg.dev/PROJECT/REPOSITORY/jaxmodels:TAG
-  --build                 build the image from the working tree, and push it, first
+  --build                 first build the image from the working tree and push it
   --tpu=ACCELERATOR       node label cloud.google.com/gke-tpu-accelerator, for example tpu-v6e-slice
   --topology=TOPOLOGY     node label cloud.google.com/gke-tpu-topology of one slice, for example 4x4
   --slices=N              TPU slices (default: 1)
   --gpu=ACCELERATOR       node label cloud.google.com/gke-accelerator, for example nvidia-h100-80gb
-  --hosts=N               hosts of a slice, or with --gpu of the run (default: 1)
+  --hosts=N               hosts of a slice, or with --gpu, hosts of the run (default: 1)
   --chips=N               chips or GPUs of one host (default: 4 for TPU, 8 for GPU)
-  --bucket=BUCKET         /shared is this bucket (Cloud Storage FUSE)
-  --claim=CLAIM           /shared is this PersistentVolumeClaim, which many nodes may write (Filestore)
-  --env=NAME=VALUE        environment variable of the run; may be repeated
+  --bucket=BUCKET         mount this bucket at /shared (Cloud Storage FUSE)
+  --claim=CLAIM           mount this PersistentVolumeClaim at /shared; it must be ReadWriteMany (Filestore)
+  --env=NAME=VALUE        environment variable of the run; repeatable
   --queue=QUEUE           local queue of Kueue
-  --spot                  spot nodes
-  --max_restarts=N        starts again after a failure (default: 3); preemptions do not count
-  --grace=SECONDS         from SIGTERM to the end, for saving (default: 300)
+  --spot                  use spot nodes
+  --max_restarts=N        maximum restarts after failures (default: 3); preemptions do not count
+  --grace=SECONDS         time between SIGTERM and SIGKILL, for saving (default: 300)
   --service_account=NAME  Kubernetes service account, with access to the bucket (default: default)
   --namespace=NAMESPACE   (default: default)
-  --follow                submit nothing; follow the JobSet NAME that is there (needs --name only)
-  --poll=SECONDS          between questions for the JobSet's state (default: 10)
-  --dry_run               print every command and the manifest; run none
+  --follow                submit nothing; follow the existing JobSet NAME (needs only --name)
+  --poll=SECONDS          interval between queries of the JobSet's state (default: 10)
+  --dry_run               print every command and the manifest; run nothing
   --help
 
-Exit status: 0 finished, 2 bad config or wrong arguments, 3 diverged, 1 failed otherwise. See docs/launch.md.
+Exit status: 0 finished, 2 invalid config or arguments, 3 diverged, 1 other failure. See docs/launch.md.
 HELP
 }
 
@@ -77,44 +77,44 @@ done
 label='[a-z0-9]([-a-z0-9]*[a-z0-9])?'
 check_options() {
     check image "$image" '[a-zA-Z0-9][-a-zA-Z0-9._/:@]*' 'IMAGE, for example us-docker.pkg.dev/PROJECT/REPOSITORY/jaxmodels:TAG'
-    [[ -n $tpu || -n $gpu ]] || usage_error "what is it to run on? Name --tpu=ACCELERATOR --topology=TOPOLOGY, or --gpu=ACCELERATOR"
+    [[ -n $tpu || -n $gpu ]] || usage_error "no accelerator: give --tpu=ACCELERATOR --topology=TOPOLOGY, or --gpu=ACCELERATOR"
     [[ -z $tpu || -z $gpu ]] || usage_error "--tpu and --gpu exclude each other"
     if [[ -n $tpu ]]; then
         check tpu "$tpu" "$label" 'ACCELERATOR, for example tpu-v6e-slice'
         check topology "$topology" '[0-9]+x[0-9]+(x[0-9]+)?' 'TOPOLOGY of one slice, for example 4x4'
         chips=${chips:-4}
         local count=$((${topology//x/ * }))
-        ((count == hosts * chips)) || usage_error "--topology=$topology has $count chips, but --hosts=$hosts of --chips=$chips have \
+        ((count == hosts * chips)) || usage_error "--topology=$topology has $count chips, but --hosts=$hosts with --chips=$chips have \
 $((hosts * chips)); try --hosts=$(((count + chips - 1) / chips))"
     else
         check gpu "$gpu" "$label" 'ACCELERATOR, for example nvidia-h100-80gb'
-        [[ -z $topology && $slices == 1 ]] || usage_error "--topology and --slices are for TPUs; --hosts=N for GPUs"
+        [[ -z $topology && $slices == 1 ]] || usage_error "--topology and --slices are for TPUs; use --hosts=N for GPUs"
         chips=${chips:-8}
     fi
-    [[ -n $bucket || -n $claim ]] || usage_error "where are the runs to lie? Name --bucket=BUCKET or --claim=CLAIM, which all hosts share"
+    [[ -n $bucket || -n $claim ]] || usage_error "no shared volume: give --bucket=BUCKET or --claim=CLAIM"
     [[ -z $bucket || -z $claim ]] || usage_error "--bucket and --claim exclude each other"
     bucket=${bucket#gs://}
-    [[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, the name alone'
+    [[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, a name without gs://'
     [[ -z $claim ]] || check claim "$claim" "$label" 'CLAIM, the name of a PersistentVolumeClaim'
-    [[ -z $queue ]] || check queue "$queue" "$label" 'QUEUE, a local queue that kubectl get localqueue shows'
+    [[ -z $queue ]] || check queue "$queue" "$label" 'QUEUE, a local queue; kubectl get localqueue lists them'
     check service_account "$service_account" "$label" 'NAME'
 }
 
-check name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' 'NAME, of small letters, digits and -, at most 40'
+check name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' 'NAME, at most 40 lowercase letters, digits and -'
 check namespace "$namespace" "$label" 'NAMESPACE'
 check poll "$poll" '[0-9]+(\.[0-9]+)?' 'seconds'
 for option in hosts slices max_restarts grace; do
     check "$option" "${!option}" '0|[1-9][0-9]*' 'a whole number'
 done
 [[ -z $chips ]] || check chips "$chips" '[1-9][0-9]*' 'a whole number above 0'
-((hosts > 0 && slices > 0)) || usage_error "--hosts and --slices are at least 1"
+((hosts > 0 && slices > 0)) || usage_error "--hosts and --slices must be at least 1"
 if ! $follow_only; then
     check_options
     check_train "$@"
     for argument in "$@"; do
         case $argument in
             --workdir=runs/* | --workdir=/shared/*) ;;
-            --workdir*) usage_error "$argument is lost with the container: take --workdir=runs/NAME, which lies on the shared volume" ;;
+            --workdir*) usage_error "$argument would be lost with the container: use --workdir=runs/NAME, on the shared volume" ;;
         esac
     done
 fi
@@ -123,21 +123,21 @@ if $build; then needs docker 'see https://docs.docker.com/engine/install'; fi
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-trap 'say "interrupted. The JobSet goes on; --follow follows it, kubectl delete jobset $name ends it"; exit 130' INT
+trap 'say "interrupted. The JobSet continues; --follow follows it, kubectl delete jobset $name stops it"; exit 130' INT
 
-# manifest ARGS: prints the JobSet.
+# manifest ARGS: print the JobSet.
 manifest() {
     local labels='{}' annotations='{}' pod_annotations='{}' selector resources tolerations security volume_kind volume script
     [[ -z $queue ]] || labels="{\"kueue.x-k8s.io/queue-name\": \"$queue\"}"
-    # The host's number counts through the slices, as the numbers that the TPU gives itself do.
+    # Number the hosts through all slices, like the numbers of the TPU runtime.
     # shellcheck disable=SC2016
     script='mkdir -p /shared/runs; export JAXMODELS_PROCESS=$((JOB_INDEX * HOSTS_IN_JOB + HOST_INDEX)); exec env "$@"'
     if [[ -n $tpu ]]; then
-        # One slice is one node pool: two Jobs must not share one.
+        # One slice is one node pool, so two Jobs must not share a node pool.
         annotations='{"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}'
         selector="\"cloud.google.com/gke-tpu-accelerator\": \"$tpu\", \"cloud.google.com/gke-tpu-topology\": \"$topology\""
         resources="{\"google.com/tpu\": \"$chips\"}"
-        # The driver locks memory, and its devices are root's.
+        # The driver locks memory, and its devices belong to root.
         security='{"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}}'
         script="ulimit -l 68719476736; $script"
         tolerations='{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}'
@@ -170,7 +170,7 @@ manifest() {
 
 kube=(kubectl --namespace="$namespace")
 
-# The JobSet as 'STATE RESTARTS': STATE is Completed, Failed, Active, or Absent.
+# jobset_state ANSWER: print 'STATE RESTARTS' of the JobSet, where STATE is Completed, Failed, Active or Absent.
 jobset_state() {
     local line attempt
     for attempt in 1 2 3 4 5; do
@@ -184,16 +184,16 @@ jobset_state() {
             echo 'Absent 0'
             return
         fi
-        say "kubectl gave no state (attempt $attempt of 5)"
+        say "kubectl returned no state (attempt $attempt of 5)"
         pause "$poll"
     done
-    fail "kubectl cannot tell the state of $name: $(tail -n 1 "$scratch/error")"
+    fail "kubectl cannot get the state of $name: $(tail -n 1 "$scratch/error")"
 }
 
 pod_and_phase='jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}'
 first_pod="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 
-# Follows the first host through all restarts; returns when the JobSet has ended, with `state` set.
+# Follow the log of the first host through all restarts until the JobSet has ended; set `state`.
 follow() {
     local pod phase before='' seen='' restarts
     while :; do
@@ -209,9 +209,9 @@ follow() {
                 if [[ $pod != "$seen" ]]; then
                     seen=$pod
                     run "${kube[@]}" logs --follow --container=train "$pod" || true
-                    continue # what became of it, without a pause
+                    continue # query its state without a pause
                 elif [[ $phase == Running ]]; then
-                    run "${kube[@]}" logs --follow --tail=0 --container=train "$pod" || true # the connection had ended
+                    run "${kube[@]}" logs --follow --tail=0 --container=train "$pod" || true # the connection was lost
                 fi
                 ;;
         esac
@@ -229,7 +229,7 @@ if ! $follow_only; then
     manifest "$@" >"$scratch/jobset.yaml"
     state=$(jobset_state Absent/0) || exit
     case ${state% *} in
-        Active) usage_error "$name runs already: --follow follows it, kubectl delete jobset $name ends it" ;;
+        Active) usage_error "$name is already running: --follow follows it, kubectl delete jobset $name stops it" ;;
         Completed | Failed) run "${kube[@]}" delete jobset "$name" --wait=true ;;
     esac
     run "${kube[@]}" apply --filename="$scratch/jobset.yaml"
@@ -240,15 +240,15 @@ state=''
 follow
 case $state in
     Completed) say "finished" && exit 0 ;;
-    Absent) fail "there is no JobSet $name: it was deleted" ;;
+    Absent) fail "the JobSet $name does not exist: it was deleted" ;;
 esac
-# Why it failed: the statuses its pods ended with.
+# The cause of the failure: the exit statuses of the pods.
 statuses=" $("${kube[@]}" get pods --selector="jobset.sigs.k8s.io/jobset-name=$name" \
     --output='jsonpath={range .items[*]}{.status.containerStatuses[0].state.terminated.exitCode}{" "}{end}') "
 for status in 2 3; do
     if [[ $statuses == *" $status "* ]]; then
-        say "the run ended with status $status, which another start would not change"
+        say "the run ended with status $status; a restart would not change that"
         exit "$status"
     fi
 done
-fail "failed, with these exit statuses: $statuses; kubectl describe jobset $name tells more. The same command goes on from the last checkpoint"
+fail "failed with exit statuses: $statuses; see kubectl describe jobset $name. The same command resumes from the last checkpoint"

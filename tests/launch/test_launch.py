@@ -53,31 +53,31 @@ def test_scripts_begin_alike_and_explain_themselves(script, fake):
     "script, arguments, said",
     [
         ("tpu_pod.sh", TPU[1:], "--name is missing"),
-        ("tpu_pod.sh", ["--name=Pod"], "--name=Pod is not right"),
+        ("tpu_pod.sh", ["--name=Pod"], "--name=Pod is invalid"),
         ("tpu_pod.sh", [*TPU, "--bucket=b"], "no --config after --"),
         ("tpu_pod.sh", [*TPU, "--", TRAIN[0]], "--bucket=BUCKET"),
         ("tpu_pod.sh", [*TPU, "--bucket=b", "--", TRAIN[0], "--workdir=gs://b/x"], "mount the bucket"),
-        ("tpu_pod.sh", [*TPU, "--bucket=b", "--", TRAIN[0], "--processes=4"], "leave it out"),
-        ("tpu_pod.sh", [*TPU, "--type=v9-8", "--bucket=b", "--", TRAIN[0]], "no runtime is known"),
+        ("tpu_pod.sh", [*TPU, "--bucket=b", "--", TRAIN[0], "--processes=4"], "remove it"),
+        ("tpu_pod.sh", [*TPU, "--type=v9-8", "--bucket=b", "--", TRAIN[0]], "no default for v9-8"),
         ("tpu_pod.sh", [*TPU, "--code=all", "--bucket=b", "--", TRAIN[0]], "head or tree"),
         ("tpu_pod.sh", [*TPU, TRAIN[0]], "put it after --"),
         ("tpu_pod.sh", [*TPU, "--sport"], "unknown option --sport"),
         ("gke/run.sh", GKE_TPU[:1], "--image is missing"),
-        ("gke/run.sh", GKE_TPU[:2], "what is it to run on"),
+        ("gke/run.sh", GKE_TPU[:2], "no accelerator"),
         ("gke/run.sh", [*GKE_TPU, "--gpu=nvidia-l4", "--", TRAIN[0]], "exclude each other"),
         ("gke/run.sh", [*GKE_TPU, "--hosts=3", "--", TRAIN[0]], "try --hosts=4"),
         ("gke/run.sh", [*GKE_TPU, "--claim=c", "--", TRAIN[0]], "exclude each other"),
-        ("gke/run.sh", [*GKE_GPU, "--claim=", "--", TRAIN[0]], "where are the runs to lie"),
+        ("gke/run.sh", [*GKE_GPU, "--claim=", "--", TRAIN[0]], "no shared volume"),
         ("gke/run.sh", [*GKE_GPU, "--slices=2", "--", TRAIN[0]], "are for TPUs"),
         ("gke/run.sh", [*GKE_GPU, "--hosts=0", "--", TRAIN[0]], "at least 1"),
-        ("gke/run.sh", [*GKE_GPU, "--grace=soon", "--", TRAIN[0]], "--grace=soon is not right"),
+        ("gke/run.sh", [*GKE_GPU, "--grace=soon", "--", TRAIN[0]], "--grace=soon is invalid"),
         ("gke/run.sh", [*GKE_GPU, "--env=FLAGS", "--", TRAIN[0]], "--env=NAME=VALUE"),
-        ("gke/run.sh", [*GKE_GPU, "--", TRAIN[0], "--workdir=/tmp/x"], "lost with the container"),
+        ("gke/run.sh", [*GKE_GPU, "--", TRAIN[0], "--workdir=/tmp/x"], "be lost with the container"),
         ("slurm.sbatch", [], "no --config"),
         ("slurm.sbatch", ["--max_restarts=no", "--", TRAIN[0]], "a whole number"),
         ("slurm.sbatch", ["--dryrun", "--", TRAIN[0]], "unknown option --dryrun"),
         ("slurm.sbatch", [TRAIN[0]], "not a SLURM job"),
-        ("slurm.sbatch", [TRAIN[0], "--coordinator=a:1"], "leave it out"),
+        ("slurm.sbatch", [TRAIN[0], "--coordinator=a:1"], "remove it"),
     ],
 )
 def test_wrong_arguments_are_said_before_anything_is_asked(script, arguments, said, fake):
@@ -158,14 +158,14 @@ def test_what_another_start_would_not_change_is_not_repeated(fake, status):
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
     assert done.returncode == status
     assert fake.verbs() == ["create", *ONCE]
-    assert "still there, and costs money" in done.stderr
+    assert "still exists, and is billed" in done.stderr
 
 
 @pytest.mark.parametrize("outcome, status", [("75", 75), ("1", 1), ("preempted", 1)])
 def test_starts_have_a_limit(fake, outcome, status):
     fake.write(outcomes=outcome)
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--max_restarts=1", "--", *TRAIN)
-    assert done.returncode == status and "no start is left" in done.stderr
+    assert done.returncode == status and "is reached" in done.stderr
     assert fake.verbs().count("start all") == 2
 
 
@@ -187,7 +187,7 @@ def test_called_again_it_follows_the_run_that_goes_on(fake):
     os.killpg(first.pid, signal.SIGKILL)  # the terminal, and all that hangs on it
     first.communicate(timeout=20)
     other = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN, "--overwrite")
-    assert other.returncode == 1 and "runs another command" in other.stderr
+    assert other.returncode == 1 and "is running another command" in other.stderr
     fake.write(finish="now")
     again = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
     assert again.returncode == 0, again.stderr
@@ -225,7 +225,7 @@ def test_without_capacity_it_ends_and_says_what_waits_for_it(fake):
 def test_a_queued_resource_that_failed_is_replaced_once(fake):
     fake.write(state="FAILED", created="FAILED")
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--queued", "--", *TRAIN)
-    assert done.returncode == 1 and "tells more" in done.stderr
+    assert done.returncode == 1 and "shows details" in done.stderr
     assert fake.verbs() == ["delete", "create"]
 
 

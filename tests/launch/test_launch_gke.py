@@ -198,7 +198,7 @@ def test_a_dry_run_prints_the_manifest_and_calls_nothing(fake, schema):
     assert schema.is_valid(manifest) and manifest == submit(fake, *GKE_TPU, "--", *TRAIN)
 
 
-@pytest.mark.parametrize("values, said", [(["NAME=x"], "needs KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
+@pytest.mark.parametrize("values, said", [(["NAME=x"], "needs a value for KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
 def test_a_template_and_its_values_fit_each_other(tmp_path, values, said):
     template = tmp_path / "template.yaml"
     template.write_text("# @COMMENT@\nname: @NAME@\nkind: @KIND@\nargs: @ARGS@\n")

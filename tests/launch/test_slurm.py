@@ -89,7 +89,7 @@ def check_went_on(job: Job) -> None:
     assert first["from_step"] == 0 and first["processes"] == second["processes"] == 2
     assert 0 < second["from_step"] < STEPS
     text = job.output.read_text()
-    assert "queued again (1 of 100)" in text and str(job.workdir / "checkpoints" / str(second["from_step"])) in text
+    assert "requeued (1 of 100)" in text and str(job.workdir / "checkpoints" / str(second["from_step"])) in text
     trained = [line["step"] for line in job.lines() if line["split"] == "train"]
     assert trained == sorted(set(trained)) and trained[-1] == STEPS
     (test,) = (line for line in job.lines() if line["split"] == "test")
