@@ -1,13 +1,13 @@
-"""Names in WikiANN English (Pan et al. 2017; splits of Rahimi et al. 2019): a published BERT, fine-tuned whole.
+"""Named entities in WikiANN English (Pan et al. 2017; splits of Rahimi et al. 2019): full fine-tuning of a published BERT.
 
     jaxmodels train --config=configs/bert_hf_ner.py --workdir=runs/bert_hf_ner --data_dir=DIR
     jaxmodels train --config=configs/bert_hf_ner.py:MODEL --workdir=runs/bert_hf_ner --data_dir=DIR
 
-MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; google-bert/bert-base-cased,
-which keeps capital letters, unless given. Needs DIR/wikiann_en/{train,dev,test}.conll. A sentence stands between [CLS] and [SEP]; a word's tag
-is predicted at its first piece.
+MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; the default is
+google-bert/bert-base-cased, which preserves case. Needs DIR/wikiann_en/{train,dev,test}.conll. A sentence is enclosed in [CLS] and [SEP]; the
+tag of a word is predicted at its first token.
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured.
 """
 

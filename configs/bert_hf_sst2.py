@@ -1,13 +1,14 @@
-"""Sentiment of sentences of film reviews (SST-2): a published BERT, fine-tuned whole.
+"""Sentiment of film-review sentences (SST-2): full fine-tuning of a published BERT.
 
     jaxmodels train --config=configs/bert_hf_sst2.py --workdir=runs/bert_hf_sst2 --data_dir=DIR
     jaxmodels train --config=configs/bert_hf_sst2.py:MODEL --workdir=runs/bert_hf_sst2 --data_dir=DIR
 
-MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; google-bert/bert-base-uncased
-unless given. Needs DIR/sst2/{train,dev,test}.tsv. The recipe is that of Devlin et al. (2019): AdamW, peak rate 5e-5 falling to 0 after a
-warm-up, 3 epochs of batches of 32, no decay of biases and normalisations. A warm-up of 60 steps is a tenth of 3 epochs of 6,920 sentences.
+MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; the default is
+google-bert/bert-base-uncased. Needs DIR/sst2/{train,dev,test}.tsv. The recipe is that of Devlin et al. (2019): AdamW, peak learning
+rate 5e-5 with warm-up and decay to 0, batch size 32, 3 epochs, no weight decay of biases and normalisations.
+The warm-up of 60 steps is a tenth of 3 epochs of 6,920 sentences.
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured; `benchmarks/bert_step.py` measures a step.
 """
 

@@ -1,16 +1,16 @@
-"""Masked language modelling with BERT-large (Devlin et al. 2019), 512 tokens a row, on 64 TPU chips: a copy of the model on each, but
-the optimizer's state in 64 shares (Rajbhandari et al. 2019, stage 1).
+"""Masked language modelling with BERT-large (Devlin et al. 2019), rows of 512 tokens, on 64 TPU chips: replicated parameters,
+optimizer state sharded 64 ways (Rajbhandari et al. 2019, stage 1).
 
     jaxmodels train --config=configs/bert_large.py
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with
---config.data.tokenizer=FILE.json (30,522 tokens) and without the keys `vocab_size`, `special` and `examples`. Batch, learning rate, decay and
-warm-up are the paper's; it had rows of 128 tokens for the first nine tenths.
+The tokens are random. For your own text, use --config.data.source=text:FILES with
+--config.data.tokenizer=FILE.json (30,522 tokens) and remove the keys `vocab_size`, `special` and `examples`. Batch size, learning rate, weight decay and
+warm-up are the paper's; the paper used rows of 128 tokens for the first nine tenths of training.
 
-Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
-    operations it takes there, says
+Reached: no result, never trained. The compilation of its train step for v5p:4x4x4 and v6e:8x8, with memory and FLOPs,
+    is tested by
     pytest -m tpu_compiler -n 0 -s -k bert_large tests/plan/test_tpu_compiler.py
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config():
     c = ConfigDict()
     c.model = {"name": "bert-large", "scan": True, "remat": "dots"}
     c.task = {"name": "masked_lm"}
-    # `masked_lm` reads all tokens of a row: one more than a language model is given.
+    # A row has `sequence_length` + 1 tokens. `masked_lm` uses all of them, while a language model's inputs omit the last one.
     c.data = {"source": "synthetic", "vocab_size": 30522, "special": True, "sequence_length": 511, "examples": 100_000_000, "batch_size": 256}
     c.optimizer = {
         "name": "adamw",

@@ -1,4 +1,4 @@
-"""Sentiment of sentences of film reviews (SST-2): an encoder pretrained on the same sentences and Shakespeare, fine-tuned.
+"""Sentiment of film-review sentences (SST-2): fine-tuning of an encoder pretrained on the same sentences and Shakespeare.
 
     jaxmodels train --config=configs/bert_mlm_sst2.py --workdir=runs/bert_mlm_sst2 --data_dir=DIR
     jaxmodels train --config=configs/bert_sst2.py --workdir=runs/bert_sst2 --data_dir=DIR
@@ -6,14 +6,14 @@
 
 Needs DIR/sst2/{train,dev,test}.tsv and DIR/tinyshakespeare/input.txt.
 
-One epoch, one learning rate for both, not tuned for either. `python benchmarks/pretraining.py bert_sst2 --data_dir=DIR` trains all
-of it with three seeds.
+Both variants train for one epoch with the same learning rate, which was not tuned. `python benchmarks/pretraining.py bert_sst2 --data_dir=DIR`
+trains all runs with three seeds.
 
 Reached: test accuracy, seeds 0, 1, 2 (1,821 sentences):
     fine-tuned    0.768, 0.778, 0.768; mean 0.771
     from scratch  0.743, 0.750, 0.758; mean 0.750
-  Published on this split: CNN from random vectors 0.827 (Kim 2014), BERT-base about 0.93.
-Time: 2 to 3 min of training each, on two CPU cores with a load of 8 to 16 from other work: an upper figure, several times too high.
+  Published on this split: CNN with random initial embeddings 0.827 (Kim 2014), BERT-base about 0.93.
+Time: 2 to 3 min of training for each run, on two CPU cores with a load of 8 to 16 from other programs: an upper bound, several times too high.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""Masked language modelling on the text and code that every Python ships: offline. What `bert_classify` starts from.
+"""Masked language modelling on the text and code included with Python (no download): pretraining for `bert_classify`.
 
     jaxmodels train --config=configs/bert_text.py --workdir=runs/bert_text
 
-It trains on the help topics and 230 files, without the files that validate or test in
-`bert_classify`; 34 files validate. 30% of the tokens are hidden, of which 80% as `<mask>`. Guessing by how often each token occurs
-costs 6.38 nats (on the training text).
+The training text is the help topics and 230 files, without the validation and test files of `bert_classify`; 34 files are the
+validation split. 30% of the tokens are predicted, of which 80% are replaced by `<mask>`. The unigram entropy of the training text is
+6.38 nats per token.
 
-Reached: validation loss 3.533 nats for each hidden token, accuracy 0.347 (Python 3.11's library).
-Time: 21 min 51 s of training on two CPU cores with a load of 8 to 12 from other work: an upper figure, several times too high (a step takes
-0.22 s of processor time).
+Reached: validation loss 3.533 nats per masked token, accuracy 0.347 (Python 3.11's library).
+Time: 21 min 51 s of training on two CPU cores with a load of 8 to 12 from other programs: an upper bound, several times too high (a step takes
+0.22 s of CPU time).
 """
 
 from ml_collections import ConfigDict

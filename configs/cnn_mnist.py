@@ -2,7 +2,7 @@
 
     jaxmodels train --config=configs/cnn_mnist.py --data_dir=DIR     # DIR/tensorflow_datasets/mnist/3.0.1
 
-The last 3,000 training images validate. Beside it: Flax's own example CNN, 99.17% after 10 epochs.
+The last 3,000 training images are the validation split. For comparison: Flax's example CNN has 99.17% after 10 epochs.
 
 Reached: test accuracy 0.9929 (99.29%).
 Time: 3 min 20 s of training on two CPU cores.

@@ -1,12 +1,12 @@
-"""PatchTST on ETTh1: 96 hours ahead, all seven variables, 12/4/4 months.
+"""PatchTST on ETTh1: horizon of 96 hours, all seven variables, splits of 12/4/4 months.
 
     jaxmodels train --config=configs/forecast_transformer.py --data_dir=DIR     # DIR/etth1/ETTh1.csv
 
-Beside it, published (test MSE / MAE): DLinear 0.375 / 0.399, PatchTST/64 0.370 / 0.400.
+Published results (test MSE / MAE): DLinear 0.375 / 0.399, PatchTST/64 0.370 / 0.400.
 
-Reached: test MSE 0.391, MAE 0.409; it is still falling slowly when the run ends.
+Reached: test MSE 0.391, MAE 0.409; the error still decreases slowly at the end of the run.
 Time: 5 min 31 s of training on two CPU cores.
-Both from before attention had a matrix each for queries, keys and values: the first weights drawn are others now.
+Both were measured before attention had separate matrices for queries, keys and values; the initial weights differ now.
 """
 
 from ml_collections import ConfigDict

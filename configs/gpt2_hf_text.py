@@ -1,12 +1,12 @@
-"""A published GPT-2, trained on with Shakespeare's text: windows of 256 tokens of its own vocabulary.
+"""Fine-tuning of a published GPT-2 on Shakespeare's text, in windows of 256 of its tokens.
 
     jaxmodels train --config=configs/gpt2_hf_text.py --workdir=runs/gpt2_hf_text --data_dir=DIR
     jaxmodels train --config=configs/gpt2_hf_text.py:MODEL --workdir=runs/gpt2_hf_text --data_dir=DIR
 
-MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; openai-community/gpt2 unless
-given. Needs DIR/tinyshakespeare/input.txt, of which the last tenth validates; for other text `--config.data.source=text:FILES`.
+MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; the default is
+openai-community/gpt2. Needs DIR/tinyshakespeare/input.txt, whose last tenth is the validation split. For other text, use `--config.data.source=text:FILES`.
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured.
 """
 

@@ -1,15 +1,15 @@
-"""GPT-2 XL, 1.56 billion parameters (Radford et al. 2019), on 64 TPU chips: copies of the model and shares of it.
+"""GPT-2 XL, 1.56 billion parameters (Radford et al. 2019), on 64 TPU chips: sharded and replicated parameters.
 
     jaxmodels train --config=configs/gpt2_xl.py
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with
---config.data.tokenizer=FILE.json (GPT-2's, 50,257 tokens) and without the keys `vocab_size` and `examples`. GPT-2's optimizer
-settings were not published; these are those of GPT-3's model of this size (Brown et al. 2020, table 2.1: 2e-4), with half of its batch.
+The tokens are random. For your own text, use --config.data.source=text:FILES with
+--config.data.tokenizer=FILE.json (GPT-2's, 50,257 tokens) and remove the keys `vocab_size` and `examples`. GPT-2's optimizer
+settings were not published; these are of GPT-3's model of this size (Brown et al. 2020, table 2.1: 2e-4), with half of its batch size.
 
-Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
-    operations it takes there, says
+Reached: no result, never trained. The compilation of its train step for v5p:4x4x4 and v6e:8x8, with memory and FLOPs,
+    is tested by
     pytest -m tpu_compiler -n 0 -s -k gpt2_xl tests/plan/test_tpu_compiler.py
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,16 @@
-"""GPT-3 175B (Brown et al. 2020) on 512 TPU v5p chips, 3 rows of 2,048 tokens on each.
+"""GPT-3 175B (Brown et al. 2020) on 512 TPU v5p chips, 3 rows of 2,048 tokens per chip.
 
     jaxmodels train --config=configs/gpt3_175b.py
     jaxmodels plan --config=configs/gpt3_175b.py --topology=v5p-1024
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
-without the keys `vocab_size` and `examples`. Learning rate, decay, clipping and batch are the paper's (3.1 million tokens, 0.6e-4).
+The tokens are random. For your own text, use --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+remove the keys `vocab_size` and `examples`. Learning rate, weight decay, clipping and batch size are the paper's (0.6e-4, 3.1 million tokens).
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    v5p-1024, data=16 fsdp=32: 31,236 M estimated cycles a step, 96.5 GB at most on a device
-        predicted: 19.1 s a step, MFU 75.4%, 74.4% by what masks leave
+Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-1024, data=16 fsdp=32: 31,236 M estimated cycles per step, 96.5 GB peak memory per device
+        predicted: 19.1 s per step, MFU 75.4%, 74.4% with only unmasked pairs
         attention kernels: dkv × 96, dq × 96, fwd × 96; queries bf16[3,96,1,2048,128], keys bf16[3,96,1,2048,128], in blocks of 1,024 × 1,024
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config():
     }
     c.training = {"steps": 95_000, "precision": "bfloat16"}
     c.checkpoint = {"every": 500}
-    # Shares of 12288 / 32 = 384 values fill the lanes of vectors; what the optimizer keeps is in 512 shares.
+    # Shards of 12288 / 32 = 384 values are a multiple of the 128 vector lanes. The optimizer state is sharded 512 ways.
     c.mesh = {"data": 16, "fsdp": 32}
     c.sharding = {"optimizer": "data"}
     return c

@@ -1,9 +1,9 @@
-"""The GPT of nanoGPT's CPU setting on the characters of tinyshakespeare: 4 layers, 4 heads, 128 wide, context 64, batch 12,
-2,000 steps, no dropout. Its published validation loss is 1.88; the learning rate is our own.
+"""The GPT of nanoGPT's CPU setting on the characters of tinyshakespeare: 4 layers, 4 heads, width 128, context 64, batch size 12,
+2,000 steps, no dropout. The published validation loss is 1.88; the learning rate here is different.
 
     jaxmodels train --config=configs/gpt_shakespeare.py --data_dir=DIR     # DIR/tinyshakespeare/input.txt
 
-Evaluated on the whole last tenth of the text, each character a target once, in windows of 64.
+Evaluated on the last tenth of the text, with each character as a target once, in windows of 64.
 
 Reached: validation loss 1.776.
 Time: 1 min 33 s of training on two CPU cores.

@@ -1,16 +1,18 @@
-"""Llama 2 70B (Touvron et al. 2023) on 512 TPU v5p chips, 2 rows of 4,096 tokens on each.
+"""Llama 2 70B (Touvron et al. 2023) on 512 TPU v5p chips, 2 rows of 4,096 tokens per chip.
 
     jaxmodels train --config=configs/llama2_70b.py
     jaxmodels plan --config=configs/llama2_70b.py --topology=v5p-1024
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
-without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. Parameters are in 64 shares, what the optimizer keeps in 512.
+The tokens are random. For your own text, use --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+remove the keys `vocab_size` and `examples`. Learning rate, weight decay and warm-up are the paper's.
+Parameters are sharded 64 ways, the optimizer state 512 ways.
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    v5p-1024, data=8 fsdp=64: 16,942 M estimated cycles a step, 38.3 GB at most on a device (MaxText's recipe, read the same way: 19,775 M cycles, 41.1 GB)
-        predicted: 10.3 s a step, MFU 76.7%, 74.0% by what masks leave
+Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-1024, data=8 fsdp=64: 16,942 M estimated cycles per step, 38.3 GB peak memory per device
+        (MaxText's recipe, by the same compiler: 19,775 M cycles, 41.1 GB)
+        predicted: 10.3 s per step, MFU 76.7%, 74.0% with only unmasked pairs
         attention kernels: dkv × 80, dq × 80, fwd × 80; queries bf16[2,64,4096,128], keys bf16[2,8,4096,128], in blocks of 1,024 × 1,024
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict

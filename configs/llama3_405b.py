@@ -1,16 +1,16 @@
-"""Llama 3.1 405B (Grattafiori et al. 2024) on 1,024 TPU v5p chips, a row of 8,192 tokens on each.
+"""Llama 3.1 405B (Grattafiori et al. 2024) on 1,024 TPU v5p chips, one row of 8,192 tokens per chip.
 
     jaxmodels train --config=configs/llama3_405b.py
     jaxmodels plan --config=configs/llama3_405b.py --topology=v5p-2048
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
-without the keys `vocab_size` and `examples`. Learning rate and warm-up are the paper's.
+The tokens are random. For your own text, use --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+remove the keys `vocab_size` and `examples`. Learning rate and warm-up are the paper's.
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    v5p-2048, data=8 fsdp=128: 99,312 M estimated cycles a step, 89.7 GB at most on a device
-        predicted: 61.5 s a step, MFU 76.3%, 73.3% by what masks leave
+Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-2048, data=8 fsdp=128: 99,312 M estimated cycles per step, 89.7 GB peak memory per device
+        predicted: 61.5 s per step, MFU 76.3%, 73.3% with only unmasked pairs
         attention kernels: fwd × 252, dkv × 126, dq × 126; queries bf16[8,16,8192,128], keys bf16[8,1,8192,128], in blocks of 1,024 × 1,024
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config():
     }
     c.training = {"steps": 1_900_000, "precision": "bfloat16"}
     c.checkpoint = {"every": 500}
-    # Shares of 16384 / 128 = 128 values fill the lanes of a vector; what the optimizer keeps is in 1,024 shares.
+    # Shards of 16384 / 128 = 128 values fill the 128 vector lanes. The optimizer state is sharded 1,024 ways.
     c.mesh = {"data": 8, "fsdp": 128}
     c.sharding = {"optimizer": "data"}
     return c

@@ -1,19 +1,21 @@
-"""Llama 3 8B (Grattafiori et al. 2024) on 256 TPU v6e chips, 4 rows of 8,192 tokens on each; and variants for 64 chips.
+"""Llama 3 8B (Grattafiori et al. 2024) on 256 TPU v6e chips, 4 rows of 8,192 tokens per chip, with variants for 64 chips.
 
     jaxmodels train --config=configs/llama3_8b.py
-    jaxmodels train --config=configs/llama3_8b.py:64    # 64 chips, a row on each; parameters, gradients and optimizer state in 64 shares
-    jaxmodels train --config=configs/llama3_8b.py:tensor    # in 16 shares, and each matrix in 4 parts
-    jaxmodels train --config=configs/llama3_8b.py:128k    # Llama 3.1's positions: each row of 131,072 tokens in 16 parts
+    jaxmodels train --config=configs/llama3_8b.py:64    # 64 chips, one row per chip; parameters, gradients and optimizer state sharded 64 ways
+    jaxmodels train --config=configs/llama3_8b.py:tensor    # sharded 16 ways, with 4-way tensor parallelism
+    jaxmodels train --config=configs/llama3_8b.py:128k    # Llama 3.1's positions; rows of 131,072 tokens, each sharded 16 ways
     jaxmodels plan --config=configs/llama3_8b.py --topology=v6e-256
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
-without the keys `vocab_size` and `examples`. Learning rate, decay and warm-up are the paper's. The vocabulary's loss is computed in tiles: its logits alone would take half of the memory.
+The tokens are random. For your own text, use --config.data.source=text:FILES with --config.data.tokenizer=FILE, and
+remove the keys `vocab_size` and `examples`. Learning rate, weight decay and warm-up are the paper's. The loss is computed in tiles,
+because all logits together would use half of the memory.
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    v6e-256, data=8 fsdp=32: 4,992 M estimated cycles a step, 28.6 GB at most on a device (MaxText's recipe, read the same way: 5,954 M cycles, 30.4 GB, with host offload)
-        predicted: 3.96 s a step, MFU 53.1%, 47.3% by what masks leave
+Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
+    v6e-256, data=8 fsdp=32: 4,992 M estimated cycles per step, 28.6 GB peak memory per device
+        (MaxText's recipe, by the same compiler: 5,954 M cycles, 30.4 GB, with host offload)
+        predicted: 3.96 s per step, MFU 53.1%, 47.3% with only unmasked pairs
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,8192,128], keys bf16[4,8,8192,128], in blocks of 1,024 × 1,024
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +40,7 @@ def get_config(arg=None):
     }
     c.training = {"steps": 1_200_000, "precision": "bfloat16"}
     c.checkpoint = {"every": 1000}
-    # Shares of 4096 / 32 = 128 values fill the lanes of a vector; what the optimizer keeps is in 256 shares.
+    # Shards of 4096 / 32 = 128 values fill the 128 vector lanes. The optimizer state is sharded 256 ways.
     c.mesh = {"data": 8, "fsdp": 32}
     c.sharding = {"optimizer": "data"}
     if arg is None:
@@ -52,6 +54,6 @@ def get_config(arg=None):
         c.model.name = "llama3.1-8b"
         c.data.sequence_length, c.data.examples, c.data.batch_size = 131072, 10_000_000, 4
         c.mesh = {"data": 1, "fsdp": 4, "context": 16}
-        # Parameters and their optimizer's state lie in 64 shares here too: along the parts of a row as well.
+        # Parameters and optimizer state are again sharded 64 ways, also over the context axis.
         c.sharding = {"context": "ring", "rules": (("embed", "fsdp", "context"), ("largest", "fsdp", "context"))}
     return c

@@ -1,15 +1,16 @@
-"""A published Llama (or Mistral, or Qwen) taught to answer as in conversations of yours: adapters alone are trained, on the answers alone.
+"""Supervised fine-tuning of a published Llama (or Mistral, or Qwen) on your conversations: only adapters are trained, on the answers.
 
     jaxmodels train --config=configs/llama_hf_sft_lora.py --workdir=runs/llama_hf_sft_lora --data_dir=DIR
     jaxmodels train --config=configs/llama_hf_sft_lora.py:MODEL --workdir=runs/llama_hf_sft_lora --data_dir=DIR
 
 MODEL is a folder with config.json, safetensors files and the tokenizer's files, or an id on the Hugging Face hub;
-TinyLlama/TinyLlama-1.1B-Chat-v1.0 unless given. Needs DIR/chats.jsonl: a conversation a line, {"messages": [{"role": "user", "content": …},
-{"role": "assistant", "content": …}]}; a twentieth of them validates. The model's own chat template writes them out; whole conversations are
-packed into rows of 1,024 tokens, which do not see each other. Adapters of rank 16 beside every linear layer, as Hu et al. (2021) and Dettmers
-et al. (2023) found best; peak rate 2e-4. The run saves the adapters; `jaxmodels merge` adds them to the weights.
+the default is TinyLlama/TinyLlama-1.1B-Chat-v1.0. Needs DIR/chats.jsonl with one conversation per line, {"messages": [{"role": "user", "content": …},
+{"role": "assistant", "content": …}]}; a twentieth of them is the validation split. The model's chat template formats them. Whole
+conversations are packed into rows of 1,024 tokens, without attention between conversations. Every linear layer has an adapter of rank 16, as
+recommended by Hu et al. (2021) and Dettmers et al. (2023); the peak learning rate is 2e-4. The run saves the adapters; `jaxmodels merge` adds
+them to the weights.
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured.
 """
 

@@ -1,13 +1,13 @@
-"""Sentiment of sentences of film reviews (SST-2) with adapters: `bert_sst2`, with under 2% of the parameters trained.
+"""Sentiment of film-review sentences (SST-2) with adapters: `bert_sst2` with less than 2% of the parameters trained.
 
     jaxmodels train --config=configs/bert_mlm_sst2.py --workdir=runs/bert_mlm_sst2 --data_dir=DIR
     jaxmodels train --config=configs/lora_sst2.py --workdir=runs/lora_sst2 --data_dir=DIR
 
-Adapters of rank 2 beside the embedding and every linear layer; of the head only the two outputs are new. The run saves adapters
-and outputs alone: 22,242 of 1,203,554 parameters, 1.85%.
+The embedding and every linear layer have an adapter of rank 2; only the output layer of the head is new. The run saves only the adapters
+and the output layer: 22,242 of 1,203,554 parameters, 1.85%.
 
-Reached: test accuracy 0.777, 0.764, 0.772 (seeds 0, 1, 2; mean 0.771). All parameters trained (`bert_sst2`): mean 0.771.
-Time: 1 min 30 s of training on two CPU cores that had much other work beside it: an upper figure.
+Reached: test accuracy 0.777, 0.764, 0.772 (seeds 0, 1, 2; mean 0.771). With all parameters trained (`bert_sst2`): mean 0.771.
+Time: 1 min 30 s of training on two CPU cores with a high load from other programs: an upper bound.
 """
 
 from ml_collections import ConfigDict

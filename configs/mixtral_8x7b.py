@@ -1,18 +1,19 @@
-"""A mixture of the size of Mixtral 8x7B (Jiang et al. 2024), 46.7 billion parameters, 12.9 a token, on 64 TPU v5p chips, 4 rows of 4,096 tokens on each.
+"""A mixture of experts of the size of Mixtral 8x7B (Jiang et al. 2024), 46.7 billion parameters, 12.9 per token, on 64 TPU v5p chips, 4 rows of 4,096
+tokens per chip.
 
     jaxmodels train --config=configs/mixtral_8x7b.py
-    jaxmodels train --config=configs/mixtral_8x7b.py:expert    # 64 chips of 32 GB, a row on each: of 8 groups each has one expert of a layer
+    jaxmodels train --config=configs/mixtral_8x7b.py:expert    # 64 chips of 32 GB, one row per chip; 8-way expert parallelism
     jaxmodels plan --config=configs/mixtral_8x7b.py --topology=v5p-128
 
-The tokens are random, made up as they are read: for text of your own, --config.data.source=text:FILES with --config.data.tokenizer=FILE.model
-(32,000 tokens) and without the keys `vocab_size` and `examples`. Mixtral's optimizer settings were not published; these are those of Llama 2
+The tokens are random. For your own text, use --config.data.source=text:FILES with --config.data.tokenizer=FILE.model
+(32,000 tokens) and remove the keys `vocab_size` and `examples`. Mixtral's optimizer settings were not published; these are of Llama 2
 (Touvron et al. 2023).
 
-Reached: nothing: it was never trained here. The plan (jax 0.10.2, libtpu 0.0.52):
-    v5p-128, data=2 fsdp=32: 2,324 M estimated cycles a step, 45.8 GB at most on a device
-        predicted: 5.11 s a step (4.83 to 5.87), MFU 73.7%, 71.4% by what masks leave
+Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
+    v5p-128, data=2 fsdp=32: 2,324 M estimated cycles per step, 45.8 GB peak memory per device
+        predicted: 5.11 s per step (4.83 to 5.87), MFU 73.7%, 71.4% with only unmasked pairs
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,8,4096,128], in blocks of 1,024 × 1,024
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict
@@ -37,8 +38,8 @@ def get_config(arg=None):
     }
     c.training = {"steps": 500_000, "precision": "bfloat16"}
     c.checkpoint = {"every": 1000}
-    # Every chip has all experts of a layer when it runs: their matrices come together in less time than tokens go to their experts, and
-    # rows are laid out for the assignments that there are; where experts are apart, for the most that might come to one.
+    # Without expert parallelism, all-gathering the matrices of all experts takes less time than sending tokens to their experts, and
+    # buffers have the exact number of assignments; with it, they must have the maximum number for each expert.
     c.mesh = {"data": 2, "fsdp": 32}
     if arg == "expert":
         c.model = {"name": "mixtral-8x7b", "scan": True, "remat": "full"}

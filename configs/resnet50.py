@@ -1,15 +1,15 @@
-"""ResNet-50 on images of 224×224 pixels, on 64 TPU chips, a copy of the model on each.
+"""ResNet-50 on images of 224×224 pixels, on 64 TPU chips, with replicated parameters.
 
     jaxmodels train --config=configs/resnet50.py
 
-As many images as ImageNet's training set has (1,281,167), but random ones, made up as they are read: for ImageNet itself,
---config.data.source=tfds:imagenet2012, or images:FOLDER, without the keys of the random ones. The recipe is that of large batches (Goyal et
-al. 2017): a learning rate of 0.1 for each 256 images, after five epochs of warm-up; with a cosine and smoothed labels (He et al. 2018).
+The images are random, as many as in ImageNet's training set (1,281,167). For ImageNet, use --config.data.source=tfds:imagenet2012 or
+images:FOLDER, and remove the keys of the synthetic source. The recipe is for large batches (Goyal et al. 2017): a learning rate of 0.1 per
+256 images, after five epochs of warm-up, with cosine decay and label smoothing (He et al. 2018).
 
-Reached: nothing: it was never trained here. That its train step compiles for v5p:4x4x4 and v6e:8x8, and what memory and
-    operations it takes there, says
+Reached: no result, never trained. The compilation of its train step for v5p:4x4x4 and v6e:8x8, with memory and FLOPs,
+    is tested by
     pytest -m tpu_compiler -n 0 -s -k resnet50 tests/plan/test_tpu_compiler.py
-Time: not measured: no such machine was at hand.
+Time: not measured, no such machine was available.
 """
 
 from ml_collections import ConfigDict

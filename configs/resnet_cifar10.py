@@ -3,11 +3,10 @@
     jaxmodels train --config=configs/resnet_cifar10.py --data_dir=DIR        # DIR/tensorflow_datasets/cifar10/3.0.2
     jaxmodels train --config=configs/resnet_cifar10.py:cpu --data_dir=DIR
 
-The full recipe keeps the resolution of the images up to the first stage (the `cifar` stem), for 40 epochs. The short one is the
-same network with the `imagenet` stem, which leaves a sixteenth of the computation to an image, and of the accuracy what
-can be learned in so little.
+The full recipe uses the `cifar` stem, which does not reduce the resolution before the first stage, for 40 epochs. The short one is the
+same network with the `imagenet` stem, which needs a sixteenth of the computation per image, at a lower accuracy.
 
-Reached: `:cpu`: test accuracy 0.5756 (seed 0), after 38,400 images. The full recipe is not measured: no GPU was at hand.
+Reached: `:cpu`: test accuracy 0.5756 (seed 0), after 38,400 images. The full recipe was not measured, no GPU was available.
 Time: `:cpu`: 2 min 15 s of training on two CPU cores.
 """
 

@@ -1,14 +1,14 @@
-"""A published T5 v1.1 that learns to write dates, given as people write them, in ISO 8601: pairs of texts that are made up, so offline but for it.
+"""Fine-tuning of a published T5 v1.1 that converts dates in various formats to ISO 8601; the text pairs are synthetic.
 
     jaxmodels train --config=configs/t5_hf_seq2seq.py --workdir=runs/t5_hf_seq2seq
     jaxmodels train --config=configs/t5_hf_seq2seq.py:MODEL --workdir=runs/t5_hf_seq2seq
 
-MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; google/t5-v1_1-small unless
-given. For pairs of your own, in columns of a file: `--config.data.source=tsv:FILE --config.data.source_column=0 --config.data.target_column=1
---config.data.sequence_length=512 --config.data.target_length=128`. A source ends in </s>, a target begins with what config.json says that the
-decoder begins with. Adafactor at a constant rate of 1e-3 and dropout of 0.1, as Raffel et al. (2020) fine-tuned.
+MODEL is a folder with config.json, model.safetensors and the tokenizer's files, or an id on the Hugging Face hub; the default is
+google/t5-v1_1-small. For your own pairs, in columns of a file: `--config.data.source=tsv:FILE --config.data.source_column=0 --config.data.target_column=1
+--config.data.sequence_length=512 --config.data.target_length=128`. A source ends with </s>; a target starts with the decoder start token of
+config.json. Adafactor with a constant learning rate of 1e-3 and dropout of 0.1, as for fine-tuning in Raffel et al. (2020).
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured.
 """
 

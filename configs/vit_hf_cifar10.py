@@ -1,14 +1,14 @@
-"""A published Vision Transformer on CIFAR-10, from a prepared TFDS folder: images stretched to the size that it was trained with.
+"""Fine-tuning of a published Vision Transformer on CIFAR-10, from a prepared TFDS folder; images are resized to its input size.
 
     jaxmodels train --config=configs/vit_hf_cifar10.py --workdir=runs/vit_hf_cifar10 --data_dir=DIR
     jaxmodels train --config=configs/vit_hf_cifar10.py:MODEL --workdir=runs/vit_hf_cifar10 --data_dir=DIR
 
-MODEL is a folder with config.json and model.safetensors, or an id on the Hugging Face hub; google/vit-base-patch16-224-in21k unless given. Needs
-DIR/tensorflow_datasets/cifar10/3.0.2. `task.resize`, `task.mean` and `task.std` are `size`, `image_mean` and `image_std` of that model's
-preprocessor_config.json: for another model give its own. Dosovitskiy et al. (2021) fine-tuned with momentum, a batch of 512, rates of 1e-3 to
-3e-2 and no weight decay.
+MODEL is a folder with config.json and model.safetensors, or an id on the Hugging Face hub; the default is
+google/vit-base-patch16-224-in21k. Needs DIR/tensorflow_datasets/cifar10/3.0.2. `task.resize`, `task.mean` and `task.std` are
+`size`, `image_mean` and `image_std` of that model's preprocessor_config.json; set them for another model.
+Dosovitskiy et al. (2021) fine-tuned with momentum, a batch size of 512, learning rates of 1e-3 to 3e-2 and no weight decay.
 
-Reached: no result is claimed, because no published weights were at hand. Checked with folders of random weights, which it trains from.
+Reached: no result is claimed, because no published weights were available. Tested with random weights in the same format.
 Time: not measured.
 """
 
