@@ -1,10 +1,10 @@
-"""Liveness, news and agreement on a stop among the processes of a run, over the key–value store of JAX's coordination service.
+"""Failure detection and agreement on a common stop for the processes of a run, over the key–value store of JAX's coordination service.
 
-JAX's service also has heartbeats, but they end a process with a C++ stack trace, so they only back up the limits here: own heartbeats
-let the reason be printed first, and also find an interpreter that hangs. Its preemption sync point is not used: it installs its own
-handler for SIGTERM, which Python's `signal` replaces, does not know SIGINT, and does not say which process was signalled. Instead every
-process counts its checks, the same in all. Upon a signal, the thread of each process holds its main thread's next check and writes its
-number to the store; all stop at the largest of them. No process waits for another in a collective meanwhile.
+JAX's service also has heartbeats, but when they fail, the process aborts with a C++ stack trace. They are only a backup: the heartbeats
+here print the reason first, and also detect a hanging interpreter. JAX's preemption sync point is not used: it installs its own handler
+for SIGTERM, which Python's `signal` replaces, does not handle SIGINT, and does not report which process received the signal. Instead,
+every process counts its checks, which are the same in all. After a signal, a thread of each process blocks the next check of its main
+thread and writes the number of that check to the store; all stop at the largest number. No process waits in a collective meanwhile.
 """
 
 import contextlib
@@ -22,51 +22,55 @@ from jaxmodels.distributed.rendezvous import listed
 from jaxmodels.errors import Interrupted, RunError
 
 _KEY = "jaxmodels"
-# Seconds: that others get to end by themselves after one has failed, perhaps with the same error; that telling the others may take;
-# that process 0 waits for the others to end, after a failure and after an agreed end.
-_GRACE, _TELL_SECONDS, _OTHERS_SECONDS, _AGREED_SECONDS = 5.0, 5.0, 10.0, 60.0
+# In seconds: time for a process to end by itself after another has failed, as both may have the same error; time limit for writing the reason;
+# time that process 0 waits for the others to end, after a failure and after a common end.
+_GRACE, _WRITE_SECONDS, _OTHERS_SECONDS, _AGREED_SECONDS = 5.0, 5.0, 10.0, 60.0
 
 
 class Member:
-    """This process among the others.
+    """The membership of this process in a run.
 
-    Two threads: one watches the connections and the clock, and makes no call that waits for process 0; one uses the key–value store.
+    It has two threads. One watches the connections and time limits, and never blocks on process 0. The other uses the key–value store.
 
     Attributes:
       hosts: host names of all processes.
-      agreed: whether this process has stopped where all others do.
+      agreed: whether this process has stopped at the common check.
     """
 
     def __init__(self, processes, connections, hosts, *, hang_limit, stall_limit, leave: Callable[[int, str], None] | None = None):
         """
         Args:
-          processes, connections, hosts: as `rendezvous.meet` takes and returns them.
+          processes, connections, hosts: argument and results of `rendezvous.meet`.
           hang_limit, stall_limit: seconds, see `session.join`.
-          leave: ends this process with a status and a line, called by a thread; for tests.
+          leave: function that ends this process, called by a thread with an exit status and a message; for tests.
         """
         self.processes, self.hosts, self.agreed = processes, hosts, False
         self._index, self._connections, self._leave = processes.index, connections, leave or self._leave_process
         self._hang_limit, self._stall_limit = hang_limit, stall_limit
-        self._turn = max(min(0.2, hang_limit / 10), processes.count / 1000)  # seconds; process 0 answers at most 1000 requests in one
+        self._turn = max(min(0.2, hang_limit / 10), processes.count / 1000)  # seconds; process 0 then receives at most 1000 requests per second
         self._changed = threading.Condition()
         self._store: Any = None
         self._checks = self._gathers = 0
-        self._signal, self._frozen, self._stop = None, False, None  # name; the next check is held; its number, the name, and its process
+        self._signal, self._frozen, self._stop = (
+            None,
+            False,
+            None,
+        )  # name of the received signal; whether checks block; number of the common check, signal name and process
         self._alarmed = self._ending = self._over = False
         self._said_bye, self._gone = set(), set()
-        self._beats: dict[int, tuple[list, float]] = {}  # of each watched process: its latest heartbeat and checks, and when they came
-        self._moved = (0, time.monotonic())  # sum of all checks, and when it last changed
+        self._beats: dict[int, tuple[list, float]] = {}  # watched process -> its latest [heartbeat, checks], and the time of the last change
+        self._moved = (0, time.monotonic())  # sum of the checks of all processes, and the time of its last change
         threading.Thread(target=self._watch, daemon=True).start()
 
     def start(self, store: Any) -> None:
-        """Use the key–value store, a client of JAX's coordination service, from now on."""
+        """Start using the key–value store, a client of JAX's coordination service."""
         self._store = store
         self._beats = dict.fromkeys(range(self.processes.count) if self._index == 0 else [0], ([0, 0], time.monotonic()))
         self._follower = threading.Thread(target=self._follow, daemon=True)
         self._follower.start()
 
     def check(self) -> None:
-        """A place where all may stop; every process calls it equally often.
+        """Stop here if all processes have agreed to; every process must make the same sequence of checks.
 
         Raises:
           Interrupted: all processes stop at this check.
@@ -79,7 +83,7 @@ class Member:
             self._checks += 1
 
     def request_stop(self, name: str) -> None:
-        """Ask that all stop, by the name of a signal; safe in a signal handler."""
+        """Request a common stop because of a signal of this name; safe in a signal handler."""
         self._signal = name
 
     def gather(self, name: str, value: Any = None) -> list:
@@ -90,25 +94,25 @@ class Member:
             pairs = [self._get(f"gather/{number}/{index}") for index in range(self.processes.count)]
             for index, (other, _) in enumerate(pairs):
                 if other != name:  # a programming error, which would otherwise hang
-                    raise RunError(f"{self._name(index)} is at {other!r} and {self._name(0)} at {name!r}: they do not run the same program.")
+                    raise RunError(f"{self._name(index)} is at {other!r} but {self._name(0)} is at {name!r}: the processes do not run the same program.")
             self._store.key_value_set(f"{_KEY}/gathered/{number}", json.dumps([value for _, value in pairs]))
         return self._get(f"gathered/{number}")
 
     def bye(self, status: int, reason: str = "", *, agreed: bool) -> None:
-        """Tell the others that this process ends, and wait, in process 0, until they say so too.
+        """Announce the end of this process; process 0 also waits until the others announce theirs.
 
         Args:
-          status: its exit status.
+          status: exit status.
           reason: one line.
-          agreed: whether the others end by themselves; otherwise they are made to.
+          agreed: whether the others end by themselves; if not, they are ended with this status and reason.
         """
         self._ending = True
-        if self._store is None:  # the end of this process's connections says it
+        if self._store is None:  # the closed connections announce the end
             return
-        end = (f"next/{self._index}", self._checks) if agreed else ("news/alarm", [status, f"{self._name(self._index)} left: {reason}", _GRACE])
+        end = (f"next/{self._index}", self._checks) if agreed else ("news/alarm", [status, f"{self._name(self._index)} ended: {reason}", _GRACE])
         thread = threading.Thread(target=self._set, args=end, daemon=True)
         thread.start()
-        thread.join(_TELL_SECONDS)  # process 0 may hang
+        thread.join(_WRITE_SECONDS)  # process 0 may hang
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 connection.sendall(b"bye")
@@ -116,16 +120,16 @@ class Member:
             with self._changed:
                 self._changed.wait_for(lambda: self._connections.keys() <= self._said_bye | self._gone, _AGREED_SECONDS)
         self._over = True
-        self._follower.join(_TELL_SECONDS)  # JAX aborts a process that uses the store once its service is being shut down
+        self._follower.join(_WRITE_SECONDS)  # JAX aborts a process that uses the store once its service is being shut down
 
     def wait_for_others(self) -> None:
-        """Wait, in process 0, until the others have ended: it hosts JAX's service, whose end aborts them."""
+        """In process 0, wait until the others have ended: it hosts JAX's service, and the end of the service aborts them."""
         if self._index == 0:
             with self._changed:
                 self._changed.wait_for(lambda: self._connections.keys() <= self._gone, _AGREED_SECONDS if self.agreed else _OTHERS_SECONDS)
 
     def wait_for_alarm(self, seconds: float) -> None:
-        """Wait for the news that another process has died, upon which a thread ends this one."""
+        """Wait at most `seconds` for an alarm, such as the death of another process; a thread then ends this process."""
         with self._changed:
             if self._changed.wait_for(lambda: self._alarmed, seconds):
                 self._changed.wait_for(lambda: False, _GRACE + _OTHERS_SECONDS)
@@ -133,7 +137,7 @@ class Member:
     def _name(self, index: int) -> str:
         return f"process {index} ({self.hosts[index]})"
 
-    # The thread that watches
+    # Thread 1: connections and time limits
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -151,14 +155,14 @@ class Member:
                         selector.unregister(key.fileobj)
                         self._lose(key.data, "died")
                 now = time.monotonic()
-                if now - last > self._hang_limit / 2:  # this process itself was stopped, so it has read no heartbeats
+                if now - last > self._hang_limit / 2:  # this process was suspended and could not read heartbeats
                     self._beats = {index: (beat, now) for index, (beat, _) in self._beats.items()}
                 last = now
                 for index, (_, changed) in list(self._beats.items()):
                     if now - changed > self._hang_limit:
                         self._lose(index, f"has been silent for {self._hang_limit:g} s")
                 if self._index == 0 and not self._over:
-                    self._judge_progress(now)
+                    self._check_progress(now)
                 with self._changed:
                     self._changed.notify_all()
 
@@ -169,38 +173,38 @@ class Member:
                 self._alarm(f"{self._name(index)} {what}")
 
     def _alarm(self, problem: str) -> None:
-        """End all from process 0, which watches all; end this process from another one, which only watches process 0."""
-        alarm = [1, f"{problem}; leaving. The same command goes on from the last checkpoint.", 0.0]
+        """In process 0, which watches all others, end all processes; in others, which watch only process 0, end this process."""
+        alarm = [1, f"{problem}; this process ends. The same command resumes from the last checkpoint.", 0.0]
         if self._index == 0 and self._store:
             self._set("news/alarm", alarm)
         else:
             self._end(*alarm)
 
-    def _judge_progress(self, now: float) -> None:
-        """End all if none has passed a check for long, naming those that passed the fewest."""
+    def _check_progress(self, now: float) -> None:
+        """End all processes if none has passed a check within `stall_limit`; name those with the fewest checks."""
         checks = {index: beat[1] for index, (beat, _) in list(self._beats.items()) if index not in self._gone | self._said_bye}
         if sum(checks.values()) != self._moved[0]:
             self._moved = (sum(checks.values()), now)
         elif any(checks.values()) and now - self._moved[1] > self._stall_limit:
             self._moved = (self._moved[0], math.inf)
             behind = [self._name(index) for index in checks if checks[index] == min(checks.values())]
-            who = f"{listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(checks) else "all are at the same one"
-            self._alarm(f"no process has passed a step for {self._stall_limit:g} s (--stall_limit); {who}")
+            who = f"{listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(checks) else "all are at the same step"
+            self._alarm(f"no process has completed a step for {self._stall_limit:g} s (--stall_limit); {who}")
 
-    # The thread of the key–value store
+    # Thread 2: key–value store
 
     def _follow(self) -> None:
         while not (self._alarmed or self._over):
             time.sleep(self._turn)
-            with contextlib.suppress(RuntimeError):  # process 0 has died, which the other thread finds
+            with contextlib.suppress(RuntimeError):  # process 0 has died; the other thread detects it
                 self._store.key_value_set(f"{_KEY}/beat/{self._index}", json.dumps([time.monotonic(), self._checks]), allow_overwrite=True)
-                self._take(self._entries("news"))
+                self._handle_news(self._entries("news"))
                 beats = self._entries("beat") if self._index == 0 else {"0": json.loads(self._store.key_value_try_get(f"{_KEY}/beat/0"))}
                 for index, (beat, _) in self._beats.items():
                     if beats.get(str(index), beat) != beat:
                         self._beats[index] = (beats[str(index)], time.monotonic())
 
-    def _take(self, news: Mapping[str, Any]) -> None:
+    def _handle_news(self, news: Mapping[str, Any]) -> None:
         if "alarm" in news:
             self._end(*news["alarm"])
             return
@@ -223,23 +227,23 @@ class Member:
         return {key.rpartition("/")[2]: json.loads(text) for key, text in self._store.key_value_dir_get(f"{_KEY}/{folder}/")}
 
     def _get(self, key: str) -> Any:
-        """Wait for a key's value."""
+        """Wait until a key has a value, and return it."""
         while True:
             try:
                 return json.loads(self._store.blocking_key_value_get(f"{_KEY}/{key}", 1000))
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    time.sleep(1)  # process 0 has died, and a thread ends this process
+                    time.sleep(1)  # process 0 has died, and a thread will end this process
 
     def _set(self, key: str, value: Any) -> None:
-        """Set a key, unless it has a value."""
+        """Set a key unless it already has a value."""
         with contextlib.suppress(RuntimeError):
             self._store.key_value_set(f"{_KEY}/{key}", json.dumps(value))
 
-    # The end
+    # Ending this process
 
     def _end(self, status: int, reason: str, grace: float = 0.0) -> None:
-        """End this process, from a thread, unless it ends by itself within `grace` seconds."""
+        """End this process from a thread, unless it ends by itself within `grace` seconds."""
         with self._changed:
             again, self._alarmed = self._alarmed, True
             self._changed.notify_all()
@@ -256,6 +260,6 @@ class Member:
 
 
 def say(line: str) -> None:
-    """Print a line on standard error, whatever the main thread is doing."""
+    """Print a line on standard error from any thread, without Python's stream locks."""
     with contextlib.suppress(OSError, ValueError):
         os.write(2, f"jaxmodels: {line}\n".encode(errors="replace"))

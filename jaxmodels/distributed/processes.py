@@ -1,4 +1,4 @@
-"""Which processes a run has and which one this is: from arguments, or from the launcher. The first source that says something counts:
+"""Detection of the processes of a run and the index of this one, from arguments or the launcher. The first source with values is used:
 
     arguments   --coordinator=HOST:PORT --processes=N --process=I, or JAXMODELS_COORDINATOR, JAXMODELS_PROCESSES, JAXMODELS_PROCESS
     SLURM       the tasks of the step that srun started
@@ -6,8 +6,8 @@
     GKE         a JobSet, on TPUs or with JAXMODELS_PROCESSES
     Cloud TPU   the workers of a TPU VM, requested by --processes=tpu
 
-JAX detects some of these inside `jax.distributed.initialize`, which is too late for the roll call (`rendezvous`), and not as well: it
-knows no Open MPI 5, takes a job's tasks for those of its step, gives no host names, and gives a process one GPU even if it has more.
+JAX detects some of these inside `jax.distributed.initialize`. That is too late for `rendezvous`, and less complete: it does not support
+Open MPI 5, uses the tasks of a job instead of those of the step, gives no host names, and gives a process one GPU even if it has more.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from jaxmodels.errors import ConfigError
 
 TPU_PORT = GKE_PORT = 8482
-# Above the ports that Linux gives to outgoing connections.
+# Above the default range of ports for outgoing connections in Linux.
 _PORTS, _FIRST_PORT = 4400, 61000
 _NAMES = {"coordinator": "JAXMODELS_COORDINATOR", "processes": "JAXMODELS_PROCESSES", "process": "JAXMODELS_PROCESS"}
 _ALL = f"--{', --'.join(_NAMES)}"
@@ -29,12 +29,12 @@ class Processes:
     """The processes of a run.
 
     Attributes:
-      host, port: where process 0 listens.
+      host, port: address where process 0 listens.
       count: number of processes.
-      index: of this process, from 0.
-      source: where this is known from.
-      hosts: host of each process, if known beforehand.
-      local_device: number of the one GPU of this host that this process uses; None for all visible ones.
+      index: index of this process, from 0.
+      source: source of these values, for messages.
+      hosts: host of each process; empty if unknown.
+      local_device: index of the only GPU that this process uses; None for all visible ones.
     """
 
     host: str
@@ -62,9 +62,9 @@ def find(
     """Return the processes of this run; None for a single process.
 
     Args:
-      coordinator, processes, process: the arguments, as text; None where not given.
+      coordinator, processes, process: the arguments, as text; None if not given.
       environment: used instead of `os.environ`.
-      metadata: reads an attribute of a Cloud TPU VM, instead of its metadata server.
+      metadata: function that returns an attribute of a Cloud TPU VM, used instead of its metadata server.
 
     Raises:
       ConfigError: arguments that are incomplete, contradict each other, or contradict the launcher.
@@ -86,38 +86,40 @@ def find(
             return _none(given, environment)
     for key, here, there in (("processes", count, found.count), ("process", index, found.index)):
         if here is not None and here != there:
-            raise ConfigError(f"--{key}={here} contradicts {found.source}, which says {there}. Leave it out, or give {_ALL}.")
+            raise ConfigError(f"--{key}={here} contradicts {found.source}, which gives {there}. Omit it, or give {_ALL}.")
     if place is not None:
         found = dataclasses.replace(found, host=place[0], port=place[1])
     if found.count == 1 and found.source != "arguments":
         return None
     if not found.host:
-        raise ConfigError(f"{found.source} started {found.count} processes but does not say where the first one is: add --coordinator=HOST:PORT.")
+        raise ConfigError(f"{found.source} started {found.count} processes but does not give the host of the first one: add --coordinator=HOST:PORT.")
     if not 0 <= found.index < found.count:
         raise ConfigError(f"--process={found.index}: the {found.count} processes are numbered from 0 to {found.count - 1} ({found.source}).")
     return found
 
 
 def _from_launcher(environment: Mapping[str, str], count: int | None) -> Processes | None:
-    """What SLURM, Open MPI or GKE say, the first that says something."""
+    """Return the processes from the variables of SLURM, Open MPI or GKE; None if none of them started this process."""
     for source, look in (("SLURM", _from_slurm), ("OMPI", _from_open_mpi), ("GKE", _from_gke)):
         try:
             if (found := look(environment, count)) is not None:
                 return found
         except (ValueError, IndexError) as error:
             there = ", ".join(f"{key}={environment[key]!r}" for key in sorted(environment) if key.startswith((source, "JOB_", "TPU_WORKER")))
-            raise ConfigError(f"{source}'s variables make no sense ({error}): {there}. Give {_ALL}.") from error
+            raise ConfigError(f"invalid variables of {source} ({error}): {there}. Give {_ALL}.") from error
     return None
 
 
 def _none(given: Mapping[str, str | None], environment: Mapping[str, str]) -> None:
-    """No launcher started several processes, so none may be given in part."""
+    """Return None for a single process. Raise ConfigError if the arguments are incomplete and no launcher was found."""
     if given["processes"] == "tpu":
-        raise ConfigError("--processes=tpu: this machine tells nothing of a TPU's workers. Give --coordinator=HOST:PORT --processes=N --process=I.")
+        raise ConfigError("--processes=tpu: this machine has no metadata of TPU workers. Give --coordinator=HOST:PORT --processes=N --process=I.")
     if any(given.values()):
         missing = " and ".join(f"--{key}={value}" for key, value in zip(_NAMES, ("HOST:PORT", "N", "I"), strict=True) if given[key] is None)
-        said = [f"--{key}={value}" + (f" ({_NAMES[key]})" if environment.get(_NAMES[key]) else "") for key, value in given.items() if value is not None]
-        raise ConfigError(f"{' and '.join(said)} needs {missing}: several processes take all three (or --processes=tpu, or srun or mpirun).")
+        given_text = [f"--{key}={value}" + (f" ({_NAMES[key]})" if environment.get(_NAMES[key]) else "") for key, value in given.items() if value is not None]
+        raise ConfigError(
+            f"{' and '.join(given_text)} needs {missing}: several processes need all three, or --processes=tpu, or a launcher such as srun or mpirun."
+        )
 
 
 def _whole(key: str, text: str | None, least: int) -> int | None:
@@ -129,10 +131,10 @@ def _whole(key: str, text: str | None, least: int) -> int | None:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return `HOST:PORT` or `[IPV6]:PORT` as (host, port).
+    """Parse `HOST:PORT` or `[IPV6]:PORT` into (host, port).
 
     Raises:
-      ConfigError: it is neither.
+      ConfigError: the text has neither form.
     """
     match = re.fullmatch(r"(?:\[(?P<six>[0-9a-fA-F:.%]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})", text)
     if match is None or not 0 < int(match["port"]) < 65536:
@@ -141,7 +143,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def _from_slurm(environment: Mapping[str, str], count: int | None) -> Processes | None:
-    """The tasks of a job step. Outside of one (in a batch script, before srun) there is a single process."""
+    """Return the tasks of a job step; None outside of a step, as in a batch script before srun."""
     nodes = environment.get("SLURM_STEP_NODELIST")
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
     if not nodes or "SLURM_PROCID" not in environment or tasks == 1:
@@ -157,7 +159,7 @@ def _from_slurm(environment: Mapping[str, str], count: int | None) -> Processes 
     job, step = (int(environment.get(f"SLURM_{key}_ID") or environment.get(f"SLURM_{key}ID") or 0) for key in ("JOB", "STEP"))
     return Processes(
         host=hosts[0],
-        port=_port(job * 7 + step),  # steps of a job may run at the same time
+        port=_port(job * 7 + step),  # steps of a job may run concurrently
         count=tasks,
         index=int(environment["SLURM_PROCID"]),
         source="SLURM",
@@ -167,7 +169,7 @@ def _from_slurm(environment: Mapping[str, str], count: int | None) -> Processes 
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Return the hosts of a SLURM node list: `a[01-03,7],b` -> a01, a02, a03, a7, b."""
+    """Expand a SLURM node list into host names: `a[01-03,7],b` -> a01, a02, a03, a7, b."""
     hosts = []
     for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         names = [""]
@@ -184,7 +186,7 @@ def _port(number: int) -> int:
 
 
 def _local_device(environment: Mapping[str, str], key: str, beside: int) -> int | None:
-    """The GPU of a process that shares its host with others; None if it is alone there or sees a single GPU anyway."""
+    """Return the GPU index of a process that shares its host with others; None if it has the host alone or sees a single GPU."""
     if beside == 1 or key not in environment:
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("ROCR_VISIBLE_DEVICES") or environment.get("HIP_VISIBLE_DEVICES")
@@ -194,11 +196,11 @@ def _local_device(environment: Mapping[str, str], key: str, beside: int) -> int 
 def _from_open_mpi(environment: Mapping[str, str], count: int | None) -> Processes | None:
     if "OMPI_COMM_WORLD_SIZE" not in environment or "OMPI_COMM_WORLD_RANK" not in environment:
         return None
-    host, job = "", 0  # of mpirun, whose host is taken for that of rank 0
-    # Up to version 4: `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911`, the job's number a multiple of 4096.
+    host, job = "", 0  # of mpirun; its host is assumed to be that of rank 0
+    # Up to version 4: `1531576320.0;tcp://10.96.0.1,10.148.0.1:34911`, where the job number is a multiple of 4096.
     if match := re.match(r"(\d+)\..*?tcp6?://(?:\[([^,\]]+)|([^,:;]+))", environment.get("OMPI_MCA_orte_hnp_uri", "")):
         host, job = match[2] or match[3], int(match[1]) // 4096
-    # Since version 5: `prterun-HOST-PID@1`; the addresses beside it are those of each host's own daemon.
+    # Since version 5: `prterun-HOST-PID@1`; the addresses in these variables are those of the local daemon of each host.
     for key in ("PMIX_NAMESPACE", *(key for key in environment if key.startswith("PMIX_SERVER_URI"))):
         if not host and (match := re.match(r"(?:prterun|prte)-(.+)-(\d+)@", environment.get(key, ""))):
             host, job = match[1], int(match[2])
@@ -208,7 +210,7 @@ def _from_open_mpi(environment: Mapping[str, str], count: int | None) -> Process
 
 
 def _from_gke(environment: Mapping[str, str], count: int | None) -> Processes | None:
-    """A JobSet's pods: on TPUs GKE says who they are; elsewhere the names follow from the JobSet's."""
+    """Return the pods of a JobSet: on TPUs from GKE's variables, elsewhere with names derived from the JobSet's name."""
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
@@ -217,7 +219,7 @@ def _from_gke(environment: Mapping[str, str], count: int | None) -> Processes | 
     if count is None or "JOBSET_NAME" not in environment:
         return None
     name, job = environment["JOBSET_NAME"], environment.get("REPLICATED_JOB_NAME", "workers")
-    # Pods of each Job are numbered from 0; JOB_INDEX says which of the equally large Jobs this is.
+    # Pods of each Job are numbered from 0; JOB_INDEX is the index of the Job. All Jobs have the same size.
     size = count // int(environment.get("JOBSET_JOBS", 1))
     index = int(environment.get("JOB_INDEX", 0)) * size + int(environment["JOB_COMPLETION_INDEX"])
     hosts = tuple(f"{name}-{job}-{i // size}-{i % size}.{name}" for i in range(count))
@@ -225,7 +227,7 @@ def _from_gke(environment: Mapping[str, str], count: int | None) -> Processes | 
 
 
 def _from_tpu(environment: Mapping[str, str], metadata: Callable[[str], str | None]) -> Processes | None:
-    """The workers of a Cloud TPU VM, from the environment or its metadata server."""
+    """Return the workers of a Cloud TPU VM, from the environment or its metadata server."""
     names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or metadata("worker-network-endpoints")
     worker = environment.get("TPU_WORKER_ID") or metadata("agent-worker-number")
     if not names or worker is None:
@@ -236,7 +238,7 @@ def _from_tpu(environment: Mapping[str, str], metadata: Callable[[str], str | No
 
 
 def _from_workers(names: str, worker: str, value: Callable[[str], str | None], source: str) -> Processes:
-    """The workers of a TPU, or of several slices, as the `MEGASCALE_*` values say."""
+    """Return the workers of a TPU slice, or of several slices as given by the `MEGASCALE_*` values."""
     hosts = tuple(_host(part) for part in names.strip().split(","))
     slices, number = int(value("MEGASCALE_NUM_SLICES") or 1), int(value("MEGASCALE_SLICE_ID") or 0)
     first = hosts[0] if slices == 1 else _host(value("MEGASCALE_COORDINATOR_ADDRESS") or "")
@@ -244,25 +246,25 @@ def _from_workers(names: str, worker: str, value: Callable[[str], str | None], s
 
 
 def _host(text: str) -> str:
-    """The host of `HOST`, `HOST:PORT`, an IPv6 address, or `NAME:NUMBER:HOST`, an older form of a TPU's workers."""
+    """Return the host of `HOST`, `HOST:PORT`, an IPv6 address, or `NAME:NUMBER:HOST` (an older form of TPU workers)."""
     parts = text.strip().split(":")
     return parts[2] if len(parts) == 3 else text.strip() if len(parts) > 3 else parts[0]
 
 
 def _metadata(key: str) -> str | None:
-    """Return an attribute of this Cloud VM; None where it does not exist."""
+    """Return an attribute of this Cloud VM; None if it does not exist."""
     import urllib.error
     import urllib.request
 
     server = os.environ.get("GCE_METADATA_IP") or os.environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
     request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is this machine's own: no proxy knows it
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is local to this machine, so a proxy cannot reach it
     try:
         with opener.open(request, timeout=10) as answer:
             return answer.read().decode()
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return None
-        raise ConfigError(f"--processes=tpu: the metadata server {server} answers {error.code} for {key}.") from error
+        raise ConfigError(f"--processes=tpu: the metadata server {server} returned status {error.code} for {key}.") from error
     except OSError as error:
-        raise ConfigError(f"--processes=tpu: there is no metadata server at {server} ({error}): not a Cloud TPU VM? Give {_ALL}.") from error
+        raise ConfigError(f"--processes=tpu: cannot connect to the metadata server {server} ({error}). If this is not a Cloud TPU VM, give {_ALL}.") from error

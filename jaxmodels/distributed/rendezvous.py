@@ -1,9 +1,9 @@
-"""The roll call of a run's processes on the coordinator's port, before JAX's coordination service takes that port.
+"""Rendezvous of the processes of a run on the coordinator's port, before JAX's coordination service uses that port.
 
-JAX's service cannot do this part. Its client connects only once all processes are there, and until then no key can be written: who is
-missing and which configs differ would stay unknown, and the time limit ends a process with a C++ stack trace. So each process first
-sends one JSON line to process 0, which compares them and answers all. The connections stay open without further messages but `bye`:
-the operating system closes them when a process dies, which JAX's service notices only by missing heartbeats.
+JAX's service cannot do this part. Its client connects only when all processes are present, and no key can be written before. It could not
+name missing processes or differing configs, and its time limit aborts a process with a C++ stack trace. Therefore each process first
+sends one JSON line to process 0, which compares all lines and answers. The connections then stay open and carry only a final `bye`:
+the operating system closes them when a process dies. JAX's service would detect that only by missing heartbeats.
 """
 
 import contextlib
@@ -17,24 +17,25 @@ from collections.abc import Mapping, Sequence
 from jaxmodels.distributed.processes import Processes
 from jaxmodels.errors import ConfigError, RunError
 
-# After a problem at the start, wait this many seconds for processes that are just connecting, to name them too.
+# After a problem, wait this many seconds for other processes that are connecting, so that the message includes them.
 _LAST_CALL = 3.0
 _HELLO_SECONDS, _HELLO_BYTES = 10.0, 64 << 20
 
 
 def meet(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, socket.socket], list[str]]:
-    """Wait until all processes are there and agree.
+    """Wait until all processes are connected, and check that they were started alike.
 
     Args:
-      processes: all of them.
-      hello: of this process: host, pid, versions and config (flat, of JSON values, equal in all processes), error and status (or None).
-      limit: seconds until all must be there.
+      processes: the processes of the run.
+      hello: this process's host, pid, versions and config (flat, of JSON values, equal in all processes), error and status (or None).
+      limit: seconds within which all must connect.
 
     Returns:
       An open connection to each other process (in process 0) or to process 0 (in the others), and the host names of all.
 
     Raises:
-      RunError: process 0 cannot listen or cannot be reached; processes are missing, differ (`ConfigError`), or have failed.
+      RunError: process 0 cannot listen or cannot be reached; processes are missing or have failed.
+      ConfigError: processes have different packages or configs.
     """
     hello = {"index": processes.index, "count": processes.count, **hello}
     if processes.index == 0:
@@ -45,7 +46,7 @@ def meet(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, 
         connection.settimeout(limit + 10 * _LAST_CALL)
         answer = json.loads(connection.makefile("rb").readline() or "null")
     if answer is None:
-        raise RunError(f"process 0 ({processes.host}) died before all processes had connected. See its output.")
+        raise RunError(f"process 0 ({processes.host}) died before all processes were connected. See its output.")
     if "reason" in answer:
         raise _refusal(**answer)
     return {0: connection}, answer["hosts"]
@@ -67,14 +68,14 @@ def _connect(processes: Processes, limit: float) -> socket.socket:
             problem = error
             time.sleep(0.2)
     raise RunError(
-        f"process {processes.index} cannot reach the coordinator {processes.coordinator} (given by {processes.source}) in {limit:g} s: "
-        f"{problem.strerror or problem}. Is process 0 running on that host, and do firewalls let port {processes.port} through?"
+        f"process {processes.index} could not connect to the coordinator {processes.coordinator} (given by {processes.source}) within {limit:g} s: "
+        f"{problem.strerror or problem}. Check that process 0 runs on that host and that firewalls allow port {processes.port}."
     )
 
 
 def _call(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, socket.socket], list[str]]:
-    """The roll call in process 0."""
-    there: list[tuple[Mapping, socket.socket | None]] = [(hello, None)]  # to which a thread for each connection appends
+    """Run the rendezvous in process 0."""
+    there: list[tuple[Mapping, socket.socket | None]] = [(hello, None)]  # a thread for each connection appends to it
     end, known, problem = time.monotonic() + limit, 0, None
     missing = set(range(processes.count))
     with _listen(processes) as server:
@@ -90,8 +91,8 @@ def _call(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int,
     if missing and not problem:
         names = f"process{'' if len(missing) == 1 else 'es'} {listed(sorted(missing))} of {processes.count}"
         hosts = f" (on {', '.join(dict.fromkeys(processes.hosts[index] for index in sorted(missing)))})" if processes.hosts else ""
-        advice = "See their output; if they only need longer, raise --start_limit. The same command starts again."
-        problem = 1, f"{names}{hosts} did not come within {limit:g} s. {advice}"
+        advice = "See their output. If they only need more time, raise --start_limit and start again."
+        problem = 1, f"{names}{hosts} did not connect within {limit:g} s. {advice}"
     hosts = [one["host"] for one, _ in sorted(there[:known], key=lambda each: each[0]["index"])]
     answer = json.dumps({"status": problem[0], "reason": problem[1]} if problem else {"hosts": hosts})
     for _, connection in there[1:]:
@@ -103,7 +104,7 @@ def _call(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int,
 
 
 def _listen(processes: Processes) -> socket.socket:
-    """A listening socket; on the loopback interface only if the coordinator's address is a loopback address."""
+    """Return a listening socket: on the loopback interface if the coordinator's address is one, else on all interfaces."""
     place = (processes.host if is_loopback(processes.host) else "", processes.port)
     dual = not place[0] and socket.has_dualstack_ipv6()
     try:
@@ -112,12 +113,12 @@ def _listen(processes: Processes) -> socket.socket:
     except OSError as error:
         raise RunError(
             f"--coordinator: process 0 cannot listen on port {processes.port} of this host ({error.strerror}). Choose a free port, "
-            "or end the program that uses it: an earlier start of this run, perhaps."
+            "or end the program that uses it, for example an earlier start of this run."
         ) from error
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of the same machine can reach the host."""
+    """Return whether only processes of the same machine can reach the host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -125,7 +126,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _greet(connection: socket.socket, there: list) -> None:
-    """Read the hello of a process; close the connection of anything else, such as a port scanner."""
+    """Read the first line of a process; close the connection if it is something else, such as a port scanner."""
     with contextlib.suppress(OSError, ValueError):
         connection.settimeout(_HELLO_SECONDS)
         hello = json.loads(connection.makefile("rb").readline(_HELLO_BYTES))
@@ -136,21 +137,21 @@ def _greet(connection: socket.socket, there: list) -> None:
 
 
 def _problem(hellos: Sequence[Mapping]) -> tuple[int, str] | None:
-    """Exit status and reason, if a process has failed or the processes were started differently."""
+    """Return exit status and reason if a process has failed or the processes were started differently, else None."""
     by_index: dict[int, Mapping] = {}
     for hello in hellos:
         index, other = hello["index"], by_index.setdefault(hello["index"], hello)
         if hello["error"]:
-            return hello["status"], f"process {index} ({hello['host']}) left: {hello['error']}"
+            return hello["status"], f"process {index} ({hello['host']}) failed: {hello['error']}"
         if other is not hello:
             one, two = (f"{each['host']} (pid {each['pid']})" for each in (other, hello))
-            return 2, f"two processes say that they are process {index}: {one} and {two}. Give each another --process."
+            return 2, f"two processes were started as process {index}: {one} and {two}. Give each its own --process."
         if hello["count"] != hellos[0]["count"]:
             counts = f"as one of {hello['count']} processes, process 0 as one of {hellos[0]['count']}"
             return 2, f"process {index} ({hello['host']}) was started {counts}."
     for part, what, advice in (
-        ("versions", "packages", "Install the same everywhere."),
-        ("config", "configs", "All processes of a run are started with the same command."),
+        ("versions", "packages", "Install the same versions on all hosts."),
+        ("config", "configs", "Start all processes of a run with the same command."),
     ):
         values = {index: by_index[index][part] for index in sorted(by_index)}
         if any(value != values[0] for value in values.values()):
@@ -159,7 +160,7 @@ def _problem(hellos: Sequence[Mapping]) -> tuple[int, str] | None:
 
 
 def _differences(values: Mapping[int, Mapping]) -> str:
-    """Every key whose values differ, each value with the processes that have it."""
+    """Format every key whose values differ, with the processes that have each value."""
     parts = []
     for key in sorted({key for one in values.values() for key in one}):
         by_value: dict[str, list[int]] = {}
@@ -172,6 +173,6 @@ def _differences(values: Mapping[int, Mapping]) -> str:
 
 
 def listed(names: Sequence) -> str:
-    """`1`, `1 and 2`, `1, 2 and 3`."""
+    """Format names as `1`, `1 and 2`, `1, 2 and 3`."""
     *most, last = map(str, names)
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,4 +1,4 @@
-"""This process among those of a run, from its start to its end; for a single process every function is a no-op."""
+"""Start, synchronisation and end of the processes of a run; with a single process every function is a no-op."""
 
 import contextlib
 import json
@@ -34,18 +34,19 @@ def join(
 ) -> None:
     """Wait for the other processes of a run and initialise JAX's distributed system, but no backend.
 
-    From then on a thread ends this process if another one dies, hangs or fails.
+    Afterwards, a thread ends this process if another one dies, hangs or fails.
 
     Args:
-      processes: as `processes.find` returns them.
-      config: flat; must be equal in all processes.
-      error: why this process cannot start: the others are told, and it is raised.
-      start_limit: seconds until all must be there.
-      hang_limit: seconds without a heartbeat after which a process is considered hung.
+      processes: the processes, as returned by `processes.find`.
+      config: flat mapping; must be equal in all processes.
+      error: why this process cannot start; it is sent to the others and raised.
+      start_limit: seconds within which all processes must connect.
+      hang_limit: seconds without a heartbeat after which a process counts as hung.
       stall_limit: seconds without a step of any process, after the first step, after which the run ends.
 
     Raises:
-      RunError: process 0 cannot be reached, processes are missing, or one has failed; `ConfigError` if they differ.
+      RunError: process 0 cannot be reached, processes are missing, or one has failed.
+      ConfigError: processes have different packages or configs.
     """
     global _member
     import jax
@@ -70,7 +71,7 @@ def join(
     _keep_output_clean()
     _bypass_proxies(processes.host)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # on CPUs, simulated devices included
-    jax.config.update("jax_enable_preemption_service", False)  # it handles SIGTERM, as `training.signals` does
+    jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would conflict with `training.signals`
     try:
         jax.distributed.initialize(
             processes.coordinator,
@@ -79,18 +80,18 @@ def join(
             local_device_ids=processes.local_device,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(start_limit)),
-            heartbeat_timeout_seconds=int(2 * hang_limit + 60),  # later than `Member`, whose line is the clearer one
+            heartbeat_timeout_seconds=int(2 * hang_limit + 60),  # longer than the limit of `Member`, which prints a clearer message
             shutdown_timeout_seconds=60,
             coordinator_bind_address=processes.coordinator if is_loopback(processes.host) else None,
         )
     except RuntimeError as problem:
         raise RunError(f"JAX's processes did not connect to {processes.coordinator}: {str(problem).splitlines()[0]}.") from problem
-    # Orbax's accessor of JAX's client, which `jax.distributed` does not give.
+    # `jax.distributed` has no public access to its client; Orbax has.
     _member.start(utils.multihost.get_jax_distributed_client())
 
 
 def _keep_output_clean() -> None:
-    """Send what compiled libraries print, such as Gloo's connections, to standard error: a program may read standard output."""
+    """Redirect output of C++ libraries, such as Gloo's, to standard error: a program may parse standard output."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         options = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "buffering": 1}
@@ -112,7 +113,7 @@ def current() -> Member | None:
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files and prints: the first, or the only one."""
+    """Return whether this process is the first (or only) one, which writes the run's files and prints."""
     return _member is None or _member.processes.index == 0
 
 
@@ -122,27 +123,27 @@ def host() -> str:
 
 
 def gather(name: str, value: Any = None) -> list:
-    """Return the values of all processes, in order, once all have called this.
+    """Return the values of all processes, in order, when all have called this.
 
     Args:
-      name: of the place in the program, the same in all processes.
+      name: name of this point of the program, the same in all processes.
       value: a JSON value.
     """
     if _member is not None:
         return _member.gather(name, value)
     if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized() and jax.process_count() > 1:
-        raise RunError("JAX was initialised for several processes elsewhere: call jaxmodels.distributed.session.join, not jax.distributed.initialize.")
+        raise RunError("JAX is initialised for several processes already: call jaxmodels.distributed.session.join, not jax.distributed.initialize.")
     return [value]
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this with the same name."""
     gather(name)
 
 
 @contextlib.contextmanager
 def first_goes_first(name: str) -> Iterator[None]:
-    """Run the block in the first process, then in the others, which find the files that it wrote."""
+    """Run the block in the first process, then in the others, so that they see the files that it wrote."""
     later = _member is not None and _member.processes.index > 0
     if later:
         barrier(name)
@@ -152,16 +153,16 @@ def first_goes_first(name: str) -> Iterator[None]:
 
 
 def finish() -> None:
-    """End the run successfully, in all processes; waits for the others."""
+    """End the run successfully in all processes; wait for the others."""
     if _member is not None:
         barrier("end")
         _member.bye(0, agreed=True)
 
 
 def leave(error: BaseException) -> None:
-    """End this process because of an error and tell the others why; return if there are no others.
+    """End this process because of an error and send the reason to the others; return if there are no others.
 
-    An error of JAX may be the consequence of another process's death: then that is the reason printed.
+    An error of JAX may be caused by the death of another process; that reason is then printed instead.
     """
     if _member is None:
         return
@@ -179,4 +180,4 @@ def leave(error: BaseException) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(status)  # a compilation may still run in a thread; and JAX would wait for all processes
+    os._exit(status)  # a normal exit would wait for a compilation in a thread, and JAX's for all processes

@@ -171,7 +171,7 @@ def test_one_of_four_ends_and_two_go_on(tmp_path, victim, number):
     for index, said in enumerate(run.said().values()):
         lines = [line for line in said.splitlines() if line.startswith("jaxmodels:")]
         if index != victim:
-            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; leaving\. The same command goes on .*", lines[-1]), said
+            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; this process ends\. The same command resumes .*", lines[-1]), said
     before = run.global_batches(6)
     run.start(2, 4)
     output = run.end()
@@ -217,7 +217,7 @@ def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_co
     run.end(1)
     reason = "file 7 of the data cannot be read."
     first, second = ([line for line in said.splitlines() if line.startswith("jaxmodels:")] for said in run.said().values())
-    assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) left: {re.escape(reason)}", first[0])
+    assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) ended: {re.escape(reason)}", first[0])
 
     run = Run(tmp_path, CONFIG).start(2, 1)
     run.end()
@@ -272,7 +272,11 @@ def test_a_coordinator_that_is_not_there(tmp_path, jaxmodels_command):
         "--process=1",
         "--start_limit=3",
     )
-    assert done.returncode == 1 and done.stderr.startswith("jaxmodels: process 1 cannot reach the coordinator 127.0.0.1:9") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("jaxmodels: process 1 could not connect to the coordinator 127.0.0.1:9")
+        and done.stderr.count("\n") == 1
+    )
     assert time.monotonic() - started < 60
 
 
@@ -303,7 +307,7 @@ def test_what_local_sh_would_run(tmp_path):
     [
         (["-n", "two", "--", "--config=x"], "-n must be a number of processes above 0, got 'two'"),
         (["--", "--config=x"], "-n must be a number"),
-        (["-n", "2"], "nothing to train"),
+        (["-n", "2"], "no arguments of jaxmodels train"),
         (["-n", "2", "--gpus", "--cpu_devices=2", "--", "x"], "exclude each other"),
         (["-n", "2", "--config=x"], "unknown argument --config=x"),
     ],
@@ -327,7 +331,7 @@ def test_local_sh_kills_the_rest_when_one_fails(tmp_path):
     done = local("-n", "3", f"--logs={tmp_path}/logs", "--", "--config=x", LEAVE_SECONDS="1", **program)
     assert done.returncode == 7 and time.monotonic() - started < 30
     assert done.stdout == "here is 0 of 3: train --config=x\n"
-    assert "process 1 ended with status 7" in done.stderr and "process 0 2 did not leave by itself: killed" in done.stderr
+    assert "process 1 ended with status 7" in done.stderr and "process 0 2 did not end by itself: killed" in done.stderr
     assert (tmp_path / "logs" / "process-2.log").read_text() == "here is 2 of 3: train --config=x\n"
 
 

@@ -93,7 +93,7 @@ def test_slurm():
     assert other.port != found[0].port and 61000 <= other.port < 65536
     assert find("elsewhere:5", environment=slurm(1)).coordinator == "elsewhere:5"
     assert find(environment=slurm(1, SLURM_DISTRIBUTION="cyclic")).hosts == ()
-    with pytest.raises(ConfigError, match="--processes=4 contradicts SLURM, which says 5"):
+    with pytest.raises(ConfigError, match="--processes=4 contradicts SLURM, which gives 5"):
         find(processes="4", environment=slurm(1))
     with pytest.raises(ConfigError, match="SLURM_PROCID"):
         find(environment=slurm(0, SLURM_PROCID="x"))
@@ -121,7 +121,7 @@ def test_open_mpi():
     assert six.host == "fe80::b9b:ac5d:9cf0:b858" and six.coordinator.startswith("[fe80::")
     five = find(environment=rank | {"PMIX_NAMESPACE": "prterun-node-07-5123@1", "PMIX_SERVER_URI41": "prterun-node-07-5123@0.1;tcp4://10.0.0.2:40001"})
     assert five.host == "node-07"
-    with pytest.raises(ConfigError, match="Open MPI started 4 processes but does not say where .* add --coordinator"):
+    with pytest.raises(ConfigError, match="Open MPI started 4 processes but does not give the host .* add --coordinator"):
         find(environment=rank)
     assert find("h:7", environment=rank).coordinator == "h:7"
 
@@ -166,7 +166,7 @@ def metadata(monkeypatch):
 
 
 def test_cloud_tpu(metadata):
-    with pytest.raises(ConfigError, match="--processes=tpu: this machine tells nothing"):
+    with pytest.raises(ConfigError, match="--processes=tpu: this machine has no metadata of TPU workers"):
         find(processes="tpu", environment={})
     metadata |= {"worker-network-endpoints": "a:1:10.0.0.4,b:2:10.0.0.5", "agent-worker-number": "1", "tpu-env": "ZONE: 'x'\n"}
     found = find(processes="tpu", environment={})
@@ -175,13 +175,13 @@ def test_cloud_tpu(metadata):
     metadata["tpu-env"] = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9:8080'\n"
     found = find(processes="tpu", environment={})
     assert (found.host, found.count, found.index) == ("10.9.9.9", 4, 3)
-    with pytest.raises(ConfigError, match="--process=0 contradicts the TPU's metadata, which says 3"):
+    with pytest.raises(ConfigError, match="--process=0 contradicts the TPU's metadata, which gives 3"):
         find(processes="tpu", process="0", environment={})
 
 
 def test_no_metadata_server(monkeypatch):
     monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{free_port()}")
-    with pytest.raises(ConfigError, match="--processes=tpu: there is no metadata server"):
+    with pytest.raises(ConfigError, match="--processes=tpu: cannot connect to the metadata server"):
         find(processes="tpu", environment={})
 
 
@@ -362,7 +362,7 @@ def test_processes_that_do_not_come_are_named():
     assert not crowd.members
     for error in crowd.errors.values():
         assert error.exit_status == 1 and "\n" not in str(error)
-        assert "processes 1 and 3 of 4 (on b, d) did not come within 1 s" in str(error)
+        assert "processes 1 and 3 of 4 (on b, d) did not connect within 1 s" in str(error)
 
 
 def test_a_coordinator_that_cannot_be_reached():
@@ -370,10 +370,10 @@ def test_a_coordinator_that_cannot_be_reached():
     crowd = Crowd(2, start_limit=0.7).join(1).met()
     assert time.monotonic() - started < 5
     assert crowd.errors[1].exit_status == 1
-    assert f"process 1 cannot reach the coordinator 127.0.0.1:{crowd.port}" in str(crowd.errors[1]) and "Connection refused" in str(crowd.errors[1])
+    assert f"process 1 could not connect to the coordinator 127.0.0.1:{crowd.port}" in str(crowd.errors[1]) and "Connection refused" in str(crowd.errors[1])
     crowd = Crowd(2, start_limit=0.5)
     processes = Processes("no-such-host.invalid", crowd.port, 2, 1, "arguments")
-    with pytest.raises(RunError, match="cannot reach the coordinator no-such-host.invalid"):
+    with pytest.raises(RunError, match="could not connect to the coordinator no-such-host.invalid"):
         meet(processes, HELLO, 0.5)
 
 
@@ -406,14 +406,14 @@ def test_a_difference_is_said_before_the_last_has_come():
 def test_two_processes_with_one_number_and_another_count():
     crowd = Crowd(3).join(0).join(1).join(1, key="other").met()
     assert len(crowd.errors) == 3 and {e.exit_status for e in crowd.errors.values()} == {2}
-    assert "two processes say that they are process 1" in str(crowd.errors[0]) and "pid" in str(crowd.errors["other"])
+    assert "two processes were started as process 1" in str(crowd.errors[0]) and "pid" in str(crowd.errors["other"])
     crowd = Crowd(3).join(0).join(1, count=4).met()
     assert "process 1" in str(crowd.errors[0]) and "as one of 4 processes, process 0 as one of 3" in str(crowd.errors[1])
 
 
 def test_an_error_before_the_start_reaches_all():
     crowd = Crowd(2, start_limit=60.0).join(0).join(1, error=ConfigError("there is no file x.py.")).met()
-    assert crowd.errors[0].exit_status == 2 and str(crowd.errors[0]).endswith("left: there is no file x.py.")
+    assert crowd.errors[0].exit_status == 2 and str(crowd.errors[0]).endswith("failed: there is no file x.py.")
 
 
 def test_strangers_are_left_alone():
@@ -438,7 +438,9 @@ def test_a_process_that_dies_is_noticed_by_all_others(victim):
     crowd.wait_for_left(*others)
     for index in others:
         status, reason = crowd.left[index]
-        assert status == 1 and f"process {victim} ({socket.gethostname()}) died; leaving. The same command goes on from the last checkpoint." == reason
+        assert (
+            status == 1 and f"process {victim} ({socket.gethostname()}) died; this process ends. The same command resumes from the last checkpoint." == reason
+        )
 
 
 class Silent:
@@ -474,14 +476,16 @@ def test_a_main_thread_that_hangs_is_given_up_in_the_end():
     crowd.wait_for_left(0, 1, 2)
     for status, reason in crowd.left.values():
         assert status == 1
-        assert reason.startswith(f"no process has passed a step for 3 s (--stall_limit); process 1 ({socket.gethostname()}) is behind the others; leaving.")
+        assert reason.startswith(
+            f"no process has completed a step for 3 s (--stall_limit); process 1 ({socket.gethostname()}) is behind the others; this process ends."
+        )
 
 
 def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():
     crowd = everybody(3)
     crowd.members[1].bye(3, "diverged at step 7", agreed=False)
     crowd.wait_for_left(0, 2)
-    assert set(crowd.left.values()) == {(3, f"process 1 ({socket.gethostname()}) left: diverged at step 7")}
+    assert set(crowd.left.values()) == {(3, f"process 1 ({socket.gethostname()}) ended: diverged at step 7")}
     assert 1 not in crowd.left
 
 
