@@ -1,4 +1,4 @@
-"""Build the data, task, model and optimizer of a config."""
+"""Construction of the data, task, model and optimizer of a config."""
 
 import dataclasses
 import functools
@@ -29,17 +29,17 @@ from jaxmodels.step.schedule import make_schedule
 
 
 def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None, trained_info: Mapping | None = None) -> Experiment:
-    """Resolves a config, opens its data, and checks that data, task, model and optimizer fit each other.
+    """Resolve a config, open its data, and check that data, task, model and optimizer are compatible.
 
     Args:
-      config: as `load_config` gives.
-      data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
-      data: arrays by split, for the source `arrays`.
-      trained_info: what the data said of itself when a run was trained, to evaluate that run: model and task are
-        made from it, the data must agree with it, and no train split is needed.
+      config: a config, as returned by `load_config`.
+      data_dir: the data directory; if None, `JAXMODELS_DATA_DIR`.
+      data: split -> arrays, for the source `arrays`.
+      trained_info: to evaluate a run, the `info` of its training data. Model and task are built from it, the data must be
+        compatible with it, and no train split is needed.
 
     Raises:
-      ConfigError: anything that is wrong, before a device starts.
+      ConfigError: any error of the config or its data; no device is used.
     """
     c = resolve(config)
     loading = _loading(c["data"])
@@ -88,11 +88,11 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
 
 
 def build_model(config: Mapping, info: Mapping) -> tuple[tasks.Task, Callable[[nnx.Rngs], nnx.Module]]:
-    """The task of a resolved config, and a function that makes its model.
+    """Return the task of a resolved config, and a function that constructs its model.
 
     Args:
-      config: resolved.
-      info: what the data set says of itself.
+      config: the resolved config.
+      info: the `info` of the dataset.
     """
     task_name, model_name = config["task"]["name"], config["model"]["name"]
     task = tasks.make(task_name, info, _without_name(config["task"]))
@@ -126,18 +126,18 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
     shared = config_lib.fields(Loading)
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
     dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
-    return dataclasses.replace(dataset, splits={name: _remember(part, loading) for name, part in dataset.splits.items()})
+    return dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
 
 
 def _with_pretrained_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:
-    """Arrays of tokens tell of no tokenizer, and hold maybe not all tokens there are: then a pretrained model's own number is what counts."""
+    """Raise the vocabulary size to the pretrained model's if the data has no tokenizer: token arrays may lack some tokens."""
     if init_from is None or not is_pretrained(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
         return info
     return dict(info) | {"vocab_size": max(info["vocab_size"], find_pretrained(init_from["run"]).config.get("vocab_size", 0))}
 
 
-def _remember(source, loading: Loading):
-    """The source, kept in memory once decoded where it is small enough."""
+def _cached(source, loading: Loading):
+    """Return the source, with a cache of decoded examples in memory if it is small enough."""
     if getattr(source, "in_memory", False) or loading.workers or not len(source):
         return source
     size = CachedSource.size(source)

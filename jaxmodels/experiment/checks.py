@@ -1,4 +1,4 @@
-"""Check that data, task, model and optimizer fit each other, before a device starts."""
+"""Checks that data, task, model and optimizer are compatible, before a device is used."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from jaxmodels.step.parameters import paths
 
 
 def is_trained(config: Mapping, path: str) -> bool:
-    """Whether a resolved config trains the parameter of a path: by `training.trainable`, `training.freeze` and `lora`."""
+    """Return whether a resolved config trains the parameter at a path, by `training.trainable`, `training.freeze` and `lora`."""
     trainable = config["training"]["trainable"]
     if config["lora"] is not None:
         trainable = (*(rf"{name}$" for name in ADAPTERS), *(trainable or ()))
@@ -23,74 +23,76 @@ def is_trained(config: Mapping, path: str) -> bool:
 
 
 def check_trained(config: Mapping, paths: list[str]) -> None:
-    """Every pattern means a parameter, and something is left to train."""
+    """Raise ConfigError unless every pattern matches a parameter and at least one parameter is trained."""
     for key in ("trainable", "freeze"):
         for pattern in config["training"][key] or ():
             if not any(re.search(pattern, path) for path in paths):
-                raise ConfigError(f"config.training.{key}: {pattern!r} matches no parameter; there are {', '.join(paths[:8])}, …")
+                raise ConfigError(f"config.training.{key}: {pattern!r} matches no parameter; the parameters are {', '.join(paths[:8])}, …")
     if not any(is_trained(config, path) for path in paths):
         raise ConfigError("config.training: trainable and freeze leave no parameter to train.")
     frozen = [path for path in paths if not is_trained(config, path)]
     skip = config["init_from"]["skip"] if config["init_from"] else ()
     lost = [path for path in frozen if any(re.match(pattern, path) for pattern in skip)]
     if lost:
-        raise ConfigError(f"config.init_from.skip: {lost[0]} is initialised anew and frozen too: nothing would ever train it.")
+        raise ConfigError(f"config.init_from.skip: {lost[0]} is skipped and also frozen, so it would stay at its random initial value.")
 
 
 def check_train_split(dataset: Dataset, section: Mapping) -> None:
+    """Raise ConfigError unless there is a train split with at least one batch."""
     if "train" not in dataset.splits:
-        raise ConfigError(f"config.data: {section['source']!r} gives no train split, only {', '.join(dataset.splits)}.")
+        raise ConfigError(f"config.data: {section['source']!r} has no train split, only {', '.join(dataset.splits)}.")
     size = len(dataset.splits["train"])
     if size < section["batch_size"]:
-        raise ConfigError(f"config.data.batch_size={section['batch_size']} is more than the {size} training examples of {section['source']!r}.")
+        raise ConfigError(f"config.data.batch_size={section['batch_size']} is larger than the {size} training examples of {section['source']!r}.")
 
 
 def agreed_info(info: Mapping, trained: Mapping) -> Mapping:
-    """What a run was trained on, if the data to evaluate it on is of the same kind; it may have fewer classes."""
+    """Return `trained`, the info of the training data; raise ConfigError unless the data to evaluate is compatible. It may have fewer classes."""
     for key, value in trained.items():
-        now = info.get(key)
+        current = info.get(key)
         if key == "tokenizer":
-            agree = now is not None and now.to_json() == value.to_json()
+            agree = current is not None and current.to_json() == value.to_json()
         elif key in ("num_classes", "num_tags", "vocab_size"):
-            agree = now is None or now <= value
+            agree = current is None or current <= value
         elif key in ("labels", "tags"):
-            agree = now is None or list(now) == list(value)[: len(now)]
+            agree = current is None or list(current) == list(value)[: len(current)]
         else:
-            agree = now is None or np.array_equal(np.asarray(now), np.asarray(value))
+            agree = current is None or np.array_equal(np.asarray(current), np.asarray(value))
         if not agree:
-            shown = "another one now" if key == "tokenizer" else f"{value} when the run was trained, {now} now"
+            shown = "not the one of the run" if key == "tokenizer" else f"{value} when the run was trained, {current} now"
             raise ConfigError(f"config.data: the data has changed: {key}: {shown}.")
     return trained
 
 
 def check_skip(init_from: Mapping | None, params: Any) -> None:
+    """Raise ConfigError unless every pattern of `init_from.skip` matches a parameter."""
     for pattern in init_from["skip"] if init_from else ():
         if not any(re.match(pattern, path) for path in paths(params)):
             raise ConfigError(f"config.init_from.skip: {pattern!r} matches no parameter of the model.")
 
 
 def check_fit(experiment: Experiment) -> None:
-    """Runs model and loss on shapes alone, so that what does not fit is said now."""
+    """Raise ConfigError unless the data fits task and model; trace model and loss on shapes."""
     shapes = experiment.batch_shapes(experiment.loading.batch_size)
     for split, source in experiment.dataset.splits.items():
         example = get_batch(source, np.array([0]))
         missing = [name for name in experiment.task.batch if name not in example]
         if missing:
-            raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {missing[0]!r} in every example; {split} has none.")
+            raise ConfigError(f"config.task: {experiment.config['task']['name']!r} needs {missing[0]!r} in every example; {split} has no such array.")
         for name, value in example.items():
             if name == "weight":
-                continue  # the loader makes it what it is in every batch
+                continue  # the loader sets its shape and dtype in every batch
             if name == "index":
-                raise ConfigError(f"config.data: the array 'index' of {split} needs another name: in evaluation it is the rows' index in their split.")
+                raise ConfigError(f"config.data: the array 'index' of {split} needs another name: evaluation uses it for the row's index in its split.")
             if name not in shapes or value.shape[1:] != shapes[name].shape[1:] or value.dtype != shapes[name].dtype:
-                raise ConfigError(f"config.data: {name!r} of {split} is {value.dtype} {value.shape[1:]}: not as in the other splits.")
+                raise ConfigError(f"config.data: {name!r} of {split} is {value.dtype} {value.shape[1:]}, which differs from the other splits.")
     for name, wanted in experiment.task.batch.items():
         got = shapes[name].shape[1:]
         if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
-            raise ConfigError(f"config.task: {name!r} should have the shape {wanted}, but has {got} in the data.")
+            raise ConfigError(f"config.task: {name!r} must have the shape {wanted}, but has {got} in the data.")
     if experiment.config["partition"] == "pmap" and experiment.task.across_rows:
         raise ConfigError(
-            f"config.partition=pmap: {experiment.config['task']['name']!r} goes by all rows of a batch (mixup, cutmix, contrast); pmap shows a device its own."
+            f"config.partition=pmap: {experiment.config['task']['name']!r} combines rows across a batch (mixup, cutmix, contrastive loss), but with pmap a device has only its own rows."
         )
     with as_config_error("config.model"):
         experiment.state_shapes()
@@ -98,7 +100,7 @@ def check_fit(experiment: Experiment) -> None:
 
 
 def _check_best(experiment: Experiment) -> None:
-    """Raise ConfigError unless `checkpoint.best` is a metric of the task, of known direction, and there is a validation split."""
+    """Raise ConfigError unless `checkpoint.best` is a metric of the task with a known direction, and there is a validation split."""
     best = experiment.checkpoint.best
     if best is None:
         return
@@ -108,5 +110,5 @@ def _check_best(experiment: Experiment) -> None:
     shapes = experiment.eval_metric_shapes(state.weights, state.stats)
     given = experiment.task.summarize(dict.fromkeys((*shapes, *experiment.task.scores), 1.0))
     if best not in given:
-        raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} gives no {best!r}; it gives {', '.join(given)}.")
+        raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} has no metric {best!r}; it has {', '.join(given)}.")
     experiment.task.prefers_higher(best)

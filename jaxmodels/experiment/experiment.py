@@ -1,6 +1,6 @@
-"""The data, task, model and optimizer that a config makes, checked against each other.
+"""The experiment of a config: compatible data, task, model and optimizer.
 
-Everything here happens on the host, before any device is touched.
+Everything here runs on the host, before a device is used.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from jaxmodels.tasks.base import Task
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A checked config with its data opened: all that a run needs, and no device yet.
+    """A checked config with its opened data: everything that a run needs except devices.
 
     Attributes:
       config: the resolved config.
-      dataset: opened.
-      task: constructed with the data set's info.
-      build: makes the module from `nnx.Rngs`.
-      trained: whether the parameter of a path is trained; the others are frozen.
-      loading, training, evaluation, checkpoint, log, mesh, sharding, init_from: the sections.
-      steps: length of the run.
-      optimizer: as Optax has it.
-      schedule: the learning rate over steps.
-      platform: where it runs; None while that is not known.
-      layout: how it is spread over devices; None for one.
+      dataset: the opened dataset.
+      task: the task, constructed with the dataset's info.
+      build: constructs the model from `nnx.Rngs`.
+      trained: path -> whether that parameter is trained; the others are frozen.
+      loading, training, evaluation, checkpoint, log, mesh, sharding, init_from: the config sections.
+      steps: number of steps of the run.
+      optimizer: an Optax gradient transformation.
+      schedule: step -> learning rate.
+      platform: platform of the devices, such as `tpu`; None before `on`.
+      layout: sharding over the devices; None for a single device.
     """
 
     config: dict
@@ -65,10 +65,10 @@ class Experiment:
     layout: Layout | None = None
 
     def on(self, platform: str, layout: Layout | None = None) -> "Experiment":
-        """The experiment as it runs on a platform, spread over devices by a layout.
+        """Return the experiment for a platform and a layout.
 
         Raises:
-          ConfigError: the attention, or the recurrent kernel, that is asked for cannot run there.
+          ConfigError: the requested attention or recurrent kernel is not available on the platform.
         """
         placed = dataclasses.replace(self, platform=platform, layout=layout)
         _ = placed.graph
@@ -80,17 +80,17 @@ class Experiment:
 
     @functools.cached_property
     def frozen_in_parent(self) -> bool:
-        """Whether frozen parameters lie in a parent run, so that checkpoints need not hold them."""
+        """Whether a parent run has the frozen parameters, so that checkpoints omit them."""
         return self.init_from is not None and bool(self.state_shapes().frozen)
 
     @property
     def graph(self):
-        """The module's graph, as `training.step.split` gives."""
+        """The graph definition of the model, as returned by `functional.split`."""
         return self._graph_and_kernels[0]
 
     @property
     def kernels(self) -> dict[str, dict[str, str]]:
-        """Of `attention` and `recurrent` layers, where the model has such: which implementation runs, and why."""
+        """The implementation of `attention` and `recurrent` layers, and the reason for it; only kinds of layers that the model has."""
         return self._graph_and_kernels[1]
 
     @functools.cached_property
@@ -104,28 +104,28 @@ class Experiment:
         return functional.split(model)[0], {part: used for part, used in kernels.items() if used}
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch."""
+        """Return the shapes of a batch."""
         example = get_batch(next(iter(self.dataset.splits.values())), np.array([0]))
         shapes = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in example.items()}
         return shapes | {"weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
 
     def eval_batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of a batch of evaluation, which has the rows' `index` besides."""
+        """Return the shapes of an evaluation batch, which also has the `index` of each row."""
         return self.batch_shapes(self.eval_batch_size) | {"index": jax.ShapeDtypeStruct((self.eval_batch_size,), jnp.int32)}
 
     @property
     def evaluation_key(self) -> jax.Array:
-        """The key of evaluation, a function of the config's seed. A row's key is made from it and the row's index."""
-        return jax.random.fold_in(jax.random.key(self.config["seed"]), 3)  # 0 to 2 are those of the trainer
+        """The random key of evaluation, a function of the config's seed. The key of a row is derived from it and the row's index."""
+        return jax.random.fold_in(jax.random.key(self.config["seed"]), 3)  # the trainer uses 0 to 2
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Names of the metrics to print: the task's, and `checkpoint.best`."""
+        """Names of the metrics to print: those of the task, and `checkpoint.best`."""
         best = self.checkpoint.best
         return (*self.task.shown, *([best] if best is not None and best not in self.task.shown else []))
 
     def reading(self, source) -> dict[str, int]:
-        """How a source is read ahead, as arguments of `data.loader.read_ahead`."""
+        """Return the arguments of `data.loader.read_ahead` for a source."""
         threads = self.loading.threads
         if threads is None:
             threads = 0 if getattr(source, "in_memory", False) and self.loading.rand_augment is None else 16
@@ -133,16 +133,20 @@ class Experiment:
 
     @property
     def transform(self) -> Callable | None:
-        """What changes the rows of training batches on the host, as an argument of `data.loader.TrainingBatches`."""
+        """The augmentation of training rows on the host, an argument of `data.loader.TrainingBatches`; None for none."""
         augment = self.loading.rand_augment
         return None if augment is None else functools.partial(augment.batch, seed=self.config["seed"])
 
     def init_function(self) -> Callable[[jax.Array], state.TrainState]:
-        """key -> TrainState; see training.step."""
+        """Return the function key -> TrainState; see `step.make_init`."""
         return step.make_init(self.build, self.trained, self.optimizer, self._metric_shapes, self.training.ema is not None)
 
     def step_function(self, shardings: Any = None) -> Callable:
-        """(state, batch, key) -> (state, metrics); see training.step. `shardings`: of parameters, and so of their gradients."""
+        """Return the function (state, batch, key) -> (state, metrics); see `step.make_train_step`.
+
+        Args:
+          shardings: shardings of the parameters and their gradients.
+        """
         options = step.StepOptions(
             ema=self.training.ema,
             log_every=self.log.every,
@@ -179,12 +183,12 @@ class Experiment:
         return sample
 
     def state_shapes(self) -> state.TrainState:
-        """Shapes of the train state."""
+        """Return the shapes of the train state."""
         return jax.eval_shape(lambda: self.init_function()(jax.random.key(0)))
 
     @property
     def evaluation_layout(self) -> Layout | None:
-        """Evaluation is one program over all devices, also where training is not."""
+        """The layout of evaluation, which always runs under jit, even if training uses pmap."""
         return None if self.layout is None else dataclasses.replace(self.layout, axis=None)
 
     @property
@@ -198,7 +202,7 @@ class Experiment:
 
 @contextlib.contextmanager
 def as_config_error(where: str):
-    """What a model says of its own arguments, as an error of the config."""
+    """Convert an error of the block, such as a model's error about its arguments, to a ConfigError that names `where`."""
     try:
         yield
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:

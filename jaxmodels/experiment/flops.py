@@ -1,4 +1,4 @@
-"""FLOPs of a model, counted on its trace."""
+"""FLOPs of a train step, counted in its jaxpr."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,19 +10,24 @@ from jaxmodels.hardware.flops import jaxpr_flops
 
 
 class ModelFlops(NamedTuple):
-    """Operations of a train step over all devices: all, and without the pairs of queries and keys that causal masks and windows leave out."""
+    """FLOPs of a train step over all devices.
+
+    Attributes:
+      all: FLOPs with all query–key pairs.
+      attended: FLOPs with only the query–key pairs that causal masks and windows allow.
+    """
 
     all: int
     attended: int
 
 
 def model_flops(experiment: Any) -> ModelFlops:
-    """Operations in the matrix products and convolutions of one train step; what is computed again in the backward pass counts once.
+    """Return the FLOPs of the matrix products and convolutions of one train step; rematerialised operations count once.
 
     Args:
-      experiment: on its devices or not: the step is counted as it is on one, where nothing waits in a pipeline.
+      experiment: an experiment with or without devices; the step is counted for one device, without pipeline bubbles.
     """
-    policy = {"remat": "none", "offload": (), "attention": "xla"}  # kernels leave out some of what masks cover
+    policy = {"remat": "none", "offload": (), "attention": "xla"}  # attention kernels skip some masked blocks
     policy = {key: value for key, value in policy.items() if key in experiment.config["model"]}
     config = experiment.config | {"model": experiment.config["model"] | policy}
     task, build = build_model(config, experiment.dataset.info)

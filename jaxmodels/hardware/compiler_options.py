@@ -1,7 +1,7 @@
-"""Options of XLA's compilers that make train steps faster, by chip. One that a compiler does not take is left out, and said.
+"""XLA compiler options that make train steps faster, by chip. An option that the compiler rejects is not used, with a warning.
 
-They are given with each compilation, not by environment variables, so a step that is compiled for devices elsewhere has those it would
-have there.
+They are arguments of each compilation, not environment variables. A step compiled for absent devices thus gets the same options as on
+those devices.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ Value = bool | int | float | str
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option of a compiler.
+    """One compiler option.
 
     Attributes:
-      name: as the compiler has it.
-      value: of the type that the compiler wants.
-      why: what it changed where it was measured.
-      convolutions: whether it is also for models whose parameters are mostly those of convolutions.
+      name: name of the option.
+      value: value, of the type that the compiler expects.
+      why: the measured effect.
+      convolutions: whether to use it also for models whose parameters are mostly convolution kernels.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Option:
     convolutions: bool = True
 
 
-# Collectives on the SparseCores of a chip, beside the products. (Asynchronous all-gathers on the cores themselves, libtpu 0.0.52 has for v5e alone.)
+# Run collectives on the SparseCores, concurrently with matrix products. (libtpu 0.0.52 has asynchronous all-gathers on the TensorCores for v5e only.)
 _SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_"
 
 
@@ -48,52 +48,52 @@ def _on_sparse_cores(*kinds: str, why: str) -> tuple[Option, ...]:
     return tuple(Option(_SPARSE_CORES + kind, True, why) for kind in kinds)
 
 
-# By the names of `plan.chips`. `xla_tpu_scoped_vmem_limit_kib` is the room that a fused operation may use of the vector memory on the chip: with more of
-# it, products work in larger tiles. An option stands here because a step was measured with it and without; `why` says what came of it.
+# By the names of `hardware.chips`. `xla_tpu_scoped_vmem_limit_kib` limits the vector memory (VMEM) of a fused operation: a larger limit allows larger tiles
+# in matrix products. Each option was measured with and without it; `why` states the result.
 OPTIONS: dict[str, tuple[Option, ...]] = {
-    "v4": (),  # 24 MB for tiles instead of 16: the same cycles for a block of Llama-2-7B (libtpu 0.0.52)
+    "v4": (),  # 24 MB of VMEM instead of 16: the same cycles for a block of Llama-2-7B (libtpu 0.0.52)
     "v5e": (
         Option(
             "xla_tpu_scoped_vmem_limit_kib",
             "49152",
-            "a block of Llama-2-7B, 4 × 4,096 tokens, forward and backward: 187.0 M estimated cycles, 220.7 M without; it compiles in 86 s, not 23 (libtpu 0.0.42.1)",
+            "a block of Llama-2-7B, 4 × 4,096 tokens, forward and backward: 187.0 M estimated cycles instead of 220.7 M; compile time 86 s instead of 23 s (libtpu 0.0.42.1)",
         ),
     ),
     "v5p": (
         Option(
             "xla_tpu_scoped_vmem_limit_kib",
             "49152",
-            "a block of Llama-2-7B, 4 × 4,096 tokens, forward and backward: 97.6 M estimated cycles, 119.2 M without; 65536 gains 0.6% more and compiles "
-            "longer (libtpu 0.0.52)",
+            "a block of Llama-2-7B, 4 × 4,096 tokens, forward and backward: 97.6 M estimated cycles instead of 119.2 M; 65536 saves 0.6% more and compiles "
+            "more slowly (libtpu 0.0.52)",
         ),
         *_on_sparse_cores(
             "all_gather",
             "reduce_scatter",
             "all_reduce",
-            why="Llama-2-7B on 64 chips: collectives that nothing runs beside take 1 ms of a step, 100 without (libtpu 0.0.42.1 and 0.0.52)",
+            why="Llama-2-7B on 64 chips: exposed collectives take 1 ms of a step instead of 100 ms (libtpu 0.0.42.1 and 0.0.52)",
         ),
         *_on_sparse_cores(
             "2d_all_gather",
             "3d_all_gather",
-            why="Llama-2-70B on 512 chips, parameters in 64 shares over two dimensions of the torus: a step takes 0.7 s less with these two (libtpu 0.0.52)",
+            why="Llama-2-70B on 512 chips, parameters in 64 shards over two torus dimensions: a step is 0.7 s shorter with these two options (libtpu 0.0.52)",
         ),
     ),
     "v6e": (
         Option(
             "xla_tpu_scoped_vmem_limit_kib",
             "98304",
-            "a product of 8,192³: 1.10 times its FLOPs at the peak, 1.42 times without (libtpu 0.0.42.1 and 0.0.52); a block of Llama-3-8B, 4 × 8,192 tokens: "
-            "138.8 M cycles, with 65536 147.1 M, with 49152 159.6 M. Not for convolutions: a ResNet of a bottleneck a stage takes 30.2 M cycles with it, 28.7 M "
-            "without, 28.6 M with 49152, and compiles in 228, 95 and 155 s (libtpu 0.0.52)",
+            "a matrix product of 8,192³: 1.10 times its time at peak FLOP/s, instead of 1.42 (libtpu 0.0.42.1 and 0.0.52); a block of Llama-3-8B, 4 × 8,192 tokens: "
+            "138.8 M cycles, with 65536 147.1 M, with 49152 159.6 M. Not for convolutions: a ResNet with one bottleneck per stage takes 30.2 M cycles with it, "
+            "28.7 M without, 28.6 M with 49152, and compiles in 228, 95 and 155 s (libtpu 0.0.52)",
             convolutions=False,
         ),
-        *_on_sparse_cores("all_gather", "reduce_scatter", "all_reduce", why="Llama-3-8B on 256 chips: a step takes 0.16 s less (libtpu 0.0.52)"),
+        *_on_sparse_cores("all_gather", "reduce_scatter", "all_reduce", why="Llama-3-8B on 256 chips: a step is 0.16 s shorter (libtpu 0.0.52)"),
     ),
-    "tpu7x": (  # which has collectives on its SparseCores without being told
+    "tpu7x": (  # runs collectives on its SparseCores by default
         Option(
             "xla_tpu_scoped_vmem_limit_kib",
             "49152",
-            "Llama-2-7B on 64 chips, 2 × 4,096 tokens a core: 1,068 M estimated cycles a step, 1,248 M without; it compiles in 108 s, not 83 (libtpu 0.0.52)",
+            "Llama-2-7B on 64 chips, 2 × 4,096 tokens per core: 1,068 M estimated cycles per step instead of 1,248 M; compile time 108 s instead of 83 s (libtpu 0.0.52)",
         ),
     ),
     "a100": (),
@@ -101,7 +101,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "h200": (),
 }
 
-# Where a platform's compiler keeps the names of its options: (package, file).
+# Platform -> (package, file) of the compiler library that contains the option names; `_LIBRARY` for all others.
 _LIBRARIES = {"tpu": ("libtpu", "libtpu.so")}
 _LIBRARY = ("jaxlib", "libjax_common.so")
 
@@ -111,8 +111,8 @@ class Chosen:
     """The options of a compilation.
 
     Attributes:
-      options: what the compiler is given, by name.
-      rejected: of the table's own, those that this compiler does not take: name -> what it said.
+      options: options to compile with, as name -> value.
+      rejected: default options that this compiler rejects, as name -> its message.
     """
 
     options: dict[str, Value]
@@ -120,15 +120,15 @@ class Chosen:
 
 
 def choose(asked: Mapping[str, Value | None], device: Any, convolutional: bool = False) -> Chosen:
-    """The options of a step for a device: the table's, changed by a config's.
+    """Return the options of a train step for a device: the chip's defaults, overridden by the config.
 
     Args:
-      asked: the section `compiler_options`: values by name; None leaves out what the table has.
-      device: of those compiled for; it may be one that is not here. Of several processes, one of this process's own.
-      convolutional: whether most of the model's parameters are kernels of convolutions; some options are not for such models.
+      asked: the section `compiler_options`, as name -> value; None disables a default option.
+      device: a device to compile for, which may be absent; with several processes, a device of this process.
+      convolutional: whether convolution kernels are most of the model's parameters; some options are not used for such models.
 
     Raises:
-      ConfigError: the compiler does not take an option that is asked for; names the nearest that there is.
+      ConfigError: the compiler rejects an option of the config; the message suggests the nearest existing name.
     """
     chip = chip_of(device.device_kind)
     options, rejected = {}, {}
@@ -144,35 +144,33 @@ def choose(asked: Mapping[str, Value | None], device: Any, convolutional: bool =
             continue
         if reason := _rejection(device, name, value):
             raise ConfigError(
-                f"config.compiler_options.{name}={value!r}: the compiler for {device.device_kind} says: {reason}.{_nearest(device, name, reason)}"
+                f"config.compiler_options.{name}={value!r}: the compiler for {device.device_kind} rejects it: {reason}.{_nearest(device, name, reason)}"
             )
         options[name] = value
     return Chosen(options, rejected)
 
 
 def check(asked: Mapping[str, Any]) -> None:
-    """What of the section `compiler_options` can be told without a compiler.
+    """Check the section `compiler_options` as far as possible without a compiler.
 
     Raises:
-      ConfigError: a value of another type; one that is left out and that no chip has.
+      ConfigError: a value of a wrong type, or None for an option that is no chip's default.
     """
     known = sorted({option.name for options in OPTIONS.values() for option in options})
     for name, value in asked.items():
         if value is None and name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Those are: {', '.join(known) or 'none'}."
-            raise ConfigError(
-                f"config.compiler_options.{name}=None leaves out an option that runs have unless told otherwise, and this is none of them. {hint}"
-            )
+            hint = f"Did you mean {close[0]!r}?" if close else f"The default options are: {', '.join(known) or 'none'}."
+            raise ConfigError(f"config.compiler_options.{name}=None disables a default option, but this is not one. {hint}")
         if value is not None and not isinstance(value, Value):
             raise ConfigError(f"config.compiler_options.{name} must be true or false, a number or a string, got {value!r} ({type(value).__name__}).")
 
 
-@functools.lru_cache(maxsize=None, typed=True)  # True and 1 are equal, and not the same to a compiler
+@functools.lru_cache(maxsize=None, typed=True)  # True == 1, but a compiler distinguishes them
 def _rejection(device: Any, name: str, value: Value) -> str | None:
-    """What the compiler says against an option, asked with a program of one addition; None where it takes it.
+    """Return the compiler's error message for an option, from compiling one addition (about 0.01 s); None if it accepts the option.
 
-    Compilers read their options before the program, so this tells what would become of a larger one: a hundredth of a second each.
+    Compilers parse options before the program, so the result holds for every program.
     """
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     try:
@@ -185,7 +183,7 @@ def _rejection(device: Any, name: str, value: Value) -> str | None:
 
 
 def _nearest(device: Any, name: str, reason: str) -> str:
-    """` Did you mean …?` with the nearest option that the compiler has, where it has none of that name."""
+    """Return ` Did you mean …?` with the nearest existing option if the compiler has no option of this name, else an empty string."""
     if not reason.startswith("No such"):
         return ""
     close = difflib.get_close_matches(name, _names(device.platform), n=5, cutoff=0.6)
@@ -194,7 +192,7 @@ def _nearest(device: Any, name: str, reason: str) -> str:
 
 
 def _names(platform: str) -> list[str]:
-    """What may be names of a compiler's options: words of its library that look so."""
+    """Return candidates for option names: strings in the compiler's library that look like one."""
     package, file = _LIBRARIES.get(platform, _LIBRARY)
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / file if spec and spec.origin else None

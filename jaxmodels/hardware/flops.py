@@ -1,4 +1,4 @@
-"""Floating-point operations of a function, counted from its jaxpr."""
+"""FLOPs of a function, counted in its jaxpr."""
 
 import math
 import re
@@ -10,27 +10,28 @@ from jax.extend import core as jax_core
 
 
 def count_flops(function: Callable, *args, attended: bool = False) -> int:
-    """Operations in the matrix products and convolutions of one call: two for each multiply and add.
+    """Return the FLOPs of the matrix products and convolutions of one call; a multiply-add counts as two.
 
-    Loops count as often as they turn, where that is known (`scan`), both branches of a condition as the
-    larger one. What is added one by one (norms, activations, the optimizer) is left out: it is small beside
-    the products, and bound by memory.
+    The body of a `scan` counts once for each iteration; a `cond` counts as its larger branch. Elementwise operations (norms, activations,
+    the optimizer) are not counted: they are few compared with the products, and bound by memory bandwidth.
 
     Args:
-      function: traceable.
+      function: a traceable function.
       args: arrays or ShapeDtypeStructs.
-      attended: of the products of queries and keys, count the share that causal masks and windows leave, not all.
+      attended: count only the query–key pairs that causal masks and windows allow, instead of all pairs.
     """
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, attended)
 
 
 def jaxpr_flops(jaxpr, attended: bool = False) -> int:
+    """Return the FLOPs of a jaxpr; see `count_flops`."""
+
     def shapes(variables):
-        return [getattr(x.aval, "shape", ()) for x in variables]  # a token has none
+        return [getattr(x.aval, "shape", ()) for x in variables]  # tokens have no shape
 
     total = 0
     for each in jaxpr.eqns:
-        # `models.attention` states the share in the name of a scope.
+        # `models.attention` encodes the allowed fraction of pairs in a name scope.
         stated = re.findall(r"attended=(\d+)of(\d+)", str(each.source_info.name_stack)) if attended else None
         flops = operation_flops(each.primitive.name, each.params, shapes(each.invars), shapes(each.outvars), attended and not stated)
         total += flops * int(stated[0][0]) // int(stated[0][1]) if stated else flops
@@ -38,38 +39,41 @@ def jaxpr_flops(jaxpr, attended: bool = False) -> int:
 
 
 def operation_flops(name: str, params: Mapping[str, Any], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]], attended: bool = False) -> int:
-    """As `count_flops`, of one operation with all that it calls.
+    """Return the FLOPs of one operation, including the jaxprs that it calls.
 
     Args:
-      name, params: of the primitive.
-      inputs, outputs: shapes.
-      attended: as of `count_flops`.
+      name, params: name and parameters of the primitive.
+      inputs, outputs: shapes of its arguments and results.
+      attended: see `count_flops`.
+
+    Raises:
+      ValueError: a Pallas kernel with a dynamic grid and without a cost estimate.
     """
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
         return 2 * math.prod(outputs[0]) * math.prod(inputs[0][i] for i in contract)
     if name == "ragged_dot_general":
-        # Groups of rows, a matrix each: as many operations as all rows with one; or, in a gradient, the groups' own sums.
+        # Forward, each row is multiplied by the matrix of its group: as many FLOPs as with one matrix. In a gradient, the output has a group axis.
         numbers = params["ragged_dot_dimension_numbers"]
         (contract, _), _ = numbers.dot_dimension_numbers
         groups = 1 if numbers.rhs_group_dimensions else outputs[0][0]
         return 2 * math.prod(outputs[0]) // groups * math.prod(inputs[0][i] for i in contract)
     if name == "conv_general_dilated":
-        # Every output value takes one product for each value of the kernel that leads to it.
+        # Each output value is a sum over the kernel values of its output channel.
         per_output = math.prod(inputs[1]) // inputs[1][params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(outputs[0]) * per_output
     if name == "scan":
         return params["length"] * jaxpr_flops(params["jaxpr"].jaxpr, attended)
     if name == "shard_map":
-        return params["mesh"].size * jaxpr_flops(params["jaxpr"], attended)  # every device runs it, on its own part
+        return params["mesh"].size * jaxpr_flops(params["jaxpr"], attended)  # every device executes the jaxpr on its shard
     if name == "pallas_call":
-        # What a kernel leaves out, such as blocks that a mask covers whole, is counted too, as it is elsewhere.
+        # Blocks that a kernel skips, such as fully masked ones, are counted, as in the other implementations.
         grid, estimate = params["grid_mapping"].grid, params["cost_estimate"]
         if all(isinstance(size, int) for size in grid):
             return math.prod(grid) * jaxpr_flops(params["jaxpr"])
         if estimate is None:
-            raise ValueError(f"{params['name']}: a kernel whose grid depends on values, and that says no cost")
-        return estimate.flops  # how often it runs is known when it runs alone; its author says for how much
+            raise ValueError(f"{params['name']}: a Pallas kernel with a dynamic grid needs a cost_estimate")
+        return estimate.flops  # the grid is known only at run time: use the estimate of the kernel's author
     if name == "cond":
         return max(jaxpr_flops(branch.jaxpr, attended) for branch in params["branches"])
     return sum(jaxpr_flops(inner, attended) for inner in jax_core.jaxprs_in_params(params))

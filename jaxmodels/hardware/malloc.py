@@ -1,4 +1,4 @@
-"""How the C library keeps memory. Imports nothing heavy: it must be set before anything large is allocated."""
+"""Settings of the C library's allocator. Imports no large module, because it must run before large allocations."""
 
 import ctypes
 
@@ -6,11 +6,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory instead of giving it back to the kernel, for the whole process.
+    """Make glibc reuse freed memory instead of returning it to the kernel, for the whole process; no-op without glibc.
 
-    XLA allocates each step's temporaries anew on a CPU; as fresh pages these cost a page fault every 4 KiB, a quarter
-    of the time of a small Transformer's step (`benchmarks/overhead.py`, its two plain loops). Elsewhere than on glibc it
-    does nothing.
+    On a CPU, XLA allocates the temporaries of each step again. Memory from the kernel costs a page fault for every 4 KiB: a quarter
+    of the step time of a small Transformer (`benchmarks/overhead.py`, its two plain loops).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -80,7 +80,7 @@ def test_an_option_asked_for_that_the_compiler_has_not_is_an_error_with_the_near
         (3, "compiler_options must be"),
         ({"xla_x": [1]}, "compiler_options.xla_x must be true or false, a number or a string"),
         ({"xla_cpu_enable_fast_maths": None}, "Did you mean 'xla_cpu_enable_fast_math'"),
-        ({"xla_y": None}, "this is none of them"),
+        ({"xla_y": None}, "but this is not one"),
     ],
 )
 def test_what_a_section_may_hold(cpu_table, asked, message):
@@ -102,7 +102,7 @@ def test_a_run_prints_and_records_its_options_and_the_rejected(cpu_table, tmp_pa
     given = {"xla_cpu_enable_fast_math": True, "xla_cpu_parallel_codegen_split_count": 2}
     reason = "No such compile option: 'xla_cpu_no_such_thing'"
     assert output.getvalue().count("with xla_cpu_enable_fast_math=True, xla_cpu_parallel_codegen_split_count=2") == 1
-    assert output.getvalue().count(f"warning: the compiler option xla_cpu_no_such_thing is left out: this compiler says: {reason}") == 1
+    assert output.getvalue().count(f"warning: the compiler option xla_cpu_no_such_thing is not used, because this compiler rejects it: {reason}") == 1
     manifest = RunFolder(tmp_path / "x").manifest()
     compiled = manifest["starts"][0]["compiled"]
     assert compiled["train_step"]["options"] == given and compiled["train_step"]["rejected"] == {"xla_cpu_no_such_thing": reason}

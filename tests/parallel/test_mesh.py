@@ -161,7 +161,7 @@ def test_pmap_cuts_no_model():
     with pytest.raises(ConfigError, match="excludes config.sharding.optimizer=data"):
         sharding_lib.make_layout(layout(data=8).mesh, Sharding(optimizer="data"), "pmap")
     for task in ({"name": "contrast", "noise": 0.1}, {"name": "classify", "mixup": 0.2}):
-        with pytest.raises(ConfigError, match=f"'{task['name']}' goes by all rows of a batch"):
+        with pytest.raises(ConfigError, match=f"'{task['name']}' combines rows across a batch"):
             build_experiment(small_configs.config(small_configs.CNN, task=task) | {"partition": "pmap"})
 
 

@@ -49,7 +49,7 @@ def test_entities_are_scored_over_all_rows_on_one_device_and_on_two():
 
 
 def test_the_best_checkpoint_may_be_chosen_by_a_score():
-    with pytest.raises(ConfigError, match="gives no 'bleu'.*f1"):
+    with pytest.raises(ConfigError, match="has no metric 'bleu'.*f1"):
         build_experiment(oracle_model.CONFIG | {"checkpoint": {"best": "bleu"}})
 
 
