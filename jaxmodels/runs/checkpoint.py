@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: asynchronous, whole or absent, the last few and the best kept."""
+"""Checkpoints of a run, saved with Orbax: asynchronous and atomic; the latest and the best are preserved."""
 
 import dataclasses
 import re
@@ -18,15 +18,15 @@ from jaxmodels.step.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run knows besides its arrays; stored beside them.
+    """The progress of a run, saved in each checkpoint beside the arrays.
 
     Attributes:
-      evaluated_at: the last step that was evaluated.
-      best: value of the metric that counts, at its best so far.
-      best_step: where that was.
-      without_improvement: evaluations since.
-      finished: nothing is left to train.
-      seconds: spent training, over all starts.
+      evaluated_at: the last evaluated step.
+      best: best value so far of the metric `checkpoint.best`.
+      best_step: the step of `best`.
+      without_improvement: number of evaluations since `best_step`.
+      finished: whether training is complete.
+      seconds: training time, over all starts.
       callbacks: state of each callback, by its name.
     """
 
@@ -42,8 +42,8 @@ class Progress:
         """Return the progress after an evaluation.
 
         Args:
-          step: that was evaluated.
-          value: of the metric that picks the best checkpoint.
+          step: the evaluated step.
+          value: value of the metric that selects the best checkpoint.
           better: whether it is better than the best so far.
           patience: evaluations without improvement after which the run is finished; None for no limit.
         """
@@ -53,11 +53,11 @@ class Progress:
         return dataclasses.replace(self, without_improvement=without, finished=self.finished or (patience is not None and without >= patience))
 
 
-_CHUNK = 1 << 25  # bytes; of the chunks of arrays that are written few at a time
+_CHUNK = 1 << 25  # bytes; chunk size of arrays when `at_once` limits the bytes in flight
 
 
 class Checkpoints:
-    """The checkpoints of one run, one folder a step."""
+    """The checkpoints of one run, one folder for each step."""
 
     def __init__(
         self,
@@ -72,20 +72,20 @@ class Checkpoints:
     ):
         """
         Args:
-          folder: `checkpoints` of the run.
-          keep: number of the latest checkpoints to keep. The best one, by the progress saved with the latest, is kept besides.
+          folder: the folder `checkpoints` of the run.
+          keep: number of latest checkpoints to preserve, in addition to the best one.
           every: steps between scheduled checkpoints. Others count towards `keep` only while they are the latest.
-          parents: steps that other runs started from; these are never deleted.
-          save_frozen: whether frozen parameters are saved; they are not where they lie in a parent run.
-          read_only: looks, never deletes or writes.
-          at_once: bytes that are copied to be written at a time, for which saving then waits; no array is larger. All unless given.
+          parents: returns the steps that other runs started from; these are never deleted.
+          save_frozen: whether to save frozen parameters; False if a parent run has them.
+          read_only: never write or delete.
+          at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
         """
-        self.folder, self._policy = folder, _Kept(keep, every, parents)
+        self.folder, self._policy = folder, _Preserved(keep, every, parents)
         self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
-            self._put_back()
+            self._restore_replaced()
         self._at_once = at_once
-        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # what is as large as the limit is refused
+        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # Orbax rejects an array of exactly the limit
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -100,15 +100,15 @@ class Checkpoints:
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in self._left_out}
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, in order."""
+        """Return the steps that have a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Starts to save a state under its step. The state may be donated as soon as this returns."""
+        """Start saving a state as the checkpoint of its step. The state may be donated as soon as this returns."""
         step = int(state.step)
         replaced, replaces = self.folder / f"replaced-{step}", step in self.steps()
         if replaces:
-            # Kept until the new one is whole: it may be the only one.
+            # Move the old checkpoint aside until the new one is complete: it may be the only one.
             self._manager.wait_until_finished()
             with session.first_goes_first("replace"):
                 if session.is_first():
@@ -131,21 +131,21 @@ class Checkpoints:
     def _saved(self, parts: dict) -> ocp.args.PyTreeSave:
         if self._at_once is None:
             return ocp.args.PyTreeSave(parts)
-        # Of what is written, chunks are encoded and files are gathered in memory.
+        # TensorStore encodes chunks and assembles files in memory: limit the size of both.
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), parts)
         return ocp.args.PyTreeSave(parts, chunks, ocdbt_target_data_file_size=4 * _CHUNK)
 
-    def _put_back(self) -> None:
-        """A checkpoint that was being replaced when the run was killed: back, unless the new one is whole."""
-        with session.first_goes_first("put back"):
+    def _restore_replaced(self) -> None:
+        """Restore checkpoints whose replacement was interrupted by the end of the process; delete those that were replaced."""
+        with session.first_goes_first("restore replaced"):
             for replaced in self.folder.glob("replaced-*") if session.is_first() else ():
                 place = self.folder / replaced.name.removeprefix("replaced-")
                 shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
-        """The state at a step, each array under the sharding that its shape carries, and the progress.
+        """Return the state at a step, each array with the sharding of its shape, and the progress.
 
-        What is not saved stays as its shape.
+        Parts that are not saved stay shapes.
         """
         items = self._manager.restore(
             step,
@@ -154,24 +154,24 @@ class Checkpoints:
         return shapes.replace(**items.state), Progress(**items.progress)
 
     def restore_latest(self, shapes: TrainState) -> tuple[TrainState, Progress, list[str]] | None:
-        """The latest state that can be read; None where there is no checkpoint.
+        """Return the latest readable checkpoint; None if there is no checkpoint.
 
         Returns:
-          The state, the progress, and what was wrong with newer checkpoints: those are moved aside, not deleted.
+          The state, the progress, and one message for each newer checkpoint that is unreadable; those are renamed, not deleted.
 
         Raises:
-          RunError: there are checkpoints and none can be read.
+          RunError: there are checkpoints but none can be read; or with several processes, the latest cannot be read.
         """
         problems = []
         for step in reversed(session.gather("steps", self.steps())[0]):
             try:
                 state, progress = self.restore(step, shapes)
-            except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
+            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
                 if session.current() is not None:
-                    # Others may have read their parts of it, and wait in Orbax: they cannot be told to take another.
+                    # Other processes may have read their shards and wait in Orbax, so all cannot switch to an older checkpoint.
                     raise RunError(
-                        f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}. If its files are damaged, move that "
-                        "folder out of checkpoints/: the same command then goes on from the one before."
+                        f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}. If its files are damaged, move this "
+                        "folder out of checkpoints/; the same command then resumes from the previous checkpoint."
                     ) from error
                 problems.append((step, f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}"))
                 continue
@@ -181,16 +181,16 @@ class Checkpoints:
             self._delete_old()
             return state, progress, [message for _, message in problems]
         if problems:
-            raise RunError("; ".join(message for _, message in problems) + ". Nothing was changed; --overwrite starts anew.")
+            raise RunError("; ".join(message for _, message in problems) + ". No file was changed. --overwrite deletes the run and starts anew.")
         return None
 
     def _delete_old(self) -> None:
-        """Delete the checkpoints that a process killed after saving a newer one left behind."""
+        """Delete old checkpoints that remain because a process was killed right after saving a newer one."""
         with session.first_goes_first("delete old"):
             if session.is_first():
                 self._manager.reload()
                 steps = self.steps()
-                for step in set(steps) - self._policy.kept(steps):
+                for step in set(steps) - self._policy.preserved(steps):
                     shutil.rmtree(self.folder / str(step))
         self._manager.reload()
 
@@ -198,20 +198,20 @@ class Checkpoints:
         """Return the progress stored at a step; RunError if it cannot be read."""
         try:
             return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
-        except Exception as error:  # noqa: BLE001  Orbax raises many types for a damaged file
+        except Exception as error:  # Orbax raises many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def shapes(self, step: int, *parts: str) -> dict:
-        """Shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) as stored at a step; RunError if they cannot be read."""
+        """Return the shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) saved at a step; RunError if they cannot be read."""
         try:
             tree = self._manager.item_metadata(step).state.tree
-        except Exception as error:  # noqa: BLE001  whatever Orbax raises for a damaged file
+        except Exception as error:  # Orbax raises many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
         as_shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
         return {part: jax.tree.map(as_shape, tree.get(part) or {}) for part in parts}
 
     def restore_part(self, step: int, shapes: Mapping[str, Any]) -> dict:
-        """Some parts of the state, or of a part, at a step; `shapes` carry shardings.
+        """Return some parts of the state at a step, or some arrays of a part; `shapes` have shardings.
 
         Raises:
           RunError: the checkpoint cannot be read.
@@ -219,14 +219,14 @@ class Checkpoints:
         args = _restore_args(dict(shapes), partial_restore=True)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-        except Exception as error:  # noqa: BLE001  whatever Orbax and TensorStore raise for a damaged file
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def find(self, which: str | None) -> int:
-        """Return the step that `best`, `latest` or a number names; for None the best if there is one, else the latest.
+        """Return the step of `best`, `latest` or a number; for None, the best if there is one, else the latest.
 
         Raises:
-          ConfigError: there is no such checkpoint; the message lists the steps that there are.
+          ConfigError: there is no such checkpoint; the message lists the existing steps.
           RunError: the progress of the latest checkpoint, which names the best, cannot be read.
         """
         run, steps = self.folder.parent, self.steps()
@@ -239,31 +239,33 @@ class Checkpoints:
             if best in steps:
                 return best
             if best is not None:
-                raise ConfigError(f"{run}: the checkpoint of its best step, {best}, is gone; it has steps {steps}. Name one: {run}@latest or {run}@STEP.")
+                raise ConfigError(
+                    f"{run}: the checkpoint of the best step {best} does not exist; it has steps {steps}. Choose one: {run}@latest or {run}@STEP."
+                )
             if which is None:
                 return steps[-1]
-            raise ConfigError(f"{run} has no best checkpoint: checkpoint.best is not set, or nothing was evaluated yet; it has steps {steps}.")
+            raise ConfigError(f"{run} has no best checkpoint: checkpoint.best is not set, or nothing has been evaluated; it has steps {steps}.")
         if which.isdigit() and int(which) in steps:
             return int(which)
-        raise ConfigError(f"{run} has no checkpoint {which!r}; it has steps {steps}, or say best or latest.")
+        raise ConfigError(f"{run} has no checkpoint {which!r}; it has steps {steps}; best and latest are also allowed.")
 
     def wait(self) -> None:
-        """Waits until the last save is on disk; raises what went wrong in it."""
+        """Wait until the last save is on disk; raise its error if it failed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends Orbax's threads."""
+        """Wait for the last save, and stop Orbax's threads."""
         self._manager.close()
 
 
 def parse_run(reference: str) -> tuple[str, str | None]:
-    """`RUN[@best|@latest|@STEP]` as (folder, which)."""
+    """Split `RUN[@best|@latest|@STEP]` into (folder, which); `which` is None if absent."""
     match = re.fullmatch(r"(.+)@(best|latest|\d+)", reference)
     return (match[1], match[2]) if match else (reference, None)
 
 
 def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
-    """A run's folder, its checkpoints (read-only; close them) and the step that `RUN[@WHICH]` means.
+    """Return the folder of `RUN[@WHICH]`, its checkpoints (read-only; the caller closes them) and the step.
 
     Raises:
       ConfigError: no such run, or no such checkpoint in it.
@@ -271,7 +273,7 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
     path, which = parse_run(reference)
     folder = RunFolder(path)
     folder.config()
-    # Looked for by hand first: Orbax asks JAX for its devices.
+    # Check before opening a checkpoint manager: Orbax initialises the JAX backend.
     if not any(path.name.isdigit() for path in folder.checkpoints.glob("*")):
         raise ConfigError(f"{folder.path} has no checkpoint yet.")
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
@@ -279,11 +281,11 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
 
 
 @dataclasses.dataclass
-class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-    """The checkpoints to keep: the latest, the best, and those that other runs started from.
+class _Preserved(ocp.checkpoint_managers.PreservationPolicy):
+    """Preserves the latest checkpoints, the best one, and those that other runs started from.
 
-    The best step comes from our own progress, since Orbax does not read metrics back when it opens a folder. The rule depends only on the
-    steps and on the progress, so that a run that was stopped keeps the same checkpoints as one that was not.
+    The best step comes from `Progress`, because Orbax does not read metrics back when it opens a folder. The rule depends only on the
+    steps and the progress, so an interrupted run preserves the same checkpoints as an uninterrupted one.
     """
 
     keep: int
@@ -291,14 +293,14 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
     parents: Callable[[], set[int]]
     best_step: int | None = None
 
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        """Return the steps to keep of `steps`, which are in order."""
+    def preserved(self, steps: Sequence[int]) -> set[int]:
+        """Return the steps to preserve of `steps`, which are in ascending order."""
         counted = [step for step in steps if step % self.every == 0 or step == steps[-1]]
         return {*counted[-self.keep :], *self.parents(), self.best_step}
 
     def should_preserve(self, checkpoints, *, context):
-        kept = self.kept([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        preserved = self.preserved([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in preserved for checkpoint in checkpoints]
 
 
 def _restore_args(shapes: Any, **options) -> ocp.args.PyTreeRestore:

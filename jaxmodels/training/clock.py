@@ -1,4 +1,4 @@
-"""Time spent in training, and rates between log lines."""
+"""Training time, and rates between log lines."""
 
 import contextlib
 import time
@@ -7,7 +7,7 @@ import jax
 
 
 class Clock:
-    """Rates between log lines, and the length of the run, without the time that evaluating and saving take."""
+    """Measures rates between log lines and the training time of the run, without evaluation and saving."""
 
     def __init__(self, step: int, seconds_before: float):
         self._step, self._before = step, seconds_before
@@ -16,7 +16,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, last_output):
-        """What is done inside is a wait for data if the devices, which made `last_output`, have nothing left to do at its end."""
+        """Count the time of the block as a wait for data if the devices have finished `last_output`, and so are idle, at its end."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started
@@ -25,14 +25,14 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        """What is done inside does not count."""
+        """Exclude the time of the block from the rates and the total."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started
         self._first, self._last = self._first + elapsed, self._last + elapsed
 
     def rates(self, step: int, batch_size: int) -> dict[str, float]:
-        """Steps and examples per second since the last line, and the share of that time in which devices waited for data (at most)."""
+        """Return steps and examples per second since the last call, and `data_wait`: an upper bound of the fraction of time that devices waited for data."""
         elapsed = max(time.perf_counter() - self._last, 1e-9)
         rate = (step - self._step) / elapsed
         waited, self._waited = self._waited, 0.0
@@ -45,5 +45,5 @@ class Clock:
         }
 
     def total(self) -> float:
-        """Seconds of training, over all starts."""
+        """Return the seconds of training, over all starts."""
         return self._before + time.perf_counter() - self._first

@@ -1,4 +1,4 @@
-"""Compiling ahead of time, through a cache on disk that outlives the process."""
+"""Ahead-of-time compilation through a persistent cache on disk."""
 
 import dataclasses
 import hashlib
@@ -20,17 +20,17 @@ from jaxmodels.parallel import mesh as mesh_lib
 
 @dataclasses.dataclass
 class CompileRecord:
-    """What compiling one function took.
+    """The record of compiling one function. The attributes from `options` on are set for train steps only.
 
     Attributes:
-      name: of the function.
-      seconds: to trace and compile, or to load.
-      cached: whether the program came from the cache on disk.
-      options: of a train step, those that the compiler was given.
-      rejected: of a train step, the options that this compiler does not take: name -> what it said.
-      program: of a train step, SHA-256 of what the compiler was given.
-      loaded: the folder that a train step, compiled elsewhere, was loaded from.
-      not_loaded: why one that was there to load was not.
+      name: name of the function.
+      seconds: time to trace and compile, or to load.
+      cached: whether the executable came from the persistent cache.
+      options: compiler options used.
+      rejected: compiler options that this compiler does not accept, as name -> its message.
+      program: SHA-256 of the lowered program.
+      loaded: folder of the saved executable that was loaded instead of compiling; None if compiled.
+      not_loaded: why a saved executable was not loaded; None if there was none, or it was loaded.
     """
 
     name: str
@@ -44,24 +44,24 @@ class CompileRecord:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: `jaxmodels/xla` in the user's cache folder."""
+    """Return the default folder of the persistent compilation cache: `jaxmodels/xla` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"
 
 
 def use_persistent_cache() -> str | None:
-    """Has JAX keep every compiled program of this process on disk. Returns what went wrong, if the folder cannot be used.
+    """Make JAX cache every executable of this process on disk; return the problem if the folder cannot be used, else None.
 
-    The folder is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) where that is made, else `cache_folder`.
+    The folder is JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) if it is set, else `cache_folder`.
     """
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir or cache_folder())
     if "://" in (jax.config.jax_compilation_cache_dir or ""):
-        return None  # a bucket, which JAX itself opens
+        return None  # a bucket URL, which JAX opens itself
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written")
+            raise PermissionError(f"{folder} is not writable")
     except OSError as error:
-        return f"no compilation cache ({error}): every start compiles anew; set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
+        return f"no compilation cache ({error}): every start compiles again; set JAX_COMPILATION_CACHE_DIR to a writable folder"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -80,35 +80,35 @@ jax.monitoring.register_event_listener(_count_hits)
 
 
 def compile_ahead(name: str, function: Callable, *args, donate: tuple[int, ...] = (), out_shardings: Any = None) -> tuple[Callable, CompileRecord]:
-    """Compiles a function for arguments of given shapes, types and shardings (arrays or ShapeDtypeStructs).
+    """Compile a function for the shapes, dtypes and shardings of `args` (arrays or ShapeDtypeStructs).
 
-    The result takes nothing else, so there is one compilation, and an argument of another shape is an error.
+    The result accepts only such arguments: an argument of another shape is an error, never a second compilation.
     """
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
     return _compile(name, jax.jit(function, donate_argnums=donate, **options), args)
 
 
 def compile_mapped(name: str, function: Callable, mesh: jax.sharding.Mesh, axis: str, *args, options: Mapping) -> tuple[Callable, CompileRecord]:
-    """Compiles a train step for `pmap`: every device runs it on its own rows, and on its own copy of the rest.
+    """Compile a train step with `pmap`: every device processes its own rows of the batch with a replicated state.
 
     Args:
-      name: for the record.
-      function: (state, batch, key) -> (state, metrics), both results the same on all devices.
-      mesh: of the devices.
-      axis: that the function's collectives name.
-      args: the state, whole on every device; the batch, its leading dimension the devices; the key.
-      options: for the compiler.
+      name: name for the record.
+      function: (state, batch, key) -> (state, metrics), both results equal on all devices.
+      mesh: mesh of the devices.
+      axis: name of the axis of the function's collectives.
+      args: the state, replicated; the batch, whose leading axis is that of the devices; the key.
+      options: compiler options.
     """
     devices = list(mesh.devices.flat)
     mapped = jax.pmap(function, axis_name=axis, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,), devices=devices)
     if jax.process_count() == 1:
         return _compile(name, mapped, args, options)
-    # Here pmap wants arrays to compile for, not shapes.
+    # With several processes, lowering a pmap needs arrays, not shapes.
     compiled, record = _compile(name, mapped, jax.tree.map(lambda x: _zeros(x) if isinstance(x, jax.ShapeDtypeStruct) else x, args), options)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def step(*args):
-        # pmap tells each process of its own devices alone; all else here goes by those of all processes.
+        # The results of pmap name only the devices of this process; the rest of the program uses global arrays.
         return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(x.shape, everywhere, [s.data for s in x.addressable_shards]), compiled(*args))
 
     return step, record
@@ -125,25 +125,25 @@ def _compile(name: str, function, args, options: Mapping | None = None) -> tuple
 
 
 def own_device(mesh: jax.sharding.Mesh) -> Any:
-    """One of a mesh's devices that this process can compile for alone; of devices that are not here, the first."""
+    """Return a device of the mesh that belongs to this process; the first device if none does (as in a plan for absent devices)."""
     here = set(jax.local_devices())
     return next((device for device in mesh.devices.flat if device in here), mesh.devices.flat[0])
 
 
 def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, state: Any, key: Any, saved: Any = None) -> tuple[Callable, CompileRecord]:
-    """The train step of an experiment: (state, batch, key) -> (state, metrics).
+    """Compile the train step of an experiment: (state, batch, key) -> (state, metrics).
 
-    The state is donated and stays where it lies; metrics are scalars on every device.
+    The state is donated and keeps its shardings; metrics are replicated scalars.
 
     Args:
-      experiment: as `Experiment.on` gives.
-      mesh: that it is spread over.
-      shapes: of the train state, with shardings.
-      state, key: arrays to compile for; their shapes will do, also for devices that are not here.
-      saved: an executable to load in place of compiling, where it is of this very program; see `training.executable.Saved`.
+      experiment: the experiment, as returned by `Experiment.on`.
+      mesh: the device mesh.
+      shapes: shapes of the train state, with shardings.
+      state, key: arrays to compile for, or their shapes (as for absent devices).
+      saved: an executable to load instead of compiling if it is of the same program; see `training.executable.Saved`.
 
     Raises:
-      ConfigError: the compiler does not take one of the config's `compiler_options`.
+      ConfigError: the compiler does not accept one of the config's `compiler_options`.
     """
     rows, mapped = mesh_lib.batch_sharding(mesh), experiment.layout.axis
     chosen = compiler_options.choose(experiment.config["compiler_options"], own_device(mesh), convolutional(experiment.build))
@@ -153,12 +153,12 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
     batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in batch.items()}
     if mapped:
         compiled, record = compile_mapped("train_step", experiment.step_function(), mesh, mapped, state, batch, key, options=chosen.options)
-        not_loaded = "it is one program over all devices, and config.partition is 'pmap'" if saved is not None else None
+        not_loaded = "it is a program for jit, and config.partition is 'pmap'" if saved is not None else None
         return compiled, dataclasses.replace(record, options=chosen.options, rejected=chosen.rejected, not_loaded=not_loaded)
     started, before = time.perf_counter(), _hits
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     function = jax.jit(experiment.step_function(shardings.params), donate_argnums=(0,), out_shardings=(shardings, mesh_lib.replicated(mesh)))
-    # By shapes alone, and the key on every device: so the program is the same whether the arrays are here or not.
+    # Lower for shapes and a replicated key: the program is then the same whether or not the arrays exist.
     lowered = function.lower(shapes, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh)))
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     compiled, not_loaded = saved.load(lowered, program, chosen.options, experiment.config, mesh) if saved is not None else (None, None)
@@ -170,7 +170,7 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
 
 
 def convolutional(build: Callable[[nnx.Rngs], nnx.Module]) -> bool:
-    """Whether most of a model's parameters are kernels of convolutions."""
+    """Return whether convolution kernels are most of a model's parameters."""
     model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
     kernels = sum(math.prod(module.kernel.shape) for _, module in nnx.iter_modules(model) if isinstance(module, (nnx.Conv, Conv)))
     return 2 * kernels > sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,4 +1,4 @@
-"""The state a run starts from: its own latest checkpoint, else another run's weights, else new ones."""
+"""The initial state of a run: its latest checkpoint, else the weights of another run or pretrained model, else new weights."""
 
 import dataclasses
 import functools
@@ -28,17 +28,17 @@ from jaxmodels.training.compile import CompileRecord, compile_ahead
 def start(
     experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, shapes: TrainState, key
 ) -> tuple[TrainState, Progress, list[str], CompileRecord | None]:
-    """The first state of this start of a run.
+    """Return the state to train from, and record in the manifest the parent run and unreadable checkpoints.
 
     Args:
-      experiment: what is trained.
-      folder: of the run; the manifest learns of a parent, and of checkpoints that could not be read.
-      checkpoints: of the run.
-      shapes: of the state, with shardings.
-      key: of the initialisation.
+      experiment: the experiment to train.
+      folder: the run folder.
+      checkpoints: the checkpoints of the run.
+      shapes: shapes of the state, with shardings.
+      key: random key of the initialisation.
 
     Returns:
-      The state, the progress, lines that say where they come from, and what compiling the initialisation took.
+      The state, the progress, lines to print about their origin, and the record of compiling the initialisation (None if nothing was compiled).
     """
     found = checkpoints.restore_latest(shapes)
     if found is not None:
@@ -53,36 +53,36 @@ def start(
         init, record = compile_ahead("init", experiment.init_function(), key, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
         return init(key), Progress(), [f"initialised with seed {experiment.config['seed']}"], record
     matched = _match(experiment, shapes)
-    # What is read is not drawn: the compiler leaves out what nobody asks for, and all of its temporaries.
-    drawn = functools.partial(_without, paths=set(matched[2]))
+    # Parameters that are read are not initialised: without them as outputs, the compiler removes their computation and its temporaries.
+    without_read = functools.partial(_without, paths=set(matched[2]))
     init, record = compile_ahead(
-        "init", lambda key: drawn(experiment.init_function()(key)), key, out_shardings=jax.tree.map(lambda x: x.sharding, drawn(shapes))
+        "init", lambda key: without_read(experiment.init_function()(key)), key, out_shardings=jax.tree.map(lambda x: x.sharding, without_read(shapes))
     )
     state, lines = _fill(init(key), shapes, experiment, folder, matched)
     return state, Progress(), lines, record
 
 
 def _without(state: TrainState, paths: set[str]) -> TrainState:
-    """A state that lacks some of its parameters and statistics, and their average."""
+    """Return the state without the parameters and statistics at `paths`, and without the EMA."""
     parts = {part: flatten(getattr(state, part)) for part in ("params", "frozen", "stats")}
     return state.replace(**{part: unflatten({path: x for path, x in tree.items() if path not in paths}) for part, tree in parts.items()}, ema={})
 
 
 def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
-    """The frozen parameters of a run that did not save them."""
+    """Read the frozen parameters, which this run does not save, from the parent run."""
     located = weights_lib.locate(f"{folder.path}@{step}")
     return unflatten(weights_lib.read(located.arrays, flatten(shapes.frozen)))
 
 
 def check_parent(experiment: Experiment) -> None:
-    """Raises ConfigError unless another run's weights fit this model, and its tokenizer this data."""
+    """Raise ConfigError unless the weights of `init_from` fit this model, and their tokenizer is the data's."""
     shapes = experiment.state_shapes()
     if is_pretrained(experiment.init_from.run):
         _check_pretrained_tokenizer(experiment)
     located, report, sources = _match(experiment, shapes)
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
-        raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.name} has no such weights: nothing would ever train it.")
+        raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.name} has no weights for it, so it would stay at its random initial value.")
     if located.folder is not None:
         _check_scale(experiment, located.folder, report)
         _check_tokenizer(experiment, located.folder, report)
@@ -104,71 +104,71 @@ def _match(experiment: Experiment, shapes: TrainState):
 
 
 def _check_adapters(experiment: Experiment, here: Mapping[str, Any], located: weights_lib.Located) -> None:
-    """Pretrained adapters and the section `lora` mean the same layers, at the same rank and scale."""
+    """Raise ConfigError unless pretrained adapters and the section `lora` have the same layers, rank and scale."""
     adapters, lora = located.adapters, Lora(**experiment.config["lora"])
     where = adapters.path / "adapter_config.json"
     if lora.rank != adapters.rank:
-        raise ConfigError(f"config.lora.rank={lora.rank}, but {where} has r={adapters.rank}. Leave the section out, and it is made from there.")
+        raise ConfigError(f"config.lora.rank={lora.rank}, but {where} has r={adapters.rank}. Remove the section lora: it is then read from that file.")
     if not math.isclose(lora.scale, adapters.scale, rel_tol=1e-6):
         raise ConfigError(
-            f"config.lora.alpha: adapters are scaled by alpha / rank = {lora.scale:g} here, by {adapters.scale:g} in {where}. "
-            f"Give alpha={adapters.scale * adapters.rank:g}, or leave the section out."
+            f"config.lora.alpha: the scale alpha / rank of adapters is {lora.scale:g} here, but {adapters.scale:g} in {where}. "
+            f"Set alpha={adapters.scale * adapters.rank:g}, or remove the section lora."
         )
-    own, theirs = ({path.rpartition("/")[0] for path in paths if path.endswith(ADAPTERS)} for paths in (here, located.arrays))
-    if own != theirs:
-        more = [f"{layer} has an adapter here, none in {adapters.path}" for layer in sorted(own - theirs)]
-        more += [f"{layer} has an adapter in {adapters.path}, none here" for layer in sorted(theirs - own)]
-        raise ConfigError("config.lora.targets:\n  " + "\n  ".join(more[:20]) + "\nLeave the section out, and it is made from there.")
+    here_layers, file_layers = ({path.rpartition("/")[0] for path in paths if path.endswith(ADAPTERS)} for paths in (here, located.arrays))
+    if here_layers != file_layers:
+        differences = [f"{layer} has an adapter here, but none in {adapters.path}" for layer in sorted(here_layers - file_layers)]
+        differences += [f"{layer} has an adapter in {adapters.path}, but none here" for layer in sorted(file_layers - here_layers)]
+        raise ConfigError("config.lora.targets:\n  " + "\n  ".join(differences[:20]) + "\nRemove the section lora: it is then read from the adapters.")
 
 
 def _check_scale(experiment: Experiment, parent: RunFolder, report: weights_lib.TransferReport) -> None:
-    """Adapters mean what they do at the scale that they were trained at."""
+    """Raise ConfigError unless adapters keep the scale that they were trained with."""
     adapters = [path for path in (*report.taken, *report.renamed) if path.endswith(ADAPTERS)]
     here, there = (Lora(**config["lora"]).scale if config["lora"] else None for config in (experiment.config, parent.config()))
     if adapters and here != there:
         raise ConfigError(
-            f"config.lora.alpha: {adapters[0]} was trained at the scale alpha / rank = {there:g}, which is {here:g} here. Give alpha so that "
-            f"they agree, or make weights of them first: jaxmodels merge --workdir={parent.path} --output=DIR."
+            f"config.lora.alpha: {adapters[0]} was trained with the scale alpha / rank = {there:g}, but it is {here:g} here. Set alpha to get the "
+            f"same scale, or merge the adapters first: jaxmodels merge --workdir={parent.path} --output=DIR."
         )
 
 
 def _check_tokenizer(experiment: Experiment, parent: RunFolder, report: weights_lib.TransferReport) -> None:
-    """Embeddings mean the tokens that they were trained on."""
+    """Raise ConfigError if embeddings are read that were trained with another tokenizer."""
     tokenizer = experiment.dataset.info.get("tokenizer")
     embeddings = [path for path in (*report.taken, *report.renamed) if "embed" in path]
     if tokenizer is None or not embeddings or not parent.tokenizer_file.is_file():
         return
     if parent.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
         raise ConfigError(
-            f"config.data.tokenizer: {parent.path} was trained with another tokenizer, so its {embeddings[0]} means other tokens. "
-            f"Use its own, --config.data.tokenizer={parent.path}, or leave out the embeddings with init_from.skip and init_from.rename."
+            f"config.data.tokenizer: {parent.path} was trained with another tokenizer, so its {embeddings[0]} belongs to other tokens. "
+            f"Use that tokenizer, --config.data.tokenizer={parent.path}, or skip the embeddings with init_from.skip and init_from.rename."
         )
 
 
 def _check_pretrained_tokenizer(experiment: Experiment) -> None:
-    """The same of a pretrained model, whose tokenizer lies beside its weights."""
+    """Raise ConfigError if embeddings are read from a pretrained model whose tokenizer, saved with its weights, is not the data's."""
     tokenizer, reference, skip = experiment.dataset.info.get("tokenizer"), experiment.init_from.run, experiment.init_from.skip
     files = pretrained_tokenizer.files_in(find(reference))
     if tokenizer is None or not files or any(re.match(pattern, "embed/embedding") for pattern in skip):
         return
     if not isinstance(tokenizer, pretrained_tokenizer.PretrainedTokenizer) or not tokenizer.has_tokens_of(files):
         raise ConfigError(
-            f"config.data.tokenizer: {reference} was trained with another tokenizer, so its embedding means other tokens. Use its own, "
-            f"--config.data.tokenizer={reference}, or leave out the embedding with init_from.skip."
+            f"config.data.tokenizer: {reference} was trained with another tokenizer, so its embedding belongs to other tokens. Use that tokenizer, "
+            f"--config.data.tokenizer={reference}, or skip the embedding with init_from.skip."
         )
 
 
 def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder: RunFolder, matched: tuple) -> tuple[TrainState, list[str]]:
-    """A new state with another run's weights in it, each read straight into its sharding; and lines that say so.
+    """Read another run's weights into the state, each array directly into its sharding; return the state and lines to print.
 
-    The manifest's `parents` learn the run, the step, the report of every parameter, and the parent's own parents. The
-    parent learns of its child, so that it keeps this checkpoint.
+    The manifest's `parents` gets the run, the step, the report of every parameter, and the parent's own parents. The parent
+    records its child, so that it does not delete this checkpoint.
 
     Args:
-      state: with all that is not read.
-      shapes: of the whole state, with shardings.
-      experiment, folder: as of `start`.
-      matched: of `_match`.
+      state: the state without the arrays to read.
+      shapes: shapes of the whole state, with shardings.
+      experiment, folder: as in `start`.
+      matched: the result of `_match`.
     """
     located, report, sources = matched
     parts = {part: flatten(getattr(shapes, part)) for part in ("params", "frozen", "stats")}
@@ -176,22 +176,22 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
     found |= {path: x for part in parts for path, x in flatten(getattr(state, part)).items()}
     filled = {part: unflatten({path: found[path] for path in tree}) for part, tree in parts.items()}
-    # The average starts at the weights taken, in arrays of its own, since the step donates both, and where it belongs.
-    places = jax.tree.map(lambda x: x.sharding, shapes.ema)
-    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)(filled["params"]) if shapes.ema else {}
+    # The EMA starts at the weights read, as a copy in its own sharding: the step donates both.
+    ema_shardings = jax.tree.map(lambda x: x.sharding, shapes.ema)
+    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=ema_shardings)(filled["params"]) if shapes.ema else {}
     state = state.replace(**filled, ema=ema)
-    lines = _tell_parent(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
+    lines = _record_child(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
     if session.is_first():
         folder.update_manifest(parents=_parents(located, report, folder))
     step = f" at step {located.step}" if located.folder is not None else ""
-    average = " (their moving average)" if located.averaged else ""
+    average = " (EMA)" if located.averaged else ""
     counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(report).items() if paths)
     notes = [f"note: {note}" for note in located.pretrained.notes] if located.pretrained else []
     return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *report.lines()]
 
 
 def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder) -> list[dict]:
-    """The manifest's entry of where the weights came from, and those of the parent's own parents."""
+    """Return the manifest's entries: the source of the weights, then the parent's own parents."""
     entry = {"relative": os.path.relpath(located.name, folder.path), "step": located.step} | dataclasses.asdict(report)
     if located.pretrained is not None:
         pretrained = located.pretrained
@@ -204,8 +204,8 @@ def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, f
     return [own | entry, *ancestors]
 
 
-def _tell_parent(located: weights_lib.Located, folder: RunFolder, needed: bool) -> list[str]:
-    """Notes in the parent's folder that this run began there; a line if that cannot be written."""
+def _record_child(located: weights_lib.Located, folder: RunFolder, needed: bool) -> list[str]:
+    """Record this run in the parent's folder; return a warning if that cannot be written."""
     parent, step = located.folder, located.step
     relative = os.path.relpath(folder.path, parent.path)
     try:

@@ -1,4 +1,4 @@
-"""What a run records of itself in `manifest.json`: versions, devices, data, compilations, and every slower path that was taken."""
+"""The record of a run in `manifest.json`: versions, devices, data, compilations, and every fallback."""
 
 import dataclasses
 import platform
@@ -18,24 +18,24 @@ _PACKAGES = ("jaxmodels", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 class Manifest:
-    """Writes a run's manifest, on the first process alone; prints what users should see of it."""
+    """Writes a run's manifest, in the first process only, and prints the parts that users should see."""
 
     def __init__(self, folder: RunFolder, say: Callable[..., None], *, active: bool):
         """
         Args:
-          folder: of the run.
-          say: prints a line, with a style.
-          active: False on all processes but the first: records nothing.
+          folder: the run folder.
+          say: function that prints a line, with a style.
+          active: whether this is the first process; others record nothing.
         """
         self._folder, self._say, self._active = folder, say, active
 
     def warn(self, message: str) -> None:
-        """Print a warning, and record it."""
+        """Print a warning, and record it as a fallback."""
         self._say("warning: " + message, style="yellow")
         self.fallback(message)
 
     def fallback(self, message: str) -> None:
-        """Record a slower or lesser path that was taken."""
+        """Record a fallback: a slower or less exact path that was used."""
         if self._active:
             self._folder.add_to_manifest("fallbacks", message)
 
@@ -47,14 +47,14 @@ class Manifest:
             self._folder.update_manifest(starts=starts)
 
     def compiled(self, record: CompileRecord, executable: Any = None) -> None:
-        """Print and record what compiling a function took; `executable` is the saved one that was to be loaded."""
+        """Print and record the compilation of a function; `executable` is the saved one that was requested, if any."""
         how = f"loaded from {record.loaded}" if record.loaded else "loaded from the cache" if record.cached else "compiled"
         if record.not_loaded:
-            self.warn(f"{record.name}: {executable.folder} is not loaded: {record.not_loaded}; it is compiled here")
+            self.warn(f"{record.name}: {executable.folder} is not loaded: {record.not_loaded}; the step is compiled instead")
         given = ", ".join(f"{name}={value}" for name, value in record.options.items())
         self._say(f"{record.name}: {how} in {record.seconds:.1f} s{' with ' + given if given else ''}", style="dim")
         for name, reason in record.rejected.items():
-            self.warn(f"the compiler option {name} is left out: this compiler says: {reason}")
+            self.warn(f"the compiler option {name} is not used, because this compiler rejects it: {reason}")
         if self._active:
             entry = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, {})}
             self.record({"compiled": self._folder.manifest()["starts"][-1]["compiled"] | {record.name: entry}})
@@ -102,6 +102,6 @@ class Manifest:
 
 
 def describe_data(experiment: Experiment) -> dict[str, dict[str, int]]:
-    """Return the number of examples of each split, and a checksum of splits that lie in memory."""
+    """Return the number of examples of each split, and a checksum for splits in memory."""
     parts = experiment.dataset.splits.items()
     return {name: {"examples": len(part)} | ({"crc32": part.fingerprint()} if hasattr(part, "fingerprint") else {}) for name, part in parts}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: stop soon, with everything saved; several processes all at the same step."""
+"""Handling of SIGTERM and SIGINT: stop soon and save; several processes stop at the same step."""
 
 import contextlib
 import signal
@@ -11,12 +11,12 @@ from jaxmodels.errors import Interrupted
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT while it is entered, in the main thread; elsewhere it changes nothing.
+    """Context manager that catches SIGTERM and SIGINT in the main thread; in another thread it does nothing.
 
-    Among several processes, a signal at any of them stops all, at the same `check` and nowhere else.
+    With several processes, a signal to any of them stops all at the same `check`, and nowhere else.
 
     Attributes:
-      received: name of the signal, or None.
+      received: name of the signal; None before one arrives.
     """
 
     def __init__(self):
@@ -38,7 +38,7 @@ class StopSignals:
 
     def _handle(self, number, _frame):
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice, by hand: now
+            raise KeyboardInterrupt  # a second Ctrl-C: stop without saving
         self.received = signal.Signals(number).name
         if self._member is not None:
             self._member.request_stop(self.received)
@@ -46,10 +46,10 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def check(self) -> None:
-        """A place to stop: once after each step and in each batch of an evaluation, the same in every process.
+        """Stop here if a signal was received. Every process calls this after each step and in each batch of an evaluation.
 
         Raises:
-          Interrupted: a signal came, here or, by agreement, at another process.
+          Interrupted: this process received a signal, or another process did and all stop at this check.
         """
         if self._member is not None:
             try:
@@ -62,34 +62,34 @@ class StopSignals:
 
     @contextlib.contextmanager
     def may_raise(self):
-        """Inside, a signal raises Interrupted at once: for waits that may last, with nothing half-done.
+        """Raise Interrupted at once on a signal inside the block: for long waits during which no state is half-written.
 
-        Not where there are several processes: one that left from here would be at another step than the others.
+        No-op with several processes: each would stop at a different step.
         """
         if self._member is not None:
             yield
             return
-        self._waiting = True  # first, so that no signal falls between the question and the wait
+        self._waiting = True  # set before the check below, so that no signal is missed between the check and the wait
         try:
             if self.received:
                 raise Interrupted(self.received)
             yield
-            if self.received:  # raised where Python drops it: in a callback of its garbage collector
+            if self.received:  # the handler raised where Python ignores exceptions, as in a callback of the garbage collector
                 raise Interrupted(self.received)
         finally:
             self._waiting = False
 
     def run(self, function: Callable, *args) -> Any:
-        """The function's result, from a thread: a signal raises Interrupted here while it runs on.
+        """Run a function in a thread and return its result; on a signal, raise Interrupted here while the thread continues.
 
-        For calls that hold the interpreter's main thread in compiled code, where no signal handler can run.
+        For calls that block in compiled code: in the main thread no signal handler could run meanwhile.
         """
         result = {}
 
         def call():
             try:
                 result["value"] = function(*args)
-            except BaseException as error:  # noqa: BLE001  raised again below
+            except BaseException as error:  # raised again below
                 result["error"] = error
 
         thread = threading.Thread(target=call, daemon=True)

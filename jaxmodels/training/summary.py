@@ -1,4 +1,4 @@
-"""The summary that is printed at the end of a run."""
+"""The summary printed at the end of a run."""
 
 import os
 
@@ -11,11 +11,11 @@ from jaxmodels.training.trainer import Result
 
 
 def print_summary(result: Result, experiment: Experiment, console: Console) -> None:
-    """Print a table of final metrics by split, the time, the run folder, and commands to go on with."""
+    """Print a table of final metrics by split, the time, the run folder, and commands for next steps."""
     try:
         _print(result, experiment, console)
     except (OSError, UnicodeError, SystemExit):
-        pass  # the output is closed; the run is finished, and its folder holds everything printed here
+        pass  # the output is closed; the run has finished, and its folder contains everything printed here
 
 
 def _print(result: Result, experiment: Experiment, console: Console) -> None:

@@ -288,9 +288,9 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     assert "adapters for model.strange of llama are not supported" in error(lambda copy: rewrite(copy, lambda t: t | strange))
     targets = ("attention/query", "mlp/down", "^embed$")
     assert "config.lora.rank=2, but" in error(lambda copy: None, lora={"rank": 2, "targets": targets})
-    assert "alpha / rank = 1 here, by 2 in" in error(lambda copy: None, lora={"rank": 3, "targets": targets})
+    assert "alpha / rank of adapters is 1 here, but 2 in" in error(lambda copy: None, lora={"rank": 3, "targets": targets})
     differs = error(lambda copy: None, lora={"rank": 3, "alpha": 6.0, "targets": ("attention/query", "mlp/up")})
-    assert "blocks/0/mlp/up has an adapter here, none in" in differs and "embed has an adapter in" in differs
+    assert "blocks/0/mlp/up has an adapter here, but none in" in differs and "embed has an adapter in" in differs
     assert "config.init_from.adapters=" in error(lambda copy: None, init_from=str(tmp_path), model={"name": "gpt"})
     with pytest.raises(ConfigError, match="lacks base_model_name_or_path, the model of its adapters"):
         _set(tmp_path / "0", base_model_name_or_path=None)

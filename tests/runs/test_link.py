@@ -129,7 +129,7 @@ def test_a_lora_run_saves_only_what_it_trains_and_is_loaded_resumed_and_merged(p
         run(RunFolder(tmp_path / "merged").config(), tmp_path / "merged")
     with pytest.raises(ConfigError, match="jaxmodels merge"):
         run(small_configs.config(again, init_from=str(tmp_path / "whole")), tmp_path / "fourth")
-    with pytest.raises(ConfigError, match="trained at the scale alpha / rank = 3, which is 1 here"):
+    with pytest.raises(ConfigError, match="trained with the scale alpha / rank = 3, but it is 1 here"):
         run(small_configs.config(lora(parent, lora__alpha=2.0), init_from=str(tmp_path / "whole")), tmp_path / "fourth")
     with pytest.raises(ConfigError, match="Choose another folder"):
         merge(str(tmp_path / "whole"), str(tmp_path / "merged"))
@@ -139,11 +139,11 @@ def test_a_parent_is_found_where_it_was_or_beside_its_child_and_known_by_its_id(
     there = tmp_path / "there"
     shutil.copytree(parent, there / "parent")
     run(lora(there / "parent", training__steps=1), there / "child")
-    with pytest.raises(ConfigError, match="holds weights of .*child"):
+    with pytest.raises(ConfigError, match="contains frozen weights of .*child"):
         run(small_configs.config(CNN, training__steps=1), there / "parent", overwrite=True)
     there.rename(tmp_path / "moved")  # both together
     assert jaxmodels.evaluate(str(tmp_path / "moved" / "child"))["step"] == 1
-    with pytest.raises(ConfigError, match="holds weights of .*moved/child"):
+    with pytest.raises(ConfigError, match="contains frozen weights of .*moved/child"):
         run(small_configs.config(CNN, training__steps=1), tmp_path / "moved" / "parent", overwrite=True)
     manifest = tmp_path / "moved" / "parent" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"id": "another"}))

@@ -156,7 +156,7 @@ def refused(config, workdir, plan):
     """The reason that a run gave for not loading; it compiled and finished."""
     told, start = run(config, workdir, plan)
     reason = start["compiled"]["train_step"]["not_loaded"]
-    line = f"train_step: {plan} is not loaded: {reason}; it is compiled here"
+    line = f"train_step: {plan} is not loaded: {reason}; the step is compiled instead"
     assert told.count("warning: " + line) == 1 and line in RunFolder(workdir).manifest()["fallbacks"]
     assert "loaded" not in start["compiled"]["train_step"] and RunFolder(workdir).metrics("train")
     return reason

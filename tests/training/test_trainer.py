@@ -118,7 +118,7 @@ def test_higher_is_better_for_accuracy(tmp_path):
 
 
 def test_a_metric_the_task_does_not_have_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="gives no 'f1'"):
+    with pytest.raises(ConfigError, match="has no metric 'f1'"):
         run(small_configs.config(small_configs.CNN, training__steps=10, checkpoint__best="f1"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -292,7 +292,7 @@ def test_init_from_takes_weights_says_so_and_records_the_parent(tmp_path):
     child["init_from"] = {"run": f"{tmp_path}/parent@20", "skip": ["output/"]}
     trainer_lib.train(build_experiment(child), str(tmp_path / "child"), console=Console(file=output, width=300))
     assert "6 taken, 2 skipped" in output.getvalue() and "skipped     output/kernel" in output.getvalue()
-    assert "(their moving average)" in output.getvalue()
+    assert "(EMA)" in output.getvalue()
     (entry,) = RunFolder(tmp_path / "child").manifest()["parents"]
     assert entry["run"] == str(tmp_path / "parent") and entry["step"] == 20 and entry["weights"] == "ema"
     assert entry["skipped"] == ["output/bias", "output/kernel"] and len(entry["taken"]) == 6
@@ -348,7 +348,7 @@ def test_references_to_runs():
     assert parse_run("runs/a@b") == ("runs/a@b", None)
 
 
-def test_a_checkpoint_being_replaced_when_the_run_was_killed_is_put_back(tmp_path):
+def test_a_checkpoint_being_replaced_when_the_run_was_killed_is_restored(tmp_path):
     run(small_configs.config(small_configs.CNN, training__steps=20), tmp_path / "x")
     folder = tmp_path / "x" / "checkpoints"
     (folder / "20").rename(folder / "replaced-20")
