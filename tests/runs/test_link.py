@@ -218,7 +218,7 @@ def test_what_makes_no_sense_is_refused(parent, tmp_path):
     assert "'attention' matches no linear layer or embedding; there are hidden, output" in error(lora(parent, lora__targets=("attention",)))
     assert "name it with config.init_from" in error(small_configs.config(lora(parent), init_from=None))
     assert "lora.rank is required" in error(small_configs.config(CNN, lora={"targets": ("hidden",)}))
-    assert "frozen too" in error(small_configs.config(CNN, init_from={"run": str(parent), "skip": ("hidden",)}, training__freeze=("hidden",)))
+    assert "also frozen" in error(small_configs.config(CNN, init_from={"run": str(parent), "skip": ("hidden",)}, training__freeze=("hidden",)))
     assert "pairs (pattern, factor)" in error(small_configs.config(CNN, optimizer__rates=(("hidden", "x"),)))
     assert "'zzz' matches no trained parameter" in error(small_configs.config(CNN, optimizer__rates=(("zzz", 1.0),)))
     assert "matches no trained parameter" in error(small_configs.config(CNN, optimizer__layer_decay=0.5))
