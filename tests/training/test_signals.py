@@ -21,7 +21,7 @@ from jaxmodels.training.signals import StopSignals
 def start(config, workdir, tmp_path, prelude=""):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    program = f"{prelude}\nfrom jaxmodels import cli\ncli.main(['train', '--config={path}', '--workdir={workdir}'])"
+    program = f"{prelude}\nfrom jaxmodels.cli import main as cli\ncli.main(['train', '--config={path}', '--workdir={workdir}'])"
     environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(HELPERS), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -88,7 +88,7 @@ def test_while_compiling(name, tmp_path):
     # Compiled code cannot be interrupted: the stand-in holds its thread as a long compilation does.
     prelude = f"""
 import time, pathlib
-from jaxmodels.training import compile, evaluation, initialize as state, trainer
+from jaxmodels.training import compile, evaluation, initialize, samples, trainer
 def hold(name):
     if name == {name!r}:
         pathlib.Path({str(tmp_path / "compiling")!r}).write_text("")
@@ -100,7 +100,7 @@ def slow(name, *args, **options):
 def slow_step(*args, **options):
     hold("train_step")
     return step(*args, **options)
-for module in (compile, evaluation, state, trainer):
+for module in (compile, evaluation, initialize, samples, trainer):
     module.compile_ahead = slow
 trainer.compile_train_step = slow_step
 """
@@ -134,7 +134,7 @@ builtins.__import__ = slow
 """
     process = start(small_configs.CNN, tmp_path / "x", tmp_path, prelude)
     wait_for((tmp_path / "importing").exists, process)
-    assert "before anything was trained" in stop(process)
+    assert "stopped before training" in stop(process)
 
 
 def test_previous_handlers_come_back(tmp_path):
