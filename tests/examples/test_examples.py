@@ -64,9 +64,16 @@ def test_all_of_them_train_from_the_command_line(tmp_path):
     assert config["model"]["rate"] == 0.1 and config["data"]["noise"] == 0.1
 
 
-def test_they_resume_exactly(tmp_path, monkeypatch):
-    """Dropout of a tutorial's module, a callback's count and an own optimizer's state go on where they stopped."""
+@pytest.fixture
+def importable(monkeypatch):
+    """Make the examples importable, in place of other modules of these names that tests made."""
     monkeypatch.syspath_prepend(HERE)
+    for name in FILES:
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+
+
+def test_they_resume_exactly(tmp_path, importable):
+    """Dropout of a tutorial's module, a callback's count and an own optimizer's state go on where they stopped."""
 
     class StopAt(jaxmodels.Callback):
         def on_step(self, run, step, metrics):
@@ -82,8 +89,7 @@ def test_they_resume_exactly(tmp_path, monkeypatch):
     assert one == other
 
 
-def test_a_loss_of_your_own(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(HERE)
+def test_a_loss_of_your_own(tmp_path, importable):
     config = small_configs.config(small_configs.CNN, task={"name": "classify", "loss": "own_loss:brier"}, optimizer__learning_rate=1e-2, training__steps=100)
     result = jaxmodels.train(config, str(tmp_path / "x"), quiet=True)
     assert result.metrics["test"]["accuracy"] > 0.7

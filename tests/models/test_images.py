@@ -168,7 +168,7 @@ def test_convnext_halves_by_stage_and_skips_blocks_more_often_later():
         ("vit", {"width": 6, "positions": "sincos"}, "divides by 4"),
         ("vit", {"stochastic_depth": 1.0}, "stochastic_depth"),
         ("convnext", {"kernel": 4}, "odd"),
-        ("convnext", {}, "leave nothing"),
+        ("convnext", {}, "to nothing"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(name, options, words):

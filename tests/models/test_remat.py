@@ -80,7 +80,7 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back():
         ("some", (), "remat must be one of 'none'"),
         (("querry",), (), "no activation 'querry'"),
         ("full", ("inputs",), "no activation 'inputs'"),
-        ("dots", ("input",), "goes with remat='full'"),
+        ("dots", ("input",), "needs remat='full'"),
         (("input",), ("input",), "both saved"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_loss_in_tiles_is_the_loss(tiles, tied):
 def test_tiles_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="task.tiles=0|tiles must be 1 or more"):
         build_experiment(small_configs.config(small_configs.GPT, task__tiles=0))
-    with pytest.raises(ConfigError, match="do not divide"):
+    with pytest.raises(ConfigError, match="must divide sequences"):
         build_experiment(small_configs.config(small_configs.GPT, task__tiles=3))
-    with pytest.raises(ConfigError, match="makes its logits in one piece"):
+    with pytest.raises(ConfigError, match="set task.tiles=1"):
         build_experiment(small_configs.config(small_configs.LSTM, task__tiles=2))

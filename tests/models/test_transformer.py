@@ -340,7 +340,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"positions": "rotary", "heads": 8}, "pairs of channels"),
+        ({"positions": "rotary", "heads": 8}, "even head width"),
         ({"kv_heads": 3}, "kv_heads must divide"),
         ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "has no meaning"),
         ({"remat": True}, "remat is"),

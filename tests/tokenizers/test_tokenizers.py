@@ -163,7 +163,7 @@ def test_nothing_to_train_on():
 
 
 def test_a_missing_package_says_how_to_get_it():
-    with pytest.raises(ConfigError, match=r"no_such_package is not installed.*pip install 'jaxmodels\[text\]'"):
+    with pytest.raises(ConfigError, match=r"no_such_package is required here and not installed.*pip install 'jaxmodels\[text\]'"):
         optional_import("no_such_package.inside", "text")
     assert optional_import("json", "text") is json
 

@@ -250,7 +250,7 @@ def test_files_rewind_on_resume(tmp_path):
     run, started = start(tmp_path / "resumed", entries)
     train(run, started, (10, 20, 30))
     (tmp_path / "resumed" / "media" / "mine.png").write_bytes(b"not ours")
-    run.folder.rewind(20, 20)  # as the trainer does before callbacks start
+    run.folder.rewind(20, 20, False)  # as the trainer does before callbacks start
     run, started = start(tmp_path / "resumed", entries, step=20)
     assert sorted(os.listdir(tmp_path / "resumed" / "media")) == ["mine.png", "x_10.png", "x_20.png"]
     train(run, started, (30, 40))
