@@ -9,6 +9,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.runs.checkpoint import Progress
+from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import media as media_lib
 
 EVENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_media", "on_save", "on_end")
@@ -150,8 +151,8 @@ class Hooks:
 
     def _call(self, callback: Any, event: str, *args: Any, **options: Any) -> Any:
         method = getattr(callback, event, None)
-        if method is None:
-            return None
+        if method is None or getattr(method, "__func__", None) is getattr(Callback, event):
+            return None  # those of `Callback` do nothing
         try:
             return method(*args, **options) if event in ("state", "restore") else method(self, *args, **options)
         except RunError:
