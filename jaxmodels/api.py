@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from jaxmodels.experiment.build import Arrays, build_experiment
-from jaxmodels.hardware.malloc import keep_freed_memory
+from jaxmodels.hardware.malloc import tune_malloc
 from jaxmodels.training import trainer
 from jaxmodels.training.compare import for_training
 
@@ -27,7 +27,7 @@ def train(
 ) -> trainer.Result:
     """Trains a config in a folder, or goes on with the run of it that is there.
 
-    For the whole process it sets JAX's compilation cache (`training.compile`) and how freed memory is kept (`allocator`).
+    For the whole process it sets JAX's compilation cache (`training.compile`) and the allocator's reuse of freed memory (`hardware.malloc`).
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
@@ -42,7 +42,7 @@ def train(
     Raises:
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
-    keep_freed_memory()
+    tune_malloc()
     options = for_training(plan)
     options["callbacks"] = [*callbacks, *options["callbacks"]]
     experiment = build_experiment(config, data_dir=data_dir, data=data)
