@@ -139,6 +139,12 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
+def compute_dtype(model: Callable) -> jnp.dtype:
+    """Return the dtype of a module's floating-point parameters, to which `training_model` and `evaluation_model` cast them; float32 if it has none."""
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param)) if isinstance(model, nnx.Module) else []
+    return next((x.dtype for x in parameters if jnp.issubdtype(x.dtype, jnp.floating)), jnp.dtype(jnp.float32))
+
+
 def training_model(graph: Graph, params: dict, stats: dict, key: jax.Array) -> nnx.Module:
     """Return the module in training mode: dropout is on, and batch normalization uses the batch's statistics.
 
