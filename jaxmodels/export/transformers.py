@@ -36,7 +36,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
       output: a folder that does not exist or is empty. It appears under its name once it is complete.
       dtype: dtype of the weights: `float32`, `bfloat16` or `float16`. The default is the published dtype for imported weights that were not
         trained since, else float32.
-      shard_gb: maximum size of a file in 10^9 bytes; a larger tensor gets a file of its own.
+      shard_gb: maximum size of a file in 10^9 bytes; a larger tensor gets a separate file.
 
     Returns:
       The folder.
@@ -146,12 +146,12 @@ def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, 
         raise ConfigError(f"{folder.path}: {(missing + left)[0]} is {'missing from the run' if missing else 'not part of the model in `transformers`'}.")
 
 
-def _types(located: weights_lib.Located, manifest: Mapping, asked: str | None) -> dict[str, np.dtype]:
+def _types(located: weights_lib.Located, manifest: Mapping, requested: str | None) -> dict[str, np.dtype]:
     """Return the dtype of the exported tensors by parameter path."""
     imported = next((parent for parent in manifest.get("parents", [])[:1] if "dtypes" in parent and "taken" not in parent), None)
-    if asked is None and imported is not None:
+    if requested is None and imported is not None:
         return {path: np.dtype(imported["dtypes"].get(path, imported["dtypes"][""])) for path in located.arrays}
-    return dict.fromkeys(located.arrays, DTYPES[asked or "float32"])
+    return dict.fromkeys(located.arrays, DTYPES[requested or "float32"])
 
 
 def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale: float | None, types: Mapping[str, np.dtype]) -> dict[str, ToWrite]:

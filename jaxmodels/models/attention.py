@@ -142,7 +142,7 @@ def _indivisible(heads: int, layout: Layout) -> str:
 
 
 def _for_devices(x_BSGK: jax.Array, N: int, ways: int) -> jax.Array:
-    """Return keys or values with their heads repeated, so that each of `ways` devices has those of its own N / ways query heads."""
+    """Return keys or values with their heads repeated, so that each of `ways` devices has the keys or values of its N / ways query heads."""
     G = x_BSGK.shape[2]
     return x_BSGK if N % ways else jnp.repeat(x_BSGK, math.lcm(G, ways) // G, axis=2)
 
@@ -209,7 +209,7 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -
     if head_width % 8 or head_width > 128:
         return f"cuDNN needs head widths that are multiples of 8 up to 128, not {head_width}"
     if bias:
-        return "cuDNN is not used with relative positions, whose bias has a gradient of its own"
+        return "cuDNN is not used with relative positions, because their bias needs a gradient"
     if window is not None and not causal:
         return "cuDNN has windows only for causal attention"
     if causal and context == "gather":

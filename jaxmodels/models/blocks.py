@@ -215,7 +215,7 @@ def apply_blocks(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run blocks one after the other: a list is unrolled, and stacked ones are looped over.
 
-    Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised blocks give the same result.
+    Each block has its own dropout key, so that scanned, unrolled and rematerialised blocks give the same result.
 
     Args:
       blocks: from `make_blocks`.

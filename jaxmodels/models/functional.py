@@ -32,7 +32,7 @@ class Graph:
 def split(model: nnx.Module) -> tuple[Graph, dict, dict]:
     """Return a module as (graph, params, stats), the last two as plain nested dictionaries with string keys.
 
-    `stats` are all variables besides parameters, random streams and intermediate values: running means, for example.
+    `stats` are all variables other than parameters, random streams and intermediate values: running means, for example.
 
     Raises:
       ValueError: a variable holds a random key outside of a random stream.
@@ -70,7 +70,7 @@ def _seed(graph: Graph, key: jax.Array) -> dict:
 
 
 def with_default_stream(rngs: nnx.Rngs) -> nnx.Rngs:
-    """Return generators with the stream `params` of `rngs`, and a default stream for the names that a constructor may ask for besides."""
+    """Return generators with the stream `params` of `rngs`, and a default stream for other names that a constructor may request."""
     key = rngs.params.key[...]
     return nnx.Rngs(jax.random.fold_in(key, 1), params=key)
 

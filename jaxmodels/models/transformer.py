@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
         check_rate(dropout)
         check_sizes(context=context, layers=layers, heads=heads, width=width)
         if rotary_scaling is not None and positions != "rotary":
-            raise ValueError(f"rotary_scaling has no meaning for positions={positions!r}")
+            raise ValueError(f"rotary_scaling needs positions='rotary', got positions={positions!r}")
         init = nnx.initializers.normal(0.02)
         self.mixture = Mixture(**moe) if isinstance(moe, Mapping) else moe
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)

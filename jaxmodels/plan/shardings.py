@@ -109,6 +109,7 @@ def axes_of(spec: Spec) -> set[str]:
 
 
 def spec_along(spec: jax.sharding.PartitionSpec, rank: int) -> Spec:
+    """Return a `PartitionSpec` as mesh axes for each of `rank` dimensions; dimensions that it leaves out, or leaves open, are not sharded."""
     parts = [() if part is None or part is jax.sharding.PartitionSpec.UNCONSTRAINED else (part,) if isinstance(part, str) else tuple(part) for part in spec]
     return tuple(parts) + ((),) * (rank - len(parts))
 

@@ -143,7 +143,7 @@ def write(path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str
 
 
 def in_files(tensors: Mapping[str, ToWrite], largest: int) -> Iterable[dict[str, ToWrite]]:
-    """Group tensors, in order, into files of at most `largest` bytes; a larger tensor gets a group of its own."""
+    """Group tensors, in order, into files of at most `largest` bytes; a larger tensor gets a separate group."""
     group, size = {}, 0
     for name, tensor in tensors.items():
         if group and size + tensor.nbytes > largest:

@@ -88,7 +88,7 @@ def names() -> list[str]:
 
 def _functions() -> dict[str, Callable]:
     found = {}
-    for module in (contrib, optax):  # what both have is taken from `optax`
+    for module in (contrib, optax):  # a name in both is that of `optax`
         for name, value in vars(module).items():
             if not inspect.isfunction(value) or name.startswith(("_", "scale_by_")) or name in UNSUPPORTED:
                 continue
@@ -102,7 +102,7 @@ def find(name: str) -> Callable:
     """Return the function that makes an optimizer.
 
     Raises:
-      ConfigError: there is none of that name, or the train step cannot use it; says why.
+      ConfigError: there is none of that name, or the train step cannot use it; the message says why.
     """
     known = _functions()
     if name in known:
@@ -129,7 +129,7 @@ def _section_keys() -> set[str]:
 
 
 def own_arguments(name: str) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of an optimizer besides those of `Optimizer`: name -> (type, default).
+    """Return the keys of an optimizer that `Optimizer` does not have: name -> (type, default).
 
     Raises:
       ConfigError: as `find`.
@@ -219,7 +219,7 @@ def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.S
 
 
 def _mask_name(parameters: Mapping) -> str | None:
-    """Return the parameter of an optimizer's function that says which parameters are decayed."""
+    """Return the name of the argument of an optimizer's function that selects the decayed parameters."""
     if "weight_decay" not in parameters:
         return None
     return next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)

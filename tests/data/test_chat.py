@@ -231,7 +231,7 @@ LONG = {"messages": [{"role": "user", "content": "the cat sat on the mat " * 9},
         ({"messages": TALK[1:]}, "message 0: 'assistant' comes first"),
         ({"messages": [TALK[0], TALK[0]]}, "message 1: 'user' follows 'user'"),
         ({"messages": [TALK[0], SYSTEM[0]]}, "message 1: 'system' follows 'user'"),
-        ({"messages": TALK[:1]}, "the assistant says nothing"),
+        ({"messages": TALK[:1]}, "the conversation has no assistant message"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "message 1 of 'assistant' has the content ' '"),
         ({"messages": [TALK[0], {"role": "assistant"}]}, "message 1 of 'assistant' has no content"),
         ({"messages": [{"role": "user", "content": "a<|im_end|>b"}, TALK[1]]}, r"message 0 holds '<\|im_end\|>', a special token"),
@@ -273,9 +273,9 @@ def test_templates_are_named_where_they_are_missing_or_wrong(model, tmp_path):
         dataset(model(None), rows, template=str(own))
     with pytest.raises(ConfigError, match="conversations need the tokenizer of a pretrained model"):
         dataset(model(CHATML), rows, tokenizer="byte+special")
-    with pytest.raises(ConfigError, match="line 1: the chat template does not take it: roles must alternate"):
+    with pytest.raises(ConfigError, match="line 1: the chat template rejects the conversation: roles must alternate"):
         dataset(model(INSTRUCTIONS), [{"messages": SYSTEM}])
-    with pytest.raises(ConfigError, match="line 1: the chat template does not take it: 'nobody' is undefined"):
+    with pytest.raises(ConfigError, match="line 1: the chat template rejects the conversation: 'nobody' is undefined"):
         dataset(model("{{ nobody }}{{ messages[0].content }}"), rows)
 
 

@@ -163,7 +163,7 @@ def test_wrong_keys_are_named_before_anything_is_opened(changes, message):
     [
         ({"b__source": "text:no.txt"}, "config.data.sources.b.source: there is no file no.txt"),
         ({"b__holdout": 2.0}, "config.data.sources.b.holdout must be"),
-        ({"b__sequence_length": 5}, "examples are .*in train of 'a' and .*'b'; those of a mixture must be alike"),
+        ({"b__sequence_length": 5}, "examples are .*in train of 'a' and .*'b'; the parts of a mixture must have the same arrays"),
         ({"b": {"source": "text:c.jsonl", "sequence_length": 4}}, "config.data.sources.b: .*c.jsonl, line 2: the text is empty"),
         ({"b": "digits"}, "config.data.sources: .* in 'a' and .* in 'b'; the parts of a mixture must be of one kind"),
     ],

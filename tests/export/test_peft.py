@@ -280,7 +280,7 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     )
     assert "is [3, 32] and" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}B.weight": np.zeros((32, 2), np.float32)}))
     narrow = error(lambda copy: rewrite(copy, lambda t: t | {f"{query}A.weight": np.zeros((3, 30), np.float32)}))
-    assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) here, (30, 3) there" in narrow
+    assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) in this model, (30, 3) in the other run" in narrow
     strange = {
         "base_model.model.model.strange.lora_A.weight": np.zeros((3, 4), np.float32),
         "base_model.model.model.strange.lora_B.weight": np.zeros((4, 3), np.float32),

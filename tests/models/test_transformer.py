@@ -342,7 +342,7 @@ def test_rotary_products_depend_on_the_distance_alone():
     [
         ({"positions": "rotary", "heads": 8}, "even head width"),
         ({"kv_heads": 3}, "kv_heads must divide"),
-        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "has no meaning"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "rotary_scaling needs positions='rotary'"),
         ({"remat": True}, "remat is"),
         ({"context": 4}, "5 tokens are more"),
     ],

@@ -199,7 +199,7 @@ def test_what_is_left_whole_is_told():
     assert where.spec("batch", "sequence", "vocab", shape=(8, 15, 16)) == PartitionSpec(None, None, ("tensor",))
     where.used.add("tensor")
     assert sharding_lib.notes(where) == [
-        "mesh.context=2 shards nothing of this model: those devices repeat each other's work",
+        "mesh.context=2 shards no part of this model: its devices repeat the same work",
         "sequence of 15 does not divide over context=2: it is replicated on their devices",
     ]
 

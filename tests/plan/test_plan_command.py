@@ -50,11 +50,11 @@ def write(tmp_path):
         (["--topology=2xv5e-4"], "--config.mesh.slices=2"),
         (["--topology=v5e-4", "--config.mesh.data=3"], "one of these would do: --config.mesh.data=4"),
         (["--topology=v5e-8", "--config.data.batch_size=12"], "config.data.batch_size=12 does not divide over 8 devices"),
-        (["--topology=v5e-4", "--write=x.py"], "--write is of --search"),
-        (["--topology=v5e-4", "--budget=60"], "--budget is of --search"),
+        (["--topology=v5e-4", "--write=x.py"], "--write needs --search"),
+        (["--topology=v5e-4", "--budget=60"], "--budget needs --search"),
         (["--topology=v5e-4", "--json=/no/such/x.json"], "--json=/no/such/x.json: there is no folder '/no/such'"),
         (["--topology=v5e-4", "--hlo=/"], "--hlo=/ is a folder"),
-        (["--topology=h100x8", "--save=x"], "--save=x: what is compiled for h100x8 without a GPU"),
+        (["--topology=h100x8", "--save=x"], "--save=x: a step compiled for h100x8 without a GPU"),
     ],
 )
 def test_what_is_wrong_is_said_and_ends_with_2(arguments, said, write, capsys, without_libtpu):
@@ -76,7 +76,7 @@ def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, wi
     assert plan["model_flops_per_step"] == 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 16)
     attended = 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 17 // 2)
     assert plan["mfu_attended"] == pytest.approx(plan["mfu"] * attended / plan["model_flops_per_step"])
-    assert f"{plan['mfu_attended']:.1%} by those that masks leave" in output
+    assert f"{plan['mfu_attended']:.1%} without masked attention scores" in output
     assert [each["kind"] for each in plan["collectives"]] == ["all-reduce"]
 
 

@@ -200,7 +200,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(copy, tmp_path):
     [
         (lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1]), "is truncated"),
         (lambda path: rewrite(path, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
-        (lambda path: rewrite(path, lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)})), "shape differs: (8, 8) here, (6, 8) there"),
+        (lambda path: rewrite(path, lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)})), "shape differs: (8, 8) in this model, (6, 8) in the other run"),
         (lambda path: (path / "config.json").write_text('{"model_type": "falcon"}'), "model_type='falcon' is not supported"),
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "a pickle"),
     ],

@@ -184,7 +184,7 @@ def test_the_command_trains_one_from_files(tmp_path, capsys):
     assert coder.to_json() == make_tokenizer("bpe:300", [TEXT, TEXT], None).to_json()
     assert cli.run(command) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.run([*command, "--overwrite", "--size=9"]) == 2 and "--size=9" in capsys.readouterr().err
-    assert cli.run([*command, "--overwrite", "--on_bad_example=skip", "--size=9000"]) == 0 and "9,000 were asked for" in capsys.readouterr().out
+    assert cli.run([*command, "--overwrite", "--on_bad_example=skip", "--size=9000"]) == 0 and "of the 9,000 requested" in capsys.readouterr().out
     assert cli.run(["tokenizer", "--input=no.txt", f"--output={tmp_path}/x"]) == 2 and "--input: there is no file no.txt" in capsys.readouterr().err
     assert cli.run([*command[:-2], f"--output={tmp_path}/a.txt/t.json", "--on_bad_example=skip", "--text_column=body"]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -138,7 +138,7 @@ class Broken(jaxmodels.Callback):
 def test_a_callback_that_raises_is_named_and_ends_the_run(tmp_path, event):
     with pytest.raises(RunError, match=f"test_callbacks:Broken failed in {event} at step .*no such luck"):
         run(CNN, tmp_path / "x", callbacks=[Broken(event)])
-    result = run(CNN, tmp_path / "x")  # goes on from what was saved
+    result = run(CNN, tmp_path / "x")  # resumes
     assert result.step == 40
 
 
@@ -147,7 +147,7 @@ def test_on_error_continue_goes_on_without_the_callback(tmp_path):
     experiment = build_experiment(small_configs.config(CNN, callbacks=({"name": "test_callbacks:Broken", "event": "on_step", "on_error": "continue"},)))
     result = trainer.train(experiment, str(tmp_path / "x"), console=Console(file=output, width=300))
     assert result.step == 40
-    assert output.getvalue().count("test_callbacks:Broken failed in on_step at step 1: ValueError: no such luck; the run goes on without it") == 1
+    assert output.getvalue().count("test_callbacks:Broken failed in on_step at step 1: ValueError: no such luck; training continues without it") == 1
     assert "test_callbacks:Broken" in RunFolder(tmp_path / "x").manifest()["fallbacks"][0]
 
 
@@ -176,6 +176,6 @@ def test_wrong_entries_are_refused_before_anything_starts(entry, message):
 
 @pytest.mark.parametrize("wrong", [object(), Recorder])
 def test_what_is_no_callback_is_refused(tmp_path, wrong):
-    with pytest.raises(ConfigError, match="is no callback|make an object of it"):
+    with pytest.raises(ConfigError, match="is not a callback|pass an instance"):
         run(CNN, tmp_path / "x", callbacks=[wrong])
     assert not (tmp_path / "x").exists()

@@ -170,19 +170,22 @@ def reason_for(folder, config=ONE, program=None):
 
 def test_a_run_says_why_it_compiles(saved, tmp_path):
     folder = changed(saved, tmp_path / "changed", versions__jaxlib="0.9.1")
-    assert refused(ONE, tmp_path / "x", folder) == reason_for(folder) == f"jaxlib is 0.9.1 there, {jax.lib.__version__} here"
+    assert refused(ONE, tmp_path / "x", folder) == reason_for(folder) == f"jaxlib is 0.9.1 in the saved step, {jax.lib.__version__} here"
 
 
 @pytest.mark.parametrize(
     "page, reason",
     [
-        ({"versions__jaxlib": "0.9.1"}, f"jaxlib is 0.9.1 there, {jax.lib.__version__} here"),
-        ({"versions__libtpu": "0.0.1"}, "libtpu is 0.0.1 there, (absent) here"),
-        ({"devices__count": 64, "devices__kind": "v5p"}, "the devices' count is 64 there, 1 here; the devices' kind is v5p there, cpu here"),
-        ({"mesh__fsdp": 2}, "mesh.fsdp is 2 there, 1 here"),
-        ({"devices__places": [[1, 0]]}, "the devices lie in another order in the mesh, or have other numbers"),
-        ({"compiler_options": {"xla_cpu_enable_fast_math": True}}, "compiler option xla_cpu_enable_fast_math is True there, (absent) here"),
-        ({"program": "0" * 64}, "the step is another program, by the same config: code, or the data's shapes, have changed since"),
+        ({"versions__jaxlib": "0.9.1"}, f"jaxlib is 0.9.1 in the saved step, {jax.lib.__version__} here"),
+        ({"versions__libtpu": "0.0.1"}, "libtpu is 0.0.1 in the saved step, (absent) here"),
+        (
+            {"devices__count": 64, "devices__kind": "v5p"},
+            "the devices' count is 64 in the saved step, 1 here; the devices' kind is v5p in the saved step, cpu here",
+        ),
+        ({"mesh__fsdp": 2}, "mesh.fsdp is 2 in the saved step, 1 here"),
+        ({"devices__places": [[1, 0]]}, "the mesh has the devices in another order, or with other ids"),
+        ({"compiler_options": {"xla_cpu_enable_fast_math": True}}, "compiler option xla_cpu_enable_fast_math is True in the saved step, (absent) here"),
+        ({"program": "0" * 64}, "the config is the same, but the program of the step differs: code or shapes of the data have changed"),
     ],
 )
 def test_another_page(saved, tmp_path, page, reason):
@@ -193,9 +196,9 @@ def test_another_page(saved, tmp_path, page, reason):
 def test_another_config(saved):
     changes = {"model__width": 32, "training__accumulate": 4, "optimizer__learning_rate": 1e-3, "seed": 3}
     reasons = (
-        "config.model.width is 16 there, 32 here",
-        "config.optimizer.learning_rate is 0.003 there, 0.001 here",
-        "config.training.accumulate is 2 there, 4 here",
+        "config.model.width is 16 in the saved step, 32 here",
+        "config.optimizer.learning_rate is 0.003 in the saved step, 0.001 here",
+        "config.training.accumulate is 2 in the saved step, 4 here",
     )
     assert reason_for(saved, small_configs.config(ONE, **changes), program="0" * 64) == "; ".join(reasons)
 
@@ -219,9 +222,11 @@ def test_a_file_that_is_no_executable(saved, tmp_path):
 
 
 def test_of_several_processes_all_load_it_or_none(saved, monkeypatch):
-    monkeypatch.setattr(executable.session, "gather", lambda name, value=None: [value, "jax is 1.0 there, 2.0 here"] if name == "executable" else [value])
+    monkeypatch.setattr(
+        executable.session, "gather", lambda name, value=None: [value, "jax is 1.0 in the saved step, 2.0 here"] if name == "executable" else [value]
+    )
     monkeypatch.setattr(executable.Saved, "_read", lambda self, *_: "loaded")
-    assert reason_for(saved) == "process 1: jax is 1.0 there, 2.0 here"
+    assert reason_for(saved) == "process 1: jax is 1.0 in the saved step, 2.0 here"
 
 
 def test_pmap_loads_nothing(saved, tmp_path):
@@ -263,5 +268,5 @@ def test_a_step_for_tpus(tmp_path):
     again = compiler.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
     assert again.record.program == page["program"]
     # And it is no step for a CPU.
-    reason = "the devices' count is 4 there, 1 here; the devices' kind is v5e there, cpu here; the devices' platform is tpu there, cpu here"
+    reason = "the devices' count is 4 in the saved step, 1 here; the devices' kind is v5e in the saved step, cpu here; the devices' platform is tpu in the saved step, cpu here"
     assert refused(ONE, tmp_path / "x", tmp_path / "step") == reason

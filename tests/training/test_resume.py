@@ -292,7 +292,7 @@ def test_a_run_that_lost_its_best_checkpoint_says_so_and_ends(whole, tmp_path, m
     assert "tested: step" not in output and "test accuracy" in output and output != printed
     assert [line["step"] for line in RunFolder(workdir).metrics("test")] == [60]
     (warning,) = RunFolder(workdir).manifest()["fallbacks"]
-    assert re.search("the checkpoint of the best step, 20, is gone from .*: the latest, of step 60, is tested", warning)
+    assert re.search("the checkpoint of the best step 20 is missing in .*; testing the latest one, of step 60, instead", warning)
     for reference in (workdir, f"{workdir}@best"):
         with pytest.raises(ConfigError, match=r"the checkpoint of the best step 20 does not exist; it has steps \[50, 60\]"):
             jaxmodels.evaluate(str(reference))

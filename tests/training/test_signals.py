@@ -110,7 +110,7 @@ trainer.compile_train_step = slow_step
     errors = stop(process)
     steps = {"init": [], "train_step": ["0"], "eval_step": ["7"], "sample": ["7"]}[name]
     assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == steps
-    assert ("before anything was trained" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
+    assert ("stopped before the first training step" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
     again = start(config, tmp_path / "x", tmp_path)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors

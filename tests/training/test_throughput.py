@@ -138,9 +138,9 @@ def test_a_run_too_short_to_time_records_no_time(chip, tmp_path):
 
 
 OTHERS = [
-    ({"chip": "v5p", "devices": 64}, "chip is 'v5p' there, 'fast' here; devices is 64 there, 1 here"),
-    ({"mesh": MESH | {"fsdp": 2}}, "mesh.fsdp is 2 there, 1 here"),
-    ({"config": resolve(small_configs.config(CONFIG, data__batch_size=8, seed=5, training__steps=3))}, "config.data.batch_size is 8 there, 32 here"),
+    ({"chip": "v5p", "devices": 64}, "chip is 'v5p' in the plan, 'fast' here; devices is 64 in the plan, 1 here"),
+    ({"mesh": MESH | {"fsdp": 2}}, "mesh.fsdp is 2 in the plan, 1 here"),
+    ({"config": resolve(small_configs.config(CONFIG, data__batch_size=8, seed=5, training__steps=3))}, "config.data.batch_size is 8 in the plan, 32 here"),
 ]
 
 
@@ -153,7 +153,7 @@ def test_a_plan_of_something_else_is_told_from_ones_own(chip, other, line):
 def test_a_plan_of_something_else_is_not_compared_with(chip, tmp_path):
     other, line = OTHERS[0]
     told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9} | other)
-    warning = f"this run is not compared with {tmp_path}/x.json, which is the plan of another: {line}"
+    warning = f"this run is not compared with {tmp_path}/x.json, a plan for another run: {line}"
     assert folder.manifest()["fallbacks"] == [warning] and told.count("warning: " + warning) == 1 and "a step takes" not in told
     assert "plan" not in folder.manifest()["starts"][0]
 

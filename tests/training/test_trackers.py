@@ -398,7 +398,7 @@ def test_a_tracker_that_raises_is_reported_once_and_off(tmp_path, error):
         wrapped.on_log(run, step, {})
     wrapped.on_end(run, object())
     assert tracker.calls == ["start", (1, {})]
-    assert run.warnings == [f"tracker 'mine' failed in on_log ({type(error).__name__}: {error}); training goes on without it"]
+    assert run.warnings == [f"tracker 'mine' failed in on_log ({type(error).__name__}: {error}); training continues without it"]
 
 
 def test_a_run_speaks_in_the_thread_of_the_loop(tmp_path):

@@ -250,7 +250,7 @@ def test_another_config_is_refused_and_overwrite_is_the_only_way_past(tmp_path):
     other = small_configs.config(config, optimizer__learning_rate=0.5, model__hidden=8)
     with pytest.raises(ConfigError) as caught:
         run(other, tmp_path / "x")
-    assert "model.hidden: 16 there, 8 now" in str(caught.value) and "optimizer.learning_rate: 0.003 there, 0.5 now" in str(caught.value)
+    assert "model.hidden: 16 in the run, 8 now" in str(caught.value) and "optimizer.learning_rate: 0.003 in the run, 0.5 now" in str(caught.value)
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
     run(small_configs.config(config, data__threads=2), tmp_path / "x")  # how it runs may change
     run(other, tmp_path / "x", overwrite=True)
@@ -312,7 +312,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path):
 
     parent = str(tmp_path / "parent")
     message = error(init_from=parent, model__hidden=8)
-    assert "hidden/kernel: shape differs: (32, 8) here, (32, 16) there" in message and "init_from.skip" in message
+    assert "hidden/kernel: shape differs: (32, 8) in this model, (32, 16) in the other run" in message and "init_from.skip" in message
     message = error(init_from=parent, model__features=(4, 8, 8))
     assert "convolutions/2/kernel (3, 3, 8, 8): not in the other run" in message
     assert "has no checkpoint '7'; it has steps" in error(init_from=parent + "@7")

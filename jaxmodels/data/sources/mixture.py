@@ -160,7 +160,7 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
             kind = {key: (np.shape(value), str(np.asarray(value).dtype)) for key, value in source[0].items()}
             kinds.setdefault(str(sorted(kind.items())), f"{kind} in {split} of {name!r}")
     if len(kinds) > 1:
-        raise ConfigError(f"config.data.sources: examples are {' and '.join(list(kinds.values())[:2])}; those of a mixture must be alike.")
+        raise ConfigError(f"config.data.sources: examples are {' and '.join(list(kinds.values())[:2])}; the parts of a mixture must have the same arrays.")
 
 
 class _Joined:
