@@ -15,7 +15,7 @@ from jaxmodels.plan import compiler
 @pytest.mark.parametrize(
     "mesh, name, said",
     [
-        ({"data": 8}, "v5e:2x2", "v5e:2x2 has 4 devices.* one of these would do: --config.mesh.data=4"),
+        ({"data": 8}, "v5e:2x2", "v5e:2x2 has 4 devices.* one of these fits: --config.mesh.data=4"),
         ({"data": 1, "fsdp": 3}, "v5e:2x2", "--config.mesh.fsdp=4"),
         ({"slices": 2}, "v5e:2x2", "config.mesh.slices=2, but --topology=v5e:2x2 is 1 slice: --config.mesh.slices=1"),
         ({}, "4xv5e:2x2", "--topology=4xv5e:2x2 is 4 slices: --config.mesh.slices=4"),

@@ -48,7 +48,7 @@ def write(tmp_path):
         (["--topology=v5p-1000"], "the nearest are v5p-896 and v5p-1024"),
         (["--topology=tpu7-8"], "Did you mean 'tpu7x-8'?"),
         (["--topology=2xv5e-4"], "--config.mesh.slices=2"),
-        (["--topology=v5e-4", "--config.mesh.data=3"], "one of these would do: --config.mesh.data=4"),
+        (["--topology=v5e-4", "--config.mesh.data=3"], "one of these fits: --config.mesh.data=4"),
         (["--topology=v5e-8", "--config.data.batch_size=12"], "config.data.batch_size=12 does not divide over 8 devices"),
         (["--topology=v5e-4", "--write=x.py"], "--write needs --search"),
         (["--topology=v5e-4", "--budget=60"], "--budget needs --search"),
@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change(write, tmp
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4", f"--json={file}"]) == 1
     said, page = capsys.readouterr().err, json.loads(file.read_text())
-    assert "does not fit v5e-4: it needs" in said and "a device has 16.91 GB" in said and "GB too few" in said
+    assert "does not fit v5e-4 according to the compiler: it needs" in said and "a device has 16.91 GB" in said and "GB less" in said
     assert "the state alone" in said and "--config.mesh.fsdp" in said and "--search" in said
     assert not page["fits"] and page["peak_bytes_per_device"] > page["device_bytes"]
 
@@ -134,7 +134,7 @@ def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
     error = compiler.does_not_fit(
         build_experiment(small_configs.config(GPT, **changes)), topologies.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
     )
-    assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB too few" in str(error) and error.exit_status == 1
+    assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB less" in str(error) and error.exit_status == 1
     assert all(each in str(error) for each in said) and not any(each in str(error) for each in unsaid)
 
 
@@ -181,7 +181,7 @@ def test_another_failure_of_the_compiler_is_one_line_and_a_file(monkeypatch, tmp
     with pytest.raises(RunError) as error:
         compile_with(fail, monkeypatch)
     (line,) = str(error.value).splitlines()
-    assert line.startswith("the compiler failed for v5e-1: INTERNAL: Mosaic failed to compile. All it said is in /")
+    assert line.startswith("the compiler failed for v5e-1: INTERNAL: Mosaic failed to compile. Its whole output is in /")
     log = Path(line.rpartition(" is in ")[2].rstrip(".")).read_text()
     assert log.count("much more") == 50 and "Traceback" in log and "python_docs" in log
 
@@ -276,5 +276,5 @@ def test_of_the_compiler(name, mesh, write, tmp_path, capsys):
 def test_of_the_compiler_what_does_not_fit(write, capsys):
     pytest.importorskip("libtpu")
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4"]) == 1
-    assert "does not fit v5e-4: it needs" in capsys.readouterr().err
+    assert "does not fit v5e-4 according to the compiler: it needs" in capsys.readouterr().err
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE, mesh={"data": 1, "fsdp": 16})), "--topology=v5e-16"]) == 0

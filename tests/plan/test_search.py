@@ -128,7 +128,7 @@ def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
 
 def test_activations_to_keep_come_in_the_order_of_what_they_save_for_a_byte(decoder):
     traced = roofline.trace(candidates.changed(decoder, {"model.remat": "full", "mesh.data": 8}), 8, EIGHT.chip)
-    lists = candidates.keep_lists(traced)
+    lists = candidates.saved_lists(traced)
     assert all(shorter == longer[:-1] for shorter, longer in zip(lists, lists[1:], strict=False))
     assert set(lists[-1]) == {"query", "key", "value", "attention", "middle", "up"}  # input, hidden: no product makes them
     policies = candidates.policies(decoder, traced)
@@ -207,7 +207,7 @@ def test_what_the_models_say_does_not_fit_is_not_compiled(decoder, monkeypatch):
     compiler = Compiler(size=lambda changes: 1)
     found = search.find(decoder, place, budget=300, run=compiler, workers=1)
     large = [each for each in found.settings if each.state == "too large"]
-    assert large and all("does not fit by" in each.why and "says the model" in each.why for each in large)
+    assert large and all("does not fit by" in each.why and "according to the model" in each.why for each in large)
     assert all(each.memory > least for each in large)
     assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.asked)
 
@@ -218,8 +218,8 @@ def test_what_the_compiler_says_does_not_fit_is_told_and_not_chosen(decoder, mod
     found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
     assert found.best.changes["model.remat"] != policy and found.best.plan is not None
     over = (40 * 10**9 - FOUR.chip.memory_per_device) / 1e9
-    assert f"does not fit by {over:.1f} GB, says the compiler" in [each.why for each in found.settings if each.state == "too large"]
-    with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, takes 100.0 GB"):
+    assert f"does not fit by {over:.1f} GB, according to the compiler" in [each.why for each in found.settings if each.state == "too large"]
+    with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, needs 100.0 GB"):
         search.rank([search.Candidate({"mesh.data": 8}, state="too large", memory=10**11)], FOUR.chip.memory_per_device)
 
 
@@ -239,7 +239,7 @@ def test_no_compilation_begins_that_would_not_end_in_time():
     search.compile_promising(settings, compiler, 1, started + 1.0, notes)
     assert time.monotonic() - started < 1.4 and 1 <= len(compiler.asked) <= 2
     assert compiler.asked[0]["mesh.data"] == 1
-    assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled: the time was over (a larger --budget has room for them)"]
+    assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled within the budget; raise --budget to compile them"]
 
 
 def test_no_more_settings_are_modelled_than_there_is_time_for(decoder):
@@ -263,7 +263,7 @@ def test_a_config_of_another_topology_is_searched_too(monkeypatch):
     monkeypatch.setattr(search, "VARIED", 0)
     found = search.find(build_experiment(small_configs.config(DECODER, mesh__fsdp=64, mesh__data=1)), FOUR, budget=300, run=None, workers=1)
     assert not any(each.own for each in found.settings)
-    assert any("the config's own setting is not among these" in note and "64 devices" in note for note in found.notes)
+    assert any("the config's own setting is not ranked" in note and "64 devices" in note for note in found.notes)
 
 
 # Files
