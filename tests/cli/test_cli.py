@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit status, and that errors come before devices."""
+"""The command line: output, exit status, and that errors in the config are raised before a device starts."""
 
 import json
 import subprocess

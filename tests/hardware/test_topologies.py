@@ -67,7 +67,7 @@ def test_names_of_topologies(name, grid, slices, devices):
         ("h100x0", "a node has 1 to 8 GPUs"),
     ],
 )
-def test_names_that_are_none(name, said):
+def test_names_that_are_not_topologies(name, said):
     with pytest.raises(ConfigError, match="--topology=" + re.escape(name)) as error:
         topologies.parse(name)
     assert said in str(error.value)

@@ -28,13 +28,13 @@ def test_a_mesh_that_does_not_cover_the_topology(mesh, name, said):
         compiler.check_mesh(sizes, topologies.parse(name))
 
 
-def test_without_the_tpus_compiler_its_extra_is_named(monkeypatch):
+def test_without_libtpu_its_extra_is_named(monkeypatch):
     monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxmodels\[plan\]'"):
         compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN)), "v5e:2x2")
 
 
-def test_pmap_is_for_devices_that_are_here():
+def test_pmap_needs_present_devices():
     with pytest.raises(ConfigError, match="partition=jit"):
         compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN, partition="pmap")), "v5e:2x2")
 

@@ -1,4 +1,4 @@
-"""`jaxmodels plan`: what is wrong is said before anything is compiled; figures add up; without a compiler, models answer."""
+"""`jaxmodels plan`: errors before compiling; consistent figures; the analytic models without a compiler."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def without_libtpu(monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """A config as a file, for the command line."""
+    """Write a config file for the command line."""
 
     def write(config):
         path = tmp_path / "config.json"
@@ -57,13 +57,13 @@ def write(tmp_path):
         (["--topology=h100x8", "--save=x"], "--save=x: a step compiled for h100x8 without a GPU"),
     ],
 )
-def test_what_is_wrong_is_said_and_ends_with_2(arguments, said, write, capsys, without_libtpu):
+def test_errors_end_with_status_2(arguments, said, write, capsys, without_libtpu):
     assert cli.run(["plan", write(GPT), *arguments]) == 2
     output = capsys.readouterr()
     assert said in output.err and output.err.count("\n") == 1 and not output.out
 
 
-def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, without_libtpu):
+def test_without_libtpu_the_plan_is_analytic_with_a_note(write, tmp_path, capsys, without_libtpu):
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(GPT), "--topology=v5e-4", f"--json={file}"]) == 0
     output = capsys.readouterr().out
@@ -72,7 +72,7 @@ def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, wi
     assert plan["method"] == plan["step_seconds_method"] == "analytic" and plan["fits"]
     assert plan["cycles"] is None and plan["compile_seconds"] is None
     check_sums(plan)
-    # 3 × 2 FLOPs for each weight and token, and attention's products.
+    # 3 × 2 FLOPs for each weight and token, and the products of attention.
     assert plan["model_flops_per_step"] == 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 16)
     attended = 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 17 // 2)
     assert plan["mfu_attended"] == pytest.approx(plan["mfu"] * attended / plan["model_flops_per_step"])
@@ -85,7 +85,7 @@ def vocab() -> int:
 
 
 def check_sums(plan: dict) -> None:
-    """What follows from other figures does."""
+    """Check the figures that follow from others."""
     assert plan["peak_bytes_per_device"] == sum(plan["memory"].values()) > 0
     assert set(plan["parts"]) == set(PARTS) and plan["step_seconds"] == pytest.approx(sum(plan["parts"].values()))
     low, high = plan["step_seconds_range"]
@@ -113,7 +113,7 @@ def test_without_libtpu_there_is_no_program(name, write, tmp_path, capsys, witho
     assert "libtpu, the compiler for TPUs, is not installed" in capsys.readouterr().err
 
 
-def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change(write, tmp_path, capsys, without_libtpu):
+def test_the_error_of_a_step_that_does_not_fit_states_by_how_much_and_what_to_change(write, tmp_path, capsys, without_libtpu):
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4", f"--json={file}"]) == 1
     said, page = capsys.readouterr().err, json.loads(file.read_text())
@@ -130,7 +130,7 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change(write, tmp
         ({"mesh": {"data": 1, "fsdp": 4}, "training__accumulate": 16}, ["--config.data.batch_size=8"], ["mesh.data", "accumulate"]),
     ],
 )
-def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
+def test_only_possible_changes_are_suggested(changes, said, unsaid):
     error = compiler.does_not_fit(
         build_experiment(small_configs.config(GPT, **changes)), topologies.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
     )
@@ -152,7 +152,7 @@ def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )
-def test_what_compilers_say_of_memory_is_understood(said, needed, monkeypatch):
+def test_memory_errors_of_compilers_are_parsed(said, needed, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError(said)
 
@@ -164,7 +164,7 @@ def test_what_compilers_say_of_memory_is_understood(said, needed, monkeypatch):
 
 
 def compile_with(compile_train_step, monkeypatch):
-    """Has `compile_step` go on with one of this process's devices as if it were a TPU, and another compiler."""
+    """Make `compile_step` use a device of this process as if it were a TPU, with another compiler."""
     monkeypatch.setattr(absent, "devices", lambda _: jax.devices()[:1])
     monkeypatch.setattr(compiler, "compile_train_step", compile_train_step)
     return compiler.compile_step(build_experiment(GPT), "v5e-1")
@@ -201,13 +201,13 @@ def test_a_program_that_jaxlib_cannot_read_comes_from_its_compiler(monkeypatch, 
     written = True
     step = compile_with(compile_train_step, monkeypatch)
     assert step.text == "HloModule the_step"
-    # It is no option of the step's.
+    # It is not an option of the step.
     assert step.record.options == {"other": 1} and step.experiment.config["compiler_options"] == {}
     written = False
     assert compile_with(compile_train_step, monkeypatch).text is None
 
 
-def test_a_program_that_nothing_reads_leaves_memory_of_the_compiler_and_time_of_the_model(monkeypatch, tmp_path, without_libtpu):
+def test_an_unreadable_program_has_the_compilers_memory_and_the_models_time(monkeypatch, tmp_path, without_libtpu):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
     plan = plan_lib.compiled_plan(build_experiment(GPT), topologies.parse("v5e-1"), dataclasses.replace(step, text=None))
     found = plan.to_json()
@@ -221,7 +221,7 @@ def compiled_function():
 
 
 @pytest.mark.parametrize("peak, total, shown", [(700, 900, 700), (900, 700, 700), (0, 700, 700)])
-def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations(peak, total, shown, monkeypatch):
+def test_the_peak_is_the_compilers_and_at_most_all_allocations(peak, total, shown, monkeypatch):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
     figures = types.SimpleNamespace(
         peak_memory_in_bytes=peak * 10**6, argument_size_in_bytes=0, output_size_in_bytes=0, temp_size_in_bytes=total * 10**6, alias_size_in_bytes=0
@@ -233,8 +233,8 @@ def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_what_a_search_found_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
-    """What it compiled is not compiled again; what the models alone have seen gets a plan. Strings stay strings: `none` is a policy."""
+def test_the_result_of_a_search_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
+    """A compiled setting is not compiled again; a modelled one is planned. Strings stay strings: `none` is a policy."""
     best = search.Candidate({"model.remat": "none", "mesh.data": 1, "mesh.fsdp": 4}, state="compiled" if compiled else "modelled", memory=10**9, seconds=0.1)
     best.plan = {"step_seconds": 0.1, "peak_bytes_per_device": 10**9, "mfu": 0.5} if compiled else None
     found = search.SearchResult("v5e-4", [best], [], 1.0)
@@ -273,7 +273,7 @@ def test_of_the_compiler(name, mesh, write, tmp_path, capsys):
 
 
 @pytest.mark.tpu_compiler
-def test_of_the_compiler_what_does_not_fit(write, capsys):
+def test_of_the_compiler_for_a_step_that_does_not_fit(write, capsys):
     pytest.importorskip("libtpu")
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4"]) == 1
     assert "does not fit v5e-4 according to the compiler: it needs" in capsys.readouterr().err

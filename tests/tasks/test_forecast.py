@@ -39,7 +39,7 @@ def test_windows_and_standardisation(table):
     train = get_batch(dataset.splits["train"], np.arange(22))
     np.testing.assert_allclose(train["past"][5], scaled[5:11], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(train["future"][21], scaled[27:30], rtol=1e-4, atol=1e-6)
-    # Validation and test forecast their own rows, all of them, from a past that may lie before.
+    # Validation and test forecast all their rows, from a past that may be in the split before.
     for name, first, last in (("validation", 30, 44), ("test", 44, 58)):
         part = get_batch(dataset.splits[name], np.arange(12))
         np.testing.assert_allclose(part["future"][0], scaled[first : first + 3], rtol=1e-4, atol=1e-6)
@@ -47,7 +47,7 @@ def test_windows_and_standardisation(table):
         np.testing.assert_allclose(part["future"][-1], scaled[last - 3 : last], rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_wrong_with_a_table_is_named(table, tmp_path):
+def test_errors_of_a_table_are_named(table, tmp_path):
     path, _ = table
 
     def error(text=None, **options):
@@ -103,7 +103,7 @@ def test_linear_forecast_is_dlinear_by_hand():
 
 
 @pytest.mark.parametrize("name", ["forecast_linear", "forecast_lstm", "forecast_transformer"])
-def test_variables_are_forecast_alone(name):
+def test_variables_are_forecast_independently(name):
     model = create(name, 40, 5, 3, rngs=nnx.Rngs(0))
     past = jax.random.normal(jax.random.key(0), (2, 40, 3))
     changed = past.at[:, :, 1].add(1.0)
@@ -120,7 +120,7 @@ def test_sizes_that_do_not_fit(name, options):
         create(name, 40, 5, 3, **options, rngs=nnx.Rngs(0))
 
 
-def test_a_forecast_experiment_builds_and_refuses_other_models(table):
+def test_a_forecast_experiment_builds_and_rejects_other_models(table):
     path, _ = table
     config = {
         "model": {"name": "forecast_linear"},
@@ -170,7 +170,7 @@ class LastRow(nnx.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_instance_norm_has_float32_statistics(precision):
-    """Values of 300 ± 0.1, as of a table in its own units: in bfloat16 neighbouring values lie 2 apart, so mean and deviation would be lost."""
+    """Values of 300 ± 0.1: neighbouring values of bfloat16 differ by 2 there, so that mean and deviation would be lost."""
     past = (300 + 0.1 * np.random.default_rng(0).normal(size=(4, 24, 3))).astype(np.float32)
     future = np.full((4, 2, 3), 300, np.float32)
     window = past.astype(np.float64)
