@@ -65,6 +65,7 @@ class Adapters:
     tied: bool
 
     def rank_of(self, module: str) -> int:
+        """Return the rank of the adapter of a module."""
         return self.tensors[self.modules[module][0]].shape[0]
 
 
@@ -318,6 +319,7 @@ class Merged(LazyParameter):
     scale: float
 
     def values(self, ranges: Sequence[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+        """Return a slice, one (start, stop) for each dimension, with the adapter's product added in float32."""
         *stack, rows, columns = ranges
         every = (0, self.a.shape[-1])
         a, b = self.a.values([*stack, rows, every], np.float32), self.b.values([*stack, every, columns], np.float32)

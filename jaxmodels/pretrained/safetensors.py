@@ -54,6 +54,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     def view(self) -> np.ndarray:
@@ -120,6 +121,7 @@ class ToWrite:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 

@@ -234,6 +234,7 @@ class Tags(Tokenized):
         self._numbers = {tag: i for i, tag in enumerate(sorted({tag for row in rows for tag in row.values[self.tags_column]}))}
 
     def check_known(self, row):
+        """Raise Problem for a tag that no training row has."""
         for i, tag in enumerate(row.values[self.tags_column]):
             if tag not in self._numbers:
                 raise Problem(f"the tag {tag!r} is not in train, which has {', '.join(self._numbers)}.{config_lib.suggest(tag, self._numbers)}", _part(row, i))

@@ -198,6 +198,7 @@ class Concatenation(_Joined):
         return int(self.sizes.sum())
 
     def locate(self, indices):
+        """Return the parts of examples and their indices in them, both int [n]."""
         ends = np.cumsum(self.sizes)
         which = np.searchsorted(ends, indices, side="right")
         return which, indices - (ends - self.sizes)[which]
@@ -242,6 +243,7 @@ class Mixture(_Joined):
         return (turns * self.quotas + np.bincount(self.which[:rest], minlength=len(self.quotas))).tolist()
 
     def locate(self, indices):
+        """Return the parts of examples and their indices in them, both int [n], without a search."""
         turns, rest = np.divmod(indices, self.period)
         which = self.which[rest]
         return which, (turns * self.quotas[which] + self.ranks[rest]) % self.sizes[which]
