@@ -139,7 +139,7 @@ def _notes(model: Mapping) -> list[str]:
 
 
 def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, folder: RunFolder) -> None:
-    wanted = {link.ours for link in links}
+    wanted = {link.path for link in links}
     missing = sorted(wanted - set(located.arrays))
     left = sorted(path for path in set(located.arrays) - wanted if not path.endswith(ADAPTERS))
     if missing or left:
@@ -160,9 +160,9 @@ def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale:
     reader = _Reader(located, scale)
     tensors: dict[str, ToWrite] = {}
     for number, group in enumerate(_batches(mapping.components(links), shapes)):
-        paths = sorted({link.ours for link in group})
-        for name, parts in mapping.by_theirs(group).items():
-            dtype = types[parts[0].ours]
+        paths = sorted({link.path for link in group})
+        for name, parts in mapping.by_tensor(group).items():
+            dtype = types[parts[0].path]
             values = functools.partial(reader.tensor, number, paths, parts, dtype)
             tensors[name] = ToWrite(mapping.tensor_shape(parts, shapes), dtype, values)
     return tensors
@@ -172,7 +172,7 @@ def _batches(groups: Iterable[Sequence[mapping.Link]], shapes: Mapping[str, tupl
     """Group components into batches of at most `_BATCH_BYTES` of parameters."""
     batch, size = [], 0
     for group in groups:
-        own = 4 * sum(int(np.prod(shapes[path])) for path in {link.ours for link in group})
+        own = 4 * sum(int(np.prod(shapes[path])) for path in {link.path for link in group})
         if batch and size + own > _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -156,13 +156,13 @@ def resolve(section: Mapping) -> dict:
       ConfigError: an unknown name, an unknown or missing key, or a wrong type.
     """
     name = config_lib.check_value("optimizer.name", section["name"], str)
-    own, ours = own_arguments(name), config_lib.fields(Optimizer)
+    own, shared = own_arguments(name), config_lib.fields(Optimizer)
     for key, (_, default) in own.items():
         if default is config_lib.REQUIRED and key not in section:
             raise ConfigError(f"config.optimizer.{key} is required by the optimizer {name!r}; set it, e.g. --config.optimizer.{key}=VALUE.")
-    config_lib.check_keys("optimizer", section, ours | own, f"the optimizer {name!r}")
+    config_lib.check_keys("optimizer", section, shared | own, f"the optimizer {name!r}")
     section = dict(section) | {"schedule": schedule_lib.resolve(section.get("schedule", {}))}
-    allowed = ours | {"schedule": (dict, None)} | {key: own[key] for key in own if key in section}
+    allowed = shared | {"schedule": (dict, None)} | {key: own[key] for key in own if key in section}
     return config_lib.check_section("optimizer", section, allowed, f"the optimizer {name!r}")
 
 

@@ -159,7 +159,7 @@ class Hooks:
         except Exception as error:
             where = f"callback {self._names[id(callback)]} failed in {event} at step {self.step}: {type(error).__name__}: {error}"
             if getattr(callback, "on_error", "stop") != "continue":
-                raise RunError(f"{where}. Earlier checkpoints are complete; run the same command again to resume from the latest.") from error
+                raise RunError(f"{where}. Earlier checkpoints are complete; the same command resumes from the latest.") from error
             self._active.remove(callback)
             self.warn(f"{where}; training continues without it")
             return None

@@ -305,13 +305,13 @@ class Trainer:
     def save_after_signal(self, signal_name: str) -> str:
         """Save the state after a signal. Return the message to end with."""
         if self.state is None:
-            return f"{signal_name}: stopped before the first training step. Run the same command again to start."
+            return f"{signal_name}: stopped before the first training step. The same command starts again."
         self._flush()
         step = int(self.state.step)
         if step not in self.checkpoints.steps():
             self._save(step)
         self.checkpoints.wait()
-        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. Run the same command again to resume."
+        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
 
     def _finish(self) -> Result:
         """Test the best weights, or the last, once. Return the result."""

@@ -96,15 +96,15 @@ def test_reading_ahead_changes_nothing_and_seeks(threads, workers):
 
 def test_a_seek_reads_only_what_it_needs():
     class Counting(Arrays):
-        asked = 0
+        read = 0
 
         def get_batch(self, indices):
-            Counting.asked += len(indices)
+            Counting.read += len(indices)
             return super().get_batch(indices)
 
     batches = loader.TrainingBatches(Counting({"x": np.arange(1000)}), 10, 10**6, seed=0, shuffle=True)
     next(loader.read_ahead(batches, start=10**6 - 1, threads=0, workers=0, buffer=4))
-    assert Counting.asked == 10
+    assert Counting.read == 10
 
 
 def test_device_feed_keeps_order_and_ends():

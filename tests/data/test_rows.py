@@ -180,7 +180,7 @@ WRONG = {
     "column of that name": ("csv_rows", "csv", {"text_column": "txet"}, r"config\.data\.text_column: .*Did you mean 'text'"),
     "column of that number": ("tsv", "two", {"validation": "dev.tsv", "label_column": 2}, r"config\.data\.label_column=2: .* has 2 columns"),
     "name without header": ("tsv", "two", {"validation": "dev.tsv", "text_column": "text"}, r"data\.header=true"),
-    "header not said": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
+    "header not set": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
     "half a pair": ("tsv", "two", {"source_column": 0}, "go together"),
     "labels of values": ("tsv", "two", {"label": "value", "labels": ("a",)}, "config.data.labels"),
     "given file": ("tsv", "two", {"validation": "nothing*.tsv"}, r"config\.data\.validation: there is no file"),
@@ -229,8 +229,8 @@ def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
     assert {line["split"]: line.get("skipped_examples") for line in lines} == {"train": 2, "validation": None, "test": 1}
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped_examples"] == {"train": 2, "test": 1}
     assert evaluate.evaluate(str(tmp_path / "run"))["skipped_examples"] == 1
-    said = capsys.readouterr().out
-    assert said.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in said.replace("\n", "")
+    printed = capsys.readouterr().out
+    assert printed.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in printed.replace("\n", "")
 
 
 def image_folder(path, splits=("train",), classes=("cat", "dog"), count=6):

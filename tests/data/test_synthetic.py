@@ -58,7 +58,7 @@ def test_a_task_accepts_them():
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"vocab_size": None}, "vocab_size is required"),
         ({"num_classes": 3}, "num_classes has no effect"),
@@ -67,8 +67,8 @@ def test_a_task_accepts_them():
         ({"source_seed": -1}, "at least 0"),
     ],
 )
-def test_options_without_examples_are_errors(change, said):
-    with pytest.raises(ConfigError, match=said):
+def test_options_without_examples_are_errors(change, message):
+    with pytest.raises(ConfigError, match=message):
         open_dataset("synthetic", TOKENS | change, None)
     with pytest.raises(ConfigError, match="image_shape is"):
         open_dataset("synthetic", IMAGES | {"image_shape": (5, 7)}, None)

@@ -64,10 +64,10 @@ class Run:
 
     def end(self, status=0, seconds=550):
         output, _ = self.process.communicate(timeout=seconds)
-        assert self.process.returncode == status, (output, self.said())
+        assert self.process.returncode == status, (output, self.outputs())
         return output
 
-    def said(self):
+    def outputs(self):
         return {path.name: path.read_text() for path in sorted(self.logs.glob("*.log"))} if self.logs.exists() else {}
 
     def wait_for_step(self, step, seconds=300):
@@ -75,8 +75,8 @@ class Run:
         end = time.monotonic() + seconds
         metrics = self.workdir / "metrics.jsonl"
         while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
-            assert self.process.poll() is None, (self.process.communicate(), self.said())
-            assert time.monotonic() < end, self.said()
+            assert self.process.poll() is None, (self.process.communicate(), self.outputs())
+            assert time.monotonic() < end, self.outputs()
             time.sleep(0.05)
 
     def pid(self, index):
@@ -119,7 +119,7 @@ def test_two_processes_equal_one(tmp_path):
     compare(one, two, rtol=1e-4, atol=1e-5)
     manifest = RunFolder(two.workdir).manifest()
     assert manifest["starts"][0]["processes"] == 2 and len(manifest["starts"]) == 1
-    log = two.said()
+    log = two.outputs()
     assert log["process-0.log"] in output and output.count("step 40/40  train") == 1
     assert "step" not in log["process-1.log"] and "initialised" not in log["process-1.log"]
 
@@ -161,17 +161,17 @@ def test_one_of_four_ends_and_two_resume(tmp_path, victim, number):
     os.kill(pid, number)
     sent = time.monotonic()
     while any(_alive(other) for other in others):
-        assert time.monotonic() - sent < 60, run.said()
+        assert time.monotonic() - sent < 60, run.outputs()
         time.sleep(0.1)
     if number == signal.SIGSTOP:
         os.kill(pid, signal.SIGCONT)  # it notices that, too
     output, _ = run.process.communicate(timeout=60)
     assert run.process.returncode in (1, 137), output
     word = "died" if number == signal.SIGKILL else "has been silent for 30 s"
-    for index, said in enumerate(run.said().values()):
-        lines = [line for line in said.splitlines() if line.startswith("jaxmodels:")]
+    for index, log in enumerate(run.outputs().values()):
+        lines = [line for line in log.splitlines() if line.startswith("jaxmodels:")]
         if index != victim:
-            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; this process ends\. The same command resumes .*", lines[-1]), said
+            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; this process ends\. The same command resumes .*", lines[-1]), log
     before = run.global_batches(6)
     run.start(2, 4)
     output = run.end()
@@ -201,9 +201,9 @@ def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
         run.wait_for_step(step)
         os.kill(run.pid(index), signal.SIGTERM)
         run.process.wait(120)
-        assert run.process.returncode == 75, run.said()
-        saved = [re.search(r"jaxmodels: SIGTERM.*: saved \S+/checkpoints/(\d+)\. The same command", said) for said in run.said().values()]
-        assert len({match[1] for match in saved}) == 1 and step <= int(saved[0][1]) < 400, run.said()
+        assert run.process.returncode == 75, run.outputs()
+        saved = [re.search(r"jaxmodels: SIGTERM.*: saved \S+/checkpoints/(\d+)\. The same command", log) for log in run.outputs().values()]
+        assert len({match[1] for match in saved}) == 1 and step <= int(saved[0][1]) < 400, run.outputs()
     run.start(2, 1).end()
     one, other = final_state(whole.workdir), final_state(run.workdir)
     assert one[1] == other[1]
@@ -216,7 +216,7 @@ def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_co
     run = Run(tmp_path, small_configs.config(CONFIG, data__source="recording_sources:failing"), "failing").start(2, 1)
     run.end(1)
     reason = "file 7 of the data cannot be read."
-    first, second = ([line for line in said.splitlines() if line.startswith("jaxmodels:")] for said in run.said().values())
+    first, second = ([line for line in log.splitlines() if line.startswith("jaxmodels:")] for log in run.outputs().values())
     assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) ended: {re.escape(reason)}", first[0])
 
     run = Run(tmp_path, CONFIG).start(2, 1)

@@ -135,9 +135,9 @@ def test_a_model_without_a_cache_recomputes():
 
 def test_the_cache_of_a_window_does_not_grow_with_the_text():
     model = nnx.eval_shape(lambda: drawn("gpt", V, **LLAMA, window=5))
-    for room in (3, 20, 2000):
-        cache = jax.eval_shape(lambda room=room: model.make_cache(2, room))
-        assert [x.shape for x in jax.tree.leaves(cache["layers"])] == [(2, 2, min(room, 5), 4)] * 4
+    for length in (3, 20, 2000):
+        cache = jax.eval_shape(lambda length=length: model.make_cache(2, length))
+        assert [x.shape for x in jax.tree.leaves(cache["layers"])] == [(2, 2, min(length, 5), 4)] * 4
     states = jax.eval_shape(lambda: drawn("lstm", V, layers=1, width=6).make_cache(2, 2000))
     assert [x.shape for x in jax.tree.leaves(states)] == [(2, 6)] * 2
 
@@ -257,7 +257,7 @@ def test_sizes_that_share_a_program():
     assert [bucket(n) for n in (1, 16, 17, 33, 49, 65, 97, 129, 1000)] == [16, 16, 32, 48, 64, 96, 128, 192, 1024]
 
 
-class Says(nnx.Module):
+class FixedText(nnx.Module):
     """A model that generates given bytes for any prompt: byte i after position i - 1 of a prompt of one token."""
 
     def __init__(self, text: bytes):
@@ -268,16 +268,16 @@ class Says(nnx.Module):
 
 
 def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
-    said = "Grün 😀, 漢字. END of it".encode()
-    model = Says(said + bytes(64 - len(said)))
+    content = "Grün 😀, 漢字. END of it".encode()
+    model = FixedText(content + bytes(64 - len(content)))
     with pytest.warns(UserWarning, match="has no cache"):
         generator = Generator(model, ByteTokenizer())
-    pieces = list(generator.stream("x", max_tokens=len(said)))
-    assert "".join(pieces) == said.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
+    pieces = list(generator.stream("x", max_tokens=len(content)))
+    assert "".join(pieces) == content.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
     # A stop string over several tokens; text that may be its beginning is returned only when it is not.
-    pieces = list(generator.stream("x", max_tokens=len(said), stop=("END", "zzz")))
+    pieces = list(generator.stream("x", max_tokens=len(content), stop=("END", "zzz")))
     assert "".join(pieces) == "Grün 😀, 漢字. " and pieces[-1] == " "
-    (whole,) = generator.generate("x", max_tokens=len(said), stop=["of", "END"])
+    (whole,) = generator.generate("x", max_tokens=len(content), stop=["of", "END"])
     assert (whole.text, whole.finish) == ("Grün 😀, 漢字. ", "stop") and bytes(whole.tokens).endswith(b"END")
     (cut,) = generator.generate("x", max_tokens=8)
     assert (cut.text, cut.finish) == ("Grün \ufffd", "length")

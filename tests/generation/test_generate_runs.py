@@ -51,9 +51,9 @@ def test_the_command_line_prints_the_result_of_the_function(run):
     status, out, _ = command("generate", f"--workdir={run}", "--prompt=ab", "--prompt=the end", "--max_tokens=12")
     assert status == 0 and out == f"ab{made[0].text}\nthe end{made[1].text}\n"
     status, out, _ = command("generate", f"--workdir={run}@latest", "--prompt=ab", "--prompt=the end", "--max_tokens=12", "--json")
-    told = json.loads(out)
-    assert (status, told["step"]) == (0, 7)
-    assert [(c["prompt"], c["text"], c["tokens"], c["finish"]) for c in told["completions"]] == [(c.prompt, c.text, c.tokens, c.finish) for c in made]
+    result = json.loads(out)
+    assert (status, result["step"]) == (0, 7)
+    assert [(c["prompt"], c["text"], c["tokens"], c["finish"]) for c in result["completions"]] == [(c.prompt, c.text, c.tokens, c.finish) for c in made]
     stop = made[0].text[3:5]
     status, out, _ = command("generate", f"--workdir={run}", "--prompt=ab", "--max_tokens=12", "--stream", f"--stop={stop}")
     assert status == 0 and out == "ab" + made[0].text[: made[0].text.index(stop)] + "\n"
@@ -96,15 +96,15 @@ def test_eight_devices_generate_the_same_texts_as_one(kinds, names, tmp_path):
     done = subprocess.run([sys.executable, HELPERS / "generate_on_mesh.py", kinds, *runs], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     prompts = ["abc", "the cat sat on the", "x"]
-    for name, path, told in zip(names, runs, json.loads(done.stdout), strict=True):
+    for name, path, result in zip(names, runs, json.loads(done.stdout), strict=True):
         run = jaxmodels.load(path)
-        assert told["texts"] == [c.tokens for c in run.generate(prompts, max_tokens=20)]
-        assert told["weights"] > 1
-        assert told["cache"] == ([] if name == "lstm" else ["data", "fsdp", "tensor"])
+        assert result["texts"] == [c.tokens for c in run.generate(prompts, max_tokens=20)]
+        assert result["weights"] > 1
+        assert result["cache"] == ([] if name == "lstm" else ["data", "fsdp", "tensor"])
         if kinds == "few":
             continue
-        assert told["beams"] == [c.tokens for c in run.generate(prompts[:2], max_tokens=8, beams=2)]
-        assert told["drawn"] == [c.tokens for c in run.generate(prompts, max_tokens=20, temperature=1.0, top_k=9)]
+        assert result["beams"] == [c.tokens for c in run.generate(prompts[:2], max_tokens=8, beams=2)]
+        assert result["drawn"] == [c.tokens for c in run.generate(prompts, max_tokens=20, temperature=1.0, top_k=9)]
 
 
 TOKENIZERS = {
@@ -121,9 +121,9 @@ def test_pieces_together_are_the_whole_text(name):
     everything = tokenizer.encode("Grün ist" + text).tolist()
     assert everything[: len(before)] == before
     pieces = Pieces(tokenizer, before)
-    said = [pieces.add(token) for token in everything[len(before) :]]
-    assert "".join(said) + pieces.finish() == tokenizer.decode(everything)[len(tokenizer.decode(before)) :]
-    assert not any("\ufffd" in piece for piece in said)
+    streamed = [pieces.add(token) for token in everything[len(before) :]]
+    assert "".join(streamed) + pieces.finish() == tokenizer.decode(everything)[len(tokenizer.decode(before)) :]
+    assert not any("\ufffd" in piece for piece in streamed)
 
 
 def test_all_end_tokens_of_a_pretrained_model_end_its_texts():

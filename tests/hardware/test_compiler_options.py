@@ -59,8 +59,8 @@ def test_an_option_that_is_not_for_convolutions_is_not_used_with_them(cpu_table,
 
 
 def test_a_config_changes_drops_and_adds(cpu_table):
-    asked = {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_thing": None, "xla_cpu_parallel_codegen_split_count": 2}
-    chosen = choose(asked, jax.devices()[0])
+    section = {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_thing": None, "xla_cpu_parallel_codegen_split_count": 2}
+    chosen = choose(section, jax.devices()[0])
     assert chosen.options == {"xla_cpu_enable_fast_math": False, "xla_cpu_parallel_codegen_split_count": 2} and chosen.rejected == {}
     assert choose({"xla_cpu_enable_fast_math": None}, jax.devices()[0]).options == {}
 
@@ -75,7 +75,7 @@ def test_a_configured_option_that_the_compiler_lacks_is_an_error_with_the_neares
 
 
 @pytest.mark.parametrize(
-    "asked, message",
+    "section, message",
     [
         (3, "compiler_options must be"),
         ({"xla_x": [1]}, "compiler_options.xla_x must be true or false, a number or a string"),
@@ -83,9 +83,9 @@ def test_a_configured_option_that_the_compiler_lacks_is_an_error_with_the_neares
         ({"xla_y": None}, "but this is not one"),
     ],
 )
-def test_types_of_the_section(cpu_table, asked, message):
+def test_types_of_the_section(cpu_table, section, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(small_configs.config(small_configs.CNN, compiler_options=asked))
+        resolve(small_configs.config(small_configs.CNN, compiler_options=section))
 
 
 def test_the_section_is_empty_unless_given():

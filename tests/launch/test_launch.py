@@ -50,7 +50,7 @@ def test_scripts_have_the_same_header_and_a_help_text(script, fake):
 
 
 @pytest.mark.parametrize(
-    "script, arguments, said",
+    "script, arguments, message",
     [
         ("tpu_pod.sh", TPU[1:], "--name is missing"),
         ("tpu_pod.sh", ["--name=Pod"], "--name=Pod is invalid"),
@@ -80,9 +80,9 @@ def test_scripts_have_the_same_header_and_a_help_text(script, fake):
         ("slurm.sbatch", [TRAIN[0], "--coordinator=a:1"], "remove it"),
     ],
 )
-def test_wrong_arguments_are_errors_before_any_call(script, arguments, said, fake):
+def test_wrong_arguments_are_errors_before_any_call(script, arguments, message, fake):
     done = fake.run(script, *arguments, SLURM_JOB_ID="")
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and fake.read("calls") == []
 
 

@@ -198,12 +198,12 @@ def test_a_dry_run_prints_the_manifest_and_calls_nothing(fake, schema):
     assert schema.is_valid(manifest) and manifest == submit(fake, *GKE_TPU, "--", *TRAIN)
 
 
-@pytest.mark.parametrize("values, said", [(["NAME=x"], "needs a value for KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
-def test_the_template_uses_exactly_its_values(tmp_path, values, said):
+@pytest.mark.parametrize("values, problem", [(["NAME=x"], "needs a value for KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
+def test_the_template_uses_exactly_its_values(tmp_path, values, problem):
     template = tmp_path / "template.yaml"
     template.write_text("# @COMMENT@\nname: @NAME@\nkind: @KIND@\nargs: @ARGS@\n")
     done = subprocess.run([sys.executable, LAUNCH / "gke" / "render.py", template, *values, "--"], capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and problem in done.stderr and done.stdout == ""
 
 
 def test_the_image_contains_what_a_run_needs():

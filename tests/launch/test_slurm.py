@@ -51,9 +51,9 @@ class Job:
     def wait(self, condition, seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            said = self.output.read_text() if self.output.exists() else "nothing"
-            assert time.monotonic() < end, f"{what} did not happen in {seconds} s; the job said:\n{said}"
-            assert self.field("JobState") != "FAILED", said
+            printed = self.output.read_text() if self.output.exists() else "nothing"
+            assert time.monotonic() < end, f"{what} did not happen in {seconds} s; the job printed:\n{printed}"
+            assert self.field("JobState") != "FAILED", printed
             time.sleep(0.5)
 
     def wait_for_steps(self, steps: int) -> None:

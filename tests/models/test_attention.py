@@ -99,11 +99,11 @@ def test_the_tpu_kernel_and_its_gradient_lower_for_a_tpu():
     assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, and backward to queries, and to keys and values
 
 
-ASKED = {"causal": True, "window": None, "bias": False}
+REQUESTED = {"causal": True, "window": None, "bias": False}
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "changes", "used"),
+    ("requested", "platform", "dtype", "changes", "used"),
     [
         ("auto", "cpu", "bfloat16", {}, "xla"),
         ("auto", "gpu", "bfloat16", {}, "cudnn"),
@@ -119,12 +119,12 @@ ASKED = {"causal": True, "window": None, "bias": False}
         ("cudnn", "gpu", "float16", {}, "cudnn"),
     ],
 )
-def test_auto_is_the_fused_kernel_if_it_can_run(asked, platform, dtype, changes, used):
-    assert choose(asked, platform, dtype, 64, **ASKED | changes)[0] == used
+def test_auto_is_the_fused_kernel_if_it_can_run(requested, platform, dtype, changes, used):
+    assert choose(requested, platform, dtype, 64, **REQUESTED | changes)[0] == used
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "head_width", "changes", "said"),
+    ("requested", "platform", "dtype", "head_width", "changes", "message"),
     [
         ("cudnn", "cpu", "bfloat16", 64, {}, "needs an NVIDIA GPU"),
         ("cudnn", "gpu", "float32", 64, {}, "not float32"),
@@ -135,9 +135,9 @@ def test_auto_is_the_fused_kernel_if_it_can_run(asked, platform, dtype, changes,
         ("auto", "cpu", "float32", 64, {"context": "ring", "bias": True}, "sharding.context='gather'"),
     ],
 )
-def test_an_implementation_that_cannot_run_is_an_error_with_the_reason(asked, platform, dtype, head_width, changes, said):
-    with pytest.raises(ValueError, match=said):
-        choose(asked, platform, dtype, head_width, **ASKED | changes)
+def test_an_implementation_that_cannot_run_is_an_error_with_the_reason(requested, platform, dtype, head_width, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose(requested, platform, dtype, head_width, **REQUESTED | changes)
 
 
 def test_every_attention_layer_is_resolved_and_the_choice_is_returned():
@@ -150,19 +150,19 @@ def test_every_attention_layer_is_resolved_and_the_choice_is_returned():
 
 
 def test_the_choice_depends_on_the_sharding_of_sequences():
-    def settled(name, platform, context, **options):
+    def resolved(name, platform, context, **options):
         model = nnx.eval_shape(lambda: create(name, 11, **{"layers": 2, "heads": 2, "width": 16} | options, rngs=nnx.Rngs(0)))
         mesh = jax.sharding.AbstractMesh((4, 1), ("context", "tensor"))
         return resolve_implementation(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
 
-    assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
-    assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
-    assert [settled("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    assert [resolved("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
+    assert [resolved("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
+    assert [resolved("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
     for context in ("ring", "heads"):
         with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
-            settled("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
+            resolved("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
     with pytest.raises(ValueError, match="2 do not divide over context=4; use 'gather' or 'ring'"):
-        settled("gpt", "cpu", "heads")
+        resolved("gpt", "cpu", "heads")
 
 
 def test_attention_that_cannot_run_is_an_error_of_the_config():

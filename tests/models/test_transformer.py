@@ -143,8 +143,8 @@ def test_padding_changes_nothing_in_an_encoder(pool):
 def test_a_head_at_some_positions_gives_the_same_outputs():
     model = filled(lambda: create("encoder", 11, ("tokens", 11), layers=1, width=8, heads=2, rngs=nnx.Rngs(0)))
     tokens, positions = jnp.arange(10).reshape(2, 5), jnp.array([[3, 1], [0, 4]])
-    asked, whole = jax.jit(lambda tokens: (model(tokens, positions=positions), model(tokens)))(tokens)
-    np.testing.assert_allclose(asked, jnp.take_along_axis(whole, positions[:, :, None], 1), atol=1e-5)
+    chosen, whole = jax.jit(lambda tokens: (model(tokens, positions=positions), model(tokens)))(tokens)
+    np.testing.assert_allclose(chosen, jnp.take_along_axis(whole, positions[:, :, None], 1), atol=1e-5)
 
 
 def rows_of_texts():
@@ -338,7 +338,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"positions": "rotary", "heads": 8}, "even head width"),
         ({"kv_heads": 3}, "kv_heads must divide"),
@@ -347,9 +347,9 @@ def test_rotary_products_depend_on_the_distance_alone():
         ({"context": 4}, "5 tokens are more"),
     ],
 )
-def test_inconsistent_options_are_errors(options, said):
+def test_inconsistent_options_are_errors(options, message):
     options = {"width": 8, "heads": 2, "layers": 1, **options}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda tokens: Decoder(11, **options, rngs=nnx.Rngs(0))(tokens), jnp.zeros((1, 5), int))
 
 
@@ -390,14 +390,14 @@ def test_statistics_of_the_module_in_the_feed_forwards_place_are_returned():
         graph, state = nnx.split(blocks)
 
         def both(x, blocks=blocks, graph=graph, state=state, scan=scan):
-            told, y = [], x
+            collected, y = [], x
             for i in range(2):
                 block = nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) if scan else blocks[i]  # noqa: B023
-                y, said = block(y, None, valid=valid)
-                told.append(said)
-            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, told)
+                y, statistics = block(y, None, valid=valid)
+                collected.append(statistics)
+            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, collected)
 
-        (y, told), (expected, aux) = jax.jit(both)(x)
+        (y, collected), (expected, aux) = jax.jit(both)(x)
         np.testing.assert_allclose(y, expected, atol=1e-5)
         for name in ("loss", "load"):
-            np.testing.assert_allclose(told[name], np.stack([said[name] for said in aux]), atol=1e-5)
+            np.testing.assert_allclose(collected[name], np.stack([each[name] for each in aux]), atol=1e-5)

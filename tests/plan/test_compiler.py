@@ -13,7 +13,7 @@ from jaxmodels.plan import compiler
 
 
 @pytest.mark.parametrize(
-    "mesh, name, said",
+    "mesh, name, message",
     [
         ({"data": 8}, "v5e:2x2", "v5e:2x2 has 4 devices.* one of these fits: --config.mesh.data=4"),
         ({"data": 1, "fsdp": 3}, "v5e:2x2", "--config.mesh.fsdp=4"),
@@ -21,10 +21,10 @@ from jaxmodels.plan import compiler
         ({}, "4xv5e:2x2", "--topology=4xv5e:2x2 is 4 slices: --config.mesh.slices=4"),
     ],
 )
-def test_a_mesh_that_does_not_cover_the_topology(mesh, name, said):
+def test_a_mesh_that_does_not_cover_the_topology(mesh, name, message):
     sizes = mesh_lib.MeshSizes(**mesh)
     compiler.check_mesh(mesh_lib.MeshSizes(slices=topologies.parse(name).slices), topologies.parse(name))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         compiler.check_mesh(sizes, topologies.parse(name))
 
 

@@ -43,7 +43,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["--topology=v5p-1000"], "the nearest are v5p-896 and v5p-1024"),
         (["--topology=tpu7-8"], "Did you mean 'tpu7x-8'?"),
@@ -57,10 +57,10 @@ def write(tmp_path):
         (["--topology=h100x8", "--save=x"], "--save=x: a step compiled for h100x8 without a GPU"),
     ],
 )
-def test_errors_end_with_status_2(arguments, said, write, capsys, without_libtpu):
+def test_errors_end_with_status_2(arguments, expected, write, capsys, without_libtpu):
     assert cli.run(["plan", write(GPT), *arguments]) == 2
     output = capsys.readouterr()
-    assert said in output.err and output.err.count("\n") == 1 and not output.out
+    assert expected in output.err and output.err.count("\n") == 1 and not output.out
 
 
 def test_without_libtpu_the_plan_is_analytic_with_a_note(write, tmp_path, capsys, without_libtpu):
@@ -116,30 +116,30 @@ def test_without_libtpu_there_is_no_program(name, write, tmp_path, capsys, witho
 def test_the_error_of_a_step_that_does_not_fit_states_by_how_much_and_what_to_change(write, tmp_path, capsys, without_libtpu):
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4", f"--json={file}"]) == 1
-    said, page = capsys.readouterr().err, json.loads(file.read_text())
-    assert "does not fit v5e-4 according to the compiler: it needs" in said and "a device has 16.91 GB" in said and "GB less" in said
-    assert "the state alone" in said and "--config.mesh.fsdp" in said and "--search" in said
+    printed, page = capsys.readouterr().err, json.loads(file.read_text())
+    assert "does not fit v5e-4 according to the compiler: it needs" in printed and "a device has 16.91 GB" in printed and "GB less" in printed
+    assert "the state alone" in printed and "--config.mesh.fsdp" in printed and "--search" in printed
     assert not page["fits"] and page["peak_bytes_per_device"] > page["device_bytes"]
 
 
 @pytest.mark.parametrize(
-    "changes, said, unsaid",
+    "changes, expected, unexpected",
     [
         ({}, ["--config.model.remat=full", "--config.training.accumulate=2", "--config.data.batch_size=8", "in place of mesh.data"], ["the state alone"]),
         ({"model__remat": "full"}, ["--config.training.accumulate=2"], ["remat"]),
         ({"mesh": {"data": 1, "fsdp": 4}, "training__accumulate": 16}, ["--config.data.batch_size=8"], ["mesh.data", "accumulate"]),
     ],
 )
-def test_only_possible_changes_are_suggested(changes, said, unsaid):
+def test_only_possible_changes_are_suggested(changes, expected, unexpected):
     error = compiler.does_not_fit(
         build_experiment(small_configs.config(GPT, **changes)), topologies.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
     )
     assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB less" in str(error) and error.exit_status == 1
-    assert all(each in str(error) for each in said) and not any(each in str(error) for each in unsaid)
+    assert all(each in str(error) for each in expected) and not any(each in str(error) for each in unexpected)
 
 
 @pytest.mark.parametrize(
-    "said, needed",
+    "message, needed",
     [
         (
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by 8.75G.",
@@ -152,9 +152,9 @@ def test_only_possible_changes_are_suggested(changes, said, unsaid):
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )
-def test_memory_errors_of_compilers_are_parsed(said, needed, monkeypatch):
+def test_memory_errors_of_compilers_are_parsed(message, needed, monkeypatch):
     def fail(*_):
-        raise jax.errors.JaxRuntimeError(said)
+        raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(compiler.DoesNotFit) as error:
         compile_with(fail, monkeypatch)

@@ -301,9 +301,9 @@ def test_the_error_of_a_step_that_fits_no_gpu_states_what_to_change(monkeypatch)
 
 
 def test_a_step_that_needs_more_than_jax_allocates_has_a_note():
-    room = topologies.parse("h100x8").chip.memory_per_device
-    assert not plan_lib.gpu_memory_notes(59 * 10**9, room)
-    (note,) = plan_lib.gpu_memory_notes(61 * 10**9, room)
+    available = topologies.parse("h100x8").chip.memory_per_device
+    assert not plan_lib.gpu_memory_notes(59 * 10**9, available)
+    (note,) = plan_lib.gpu_memory_notes(61 * 10**9, available)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in note
 
 

@@ -156,7 +156,7 @@ class Compiler:
     """A fake compiler: plans with times and sizes by rule; it records its calls."""
 
     def __init__(self, seconds=lambda changes: 1.0, size=lambda changes: 10**9, problem=lambda changes: None, takes=0.0):
-        self.seconds, self.size, self.problem, self.takes, self.asked = seconds, size, problem, takes, []
+        self.seconds, self.size, self.problem, self.takes, self.calls = seconds, size, problem, takes, []
 
     def process(self, command, log, seconds):
         """Replaces the process of `jaxmodels plan`."""
@@ -167,7 +167,7 @@ class Compiler:
         return 0
 
     def __call__(self, changes, seconds):
-        self.asked.append(dict(changes))
+        self.calls.append(dict(changes))
         time.sleep(self.takes)
         if (problem := self.problem(changes)) is not None:
             return None, problem
@@ -182,8 +182,8 @@ def test_the_fastest_compiled_setting_is_best_and_the_others_have_reasons(decode
     compiler = Compiler(seconds=lambda changes: 1.0 if changes == fastest else 1.25)
     found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
     assert found.best.changes == fastest and found.best.why == ""
-    assert compiler.asked[0]["mesh.data"] == 4 and any(each.own and each.plan for each in found.settings)  # the config's own, first
-    assert len(compiler.asked) <= search.COMPILED
+    assert compiler.calls[0]["mesh.data"] == 4 and any(each.own and each.plan for each in found.settings)  # the config's own, first
+    assert len(compiler.calls) <= search.COMPILED
     slower = [each for each in found.settings[1:] if each.plan]
     assert slower and all(each.why.startswith("25.0% slower: exposed collectives +250 ms") for each in slower)
     rest = [each for each in found.settings if each.state == "modelled"]
@@ -209,7 +209,7 @@ def test_settings_that_do_not_fit_by_the_model_are_not_compiled(decoder, monkeyp
     large = [each for each in found.settings if each.state == "too large"]
     assert large and all("does not fit by" in each.why and "according to the model" in each.why for each in large)
     assert all(each.memory > least for each in large)
-    assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.asked)
+    assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.calls)
 
 
 def test_settings_that_do_not_fit_by_the_compiler_are_reported_and_not_chosen(decoder, modelled):
@@ -237,9 +237,9 @@ def test_no_compilation_starts_that_would_end_too_late():
     settings = [search.Candidate({"mesh.data": n, "model.remat": "none"}, own=n == 1, seconds=1.0, memory=1) for n in range(1, 9)]
     started = time.monotonic()
     search.compile_promising(settings, compiler, 1, started + 1.0, notes)
-    assert time.monotonic() - started < 1.4 and 1 <= len(compiler.asked) <= 2
-    assert compiler.asked[0]["mesh.data"] == 1
-    assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled within the budget; raise --budget to compile them"]
+    assert time.monotonic() - started < 1.4 and 1 <= len(compiler.calls) <= 2
+    assert compiler.calls[0]["mesh.data"] == 1
+    assert notes == [f"{8 - len(compiler.calls)} promising settings were not compiled within the budget; raise --budget to compile them"]
 
 
 def test_modelling_ends_with_its_time(decoder):
@@ -282,17 +282,17 @@ def test_a_second_search_is_read_from_the_cache(config_file, modelled, monkeypat
     monkeypatch.setattr(absent, "has_compiler", lambda platform: True)
     monkeypatch.setattr(search, "run_process", compiler.process)
     first = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=200)
-    asked = len(compiler.asked)
+    calls = len(compiler.calls)
     again = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=100)
-    assert asked and len(compiler.asked) == asked and again.cached and not first.cached
+    assert calls and len(compiler.calls) == calls and again.cached and not first.cached
     assert again.settings == first.settings and again.seconds == first.seconds
     output = Console(width=200, record=True, quiet=True)
     plan_output.print_search(again, output)
     # A larger budget continues the search without compiling again; another config or topology is another search.
     longer = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=300)
-    assert not longer.cached and len(compiler.asked) == asked
+    assert not longer.cached and len(compiler.calls) == calls
     search.search(str(config_file), {"optimizer.learning_rate": "0.02"}, "v5e:2x2", budget=200)
-    assert len(compiler.asked) > asked
+    assert len(compiler.calls) > calls
     json.dumps(first.to_json())
 
 

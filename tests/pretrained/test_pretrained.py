@@ -305,18 +305,18 @@ def test_every_device_reads_only_its_shard(folder):
         section = published.model_section("hf:{path}") | {{"scan": True}}
         found = published.locate("hf:{path}", section, [])
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
-        asked = []
+        calls = []
         values = LazyParameter.values
-        LazyParameter.values = lambda self, ranges, dtype: asked.append(ranges) or values(self, ranges, dtype)
+        LazyParameter.values = lambda self, ranges, dtype: calls.append(ranges) or values(self, ranges, dtype)
         specs = {{"blocks/mlp/experts/up/kernel": P(None, "b", "a", None), "embed/embedding": P(None, "b")}}
         specs["blocks/attention/query/kernel"] = P("a", None, "b")
         for path, spec in specs.items():
             whole = found.arrays[path].values([(0, n) for n in found.arrays[path].shape], np.float32)
-            asked.clear()
+            calls.clear()
             array = found.arrays[path].read(np.float32, NamedSharding(mesh, spec))
             size = array.addressable_shards[0].data.size
-            assert len(asked) == whole.size // size, (path, asked)
-            assert all(np.prod([b - a for a, b in ranges]) == size for ranges in asked), (path, asked)
+            assert len(calls) == whole.size // size, (path, calls)
+            assert all(np.prod([b - a for a, b in ranges]) == size for ranges in calls), (path, calls)
             np.testing.assert_array_equal(np.asarray(array), whole)
         print("same")
     """

@@ -217,6 +217,6 @@ def test_commands_end_with_status_2_and_write_nothing(copy, tmp_path, capsys, mo
     commands.append(["generate", f"--workdir=hf:{copy}", "--prompt=a"])
     for command in commands:
         assert cli.run(command) == 2, command
-        said = capsys.readouterr().err
-        assert problem in said and said.startswith("jaxmodels: ") and "Traceback" not in said
+        printed = capsys.readouterr().err
+        assert problem in printed and printed.startswith("jaxmodels: ") and "Traceback" not in printed
         assert not (tmp_path / "run").exists()

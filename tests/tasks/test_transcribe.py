@@ -20,7 +20,7 @@ from jaxmodels.tasks.transcribe import Transcribe, edit_distance
 INFO = {"frame_width": 2, "num_labels": 3}
 
 
-class Says(nnx.Module):
+class FixedOutputs(nnx.Module):
     """Return logits whose argmax is `classes`, [B, T]."""
 
     def __init__(self, classes):
@@ -32,14 +32,14 @@ class Says(nnx.Module):
 
 def test_repeats_blanks_and_padding_are_left_out():
     task = Transcribe(INFO)
-    says = Says([[0, 0, 3, 0, 1, 1, 2], [3, 2, 2, 3, 3, 1, 1]])
+    model = FixedOutputs([[0, 0, 3, 0, 1, 1, 2], [3, 2, 2, 3, 3, 1, 1]])
     target = jnp.array([[0, 0, 1, 2], [2, 1, -1, -1]])
     batch = {"frames": jnp.zeros((2, 7, 2)), "length": jnp.array([7, 5]), "target": target, "weight": jnp.array([1.0, 0.25])}
-    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(says, batch, None))(batch))
+    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(model, batch, None))(batch))
     assert [row[row >= 0].tolist() for row in outputs["predicted"]] == [[0, 0, 1, 2], [2]]
     assert task.score(outputs) == {"label_error_rate": pytest.approx(1 / 6), "exact_match": 0.5}
-    total, weight, metrics = jax.jit(lambda batch: task.loss(says, batch, None))(batch)
-    by_row = losses.ctc(says(None), target, valid=jnp.arange(7) < jnp.array([[7], [5]]), blank=3)
+    total, weight, metrics = jax.jit(lambda batch: task.loss(model, batch, None))(batch)
+    by_row = losses.ctc(model(None), target, valid=jnp.arange(7) < jnp.array([[7], [5]]), blank=3)
     np.testing.assert_allclose([total, weight], [by_row[0] + by_row[1] / 4, 1.25], rtol=1e-6)
     assert metrics["loss"] == (total, weight)
 

@@ -110,8 +110,8 @@ def test_ids_are_those_of_transformers(case, tmp_path):
         assert ours.encode(text).tolist() == again.encode(text).tolist() == plain, text
         assert ours.wrap(text)[0].tolist() == theirs(text, split_special_tokens=True)["input_ids"], text
         for length in (None, 7):
-            asked = {"truncation": True, "max_length": length} if length else {}
-            pair = theirs(text, "the cat sat", split_special_tokens=True, return_token_type_ids=True, **asked)
+            options = {"truncation": True, "max_length": length} if length else {}
+            pair = theirs(text, "the cat sat", split_special_tokens=True, return_token_type_ids=True, **options)
             tokens, types = ours.wrap(text, "the cat sat", length=length)
             if "model" in case and length:
                 assert len(tokens) <= length

@@ -177,10 +177,10 @@ def test_the_command_trains_one_from_files(tmp_path, capsys):
     command = ["tokenizer", "--input=*.txt,b.jsonl", f"--data_dir={tmp_path}", "--size=300", f"--output={output}", "--text_column=body"]
     assert cli.run(command) == 2 and "b.jsonl, line 2: not JSON" in capsys.readouterr().err and not output.exists()
     assert cli.run([*command, "--on_bad_example=skip"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     coder = make_tokenizer(str(output), [], None)
     per_token = len(TEXT) / len(coder.encode(TEXT))
-    assert "300 tokens, from 2 documents in 2 files" in said and f"{per_token:.2f} characters a token" in said and "1 bad example" in said
+    assert "300 tokens, from 2 documents in 2 files" in printed and f"{per_token:.2f} characters a token" in printed and "1 bad example" in printed
     assert coder.to_json() == make_tokenizer("bpe:300", [TEXT, TEXT], None).to_json()
     assert cli.run(command) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.run([*command, "--overwrite", "--size=9"]) == 2 and "--size=9" in capsys.readouterr().err

@@ -80,11 +80,11 @@ def small_parameters():
 
 
 def test_a_run_that_loads_it_is_bitwise_equal(saved, tmp_path):
-    told, start = run(CONFIG, tmp_path / "loaded", saved)
-    assert f"train_step: loaded from {saved}" in told and "warning" not in told
+    output, start = run(CONFIG, tmp_path / "loaded", saved)
+    assert f"train_step: loaded from {saved}" in output and "warning" not in output
     compiled = start["compiled"]["train_step"]
     assert compiled["loaded"] == str(saved) and "not_loaded" not in compiled and not RunFolder(tmp_path / "loaded").manifest()["fallbacks"]
-    told, start = run(CONFIG, tmp_path / "compiled")
+    output, start = run(CONFIG, tmp_path / "compiled")
     assert "loaded" not in start["compiled"]["train_step"]
     assert_same(tmp_path / "loaded", tmp_path / "compiled")
 
@@ -122,8 +122,8 @@ def test_two_processes_load_what_the_first_of_two_saved(tmp_path):
 
     def both(*command):
         pair = [subprocess.Popen([*map(str, command), *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for more in arguments]
-        told = [process.communicate(timeout=300)[0] for process in pair]
-        assert [process.returncode for process in pair] == [0, 0], told
+        output = [process.communicate(timeout=300)[0] for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], output
 
     arguments = [[coordinator, str(i)] for i in range(2)]
     both(sys.executable, HELPERS / "save_step.py", tmp_path / "c.json", tmp_path / "step", 1)
@@ -154,10 +154,10 @@ def changed(saved, folder, **values):
 
 def refused(config, workdir, plan):
     """Return the reason of a run for not loading; it compiled and finished."""
-    told, start = run(config, workdir, plan)
+    output, start = run(config, workdir, plan)
     reason = start["compiled"]["train_step"]["not_loaded"]
     line = f"train_step: {plan} is not loaded: {reason}; the step is compiled instead"
-    assert told.count("warning: " + line) == 1 and line in RunFolder(workdir).manifest()["fallbacks"]
+    assert output.count("warning: " + line) == 1 and line in RunFolder(workdir).manifest()["fallbacks"]
     assert "loaded" not in start["compiled"]["train_step"] and RunFolder(workdir).metrics("train")
     return reason
 

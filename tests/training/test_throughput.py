@@ -61,7 +61,7 @@ def test_flops_of_a_model_do_not_depend_on_rematerialisation():
 
 def test_mfu_and_memory_of_a_known_chip(chip, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "peak_memory", lambda mesh: 12345)
-    told, folder = run(tmp_path / "x")
+    output, folder = run(tmp_path / "x")
     flops = model_flops(build_experiment(CONFIG)).all
     start = folder.manifest()["starts"][0]
     assert (start["chip"], start["model_flops_per_step"]) == ("fast", flops) and "plan" not in start
@@ -69,7 +69,7 @@ def test_mfu_and_memory_of_a_known_chip(chip, tmp_path, monkeypatch):
     assert len(lines) == 4
     for line in lines:
         assert line["mfu"] == pytest.approx(flops * line["steps_per_second"] / PEAK, rel=1e-9) and line["memory_peak_bytes"] == 12345
-    assert told.count("  MFU ") == 4
+    assert output.count("  MFU ") == 4
     assert all("mfu" not in line for line in folder.metrics("test"))
 
 
@@ -80,8 +80,8 @@ def test_memory_is_left_out_without_memory_statistics_of_jax(chip, tmp_path):
 
 def test_nothing_is_logged_for_an_unknown_chip(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "model_flops", lambda experiment: pytest.fail("counted"))
-    told, folder = run(tmp_path / "x")
-    assert "MFU" not in told and not {"mfu", "memory_peak_bytes"} & set().union(*folder.metrics("train"))
+    output, folder = run(tmp_path / "x")
+    assert "MFU" not in output and not {"mfu", "memory_peak_bytes"} & set().union(*folder.metrics("train"))
     assert "chip" not in folder.manifest()["starts"][0]
 
 
@@ -99,8 +99,8 @@ def test_peak_memory_is_the_most_of_this_processs_devices():
 
 def test_a_run_close_to_its_plan_records_both_without_a_warning(chip, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "peak_memory", lambda mesh: 10**12 + 10**10)
-    told, folder = run(tmp_path / "x", FIGURES)
-    assert "warning" not in told and folder.manifest()["fallbacks"] == []
+    output, folder = run(tmp_path / "x", FIGURES)
+    assert "warning" not in output and folder.manifest()["fallbacks"] == []
     plan = folder.manifest()["starts"][0]["plan"]
     assert plan["path"] == str(tmp_path / "x.json") and plan["peak_bytes_per_device"] == {"planned": 10**12, "measured": 10**12 + 10**10}
     assert plan["step_seconds"]["planned"] == 1000.0 and 0 < plan["step_seconds"]["measured"] < 1
@@ -108,18 +108,18 @@ def test_a_run_close_to_its_plan_records_both_without_a_warning(chip, tmp_path, 
 
 def test_a_run_far_from_its_plan_warns_once(chip, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "peak_memory", lambda mesh: 3 * 10**9)
-    told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9, "peak_bytes_per_device": 2 * 10**9})
-    slow = rf"a step takes \S+ s, \d+% more than the 1e-09 s that {tmp_path}/x.json planned \(median of 7 steps after 3\)"
-    large = f"a device's memory had 3 GB in use, 50% more than the 2 GB that {tmp_path}/x.json planned"
+    output, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9, "peak_bytes_per_device": 2 * 10**9})
+    slow = rf"the step time is \S+ s, \d+% more than the 1e-09 s planned in {tmp_path}/x.json \(median of 7 steps after 3\)"
+    large = f"the peak memory of a device is 3 GB, 50% more than the 2 GB planned in {tmp_path}/x.json"
     fallbacks = folder.manifest()["fallbacks"]
     assert len(fallbacks) == 2 and fallbacks[1] == large and re.fullmatch(slow, fallbacks[0])
-    assert all(told.count("warning: " + line) == 1 for line in fallbacks) and told.count("warning") == 2
+    assert all(output.count("warning: " + line) == 1 for line in fallbacks) and output.count("warning") == 2
 
 
 def test_only_figures_far_from_the_plan_are_reported(chip, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "peak_memory", lambda mesh: 10**12)
-    told, _ = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9})
-    assert told.count("warning") == 1 and "a step takes" in told
+    output, _ = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9})
+    assert output.count("warning") == 1 and "the step time is" in output
 
 
 def test_the_median_excludes_warm_up_and_outliers():
@@ -131,8 +131,8 @@ def test_the_median_excludes_warm_up_and_outliers():
 
 
 def test_a_run_too_short_to_time_records_no_time(chip, tmp_path):
-    told, folder = run(tmp_path / "x", FIGURES, small_configs.config(CONFIG, training__steps=2))
-    assert folder.manifest()["starts"][0]["plan"]["step_seconds"]["measured"] is None and "warning" not in told
+    output, folder = run(tmp_path / "x", FIGURES, small_configs.config(CONFIG, training__steps=2))
+    assert folder.manifest()["starts"][0]["plan"]["step_seconds"]["measured"] is None and "warning" not in output
     # A finished run has no steps to compare.
     assert "plan" not in run(tmp_path / "x", FIGURES, small_configs.config(CONFIG, training__steps=2))[1].manifest()["starts"][1]
 
@@ -152,9 +152,9 @@ def test_a_plan_for_another_run_is_recognised(chip, other, line):
 
 def test_a_plan_for_another_run_is_not_compared(chip, tmp_path):
     other, line = OTHERS[0]
-    told, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9} | other)
+    output, folder = run(tmp_path / "x", FIGURES | {"step_seconds": 1e-9} | other)
     warning = f"this run is not compared with {tmp_path}/x.json, a plan for another run: {line}"
-    assert folder.manifest()["fallbacks"] == [warning] and told.count("warning: " + warning) == 1 and "a step takes" not in told
+    assert folder.manifest()["fallbacks"] == [warning] and output.count("warning: " + warning) == 1 and "the step time is" not in output
     assert "plan" not in folder.manifest()["starts"][0]
 
 
