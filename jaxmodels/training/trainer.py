@@ -305,7 +305,7 @@ class Trainer:
     def save_after_signal(self, signal_name: str) -> str:
         """Save the state after a signal. Return the message to end with."""
         if self.state is None:
-            return f"{signal_name}: stopped before the first training step. The same command starts again."
+            return f"{signal_name}: stopped before the first training step. The same command starts it again."
         self._flush()
         step = int(self.state.step)
         if step not in self.checkpoints.steps():

@@ -66,8 +66,8 @@ def test_instructions_are_all_read():
         ("HloModule x\n", "no ENTRY"),
         ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c, %d\n}\n", "unbalanced brackets"),
         ("ENTRY %a () -> f32[] {\n  %b = f32[] something\n}\n", "unknown form"),
-        ("%a () -> f32[] {\n  %b = f32[] parameter(0)\nENTRY %c () -> f32[] {\n}\n", "does not end"),
-        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c), backend_config={oh}\n}\n", "no JSON, of b"),
+        ("%a () -> f32[] {\n  %b = f32[] parameter(0)\nENTRY %c () -> f32[] {\n}\n", "without an end"),
+        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c), backend_config={oh}\n}\n", "invalid backend_config of b"),
     ],
 )
 def test_a_truncated_or_unknown_text_is_an_error(text, message):

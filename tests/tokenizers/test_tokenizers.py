@@ -137,9 +137,9 @@ def test_names_of_special_tokens_in_pretrained_models():
     ("spec", "message"),
     [
         ("charcter", "did you mean 'character'"),
-        ("bpe:8k", "whole number from 260"),
-        ("bpe:100", "whole number from 260"),
-        ("word:0", "whole number from 1"),
+        ("bpe:8k", "whole number of at least 260"),
+        ("bpe:100", "whole number of at least 260"),
+        ("word:0", "whole number of at least 1"),
         ("nowhere.json", "no file nowhere.json nor .*nowhere.json"),
         ("broken.json", "broken.json is not a tokenizer"),
         ("other.json", "unknown kind of tokenizer None"),
