@@ -385,7 +385,8 @@ class Talkative(nnx.Module):
 def test_statistics_of_the_module_in_the_feed_forwards_place_are_returned():
     x, valid = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.array([[True, True, False]] * 2)
     for scan in (False, True):
-        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative)
+        options = {"norm": "layer", "epsilon": 1e-5, "post_norm": False, "activation": "gelu", "bias": True}
+        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative, **options)
         blocks = filled(lambda block=block, scan=scan: make_blocks(lambda rngs: block(rngs=rngs), 2, scan, nnx.Rngs(0)))
         graph, state = nnx.split(blocks)
 

@@ -443,7 +443,7 @@ def test_scopes_state_shares_of_blocks_and_rows():
         assert full.seconds == pytest.approx(4 / 3 * less.seconds) == pytest.approx(2 * half.seconds) and not full.notes
     grouped = ("gmm", "bf16[4096,2048]", ["s32[8]", "bf16[4096,1024]", "bf16[8,1024,2048]"])
     quarter = scoped(*grouped, "rows=1024of4096")
-    assert quarter.seconds == pytest.approx(read(kernel(*grouped)).seconds / 4) and "25% of the rows" in quarter.notes[0]
+    assert quarter.seconds == pytest.approx(read(kernel(*grouped)).seconds / 4) and "25% of the allocated rows" in quarter.notes[0]
 
 
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 300), (False, 200)])
@@ -586,7 +586,7 @@ def test_scopes_reach_the_compiled_kernels():
             expected = cost.attention_seconds(topology.chip, names.pop(each.name), scores=2 * 0.75 * 1024**2, width=128)
             assert each.seconds / each.count == pytest.approx(expected.mean)
     assert not names and {each.name for each in result.kernels} >= {"gmm", "tgmm"}
-    assert not any("masks" in note for note in result.notes) and any("25% of the rows" in note for note in result.notes)
+    assert not any("masks" in note for note in result.notes) and any("25% of the allocated rows" in note for note in result.notes)
 
 
 @pytest.mark.tpu_compiler

@@ -117,7 +117,7 @@ def test_the_error_of_a_step_that_does_not_fit_states_by_how_much_and_what_to_ch
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4", f"--json={file}"]) == 1
     printed, page = capsys.readouterr().err, json.loads(file.read_text())
-    assert "does not fit v5e-4 according to the compiler: it needs" in printed and "a device has 16.91 GB" in printed and "GB less" in printed
+    assert "does not fit v5e-4 according to the analytic model: it needs" in printed and "a device has 16.91 GB" in printed and "GB less" in printed
     assert "the state alone" in printed and "--config.mesh.fsdp" in printed and "--search" in printed
     assert not page["fits"] and page["peak_bytes_per_device"] > page["device_bytes"]
 

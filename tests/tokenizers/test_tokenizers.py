@@ -144,7 +144,7 @@ def test_names_of_special_tokens_in_pretrained_models():
         ("broken.json", "broken.json is not a tokenizer"),
         ("other.json", "unknown kind of tokenizer None"),
         ("broken.model", "broken.model is not a SentencePiece model"),
-        ("empty", "holds no tokenizer.json"),
+        ("empty", "has no tokenizer.json"),
     ],
 )
 def test_wrong_specifications(spec, message, tmp_path):
