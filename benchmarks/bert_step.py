@@ -112,9 +112,9 @@ def main():
     options = parser.parse_args()
     import torch
 
-    from jaxmodels.hardware.malloc import keep_freed_memory
+    from jaxmodels.hardware.malloc import tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     data = batch(options.rows, options.length)
     sides = [
         JaxStep("jaxmodels", data, {}),

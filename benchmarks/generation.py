@@ -34,36 +34,36 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES[options.size])).eval()
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES[options.size])).eval()
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = jaxmodels.load(f"hf:{folder}")
-    theirs = theirs.to(getattr(torch, options.precision))
+        reference.save_pretrained(folder)
+        model = jaxmodels.load(f"hf:{folder}")
+    reference = reference.to(getattr(torch, options.precision))
     for batch in options.batch:
-        print(json.dumps(compare(ours, theirs, batch, options)), flush=True)
+        print(json.dumps(compare(model, reference, batch, options)), flush=True)
 
 
-def compare(ours, theirs, batch: int, options) -> dict:
+def compare(model, reference, batch: int, options) -> dict:
     """Return tokens a second of both sides, and the ratio of jaxmodels to `transformers`."""
-    prompts = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (batch, options.prompt))
+    prompts = np.random.default_rng(0).integers(0, reference.config.vocab_size, (batch, options.prompt))
 
-    def run_ours(new):
-        completions = ours.generate(prompts.tolist(), max_tokens=new, precision=options.precision)
+    def run_jaxmodels(new):
+        completions = model.generate(prompts.tolist(), max_tokens=new, precision=options.precision)
         return np.array([completion.tokens for completion in completions])
 
-    def run_theirs(new):
+    def run_reference(new):
         with torch.inference_mode():
             given = torch.tensor(prompts)
             mask = torch.ones_like(given)
             # Prevent an end before `new` tokens, on both sides.
             lengths = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
-            tokens = theirs.generate(given, attention_mask=mask, do_sample=False, **lengths)
+            tokens = reference.generate(given, attention_mask=mask, do_sample=False, **lengths)
         return tokens[:, options.prompt :].numpy()
 
-    texts = {name: run(options.new) for name, run in (("ours", run_ours), ("theirs", run_theirs))}
+    texts = {name: run(options.new) for name, run in (("jaxmodels", run_jaxmodels), ("reference", run_reference))}
     seconds: dict[str, dict[int, float]] = {name: {options.new: np.inf, 1: np.inf} for name in texts}
     for _ in range(options.rounds):
-        for name, run in (("ours", run_ours), ("theirs", run_theirs)):
+        for name, run in (("jaxmodels", run_jaxmodels), ("reference", run_reference)):
             for new in (options.new, 1):
                 if new not in seconds[name] or seconds[name][new] == np.inf:
                     run(new)  # compile this size
@@ -80,10 +80,10 @@ def compare(ours, theirs, batch: int, options) -> dict:
         "new": options.new,
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "decode_tokens_per_second": {name: round(rate, 1) for name, rate in decode.items()},
-        "ratio": round(rates["ours"] / rates["theirs"], 3),
-        "decode_ratio": round(decode["ours"] / decode["theirs"], 3),
+        "ratio": round(rates["jaxmodels"] / rates["reference"], 3),
+        "decode_ratio": round(decode["jaxmodels"] / decode["reference"], 3),
         "first_token_ms": {name: round(1e3 * times[1], 1) for name, times in seconds.items()},
-        "same_tokens": round(float(np.mean(texts["ours"] == texts["theirs"])), 4),
+        "same_tokens": round(float(np.mean(texts["jaxmodels"] == texts["reference"])), 4),
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "torch_threads": options.threads},
     }
 

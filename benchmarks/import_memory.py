@@ -86,7 +86,7 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     import jax.numpy as jnp
 
     from jaxmodels.experiment.build import build_experiment
-    from jaxmodels.hardware.malloc import keep_freed_memory
+    from jaxmodels.hardware.malloc import tune_malloc
     from jaxmodels.inference.pretrained import import_run
     from jaxmodels.parallel import mesh, sharding
     from jaxmodels.pretrained.weights import load_model
@@ -95,7 +95,7 @@ def import_model(way: str, folder: str, output: str) -> dict[str, float]:
     from jaxmodels.training import initialize as state
 
     if way == "init_from":
-        keep_freed_memory()  # as `jaxmodels train` does
+        tune_malloc()  # as `jaxmodels train` does
     jax.block_until_ready(jnp.zeros(8) + 1)
     reference, before, start, processor = f"hf:{folder}", peak(), time.perf_counter(), time.process_time()
     if way == "load_model":

@@ -38,8 +38,8 @@ STEPS = (
 
 
 def main() -> None:
-    asked = sys.argv[1:]
-    steps = [tuple(asked[i : i + 2]) for i in range(0, len(asked), 2)] or STEPS
+    arguments = sys.argv[1:]
+    steps = [tuple(arguments[i : i + 2]) for i in range(0, len(arguments), 2)] or STEPS
     near = 0
     for name, place in steps:
         file, _, variant = name.partition(":")

@@ -117,9 +117,9 @@ def run_plain(name: str, data_dir: str | None, allocator: bool) -> list[float]:
     from flax import nnx
 
     if allocator:
-        from jaxmodels.hardware.malloc import keep_freed_memory
+        from jaxmodels.hardware.malloc import tune_malloc
 
-        keep_freed_memory()
+        tune_malloc()
     model, loss, optimizer, batches = {"gpt_shakespeare": plain_gpt, "cnn_digits": plain_cnn}[name](data_dir)
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)

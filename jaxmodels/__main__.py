@@ -1,3 +1,5 @@
+"""`python -m jaxmodels`."""
+
 from jaxmodels.cli.main import main
 
 if __name__ == "__main__":

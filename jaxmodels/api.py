@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from jaxmodels.experiment.build import Arrays, build_experiment
-from jaxmodels.hardware.malloc import keep_freed_memory
+from jaxmodels.hardware.malloc import tune_malloc
 from jaxmodels.training import trainer
 from jaxmodels.training.compare import for_training
 
@@ -25,9 +25,9 @@ def train(
     callbacks: Sequence[Any] = (),
     quiet: bool = False,
 ) -> trainer.Result:
-    """Trains a config in a folder, or goes on with the run of it that is there.
+    """Train a config in a folder, or resume the run of this config in it.
 
-    For the whole process it sets JAX's compilation cache (`training.compile`) and how freed memory is kept (`allocator`).
+    For the whole process it sets JAX's compilation cache (`training.compile`) and the allocator's reuse of freed memory (`hardware.malloc`).
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
@@ -36,13 +36,13 @@ def train(
       data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
       overwrite: delete the run that is in the folder.
       plan: a plan of this config for these devices, to load and to compare with: a JSON file or a folder that `jaxmodels plan` wrote.
-      callbacks: objects with methods of `jaxmodels.Callback`, beside those of the config.
+      callbacks: objects with methods of `jaxmodels.Callback`, in addition to those of the config.
       quiet: print nothing.
 
     Raises:
       ConfigError, Diverged, Interrupted: see jaxmodels.errors.
     """
-    keep_freed_memory()
+    tune_malloc()
     options = for_training(plan)
     options["callbacks"] = [*callbacks, *options["callbacks"]]
     experiment = build_experiment(config, data_dir=data_dir, data=data)
@@ -50,7 +50,7 @@ def train(
 
 
 def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir: str | None = None) -> "Plan":
-    """What a config takes of chips that are not here: memory, time, cost.
+    """Estimate memory, step time and cost of a config on absent hardware.
 
     Args:
       config: as `load_config` gives, or nested dictionaries.
@@ -59,7 +59,7 @@ def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir
 
     Raises:
       ConfigError: the topology is none, or mesh, batch or a kernel does not fit it.
-      plan.compiler.DoesNotFit: the step needs more memory than a device has; says how much, and what to change.
+      plan.compiler.DoesNotFit: the step needs more memory than a device has; states how much, and what to change.
       RunError: the compiler failed.
     """
     from jaxmodels.plan.plan import make_plan  # plans are not loaded by runs

@@ -50,5 +50,5 @@ def optional_import(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the package is installed, but one of its own imports is not
+            raise  # the package is installed, but one of its imports is not
         raise ConfigError(f"{module.partition('.')[0]} is required here and not installed: pip install 'jaxmodels[{extra}]'") from error

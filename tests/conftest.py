@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside the lazy imports of TFDS that fails too
+import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside TFDS's lazy imports that would fail too
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-cache-")
@@ -36,7 +36,7 @@ def jaxmodels_command():
 
 @pytest.fixture
 def data_dir():
-    """The folder of real data sets, where there is one."""
+    """The folder of real data sets; the test is skipped without one."""
     folder = os.environ.get("JAXMODELS_DATA_DIR")
     if not folder:
         pytest.skip("JAXMODELS_DATA_DIR is not set: no real data sets here")
@@ -45,7 +45,7 @@ def data_dir():
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """Name of a config that starts from a published model -> a folder with such a model in small, of random weights."""
+    """Name of a config that starts from a pretrained model -> a folder with a small model of that kind, with random weights."""
     import pretrained_folders
 
     made = {}

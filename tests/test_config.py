@@ -33,7 +33,7 @@ def file(tmp_path):
     return str(path)
 
 
-def test_argument_and_overrides_reach_the_values_and_their_origins_are_told(file):
+def test_argument_and_overrides_change_values_and_their_origins_are_listed(file):
     overrides = {"optimizer.learning_rate": 3e-4, "optimizer.schedule": "cosine", "optimizer.schedule.warmup": 2}
     config = config_lib.load_config(file + ":large", overrides)
     resolved = resolve(config)
@@ -52,7 +52,7 @@ def test_a_resolved_config_survives_json(file):
     assert resolve(json.loads(json.dumps(resolved))) == resolved
 
 
-def test_the_loaded_config_is_locked_and_plain_dicts_will_do(file):
+def test_the_loaded_config_is_locked_and_plain_dicts_are_accepted(file):
     config = config_lib.load_config(file)
     config.training.steps = 7
     with pytest.raises((KeyError, AttributeError)):
@@ -124,7 +124,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_is_wrong_is_one_clear_error(what):
+def test_a_wrong_config_is_one_clear_error(what):
     changes, message = BAD[what]
     config = small_configs.config(small_configs.CNN)
     with pytest.raises(ConfigError) as caught:
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_one_clear_error(what):
     assert next(iter(changes)).split(".")[0] in str(caught.value)
 
 
-def test_text_sources_say_what_is_wrong(tmp_path):
+def test_errors_of_text_sources(tmp_path):
     def error(**changes):
         with pytest.raises(ConfigError) as caught:
             build_experiment(small_configs.config(small_configs.GPT, **changes), data_dir=str(tmp_path))
@@ -170,7 +170,7 @@ BAD_ARRAYS = {
 
 
 @pytest.mark.parametrize("what", BAD_ARRAYS)
-def test_what_is_wrong_with_arrays_is_one_clear_error(what):
+def test_wrong_arrays_are_one_clear_error(what):
     data, message = BAD_ARRAYS[what]
     config = small_configs.config(small_configs.CNN, data={"source": "arrays", "batch_size": 4}, model={"name": "cnn", "features": []})
     with pytest.raises(ConfigError) as caught:
@@ -189,7 +189,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-def test_what_is_wrong_with_a_config_file_is_one_clear_error(what, tmp_path):
+def test_a_wrong_config_file_is_one_clear_error(what, tmp_path):
     text, message = BAD_FILES[what]
     (tmp_path / "x.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -201,14 +201,14 @@ def test_what_is_wrong_with_a_config_file_is_one_clear_error(what, tmp_path):
             config_lib.load_config(str(tmp_path / "x.json"))
 
 
-def test_a_section_written_by_its_name_alone_has_defaults_below(file):
+def test_a_section_given_by_its_name_alone_has_defaults(file):
     overrides = {"optimizer.schedule": "linear"}
     origins = config_lib.origins(file, overrides, resolve(config_lib.load_config(file, overrides)))
     assert origins["task.name"] == "file" and origins["task.label_smoothing"] == "default"
     assert origins["optimizer.schedule.name"] == "override" and origins["optimizer.schedule.warmup"] == "default"
 
 
-def test_what_is_no_config_is_said():
+def test_a_config_of_another_type_is_an_error():
     for wrong in ("configs/cnn_digits.py", None, 3):
         with pytest.raises(ConfigError, match="load_config"):
             resolve(wrong)

@@ -1,4 +1,4 @@
-"""What the documents say can be typed, can be typed."""
+"""The commands and Python code of the documentation run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ HEADERS = sorted((ROOT / "configs").glob("*.py"))
 
 
 def commands(page):
-    """Every line that begins a shell command of ours, comments cut off."""
+    """Return every line that begins with a command of this project, without comments."""
     lines = re.findall(
         r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)",
         page.read_text().replace("    jaxmodels", "jaxmodels"),
@@ -36,7 +36,7 @@ def test_commands_parse_and_name_what_exists(page, monkeypatch, published):
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         arguments, overrides = cli.split_overrides(shlex.split(command)[1:])
-        options = cli.parser().parse_args(arguments)  # exits where a command cannot be typed
+        options = cli.parser().parse_args(arguments)  # exits if the command does not parse
         assert callable(options.function)
         if getattr(options, "config", None) and options.config.startswith("configs/"):
             name = options.config.removeprefix("configs/").partition(".py")[0]
@@ -51,7 +51,7 @@ def test_there_are_commands_to_check():
     assert sum(len(commands(page)) for page in PAGES) > 10
 
 
-def test_the_two_commands_stand_at_the_top():
+def test_the_two_commands_are_at_the_top():
     top = (ROOT / "README.md").read_text().splitlines()[2:4]
     assert top == [
         "    pip install -e . && jaxmodels train --config=configs/cnn_digits.py --workdir=runs/cnn_digits",
@@ -60,7 +60,7 @@ def test_the_two_commands_stand_at_the_top():
     assert "pip install -q -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
@@ -82,7 +82,7 @@ def test_the_python_of_the_readme_runs(tmp_path):
     assert float(done.stdout.split()[-1]) > 0.8
 
 
-def test_the_task_of_ones_own_trains_and_its_metric_picks_the_best(tmp_path, monkeypatch):
+def test_the_user_task_trains_and_its_metric_selects_the_best(tmp_path, monkeypatch):
     code = re.search(r"## A task of your own\n.*?```python\n(.*?)```", (ROOT / "docs" / "configs.md").read_text(), re.S)[1]
     (tmp_path / "my_tasks.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

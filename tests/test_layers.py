@@ -1,4 +1,4 @@
-"""Imports follow the order of rooms in docs/architecture.md, and no files import each other in a circle."""
+"""Imports follow the order of rooms in docs/architecture.md, and there are no circular imports."""
 
 import ast
 import graphlib
@@ -23,7 +23,7 @@ def module_name(path) -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports, inside functions too."""
+    """Return module -> modules of the package that it imports, also inside functions."""
     modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     found = {}
     for module, path in modules.items():
@@ -43,11 +43,11 @@ def room(module: str) -> str:
 
 
 def inside() -> dict[str, set[str]]:
-    """`imports` without the package's own front door, `__init__` and `__main__`, which name what users type."""
+    """Return `imports` without the package's `__init__` and `__main__`, the entry points for users."""
     return {module: names for module, names in imports().items() if module not in ("jaxmodels", "jaxmodels.__main__")}
 
 
-def test_imports_run_one_way():
+def test_imports_follow_the_order():
     order = written_order()
     wrong = []
     for module, names in inside().items():
@@ -58,13 +58,13 @@ def test_imports_run_one_way():
     assert not wrong, wrong
 
 
-def test_every_room_is_in_the_order():
+def test_every_room_is_in_the_list():
     rooms = {room(module) for module in inside()}
     assert rooms <= written_order().keys()
     assert len(rooms) <= 20
 
 
-def test_no_circle_of_files():
+def test_no_circular_imports():
     graph = {module: names for module, names in imports().items() if module != "jaxmodels"}
     assert list(graphlib.TopologicalSorter(graph).static_order())
 

@@ -21,6 +21,7 @@ def add(commands) -> None:
 
 
 def run_plan(options, overrides):
+    """Plan a config on a topology; with `--search`, search for the fastest setting first."""
     import logging
 
     from jaxmodels.errors import ConfigError, Interrupted
@@ -28,9 +29,9 @@ def run_plan(options, overrides):
 
     for name in ("write", "budget"):
         if getattr(options, name) is not None and not options.search:
-            raise ConfigError(f"--{name} is of --search: give both, or neither.")
+            raise ConfigError(f"--{name} needs --search.")
     logging.getLogger("absl").setLevel(logging.ERROR)  # as in configure
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # devices that are here have no part in it
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the local devices are not used
     try:
         with StopSignals() as stop, stop.may_raise():
             from rich.console import Console
@@ -45,7 +46,7 @@ def run_plan(options, overrides):
             if found is not None:
                 overrides = overrides | {key: repr(value) for key, value in found.best.changes.items()}
             if found is not None and found.best.plan and not (options.hlo or options.save):
-                plan_files.write_found(found, options.json)  # it is compiled, and all is known
+                plan_files.write_found(found, options.json)  # the search has compiled it: nothing is left to compute
                 return
             experiment = build_experiment(load(options, overrides), data_dir=options.data_dir)
             plan = stop.run(plan_files.plan_and_write, experiment, topology, files, found)
@@ -55,7 +56,7 @@ def run_plan(options, overrides):
 
 
 def _search(options, overrides, console):
-    """What `--search` found, printed and written."""
+    """Run the search, print its result, and write the best setting with `--write`."""
     from jaxmodels.cli import plan_files, plan_output
     from jaxmodels.plan import search
 
@@ -65,5 +66,5 @@ def _search(options, overrides, console):
     plan_output.print_search(found, console)
     if options.write:
         plan_files.write_config(options.write, options.config, overrides, found)
-        console.print(f"{options.write} is the best as a config: jaxmodels train --config={options.write}\n", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"wrote the best setting to {options.write}: jaxmodels train --config={options.write}\n", highlight=False, markup=False, soft_wrap=True)
     return found

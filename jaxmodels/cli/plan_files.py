@@ -1,4 +1,4 @@
-"""Files of `jaxmodels plan`: their paths are checked first, and they are written last."""
+"""Files of `jaxmodels plan`: the paths are checked before anything is compiled; the files are written at the end."""
 
 import json
 import os
@@ -37,22 +37,24 @@ def check(topology: str, files: Mapping[str, str | None]) -> Topology:
             raise ConfigError(f"--{name}={path} is a folder; give a file's name.")
     found = topologies.parse(topology)
     if found.chip.platform == "gpu" and files["save"]:
-        raise ConfigError(f"--save={files['save']}: what is compiled for {topology} without a GPU is not what one would run; train compiles there.")
+        raise ConfigError(
+            f"--save={files['save']}: a step compiled for {topology} without a GPU is not autotuned; omit --save, and jaxmodels train compiles it on the GPUs."
+        )
     return found
 
 
 def plan_and_write(experiment: Experiment, topology: Topology, files: Mapping[str, str | None], found: Any = None) -> Plan:
-    """Plan a run and write the files; of a step that does not fit, write how much it needs.
+    """Plan a run and write the files. For a step that does not fit, `json` states how much memory it needs.
 
     Args:
       experiment, topology: as for `make_plan`.
       files: as for `check`.
-      found: by `plan.search`, if it was asked.
+      found: the result of `plan.search`; None without a search.
 
     Raises:
       ConfigError, DoesNotFit, RunError: as `make_plan` does; or there is nothing to write.
     """
-    # JAX can cache executables for absent devices, but not load them again (PjRt requires a client for that), and says so each time.
+    # JAX can cache executables for absent devices, but not load them again (PjRt requires a client for that), and warns each time.
     jax.config.update("jax_enable_compilation_cache", False)
     extra = {"search": found.to_json()} if found is not None else {}
     try:

@@ -10,7 +10,7 @@ from jaxmodels.plan.cost import Estimate
 from jaxmodels.plan.plan import Plan, versions
 from jaxmodels.plan.search import SearchResult
 
-# Rows of a search's table, besides what was compiled.
+# Rows of a search's table, without those that were compiled.
 SHOWN = 20
 
 
@@ -44,14 +44,14 @@ def _lines(plan: Plan) -> dict[str, str]:
         )
     if plan.host_bytes:
         lines["  host"] = f"{_gb(plan.host_bytes)} GB of the host's memory for each device"
-    cycles = f", {time.cycles / 1e6:,.{0 if time.cycles > 1e9 else 2}f} M cycles in instructions that it estimates" if time.cycles is not None else ""
+    cycles = f", {time.cycles / 1e6:,.{0 if time.cycles > 1e9 else 2}f} M cycles estimated by the compiler" if time.cycles is not None else ""
     lines["step"] = f"{_seconds(time.seconds)} ({_seconds(time.low)} if all overlaps, {_seconds(time.high)} if nothing does), {by[plan.time_by]}{cycles}"
     lines["  parts"] = ", ".join(f"{part} {_seconds(value)} ({value / time.seconds:.0%})" for part, value in time.parts.items() if value)
     lines["MFU"] = f"{plan.mfu:.1%} of {chip.flops_per_device / 1e12:g} TFLOP/s a device: {plan.flops_per_device:.4g} FLOPs of the model in a step"
     if plan.flops.attended != plan.flops.all:
-        lines["MFU"] += f"; {plan.mfu_attended:.1%} by those that masks leave"
+        lines["MFU"] += f"; {plan.mfu_attended:.1%} without masked attention scores"
     lines["speed"] = ", ".join(f"{rate:,.4g} {name.partition('_')[0]}/s a chip" for name, rate in plan.rates.items())
-    accumulated = f", {experiment.training.accumulate} parts added up" if experiment.training.accumulate > 1 else ""
+    accumulated = f", {experiment.training.accumulate} microbatches" if experiment.training.accumulate > 1 else ""
     lines["run"] = (
         f"{experiment.steps:,} steps of {experiment.loading.batch_size:,} examples{accumulated}: {_duration(plan.run_seconds)}, {plan.chip_hours:,.4g} chip-hours"
     )
@@ -62,7 +62,7 @@ def _lines(plan: Plan) -> dict[str, str]:
             f"in {record.seconds:.0f} s by {', '.join(f'{name} {version}' for name, version in versions().items())}{' with ' + options if options else ''}"
         )
         for name, reason in record.rejected.items():
-            lines[f"  {name}"] = f"is left out: this compiler says: {reason}"
+            lines[f"  {name}"] = f"not used, because the compiler rejects it: {reason}"
         for part, used in plan.step.experiment.kernels.items():
             lines[f"  {part}"] = f"{used['used']} ({used['why']})" if used.get("why") else used["used"]
     return lines
@@ -118,7 +118,7 @@ def print_search(found: SearchResult, console: Console) -> None:
         table.add_row(str(number), each.name + (" (the config's own)" if each.own else ""), size, seconds, mfu, each.why)
     console.print(table)
     if len(found.settings) > SHOWN:
-        console.print(f"{len(found.settings)} settings in all; --json=FILE holds each", highlight=False)
-    searched = "found by an earlier search: nothing was compiled now" if found.cached else f"searched for {found.seconds:.0f} s"
+        console.print(f"{len(found.settings)} settings in all; --json=FILE writes all of them", highlight=False)
+    searched = "read from the cache of an earlier search" if found.cached else f"searched for {found.seconds:.0f} s"
     for note in (*found.notes, f"{searched}; ~ marks the models' figures, all others are the compiler's"):
         console.print(note, highlight=False)

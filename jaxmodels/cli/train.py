@@ -39,10 +39,10 @@ def _prepare(options, overrides):
     """Return the experiment and the console; None for the experiment after a dry run."""
     from jaxmodels.distributed import session
     from jaxmodels.errors import Interrupted
-    from jaxmodels.hardware.malloc import keep_freed_memory
+    from jaxmodels.hardware.malloc import tune_malloc
     from jaxmodels.training.signals import StopSignals
 
-    keep_freed_memory()
+    tune_malloc()
     processes = None if options.dry_run else find_processes(options)
     try:
         # Signals are handled from here on: the imports and the data take seconds.

@@ -140,6 +140,6 @@ def _nothing(path: str, places: list[str], folder: str | None, extensions: tuple
             "Name the training file with --config.data.train=FILE."
         )
     return (
-        f"config.data.source: there is no file or folder {' nor '.join(places)}. Give an absolute path, or the folder it lies in "
+        f"config.data.source: there is no file or folder {' nor '.join(places)}. Give an absolute path, or its folder "
         "with --data_dir=DIR or JAXMODELS_DATA_DIR; {split} in a path stands for train, validation (or dev, valid, val) and test."
     )

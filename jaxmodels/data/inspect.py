@@ -124,7 +124,7 @@ def print_report(report: Mapping, console: Console) -> None:
                 console.print(f"{name}: {key}{seen}: {escape(', '.join(f'{k} {v}' for k, v in split[key].items()))}")
         for key, lengths in split.get("lengths", {}).items():
             figures = ", ".join(f"{k} {lengths[k]:.6g}" for k in ("least", "mean", "median", "p95", "most"))
-            console.print(f"{name}: length of {key}{seen}: {figures}; {lengths['full']:,} fill all {lengths['room']}")
+            console.print(f"{name}: length of {key}{seen}: {figures}; {lengths['full']:,} have the maximum length of {lengths['room']}")
             for line in _bars(lengths["histogram"]):
                 console.print(line, highlight=False)
         if "unknown" in split:

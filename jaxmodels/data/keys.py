@@ -16,7 +16,7 @@ class Keys:
 
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> Self:
-        """Return an instance made from the keys of a section that are its own."""
+        """Return an instance, from those keys of a section that are its fields."""
         return cls(**{name: keys[name] for name in config_lib.fields(cls) if name in keys})
 
 

@@ -136,7 +136,7 @@ class TrainingBatches:
 class EvaluationBatches:
     """Random access to batches that hold each example exactly once, in order. Rows of weight 0 fill the last batch.
 
-    A batch has an array `index` besides, int32 [B]: each row's index in the split.
+    A batch also has an array `index`, int32 [B]: each row's index in the split.
     """
 
     def __init__(self, source: DataSource, batch_size: int, *, rows: np.ndarray | None = None):

@@ -53,7 +53,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Untokenized:
-    """A data set of text whose tokenizer is not made yet: what a source of text returns, so that the parts of a mixture can share one.
+    """A data set of text without a tokenizer yet. Sources of text return it, so that the parts of a mixture can share one.
 
     Attributes:
       tokenizer: the specification or tokenizer that the source was opened with.

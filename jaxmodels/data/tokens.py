@@ -261,7 +261,7 @@ def _checksum(path: Path) -> int:
 
 
 def _new_folder(folder: Path) -> Path:
-    """Make a folder of this process beside an entry."""
+    """Make a folder of this process next to an entry."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     return temporary

@@ -59,7 +59,7 @@ def train_tokenizer(
         if characters < _MEASURED:
             text = text[: _MEASURED - characters]
             characters, tokens = characters + len(text), tokens + len(tokenizer.encode(text))
-    fewer = f" (the text has no more to merge: {size:,} were asked for)" if tokenizer.vocab_size < size else ""
+    fewer = f" (of the {size:,} requested; the text has no more pairs to merge)" if tokenizer.vocab_size < size else ""
     source = f"{documents:,} document{'s' * (documents > 1)} in {len(files):,} file{'s' * (len(files) > 1)}"
     return (
         f"{target}: {tokenizer.vocab_size:,} tokens{fewer}, from {source}. "

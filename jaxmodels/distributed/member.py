@@ -99,7 +99,7 @@ class Member:
         return self._get(f"gathered/{number}")
 
     def bye(self, status: int, reason: str = "", *, agreed: bool) -> None:
-        """Announce the end of this process; process 0 also waits until the others announce theirs.
+        """Announce the end of this process; process 0 also waits until the others have announced their ends.
 
         Args:
           status: exit status.

@@ -23,7 +23,7 @@ _HELLO_SECONDS, _HELLO_BYTES = 10.0, 64 << 20
 
 
 def meet(processes: Processes, hello: Mapping, limit: float) -> tuple[dict[int, socket.socket], list[str]]:
-    """Wait until all processes are connected, and check that they were started alike.
+    """Wait until all processes are connected, and check that they were started with the same versions and config.
 
     Args:
       processes: the processes of the run.

@@ -95,9 +95,9 @@ def _keep_output_clean() -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         options = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "buffering": 1}
-        ours = os.fdopen(os.dup(1), "w", **options)
+        stdout = os.fdopen(os.dup(1), "w", **options)
         os.dup2(2, 1)
-        sys.stdout = ours
+        sys.stdout = stdout
 
 
 def _bypass_proxies(host: str) -> None:

@@ -76,6 +76,7 @@ class Experiment:
 
     @property
     def eval_batch_size(self) -> int:
+        """Rows of an evaluation batch."""
         return self.loading.eval_batch_size or self.loading.batch_size
 
     @functools.cached_property

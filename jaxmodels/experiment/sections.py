@@ -113,7 +113,7 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallbackOptions:
-    """Keys of every entry of the section `callbacks`, beside those of its class.
+    """Keys of every entry of the section `callbacks`, in addition to those of its class.
 
     Attributes:
       on_error: when a method raises, `stop` the run or `continue` without the callback; the class decides unless given.

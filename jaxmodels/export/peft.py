@@ -37,7 +37,7 @@ class _Content:
       tensors: tensor name -> array.
       modules: name of an adapted module -> rank of its adapter.
       saved: names of fully trained modules (PEFT's `modules_to_save`).
-      fan_in_fan_out: whether PEFT's model stores matrices as [in, out], as ours does.
+      fan_in_fan_out: whether PEFT's model stores matrices as [in, out], as jaxmodels does.
       tied: whether the output layer is the embedding; its adapter is then written for both.
     """
 
@@ -107,15 +107,15 @@ def _content(architecture: Architecture, links: Sequence[Link], located: weights
     adapted = {path.rpartition("/")[0] for path in own if path.endswith(ADAPTERS)}
     content = _Content(tied="output/kernel" not in located.arrays and not any(path.startswith("head/output") for path in located.arrays))
     found = set()
-    for name, parts in mapping.by_theirs(links).items():
-        layers = [link.ours.rpartition("/")[0] for link in parts]
-        if not parts[0].ours.endswith(KINDS) or not adapted & set(layers):
+    for name, parts in mapping.by_tensor(links).items():
+        layers = [link.path.rpartition("/")[0] for link in parts]
+        if not parts[0].path.endswith(KINDS) or not adapted & set(layers):
             continue
         found.update(layers)
         if parts[0].form not in ("same", "transposed") or layers[0].endswith("/router"):
             raise ConfigError(f"{located.name}: {layers[0]} has an adapter, but PEFT cannot adapt {name}. {_INSTEAD}")
         module = name.removesuffix(".weight")
-        if parts[0].ours.endswith("/embedding"):
+        if parts[0].path.endswith("/embedding"):
             _add_table(content, architecture, module, layers[0], arrays, located.name)
         else:
             content.fan_in_fan_out |= parts[0].form == "same"
@@ -170,25 +170,25 @@ def _add_table(content: _Content, architecture: Architecture, module: str, layer
 
 def _add_saved(content: _Content, links: Sequence[Link], arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Add the modules with trained parameters other than adapters, each in full."""
-    theirs = mapping.by_theirs(links)
-    modules = dict.fromkeys(link.theirs.rpartition(".")[0] for link in links if link.ours in arrays)
+    by_name = mapping.by_tensor(links)
+    modules = dict.fromkeys(link.tensor.rpartition(".")[0] for link in links if link.path in arrays)
     for module in modules:
-        inside = [name for name in theirs if name.startswith(module + ".")]
-        parts = [link for name in inside for link in theirs[name]]
-        bad = next((link for link in parts if link.ours not in arrays or link.part is not None or link.ours.endswith("/embedding")), None)
+        inside = [name for name in by_name if name.startswith(module + ".")]
+        parts = [link for name in inside for link in by_name[name]]
+        bad = next((link for link in parts if link.path not in arrays or link.part is not None or link.path.endswith("/embedding")), None)
         if bad is not None or any("." in name.removeprefix(module + ".") for name in inside) or module in content.modules:
-            trained = next(link.ours for link in links if link.ours in arrays and link.theirs.rpartition(".")[0] == module)
+            trained = next(link.path for link in links if link.path in arrays and link.tensor.rpartition(".")[0] == module)
             problem = f"{trained} was trained in addition to the adapters; PEFT saves such modules in full, but {module} was not trained in full"
             raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
         content.saved.append(module)
-        content.tensors |= {PREFIX + name: mapping.tensor_of(theirs[name], arrays) for name in inside}
+        content.tensors |= {PREFIX + name: mapping.tensor_of(by_name[name], arrays) for name in inside}
 
 
 def _config(architecture: Architecture, links: Sequence[Link], content: _Content, lora: Lora, base: str) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
     alpha = lora.scale * lora.rank
     larger = {module: rank // lora.rank for module, rank in content.modules.items() if rank != lora.rank}
-    every = {link.theirs.removesuffix(".weight") for link in links if link.ours.endswith(KINDS)}
+    every = {link.tensor.removesuffix(".weight") for link in links if link.path.endswith(KINDS)}
     return {
         "peft_type": "LORA",
         "task_type": _TASKS.get(architecture.model),

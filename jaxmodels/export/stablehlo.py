@@ -103,7 +103,7 @@ def load_stablehlo(folder: str) -> Forward:
     description = read_json(path / DESCRIPTION)
     try:
         exported = jax_export.deserialize(bytearray((path / PROGRAM).read_bytes()))
-    except Exception as error:  # flatbuffers and jaxlib raise types of their own
+    except Exception as error:  # flatbuffers and jaxlib raise their own types
         raise ConfigError(f"{path / PROGRAM} cannot be read by jax {jax.__version__}: {_line(error)}. Export the model again.") from error
     tensors = safetensors.read_header(path / PARAMETERS)
     given, wanted = ({name: tuple(x.shape) for name, x in arrays.items()} for arrays in (tensors, _parameters(exported)))

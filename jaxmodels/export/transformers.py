@@ -36,7 +36,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
       output: a folder that does not exist or is empty. It appears under its name once it is complete.
       dtype: dtype of the weights: `float32`, `bfloat16` or `float16`. The default is the published dtype for imported weights that were not
         trained since, else float32.
-      shard_gb: maximum size of a file in 10^9 bytes; a larger tensor gets a file of its own.
+      shard_gb: maximum size of a file in 10^9 bytes; a larger tensor gets a separate file.
 
     Returns:
       The folder.
@@ -139,19 +139,19 @@ def _notes(model: Mapping) -> list[str]:
 
 
 def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, folder: RunFolder) -> None:
-    wanted = {link.ours for link in links}
+    wanted = {link.path for link in links}
     missing = sorted(wanted - set(located.arrays))
     left = sorted(path for path in set(located.arrays) - wanted if not path.endswith(ADAPTERS))
     if missing or left:
         raise ConfigError(f"{folder.path}: {(missing + left)[0]} is {'missing from the run' if missing else 'not part of the model in `transformers`'}.")
 
 
-def _types(located: weights_lib.Located, manifest: Mapping, asked: str | None) -> dict[str, np.dtype]:
+def _types(located: weights_lib.Located, manifest: Mapping, requested: str | None) -> dict[str, np.dtype]:
     """Return the dtype of the exported tensors by parameter path."""
     imported = next((parent for parent in manifest.get("parents", [])[:1] if "dtypes" in parent and "taken" not in parent), None)
-    if asked is None and imported is not None:
+    if requested is None and imported is not None:
         return {path: np.dtype(imported["dtypes"].get(path, imported["dtypes"][""])) for path in located.arrays}
-    return dict.fromkeys(located.arrays, DTYPES[asked or "float32"])
+    return dict.fromkeys(located.arrays, DTYPES[requested or "float32"])
 
 
 def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale: float | None, types: Mapping[str, np.dtype]) -> dict[str, ToWrite]:
@@ -160,9 +160,9 @@ def _tensors(links: Sequence[mapping.Link], located: weights_lib.Located, scale:
     reader = _Reader(located, scale)
     tensors: dict[str, ToWrite] = {}
     for number, group in enumerate(_batches(mapping.components(links), shapes)):
-        paths = sorted({link.ours for link in group})
-        for name, parts in mapping.by_theirs(group).items():
-            dtype = types[parts[0].ours]
+        paths = sorted({link.path for link in group})
+        for name, parts in mapping.by_tensor(group).items():
+            dtype = types[parts[0].path]
             values = functools.partial(reader.tensor, number, paths, parts, dtype)
             tensors[name] = ToWrite(mapping.tensor_shape(parts, shapes), dtype, values)
     return tensors
@@ -172,7 +172,7 @@ def _batches(groups: Iterable[Sequence[mapping.Link]], shapes: Mapping[str, tupl
     """Group components into batches of at most `_BATCH_BYTES` of parameters."""
     batch, size = [], 0
     for group in groups:
-        own = 4 * sum(int(np.prod(shapes[path])) for path in {link.ours for link in group})
+        own = 4 * sum(int(np.prod(shapes[path])) for path in {link.path for link in group})
         if batch and size + own > _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -26,9 +26,11 @@ class UncachedModel:
         self.model = model
 
     def make_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
+        """Return an empty cache for `batch` rows of `length` tokens; `dtype` is unused."""
         return {"tokens": jnp.zeros((batch, length), jnp.int32), "lengths": jnp.zeros(batch, jnp.int32)}
 
     def prefill(self, tokens: jax.Array, cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the next logits [B, V] after prompts, int [B, T] padded with -1 on the left, and the cache with them."""
         valid, T = tokens >= 0, tokens.shape[1]
         shifted = jax.vmap(jnp.roll)(jnp.maximum(tokens, 0), -jnp.argmax(valid, axis=1))
         filled = jax.lax.dynamic_update_slice(cache["tokens"], shifted[:, : cache["tokens"].shape[1]].astype(jnp.int32), (0, 0))
@@ -37,6 +39,7 @@ class UncachedModel:
         return _last(self.model(filled[:, :T]), lengths), {"tokens": filled, "lengths": lengths}
 
     def extend(self, tokens: jax.Array, cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Append one token to each row, int [B], -1 for none. Return the next logits [B, V] and the cache."""
         filled, lengths = _append(tokens, cache["tokens"], cache["lengths"])
         return _last(self.model(filled), lengths), {"tokens": filled, "lengths": lengths}
 
@@ -48,10 +51,12 @@ class UncachedEncoderDecoder:
         self.model = model
 
     def make_cache(self, source: jax.Array, length: int) -> dict[str, Any]:
+        """Encode the source, int [B, S], and return an empty cache for `length` target tokens."""
         empty = UncachedModel(None).make_cache(len(source), length)
         return empty | {"memory": self.model.encode(source)}
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Append one target token to each row, int [B], -1 for none. Return the next logits [B, V] and the cache."""
         filled, lengths = _append(tokens, cache["tokens"], cache["lengths"])
         return _last(self.model.decode(filled, cache["memory"]), lengths), cache | {"tokens": filled, "lengths": lengths}
 

@@ -79,10 +79,12 @@ class Options:
 
     @property
     def sampling(self) -> Sampling:
+        """The options of sampling."""
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
     @property
     def searching(self) -> Beams:
+        """The options of beam search."""
         return Beams(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Beams)})
 
     def check(self, tokenizer: Tokenizer | None) -> None:

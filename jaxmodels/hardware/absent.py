@@ -16,7 +16,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.hardware.chips import CHIPS
 from jaxmodels.hardware.topologies import Topology, written
 
-# The plugin must have JAX's own version, which no extra of ours can state; the rest of CUDA is not needed to compile.
+# The plugin must have JAX's own version, which no extra of this package can state; the rest of CUDA is not needed to compile.
 INSTALL_CUDA = f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cudnn-cu13"
 INSTALL = {"tpu": "pip install 'jaxmodels[plan]'", "gpu": INSTALL_CUDA}
 _NAMES = {"tpu": "libtpu, the compiler for TPUs,", "gpu": "JAX's CUDA plugin, the compiler for GPUs,"}

@@ -119,11 +119,11 @@ class Chosen:
     rejected: dict[str, str]
 
 
-def choose(asked: Mapping[str, Value | None], device: Any, convolutional: bool = False) -> Chosen:
+def choose(requested: Mapping[str, Value | None], device: Any, convolutional: bool = False) -> Chosen:
     """Return the options of a train step for a device: the chip's defaults, overridden by the config.
 
     Args:
-      asked: the section `compiler_options`, as name -> value; None disables a default option.
+      requested: the section `compiler_options`, as name -> value; None disables a default option.
       device: a device to compile for, which may be absent; with several processes, a device of this process.
       convolutional: whether convolution kernels are most of the model's parameters; some options are not used for such models.
 
@@ -134,12 +134,12 @@ def choose(asked: Mapping[str, Value | None], device: Any, convolutional: bool =
     options, rejected = {}, {}
     for option in OPTIONS.get(chip.name, ()) if chip else ():
         suits = option.convolutions or not convolutional
-        if option.name not in asked and suits:
+        if option.name not in requested and suits:
             if reason := _rejection(device, option.name, option.value):
                 rejected[option.name] = reason
             else:
                 options[option.name] = option.value
-    for name, value in asked.items():
+    for name, value in requested.items():
         if value is None:
             continue
         if reason := _rejection(device, name, value):
@@ -150,14 +150,14 @@ def choose(asked: Mapping[str, Value | None], device: Any, convolutional: bool =
     return Chosen(options, rejected)
 
 
-def check(asked: Mapping[str, Any]) -> None:
+def check(requested: Mapping[str, Any]) -> None:
     """Check the section `compiler_options` as far as possible without a compiler.
 
     Raises:
       ConfigError: a value of a wrong type, or None for an option that is no chip's default.
     """
     known = sorted({option.name for options in OPTIONS.values() for option in options})
-    for name, value in asked.items():
+    for name, value in requested.items():
         if value is None and name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]!r}?" if close else f"The default options are: {', '.join(known) or 'none'}."

@@ -5,7 +5,7 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Make glibc reuse freed memory instead of returning it to the kernel, for the whole process; no-op without glibc.
 
     On a CPU, XLA allocates the temporaries of each step again. Memory from the kernel costs a page fault for every 4 KiB: a quarter

@@ -12,7 +12,7 @@ FORMS = "v5p-128 (Google's name of a slice), v5p:4x4x4 (its chips), 4xv5p-128 (f
 
 # Grids of chips for Google's names of slices: docs.cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
 _FLAT_GRIDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-# The same of /v4, /v5p and /tpu7x, up to one cube of 4 × 4 × 4; larger slices are made of cubes.
+# The same of /v4, /v5p and /tpu7x, up to one cube of 4 × 4 × 4; larger slices consist of cubes.
 _SMALL_GRIDS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
 _LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips of the largest slice: the same pages
 _GPUS_PER_NODE = 8

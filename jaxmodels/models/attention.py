@@ -142,7 +142,7 @@ def _indivisible(heads: int, layout: Layout) -> str:
 
 
 def _for_devices(x_BSGK: jax.Array, N: int, ways: int) -> jax.Array:
-    """Return keys or values with their heads repeated, so that each of `ways` devices has those of its own N / ways query heads."""
+    """Return keys or values with their heads repeated, so that each of `ways` devices has the keys or values of its N / ways query heads."""
     G = x_BSGK.shape[2]
     return x_BSGK if N % ways else jnp.repeat(x_BSGK, math.lcm(G, ways) // G, axis=2)
 
@@ -153,7 +153,7 @@ def context_of(layout: Layout | None) -> Context:
 
 
 def choose(
-    asked: Implementation,
+    requested: Implementation,
     platform: str,
     dtype: Any,
     head_width: int,
@@ -166,7 +166,7 @@ def choose(
     """Return the implementation that runs, and the reason: the requested one, or for `auto` the fastest that can run.
 
     Args:
-      asked: as in `attend`.
+      requested: the argument `implementation` of `attend`.
       platform: `cpu`, `gpu` or `tpu`, as JAX names it.
       dtype: of the computation.
       head_width: K.
@@ -180,21 +180,21 @@ def choose(
     if context in ("ring", "heads") and bias:
         raise ValueError(NO_BIAS.format(f"sharding.context={context!r}"))
     if context == "ring":
-        if asked not in ("auto", "xla"):
+        if requested not in ("auto", "xla"):
             cure = "use 'auto', or sharding.context='gather'"
-            raise ValueError(f"attention={asked!r} excludes sharding.context='ring', which computes with 'xla'; {cure}")
+            raise ValueError(f"attention={requested!r} excludes sharding.context='ring', which computes with 'xla'; {cure}")
         return "xla", "ring attention (sharding.context=ring)"
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
-    if asked == "xla":
+    if requested == "xla":
         return "xla", "requested"
     problems = {
         "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias, context),
         "splash": _splash_problem(platform, bias),
     }
-    if asked != "auto":
-        if problems[asked] is not None:
-            raise ValueError(f"attention={asked!r} cannot run here: {problems[asked]}; use 'xla' or 'auto'")
-        return asked, "requested"
+    if requested != "auto":
+        if problems[requested] is not None:
+            raise ValueError(f"attention={requested!r} cannot run here: {problems[requested]}; use 'xla' or 'auto'")
+        return requested, "requested"
     best = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     if best is None:
         return "xla", f"there is no fused kernel for {platform}"
@@ -209,7 +209,7 @@ def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -
     if head_width % 8 or head_width > 128:
         return f"cuDNN needs head widths that are multiples of 8 up to 128, not {head_width}"
     if bias:
-        return "cuDNN is not used with relative positions, whose bias has a gradient of its own"
+        return "cuDNN is not used with relative positions, because their bias needs a gradient"
     if window is not None and not causal:
         return "cuDNN has windows only for causal attention"
     if causal and context == "gather":

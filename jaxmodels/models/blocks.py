@@ -31,6 +31,14 @@ def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs
     return nnx.LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
 
 
+def residual_init(post_norm: bool, layers: int) -> Callable:
+    """Return the initializer of matrices whose products are added to the residual stream: normal with a deviation of 0.02.
+
+    The residual stream of pre-norm blocks is not normalized, so GPT-2 divides the deviation by the root of the number of residuals, 2 × layers.
+    """
+    return nnx.initializers.normal(0.02 if post_norm else 0.02 / math.sqrt(2 * layers))
+
+
 class MLP(nnx.Module):
     """Two matrices with an activation function between; with `swiglu` and `geglu` a third one gates (Shazeer 2020)."""
 
@@ -61,14 +69,14 @@ class Block(nnx.Module):
         causal: bool = True,
         dropout: float,
         layers: int,
+        norm: Norm,
+        epsilon: float,
+        post_norm: bool,
+        activation: Activation,
+        bias: bool,
         kv_heads: int | None = None,
         head_width: int | None = None,
         window: int | None = None,
-        norm: Norm = "layer",
-        epsilon: float = 1e-5,
-        post_norm: bool = False,
-        activation: Activation = "gelu",
-        bias: bool = True,
         qkv_bias: bool | None = None,
         query_key_norm: bool = False,
         scale: float | None = None,
@@ -86,12 +94,11 @@ class Block(nnx.Module):
           causal: position t sees positions 0..t.
           dropout: rate on the residuals.
           layers: number of blocks in the model.
-          kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
-          norm: `layer` or `rms`.
-          epsilon: of the normalization.
+          norm, epsilon: kind and epsilon of the normalizations, as in `make_norm`.
           post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs of attention and feed-forward.
           activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu` and `geglu`.
           bias: whether matrices and layer normalizations have a bias.
+          kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
           qkv_bias: whether queries, keys and values have a bias. The default is `bias`.
           relative: whether calls pass a bias for the products of self-attention.
           memory: whether the block has cross-attention.
@@ -104,8 +111,7 @@ class Block(nnx.Module):
         """
         if init == "normal":
             matrix = query = nnx.initializers.normal(0.02)
-            # The residual stream of pre-norm blocks is not normalized; GPT-2 scales down the matrices that add to it.
-            out = matrix if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
+            out = residual_init(post_norm, layers)
         else:
             matrix = out = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
             # Without a scale on the products, the queries are initialized smaller.
@@ -209,7 +215,7 @@ def apply_blocks(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run blocks one after the other: a list is unrolled, and stacked ones are looped over.
 
-    Each block draws dropout from a key of its own, so that scanned, unrolled and rematerialised blocks give the same result.
+    Each block has its own dropout key, so that scanned, unrolled and rematerialised blocks give the same result.
 
     Args:
       blocks: from `make_blocks`.

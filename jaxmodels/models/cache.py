@@ -1,6 +1,6 @@
 """Caches for generation: keys and values, or recurrent states, of the tokens that a model has read.
 
-A model that generates has three methods besides `__call__`, all of them plain functions of arrays with fixed shapes:
+A model that generates has three methods in addition to `__call__`, all of them plain functions of arrays with fixed shapes:
 
     make_cache(batch, length, dtype) -> cache      an empty cache for `length` tokens a row
     prefill(tokens [B, P], cache) -> logits, cache   reads prompts into an empty cache

@@ -35,7 +35,7 @@ def convolve(x_BHWC: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
 
 
 def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve each channel with a kernel of its own, [size, size, C], of odd size. Return the shape of x.
+    """Convolve each channel with its own kernel (depthwise), [size, size, C], of odd size. Return the shape of x.
 
     This is a sum of shifted images on CPUs, where the general convolution takes about twenty times as long.
     """

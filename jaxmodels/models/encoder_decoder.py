@@ -50,7 +50,7 @@ class Side(nnx.Module):
         norm, epsilon, bias = block["norm"], block["epsilon"], block["bias"]
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         relative = positions == "relative"
-        # One table for all layers, as in T5. Its initial values are small beside products of unit variance.
+        # One table for all layers, as in T5. Its initial values are small relative to products of unit variance.
         self.relative = RelativePositions(heads, buckets=32, distance=128, causal=causal, init=init, rngs=rngs) if relative else None
         options = {"causal": causal, "memory": causal, "relative": relative, "init": "fan_in", **block}
         self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), block["layers"], scan, rngs)

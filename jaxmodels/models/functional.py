@@ -32,7 +32,7 @@ class Graph:
 def split(model: nnx.Module) -> tuple[Graph, dict, dict]:
     """Return a module as (graph, params, stats), the last two as plain nested dictionaries with string keys.
 
-    `stats` are all variables besides parameters, random streams and intermediate values: running means, for example.
+    `stats` are all variables other than parameters, random streams and intermediate values: running means, for example.
 
     Raises:
       ValueError: a variable holds a random key outside of a random stream.
@@ -70,7 +70,7 @@ def _seed(graph: Graph, key: jax.Array) -> dict:
 
 
 def with_default_stream(rngs: nnx.Rngs) -> nnx.Rngs:
-    """Return generators with the stream `params` of `rngs`, and a default stream for the names that a constructor may ask for besides."""
+    """Return generators with the stream `params` of `rngs`, and a default stream for other names that a constructor may request."""
     key = rngs.params.key[...]
     return nnx.Rngs(jax.random.fold_in(key, 1), params=key)
 
@@ -137,6 +137,12 @@ def _own_keys(tree):
 def cast(tree, dtype):
     """Return the tree with floating-point arrays as `dtype`, and all others unchanged."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def compute_dtype(model: Callable) -> jnp.dtype:
+    """Return the dtype of a module's floating-point parameters, to which `training_model` and `evaluation_model` cast them; float32 if it has none."""
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param)) if isinstance(model, nnx.Module) else []
+    return next((x.dtype for x in parameters if jnp.issubdtype(x.dtype, jnp.floating)), jnp.dtype(jnp.float32))
 
 
 def training_model(graph: Graph, params: dict, stats: dict, key: jax.Array) -> nnx.Module:

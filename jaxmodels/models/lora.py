@@ -139,4 +139,5 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """Factor on the adapter's output, alpha / rank."""
         return (self.rank if self.alpha is None else self.alpha) / self.rank

@@ -4,7 +4,6 @@ Shapes: B batch, T time, D width, N heads, K width of a head, V vocabulary, L la
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from flax import nnx
 
 from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Implementation
-from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm, prefill_blocks
+from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm, prefill_blocks, residual_init
 from jaxmodels.models.layers import Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.moe import Mixture, MoE, statistics
 from jaxmodels.models.positions import RotaryScaling, positions_in, rotary_table, sinusoids
@@ -23,6 +22,12 @@ from jaxmodels.models.sizes import DECODERS
 from jaxmodels.parallel.layout import constrain, gathered, sum_over_devices
 
 SIZES = DECODERS
+
+
+def _experts(mixture: Mixture, width: int, mlp_width: int, activation: Activation, out_init) -> Callable[[nnx.Rngs], MoE]:
+    """Return the constructor of a block's mixture of experts."""
+    options = dataclasses.asdict(mixture)
+    return lambda rngs: MoE(width, mlp_width, activation=activation, out_init=out_init, rngs=rngs, **options)
 
 
 class Decoder(nnx.Module):
@@ -85,36 +90,30 @@ class Decoder(nnx.Module):
           dropout: rate on the embedding and on the residuals of each block.
           tie_embeddings: the output matrix is the token embedding's (Press and Wolf 2017).
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
-          scan: stack the blocks' parameters, [L, ...], and loop over them: compiling takes the time of
-            one block for any number of layers.
-          remat: what the backward pass recomputes of each block: `none`, `full` (all),
-            `dots` (all but matrix products), `dots_no_batch` (all but matrix products with parameters); or the names of
-            saved activations, of `remat.NAMES`.
+          scan: stack the blocks' parameters, [L, ...], and loop over them: compiling takes the time of one block for any number of layers.
+          remat: what the backward pass recomputes of each block: `none`, `full` (all), `dots` (all but matrix products), `dots_no_batch` (all but matrix
+            products with parameters); or the names of saved activations, of `remat.NAMES`.
           offload: names of activations that are offloaded to host memory until the backward pass.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
         check_sizes(context=context, layers=layers, heads=heads, width=width)
         if rotary_scaling is not None and positions != "rotary":
-            raise ValueError(f"rotary_scaling has no meaning for positions={positions!r}")
+            raise ValueError(f"rotary_scaling needs positions='rotary', got positions={positions!r}")
         init = nnx.initializers.normal(0.02)
+        self.mixture = Mixture(**moe) if isinstance(moe, Mapping) else moe
         self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
-        options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm}
-        options |= {"epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias}
-        options |= {"query_key_norm": query_key_norm, "attention": attention, "dropout": dropout, "layers": layers}
-        self.mixture = Mixture(**moe) if isinstance(moe, Mapping) else moe
-        if moe is not None:
-            mixture = dataclasses.asdict(self.mixture)
-            out_init = init if post_norm else nnx.initializers.normal(0.02 / math.sqrt(2 * layers))
-            options["mlp"] = lambda rngs: MoE(width, mlp_width or 4 * width, activation=activation, out_init=out_init, rngs=rngs, **mixture)
+        options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm, "epsilon": epsilon}
+        options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias, "query_key_norm": query_key_norm}
+        options |= {"attention": attention, "dropout": dropout, "layers": layers}
+        if self.mixture is not None:
+            options["mlp"] = _experts(self.mixture, width, mlp_width or 4 * width, activation, residual_init(post_norm, layers))
         self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
-        self.rotary = None
-        if positions == "rotary":
-            scaling = RotaryScaling(**rotary_scaling) if isinstance(rotary_scaling, Mapping) else rotary_scaling
-            self.rotary = (head_width or width // heads, rotary_base, scaling)
+        scaling = RotaryScaling(**rotary_scaling) if isinstance(rotary_scaling, Mapping) else rotary_scaling
+        self.rotary = (head_width or width // heads, rotary_base, scaling) if positions == "rotary" else None
         self.sinusoidal = positions == "sinusoidal"
         self.context, self.layers, self.dropout = context, layers, dropout
         remat_lib.check(remat, offload)
@@ -138,8 +137,8 @@ class Decoder(nnx.Module):
 
         Of these, `loss` is the sum over layers; all others are the mean.
         """
-        x_BTD, told = self.features(tokens, segments=segments, rngs=rngs)
-        return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), told
+        x_BTD, auxiliary = self.features(tokens, segments=segments, rngs=rngs)
+        return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), auxiliary
 
     def features(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the final hidden states [B, T, D] and the statistics: `with_auxiliary` without the output layer, `head`."""
@@ -154,8 +153,8 @@ class Decoder(nnx.Module):
         x_BTD, sums = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, offload=self.offload, **shared)
         if self.mixture is None:
             return x_BTD, {}
-        told = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
-        return x_BTD, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in told.items()}
+        auxiliary = jax.vmap(lambda sums: statistics(sums, self.mixture))(sum_over_devices(sums))
+        return x_BTD, {name: values.sum(0) if name == "loss" else values.mean(0) for name, values in auxiliary.items()}
 
     def head(self) -> Callable[[jax.Array], jax.Array]:
         """Map features [B, T, D] to logits [B, T, V]. For several calls on parts: the matrix is gathered once, and gradients add up in float32."""

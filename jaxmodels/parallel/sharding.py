@@ -278,7 +278,7 @@ def notes(layout: Layout) -> list[str]:
     """Return notes about dimensions that are replicated and work that is repeated, for the log and the manifest."""
     busy = {*layout.used, *layout.rules["batch"]}
     idle = [axis for axis, size in layout.mesh.shape.items() if size > 1 and axis not in busy and layout.axis is None]
-    repeated = [f"mesh.{axis}={layout.mesh.shape[axis]} shards nothing of this model: those devices repeat each other's work" for axis in idle]
+    repeated = [f"mesh.{axis}={layout.mesh.shape[axis]} shards no part of this model: its devices repeat the same work" for axis in idle]
     return [*repeated, *(f"{note}: it is replicated on their devices" for note in layout.left_whole)]
 
 

@@ -1,4 +1,4 @@
-"""Settings that a search tries (mesh, accumulation and rematerialisation; all of them compute the same), and their ranking."""
+"""Settings that a search tries (mesh, accumulation and rematerialisation, which do not change the result), and their ranking."""
 
 import copy
 import dataclasses
@@ -23,9 +23,9 @@ from jaxmodels.plan.shardings import PRODUCTS, Graph, Op, Value
 
 Changes = dict[str, Any]  # dotted key of a config -> value
 
-# Tokens in the smallest part of a sequence that is worth a device of its own.
+# Minimum tokens of a sequence on a device, for meshes with the axis `context`.
 SMALLEST_PART = 1024
-# Shards of matrices, and pipeline stages: beyond, each has too little to do, and the bubble grows.
+# Maximum sizes of the axes `tensor` and `pipeline`. Beyond these, the work of a device is too small, and the pipeline's bubble too large.
 MOST_TENSOR, MOST_STAGES = 16, 8
 ACCUMULATIONS = (1, 2, 4, 8, 16)
 # The order of a ranking.
@@ -34,14 +34,14 @@ STATES = ("compiled", "modelled", "out of time", "too large", "failed")
 
 @dataclasses.dataclass
 class Candidate:
-    """A setting, and what is known of it.
+    """A setting and its figures.
 
     Attributes:
-      changes: dotted keys of the config with their values; all that makes it differ from others.
-      own: whether it is the config as given.
+      changes: dotted keys of the config with the setting's values.
+      own: whether it is the config's own setting.
       state: one of `STATES`; `modelled` is not compiled.
-      memory, seconds: by the models: bytes on a device, and of a step; None if not modelled.
-      parts: seconds by part, by the compiler if compiled, else by the model.
+      memory, seconds: estimates of the models: bytes on a device, and seconds of a step; None if not modelled.
+      parts: seconds by part: from the compiled program if there is one, else from the model.
       plan: the JSON of `jaxmodels plan`; None if not compiled.
       why: why it is not the best.
     """
@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """`fsdp=64 remat=full`: without values of 1 or nothing."""
+        """A name such as `fsdp=64 remat=full`, without values of 1 and empty ones."""
         words = {key.rpartition(".")[2]: "+".join(value) if isinstance(value, tuple) else value for key, value in self.changes.items() if value not in (1, ())}
         return " ".join(f"{name}={value}" for name, value in words.items()) or "one device"
 
@@ -68,24 +68,24 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        """By the compiler if compiled, else by the model."""
+        """Seconds of a step: from the compiled program if there is one, else from the model."""
         return self.plan["step_seconds"] if self.plan else math.inf if self.seconds is None else self.seconds
 
     @property
     def bytes(self) -> int:
-        """On a device, by the compiler if compiled, else by the model."""
+        """Bytes on a device: from the compiler if compiled, else from the model."""
         return self.plan["peak_bytes_per_device"] if self.plan else self.memory or 0
 
-    def does_not_fit(self, over: float, says: str) -> None:
-        """Mark it as too large, by so many bytes."""
-        self.state, self.why = "too large", f"does not fit by {over / 1e9:.1f} GB, says the {says}"
+    def does_not_fit(self, over: float, source: str) -> None:
+        """Mark it as too large by `over` bytes, according to `compiler` or `model`."""
+        self.state, self.why = "too large", f"does not fit by {over / 1e9:.1f} GB, according to the {source}"
 
 
 def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
-    """Return the experiment with other values of its config; its data stays open.
+    """Return the experiment with changed values of its config. The data set is not opened again.
 
     Raises:
-      ConfigError: a value that its section does not take.
+      ConfigError: a section does not allow its value.
     """
     config = copy.deepcopy(experiment.config)
     for key, value in changes.items():
@@ -97,21 +97,21 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
 
 
 def mesh_changes(mesh: Mapping[str, int]) -> Changes:
-    """A mesh as values of a config."""
+    """Return a mesh as keys and values of a config."""
     return {f"mesh.{axis}": size for axis, size in mesh.items()}
 
 
 def context_changes(experiment: Experiment, mesh: Mapping[str, int]) -> Changes:
-    """Exchange heads between the parts of a sequence where they divide, which sends least and waits for no one; else as the config says."""
+    """Return `sharding.context=heads` if the mesh shards sequences and the heads divide, else no change. It sends the fewest bytes, and has no turns to wait for."""
     heads, relative = experiment.config["model"].get("heads"), experiment.config["model"].get("positions") == "relative"
     divide = mesh["context"] > 1 and heads and heads % (mesh["tensor"] * mesh["context"]) == 0
     return {"sharding.context": "heads"} if divide and not relative else {}
 
 
 def meshes(experiment: Experiment, topology: Any) -> list[tuple[dict[str, int], int]]:
-    """Return the meshes that a model and its batch can be sharded over, with the bytes of state on a device. The first ones cut the model least.
+    """Return the meshes that a model and its batch can be sharded over, with the bytes of state on a device; those with the fewest model shards first.
 
-    A mesh is left out if nothing of the model is sharded over one of its axes, or if a dimension, the layers or the batch do not divide.
+    A mesh is left out if one of its axes shards no part of the model, or if a dimension, the layers or the batch do not divide.
     """
     shapes, model = experiment.state_shapes(), experiment.config["model"]
     heads = [model[key] for key in ("heads", "kv_heads") if model.get(key)]
@@ -132,7 +132,7 @@ def meshes(experiment: Experiment, topology: Any) -> list[tuple[dict[str, int], 
 
 
 def _factorisations(experiment: Experiment, topology: Any) -> Iterator[dict[str, int]]:
-    """Sizes of all axes that multiply to the topology's devices, as far as the model has something for them."""
+    """Yield sizes of all axes that multiply to the topology's devices. An axis that the model cannot use has size 1."""
     model, batch = experiment.config["model"], experiment.batch_shapes(1)
     length = batch["tokens"].shape[1] if "tokens" in batch and "attention" in experiment.kernels else 0
     most = {
@@ -149,7 +149,7 @@ def _factorisations(experiment: Experiment, topology: Any) -> Iterator[dict[str,
 
 
 def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many factors, none above its limit."""
+    """Yield all ways to write a number as a product of factors, one for each limit, none above it."""
     if not most:
         yield from [()] if total == 1 else []
         return
@@ -159,9 +159,9 @@ def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def accumulations(experiment: Experiment, mesh: Mapping[str, int]) -> list[int]:
-    """Return the numbers of parts that a batch may be computed in: those that divide, where the loss is a sum over rows.
+    """Return the numbers of microbatches that divide the batch.
 
-    Batch normalisation, a mixture's load and contrastive losses see all rows of a part, so there it stays as configured.
+    Batch normalisation, the load of a mixture and contrastive losses depend on all rows of a microbatch. With them only the config's number is returned.
     """
     own = experiment.training.accumulate
     model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
@@ -174,30 +174,30 @@ def accumulations(experiment: Experiment, mesh: Mapping[str, int]) -> list[int]:
 
 
 def policies(experiment: Experiment, step: memory.TracedStep) -> list[Changes]:
-    """Return the ways to rematerialise, from the one that keeps least; one empty change for models without the choice.
+    """Return the rematerialisation policies, from the one that saves the fewest activations; one empty change for models without the key.
 
     Args:
       experiment: as `build_experiment` returns.
-      step: traced with `remat="full"`: it tells the size of each named activation, and the cost of computing it again.
+      step: traced with `remat="full"`, for the size of each named activation and the FLOPs of computing it again.
     """
     fields = config_lib.fields(models.find(experiment.config["model"]["name"])[0])
     if "remat" not in fields:
         return [{}]
     if "offload" not in fields:
         return [{"model.remat": policy} for policy in ("full", "dots_no_batch", "dots", "none")]
-    names = keep_lists(step)
+    names = saved_lists(step)
     on_device = [{"model.remat": policy, "model.offload": ()} for policy in ("full", *names, "dots_no_batch", "dots", "none")]
     return on_device + [{"model.remat": policy, "model.offload": ("input",)} for policy in ("full", *names)]
 
 
 def lightest(experiment: Experiment) -> Changes:
-    """The policy that keeps least, as far as the model has the choice."""
+    """Return the policy that saves the fewest activations, for those of its keys that the model has."""
     fields = config_lib.fields(models.find(experiment.config["model"]["name"])[0])
     return {f"model.{key}": value for key, value in (("remat", "full"), ("offload", ())) if key in fields}
 
 
-def keep_lists(step: memory.TracedStep) -> list[tuple[str, ...]]:
-    """Names of activations to keep, each list with one more than the one before: first what saves most FLOPs for a byte."""
+def saved_lists(step: memory.TracedStep) -> list[tuple[str, ...]]:
+    """Return lists of activations to save, each with one more than the one before. The first name saves the most FLOPs per byte."""
     sizes: dict[str, float] = {}
     saved: dict[str, float] = {}
     for op, times in _named(step.graph, 1):
@@ -209,7 +209,7 @@ def keep_lists(step: memory.TracedStep) -> list[tuple[str, ...]]:
 
 
 def _named(graph: Graph, times: int) -> Iterator[tuple[Op, int]]:
-    """Operations of the forward pass that name an activation, and how often each runs."""
+    """Yield the operations of the forward pass that name an activation, and how often each runs."""
     for op in graph.ops:
         if op.name == "name" and not op.backward:
             yield op, times
@@ -218,7 +218,7 @@ def _named(graph: Graph, times: int) -> Iterator[tuple[Op, int]]:
 
 
 def _flops_behind(value: Value, mesh: Mapping[str, int]) -> float:
-    """FLOPs of the products on a device that a value is computed from, back to what is named or written for others."""
+    """Return the FLOPs of the products on a device that compute a value from named activations and other arrays in memory."""
     flops, waiting, seen = 0.0, [value], set()
     while waiting:
         value = waiting.pop()
@@ -236,27 +236,27 @@ def _flops_behind(value: Value, mesh: Mapping[str, int]) -> float:
 # The ranking
 
 
-def rank(settings: Sequence[Candidate], room: int) -> list[Candidate]:
-    """Rank settings, compiled ones before modelled ones, and say of each but the best why it is not.
+def rank(settings: Sequence[Candidate], available: int) -> list[Candidate]:
+    """Rank settings, compiled ones before modelled ones. For each but the best, `why` states why it is not the best.
 
     Args:
       settings: in any order.
-      room: bytes of a device.
+      available: bytes of a device that a program can use.
 
     Raises:
       ConfigError: none fits.
     """
     for each in settings:
-        if each.state in ("compiled", "modelled") and each.bytes > room:
-            each.does_not_fit(each.bytes - room, "compiler" if each.plan else "model")
+        if each.state in ("compiled", "modelled") and each.bytes > available:
+            each.does_not_fit(each.bytes - available, "compiler" if each.plan else "model")
     known = ("compiled", "modelled", "out of time")
     ranked = sorted(settings, key=lambda each: (STATES.index(each.state), each.step_seconds if each.state in known else each.bytes, each.bytes))
     best = ranked[0]
     if best.state not in ("compiled", "modelled"):
         nearest = min(settings, key=lambda each: each.bytes or math.inf)
         raise ConfigError(
-            f"no setting fits a device's {room / 1e9:.1f} GB; the nearest, {nearest.name}, takes {nearest.bytes / 1e9:.1f} GB. "
-            "Take a larger topology, or a smaller data.batch_size, which changes the run."
+            f"no setting fits a device's {available / 1e9:.1f} GB; the nearest, {nearest.name}, needs {nearest.bytes / 1e9:.1f} GB. "
+            "Use a larger topology, or a smaller data.batch_size, which changes the run."
         )
     for each in ranked[1:]:
         each.why = each.why or _slower(each, best)
@@ -264,13 +264,13 @@ def rank(settings: Sequence[Candidate], room: int) -> list[Candidate]:
 
 
 def _slower(setting: Candidate, best: Candidate) -> str:
-    """By how much, and in which parts, a setting is slower than the best."""
+    """Return by how much, and in which parts, a setting is slower than the best."""
     compared = setting.plan is not None or best.plan is None
     this, that = (setting.step_seconds, best.step_seconds) if compared else (setting.seconds, best.seconds)
     before = "" if compared else "not compiled: "
     if this is None or that is None or this <= that * 1.0005:
         more = f", and {(setting.bytes - best.bytes) / 1e9:.1f} GB more" if setting.bytes > best.bytes else ""
-        return before + ("takes as long" if compared else "not faster by the model") + more
+        return before + ("as fast" if compared else "not faster by the model") + more
     if not compared:
         return f"{before}{this / that - 1:.1%} slower by the model"
     again = setting.changes.get("model.remat") not in (best.changes.get("model.remat"), "none")

@@ -1,4 +1,4 @@
-"""The train step of a run, compiled for the chips of a topology, which need not be present."""
+"""The train step of a run, compiled for the chips of a topology, which may be absent."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _DUMP = "xla_dump_to"
 
 
 def check_mesh(sizes: mesh_lib.MeshSizes, topology: Topology) -> None:
-    """Raise ConfigError unless a config's mesh covers a topology; states which sizes would."""
+    """Raise ConfigError unless a config's mesh covers a topology; the message states sizes that would."""
     if topology.chip.platform == "tpu" and sizes.slices not in (topology.slices, -1):
         raise ConfigError(
             f"config.mesh.slices={sizes.slices}, but --topology={topology.name} is {topology.slices} slice{'s' * (topology.slices > 1)}: "
@@ -38,7 +38,7 @@ def check_mesh(sizes: mesh_lib.MeshSizes, topology: Topology) -> None:
         shape = dataclasses.asdict(sizes)
         others = {axis: math.prod(size for other, size in shape.items() if other != axis) for axis in shape if axis != "slices"}
         ways = [f"--config.mesh.{axis}={topology.devices // rest}" for axis, rest in others.items() if rest > 0 and topology.devices % rest == 0]
-        would = f" With the others as they are, one of these would do: {' '.join(ways)}." if ways else ""
+        would = f" With the other sizes unchanged, one of these fits: {' '.join(ways)}." if ways else ""
         raise ConfigError(f"--topology={topology.name} has {topology.devices} devices. {error}{would}") from error
 
 
@@ -50,10 +50,10 @@ class CompiledStep:
       compiled: as `jax.jit(...).lower(...).compile()` returns.
       shapes: of the train state, with shardings.
       mesh: of the topology's devices.
-      layout: of the step; its `left_whole` lists what could not be sharded.
-      record: how long it took, and with which options.
-      experiment: as it is on that mesh; its `kernels` tell which implementations run.
-      text: of the optimized program; None if nothing installed can read it.
+      layout: of the step; its `left_whole` lists the dimensions that could not be sharded.
+      record: compile time and compiler options.
+      experiment: of the step, on that mesh; its `kernels` state which implementations run.
+      text: of the optimized program; None if the installed jaxlib cannot read it.
     """
 
     compiled: Any
@@ -69,7 +69,7 @@ class DoesNotFit(RunError):
     """A step needs more memory than a device has.
 
     Attributes:
-      needed: bytes, as the compiler states when it gives up; None if it does not.
+      needed: bytes, from the compiler's error; None if the error does not state them.
       available: bytes of a device that a program can use.
     """
 
@@ -79,16 +79,16 @@ class DoesNotFit(RunError):
 
 
 def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledStep:
-    """Compile the train step of a run, the one that `jaxmodels train` would run, for a topology.
+    """Compile the train step of a run for a topology: the step that `jaxmodels train` would run there.
 
     Args:
-      experiment: as `build_experiment` returns. Its mesh is made of the topology's devices; for TPUs, `mesh.slices` must be the topology's slices.
+      experiment: as `build_experiment` returns. Its mesh must cover the topology's devices; for TPUs, `mesh.slices` must be the number of slices.
       topology: or its name, as for `hardware.topologies.parse`.
 
     Raises:
       ConfigError: mesh, batch, or a requested kernel does not fit the topology, or its compiler is not installed.
-      DoesNotFit: it needs more memory than a TPU has; states how much, and what to change.
-      RunError: the compiler failed otherwise; names the file with its whole output.
+      DoesNotFit: it needs more memory than a TPU has; the message states how much, and what to change.
+      RunError: the compiler failed for another reason; the message names the file with its whole output.
     """
     topology = topologies.parse(topology) if isinstance(topology, str) else topology
     if experiment.config["partition"] == "pmap":
@@ -124,16 +124,16 @@ def compile_step(experiment: Experiment, topology: str | Topology) -> CompiledSt
 
 
 def _with_options(experiment: Experiment, options: Mapping) -> Experiment:
-    """The experiment with more compiler options; its own take precedence."""
+    """Return the experiment with additional compiler options; those of its config take precedence."""
     config = experiment.config
     return dataclasses.replace(experiment, config=config | {"compiler_options": {**options, **config["compiler_options"]}})
 
 
 def _program_text(compiled: Any, folder: str) -> str | None:
-    """The optimized program as its compiler wrote it; else as jaxlib reads it, which one older than libtpu cannot always do."""
+    """Return the optimized program as the compiler wrote it, else as jaxlib reads it. A jaxlib older than libtpu cannot always read it."""
     written = [file.read_text() for file in Path(folder).glob("*.after_codegen.txt")]
     if written:
-        return max(written, key=len)  # the others are probes of its options
+        return max(written, key=len)  # the other files are from tests of compiler options
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -141,7 +141,7 @@ def _program_text(compiled: Any, folder: str) -> str | None:
 
 
 def _refused(error: Exception, experiment: Experiment, topology: Topology, state: int) -> DoesNotFit:
-    """The error of a compiler that says `Used 24.5G of 15.75G hbm`, or `(26.84G) exceeds available HBM (15.75G)`."""
+    """Return the error for a compiler's message `Used 24.5G of 15.75G hbm`, or `(26.84G) exceeds available HBM (15.75G)`."""
     text = str(error)
     match = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text) or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", text)
     needed, available = (_bytes(match[1]), _bytes(match[2])) if match else (None, topology.chip.memory_per_device)
@@ -155,46 +155,46 @@ def does_not_fit(experiment: Experiment, topology: Topology, needed: int | None,
       experiment, topology: of the step.
       needed, available: bytes of a device; `needed` is None if unknown.
       state: bytes of the state on a device.
-      by: who says so.
+      by: `the compiler` or `the analytic model`.
     """
-    over = f": it needs {needed / 1e9:.2f} GB and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB too few" if needed else ""
+    over = f": it needs {needed / 1e9:.2f} GB and a device has {available / 1e9:.2f} GB, {(needed - available) / 1e9:.2f} GB less" if needed else ""
     model, training, batch = experiment.config["model"], experiment.training, experiment.loading.batch_size
     spread = "--config.mesh.fsdp or --config.mesh.tensor in place of mesh.data"
     ways = []
     if "remat" in model and model["remat"] != "full":
         ways.append("--config.model.remat=full")
     if model.get("offload") == ():
-        ways.append("--config.model.offload (activations in the host's memory)")
+        ways.append("--config.model.offload (activations in host memory)")
     if batch % (2 * training.accumulate) == 0:
         ways.append(f"--config.training.accumulate={2 * training.accumulate}")
     if experiment.mesh.data != 1:
-        ways.append(f"{spread}, which spread the state")
+        ways.append(f"{spread}, which shard the state")
     if batch > 1:
         ways.append(f"--config.data.batch_size={batch // 2}")
     if state > available:
         ways = [f"{spread}: the state alone, {state / 1e9:.2f} GB, is more than a device has"]
     return DoesNotFit(
-        f"the step does not fit {topology.name}{over}, says {by}. Try {', '.join(ways)}; or a larger topology. jaxmodels plan --search looks for a setting that fits.",
+        f"the step does not fit {topology.name} according to {by}{over}. Try {', '.join(ways)}; or a larger topology. jaxmodels plan --search looks for a setting that fits.",
         needed,
         available,
     )
 
 
 def _bytes(text: str) -> int:
-    """Bytes of `15.75G`, as compilers write 2**30 bytes."""
+    """Return the bytes of a size such as `15.75G`; compilers write G for 2**30 bytes."""
     scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return round(float(text.rstrip("KMGT")) * scale.get(text[-1], 1))
 
 
 def _failed(error: Exception, experiment: Experiment, topology: Topology) -> RunError:
-    """The error of a failed compilation: its reason in one line, the rest in a file."""
+    """Return the error of a failed compilation, with its reason in one line. The whole output is written to a file."""
     with tempfile.NamedTemporaryFile("w", prefix="jaxmodels_compiler_", suffix=".log", delete=False, encoding="utf-8") as log:
         log.write(f"config: {json.dumps(experiment.config)}\n\n" + "".join(traceback.format_exception(error)))
-    return RunError(f"the compiler failed for {topology.name}: {_first_line(error)}. All it said is in {log.name}.")
+    return RunError(f"the compiler failed for {topology.name}: {_first_line(error)}. Its whole output is in {log.name}.")
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """Bytes on each device while a compiled function runs: arguments, outputs, temporaries, aliased (outputs in donated arguments), and their total."""
+    """Return the bytes on each device while a compiled function runs: arguments, outputs, temporaries, aliased (outputs in donated arguments), and their total."""
     found = compiled.memory_analysis()
     parts = {
         "arguments": found.argument_size_in_bytes,

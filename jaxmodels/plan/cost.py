@@ -1,8 +1,8 @@
 """The cost model: seconds that operations and collectives take on a chip, from counts and the rates of `hardware.chips`.
 
 It is the same for traced steps (`plan.roofline`) and compiled programs (`plan.estimate`), for TPUs and GPUs. An operation uses a device's matrix unit, its vector unit
-and its memory, each for a count over a rate. At best the three overlap and the longest counts; at worst they run one after the other. A collective takes the
-bytes that a device sends in a ring over the bandwidth of the links that the ring uses. `docs/estimates.md` states what this leaves out.
+and its memory; the time of each is a count divided by a rate. At best the three overlap, and the longest time counts; at worst they run one after the other. The
+time of a collective is the bytes that a device sends in a ring, divided by the bandwidth of the links that the ring uses. `docs/estimates.md` states the limits.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxmodels.hardware.chips import Chip
 
 PARTS = ("matrix products", "attention kernels", "other", "exposed collectives", "exposed host transfers")
 
-# Bytes that a device sends in a ring of n devices, for each byte of the whole array: gathered, or not yet reduced or scattered.
+# Bytes that a device sends in a ring of n devices, for each byte of the array after gathering, or before reducing or scattering.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -26,8 +26,8 @@ SENT = {
 ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 # Elementwise operations for a score in an attention kernel: scale, mask (2), maximum, subtraction, exponential (3), sum, product, conversions (2).
 SCORE_OPERATIONS = 12
-TPU_HEAD_WIDTH = 128  # rows of a matrix unit that a narrower head fills up with zeros
-GPU_LAUNCH = 2e-6  # seconds from the start of a kernel to that of the next one, at least
+TPU_HEAD_WIDTH = 128  # rows of a matrix unit; a narrower head is padded with zeros
+GPU_LAUNCH = 2e-6  # minimum seconds between the starts of two kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Seconds:
 
 
 def operation_seconds(chip: Chip, *, flops: float = 0.0, vectors: float = 0.0, size: float = 0.0, itemsize: int = 2) -> Seconds:
-    """Time of an operation on one device.
+    """Return the time of an operation on one device.
 
     Args:
       chip: the device's chip.
@@ -65,13 +65,13 @@ def operation_seconds(chip: Chip, *, flops: float = 0.0, vectors: float = 0.0, s
 
 
 def attention_seconds(chip: Chip, kernel: str, *, scores: float, width: int) -> Seconds:
-    """Time of a fused attention kernel on one device: `scores` pairs of queries and keys, over all rows and heads, of heads of a width."""
+    """Return the time of a fused attention kernel on one device. `scores` is the number of query-key pairs over all rows and heads, `width` that of a head."""
     width = max(width, TPU_HEAD_WIDTH) if chip.platform == "tpu" else width
     return operation_seconds(chip, flops=2 * ATTENTION_PRODUCTS[kernel] * scores * width, vectors=SCORE_OPERATIONS * scores)
 
 
 class Group(NamedTuple):
-    """Devices of one collective: how many, and how many of them share a slice of TPUs or a node of GPUs."""
+    """The size of a collective's group: its devices, and how many of them are in the same slice of TPUs or node of GPUs (`inside`)."""
 
     devices: int
     inside: int
@@ -83,7 +83,7 @@ class Group(NamedTuple):
 
 
 def group_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> Group:
-    """The group of a collective over mesh axes. The last axes of a mesh vary fastest over neighbouring devices."""
+    """Return the group of a collective over mesh axes. The last axis of a mesh varies fastest over neighbouring devices."""
     devices, names = math.prod(mesh[axis] for axis in axes), list(mesh)
     innermost = max(names.index(axis) for axis in axes)
     stride = math.prod(mesh[name] for name in names[innermost + 1 :])
@@ -92,7 +92,7 @@ def group_along(axes: Sequence[str], mesh: Mapping[str, int], topology: Any) -> 
 
 
 def collective_seconds(kind: str, size: float, group: Group, topology: Any) -> float:
-    """Time of one collective; `size` is the bytes of the whole array: of the operand or the result, whichever is larger."""
+    """Return the time of one collective; `size` is the bytes of its operand or result, whichever is larger."""
     if group.devices == 1:
         return 0.0
     chip = topology.chip
@@ -106,10 +106,10 @@ def collective_seconds(kind: str, size: float, group: Group, topology: Any) -> f
 
 
 def bandwidth(kind: str, group: Group, topology: Any) -> float:
-    """Bytes a second that a device of a group sends. Between slices or nodes, a ring uses the network of all devices that it has in one."""
+    """Return the bytes per second that a device of a group sends. Between slices or nodes, a ring uses the network links of all its devices in one of them."""
     chip, links = topology.chip, 1
     if chip.torus_dimensions and kind != "collective-permute":
-        # One link for each dimension of the torus that the group needs, two where it closes the dimension to a ring.
+        # One link for each dimension of the torus that the group spans, two if the dimension is a closed ring.
         links, left = 0, group.inside
         for length in sorted(topology.grid, reverse=True):
             links += 0 if left == 1 else 2 if left >= length and length % chip.ring_multiple == 0 else 1
@@ -120,7 +120,7 @@ def bandwidth(kind: str, group: Group, topology: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A hand-written kernel of a step (Pallas, cuDNN), with the shapes of its operands; `seconds` of all runs, None if unknown."""
+    """A hand-written kernel of a step (Pallas, cuDNN), with the shapes of its operands. `seconds` is the time of all its runs; None if unknown."""
 
     name: str
     count: int
@@ -138,7 +138,7 @@ class Collective:
       count: runs in a step.
       bytes: sent by one device in a step.
       seconds: of all runs in a step.
-      exposed_seconds: of these, not overlapped with computation.
+      exposed_seconds: the part of `seconds` that does not overlap with computation.
       network: `links` within a slice, or `slices` between them.
     """
 
@@ -153,7 +153,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class HostTransfer:
-    """Copies of a step `to` the host's memory or `from` it; the figures are as of `Collective`."""
+    """Copies of a step `to` host memory or `from` it; the figures are those of `Collective`."""
 
     direction: str
     count: int
@@ -167,14 +167,14 @@ class Estimate:
     """Predicted time of a step, the same on all devices.
 
     Attributes:
-      cycles: sum of the compiler's estimates over the instructions that run, without kernels and collectives, for which it has none; None without any.
+      cycles: sum of the compiler's estimates over the instructions that run. It has none for kernels and collectives. None if it estimates no cycles.
       seconds: predicted time of a step.
-      low, high: bounds of it: everything overlaps, and nothing does.
+      low, high: its bounds: everything overlaps, or nothing does.
       parts: `seconds` by part; keys are `PARTS`.
       kernels: longest first.
       collectives: by kind, axes and network, longest first.
       host_transfers: by direction.
-      notes: what the figures leave out or assume.
+      notes: assumptions and omissions of the figures.
     """
 
     cycles: int | None
@@ -193,11 +193,11 @@ class Total:
     """Sums over operations of a step.
 
     Attributes:
-      now: seconds since it began, waits for transfers included.
-      cycles: of the compiler's estimates.
+      now: seconds since the start, including waits for transfers.
+      cycles: sum of the compiler's estimates.
       computing: seconds by part.
       kernels: (name, shapes of operands) -> [runs, seconds or None].
-      transfers: (kind, axes, network) -> [count, bytes, seconds, exposed seconds]; copies are `to` or `from` the network `host`.
+      transfers: (kind, axes, network) -> [count, bytes, seconds, exposed seconds]; copies have the kind `to` or `from` and the network `host`.
       notes: as keys.
     """
 
@@ -209,18 +209,21 @@ class Total:
     notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def compute(self, part: str, seconds: Seconds, times: int = 1) -> None:
+        """Add the time of a computation to a part of the step."""
         self.now += times * seconds.mean
         self.computing[part] = self.computing.get(part, Seconds()) + seconds * times
 
     def transfer(self, key: tuple, *figures: float) -> None:
+        """Add count, bytes, seconds and exposed seconds to the transfers of a key. The caller adds the wait to `now`."""
         self.transfers[key] = [a + b for a, b in zip(self.transfers.get(key, (0, 0.0, 0.0, 0.0)), figures, strict=True)]
 
     def kernel(self, key: tuple, seconds: float | None, count: int = 1) -> None:
+        """Add runs of a kernel to the list; its time is added by `compute`."""
         before = self.kernels.get(key, [0, 0.0])
         self.kernels[key] = [before[0] + count, None if seconds is None else before[1] + seconds]
 
     def add(self, other: "Total", times: int) -> None:
-        """Add another computation that runs so many times."""
+        """Add another computation that runs `times` times."""
         now = self.now + times * other.now
         self.cycles += times * other.cycles
         for part, seconds in other.computing.items():
@@ -233,10 +236,10 @@ class Total:
         self.now = now
 
     def estimate(self, cycles: int | None = None) -> Estimate:
-        """The estimate of a step with these sums."""
+        """Return the estimate of a step with these sums."""
         collectives = [Collective(kind, axes, *row, network) for (kind, axes, network), row in self.transfers.items() if network != "host"]
         copies = [HostTransfer(direction, *row) for (direction, _, network), row in sorted(self.transfers.items()) if network == "host"]
-        busy: dict[Any, float] = {each.direction: each.seconds for each in copies}  # of networks that can run at the same time
+        busy: dict[Any, float] = {each.direction: each.seconds for each in copies}  # of each network; networks can be used at the same time
         for each in collectives:
             busy[each.axes, each.network] = busy.get((each.axes, each.network), 0.0) + each.seconds
         computing = sum(self.computing.values(), Seconds())

@@ -1,4 +1,4 @@
-"""What instructions of a compiled program compute: FLOPs and bytes, and the work of Pallas kernels."""
+"""FLOPs and bytes of the instructions of a compiled program, and the work of Pallas kernels."""
 
 import math
 import re
@@ -13,7 +13,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def _shape(instruction: Instruction) -> tuple[int, ...]:
-    """Sizes of its result, or of the first one."""
+    """Return the shape of its result, or of the first of several."""
     return arrays(instruction.shape)[0].shape
 
 
@@ -21,7 +21,7 @@ def _shape(instruction: Instruction) -> tuple[int, ...]:
 
 
 def flops(program: Program, computation: Computation, instruction: Instruction) -> int:
-    """FLOPs of an instruction in products and convolutions: by cuBLAS, by cuDNN, or by the compiler, maybe in a fusion."""
+    """Return the FLOPs of an instruction in products and convolutions: of cuBLAS, of cuDNN, or of the compiler's own, also inside a fusion."""
     target, operands = instruction.attribute("custom_call_target") or "", computation.operands(instruction)
     if target.startswith("__cublas"):
         return _gemm_flops(instruction.config["gemm_backend_config"]["dot_dimension_numbers"], instruction, operands)
@@ -41,7 +41,7 @@ def _dot_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int
 
 
 def convolution_flops(target: str, instruction: Instruction, operands: Sequence[Instruction]) -> int:
-    """FLOPs of a convolution by cuDNN, or of one of its two gradients, which take as many: `dim_labels` are those of the convolution itself."""
+    """Return the FLOPs of a cuDNN convolution. Each of its two gradients has the same number, and the `dim_labels` of the convolution itself."""
     labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.attributes)[1]
     result, (first, second) = _shape(instruction), map(_shape, operands[:2])
     if "BackwardFilter" in target:
@@ -54,13 +54,13 @@ def convolution_flops(target: str, instruction: Instruction, operands: Sequence[
 
 
 def compilers_seconds(instruction: Instruction) -> float | None:
-    """Return the GPU compiler's own estimate for a library kernel, or None: for Hopper, from its table of products measured on an H100."""
+    """Return the GPU compiler's estimate for a library kernel; None without one. For Hopper it comes from the compiler's table of products measured on an H100."""
     found = [each["exec_time_us"] for each in instruction.config.get("reification_cost", ()) if each.get("name") == "sol"]
     return found[0] * 1e-6 if found and found[0] > 0 else None
 
 
 def cudnn_attention_seconds(chip: Chip, instruction: Instruction, operands: Sequence[Array]) -> Seconds:
-    """Time of cuDNN's fused attention; of a causal mask half the scores are computed."""
+    """Return the time of cuDNN's fused attention. With a causal mask, half the scores are computed."""
     config = instruction.config["cudnn_fmha_backend_config"]
     scores = math.prod(int(size) for size in config["intermediate_tensor_shape"]["dimensions"])
     scores /= 2 if "CAUSAL" in config["mask_type"] else 1
@@ -72,7 +72,7 @@ def cudnn_attention_seconds(chip: Chip, instruction: Instruction, operands: Sequ
 
 
 def moved_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that an instruction reads and writes. Of an array that it slices, or writes into in place, the part counts."""
+    """Return the bytes that an instruction reads and writes. If it slices an array or updates a part in place, only that part counts."""
     operands = computation.operands(instruction)
     if instruction.opcode == "custom-call":
         return sum(each.bytes for each in operands) + arrays(instruction.shape)[0].bytes  # without workspace
@@ -99,7 +99,7 @@ def moved_bytes(program: Program, computation: Computation, instruction: Instruc
 
 
 def _names(computation: Computation, name: str) -> set[str]:
-    """A value and what is the same bytes under another name."""
+    """Return the names of a value and of its bitcasts and copies."""
     names = {name}
     for each in computation.instructions.values():
         if each.opcode in ("bitcast", "copy") and each.operands[0] in names:
@@ -111,22 +111,22 @@ def _names(computation: Computation, name: str) -> set[str]:
 
 
 def pallas_seconds(chip: Chip, kernel: Instruction, operands: Sequence[Array]) -> tuple[str, Seconds | None, str | None]:
-    """Time of a Pallas kernel of a TPU's program.
+    """Return the time of a Pallas kernel of a TPU's program.
 
     Returns:
-      Its part of the step (`matrix products`, `attention kernels` or `other`); seconds, None if nothing tells; a note, or None.
+      Its part of the step (`matrix products`, `attention kernels` or `other`); seconds, None if unknown; a note, or None.
     """
     name = re.sub(r"(\.\w+)+$", "", kernel.name)
     if attention := re.match(r"splash_m[hq]a_(fwd|dkv|dq)", name):
         return "attention kernels", *_splash(chip, attention[1], kernel, operands)
     if name in ("gmm", "tgmm"):
         return "matrix products", *_grouped(chip, name, kernel, operands)
-    grouped = name.startswith("ragged-dot")  # the compiler's own, of `jax.lax.ragged_dot`
+    grouped = name.startswith("ragged-dot")  # the compiler's kernel for `jax.lax.ragged_dot`
     part = "matrix products" if grouped else "attention kernels" if "attention" in name or "flash" in name else "other"
     stated = kernel.config.get("custom_call_config", {}).get("cost_estimate")
     if stated:
         return part, operation_seconds(chip, flops=int(stated.get("flops", 0)), size=int(stated.get("bytes_accessed", 0))), None
-    return part, None, f"kernel {name}: unknown here, and without a cost of its own in the program; its time is not counted"
+    return part, None, f"kernel {name} is not known and has no cost_estimate; its time is not counted"
 
 
 def stated(scopes: str, what: str) -> float | None:
@@ -136,9 +136,9 @@ def stated(scopes: str, what: str) -> float | None:
 
 
 def _splash(chip: Chip, which: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[Seconds, str | None]:
-    """jax.experimental.pallas.ops.tpu.splash_attention, and a note.
+    """Return the time of jax.experimental.pallas.ops.tpu.splash_attention, and a note or None.
 
-    It skips blocks that its mask covers. Which these are is data: `models.fused` states how many are left in the scope that it calls the kernel in.
+    It skips blocks that are fully masked. The mask is data, so `models.fused` calls the kernel in a scope whose name states the number of computed blocks.
     """
     queries, keys = [array.shape for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 3][:2]
     *heads, length, width = _sequence_first(queries, kernel, "q")
@@ -146,19 +146,19 @@ def _splash(chip: Chip, which: str, kernel: Instruction, operands: Sequence[Arra
     share = stated(kernel.attributes, "blocks")
     masked = any(array.dtype in ("s8", "s32") and len(array.shape) == 3 for array in operands)
     fused = which == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', kernel.attributes)
-    note = "splash attention kernels: masks are data, all scores are counted" if share is None and masked else None
+    note = "splash attention kernels: the masks are not known, so all scores are counted" if share is None and masked else None
     return attention_seconds(chip, "fused" if fused else which, scores=scores * (share or 1.0), width=width), note
 
 
 def _sequence_first(shape: tuple[int, ...], kernel: Instruction, which: str) -> tuple[int, ...]:
-    """`[…, length, head width]`, of an array that may be the other way round (layout 2, `QKVLayout.SEQ_MINOR`)."""
+    """Return the shape as `[…, length, head width]`; the last two are swapped in layout 2 (`QKVLayout.SEQ_MINOR`)."""
     return (*shape[:-2], shape[-1], shape[-2]) if re.search(rf'{which}_layout\\*": 2', kernel.attributes) else shape
 
 
 def _grouped(chip: Chip, name: str, kernel: Instruction, operands: Sequence[Array]) -> tuple[Seconds, str | None]:
-    """jax.experimental.pallas.ops.tpu.megablox: rows × k × n products, whatever the groups; and a note.
+    """Return the time of jax.experimental.pallas.ops.tpu.megablox, rows × k × n products for any groups; and a note or None.
 
-    Rows after the last group take no time. How many these are is data: `models.moe` states in a scope how many rows have an expert under an even load.
+    Rows after the last group take no time. Their number is data, so `models.moe` states in the name of a scope how many rows have an expert under an even load.
     """
     left, right = [array for array in operands if array.dtype in ("bf16", "f32") and len(array.shape) >= 2][:2]
     result, share = arrays(kernel.shape)[0], stated(kernel.attributes, "rows")
@@ -166,7 +166,7 @@ def _grouped(chip: Chip, name: str, kernel: Instruction, operands: Sequence[Arra
         products = 2.0 * math.prod(left.shape) * result.shape[-1]
     else:  # [groups, k, n], of [k, m] and [m, n]
         products = 2.0 * math.prod(right.shape) * result.shape[-2]
-    note = None if share is None else f"grouped products: an even load of experts is assumed, {share:.0%} of the rows there is room for"
+    note = None if share is None else f"grouped products: an even load of experts is assumed, which fills {share:.0%} of the allocated rows"
     share = 1.0 if share is None else share
     size = share * (left.bytes + right.bytes + result.bytes)
     return operation_seconds(chip, flops=products * share, size=size), note

@@ -1,7 +1,7 @@
-"""Predicted time of a compiled step, from the text of its program: TPUs and GPUs.
+"""Time of a compiled step, predicted from the text of its program, for TPUs and GPUs.
 
-The instructions are gone through in scheduled order. Each takes the compiler's own estimate if it has one, else what `plan.cost` makes of its counts.
-What is asynchronous starts where it starts, or where its network is free, and is exposed by what is left of it where it is waited for.
+The instructions are simulated in scheduled order. The time of each is the compiler's estimate if there is one, else that of `plan.cost` for its counts.
+An asynchronous transfer begins at its start instruction, or when its network is free. Its exposed time is what remains of it when the program waits for it.
 """
 
 import collections
@@ -17,12 +17,12 @@ from jaxmodels.plan import cost, counts, hlo
 from jaxmodels.plan.cost import Estimate, Group, Seconds, Total
 from jaxmodels.plan.hlo import Computation, Instruction, Program
 
-# Take no time of their own: names of values, and both ends of what runs asynchronously.
+# Instructions that take no time: names of values, and the starts and ends of asynchronous operations.
 _FREE = frozenset("parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier iota send recv".split())
 _ENDS = re.compile(r".*-(start|update|done)")
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound", "Sharding")
 _GUESSED = "instructions without an estimate of the compiler are counted by their bytes"
-_HOST = re.compile(r"S\(5\)")  # the host's memory, in a layout
+_HOST = re.compile(r"S\(5\)")  # host memory, in a layout
 
 
 def estimate(text: str, topology: Any, mesh: Mapping[str, int]) -> Estimate:
@@ -43,7 +43,7 @@ def estimate(text: str, topology: Any, mesh: Mapping[str, int]) -> Estimate:
 
 @dataclasses.dataclass(eq=False)
 class _Transfer:
-    """A collective, or a copy to or from the host: its row in `cost.Total.transfers`, bytes that a device sends, seconds, and what is left of them."""
+    """A collective, or a copy to or from the host: its key in `cost.Total.transfers`, the bytes that a device sends, its seconds, and those that remain."""
 
     key: tuple[str, tuple[str, ...], str]
     bytes: float
@@ -52,7 +52,7 @@ class _Transfer:
 
 
 class _Networks:
-    """Transfers in flight: on each network one after the other, on several at the same time."""
+    """Transfers in flight. Those of one network run one after the other, those of different networks at the same time."""
 
     def __init__(self, total: Total):
         self.total, self.queues, self.pending = total, collections.defaultdict(list), {}
@@ -96,7 +96,7 @@ class _Reader:
         return self.topology.chip.platform == "gpu"
 
     def run(self, computation: Computation) -> Total:
-        """One run of a computation."""
+        """Return the totals of one run of a computation."""
         total = Total()
         networks = _Networks(total)
         for instruction in computation.instructions.values():
@@ -110,25 +110,25 @@ class _Reader:
                 if name in networks.pending:
                     networks.wait(name)
                 else:
-                    total.notes[f"{instruction.name} waits for what starts elsewhere; its time is not counted"] = None
+                    total.notes[f"{instruction.name} waits for a transfer that starts in another computation; its time is not counted"] = None
         for name in list(networks.pending):
             networks.wait(name)
-            total.notes[f"{name} is not waited for where it starts; it is counted to the end of that computation"] = None
+            total.notes[f"no instruction waits for {name} in its computation; it is counted until the end of the computation"] = None
         return total
 
     def step(self, computation: Computation, instruction: Instruction, total: Total) -> None:
-        """Add what an instruction takes by itself, without waiting for transfers."""
+        """Add the time of an instruction, without waits for transfers."""
         match instruction.opcode:
             case "while":
                 times = hlo.trip_count(self.program, computation, instruction)
                 if times is None:
-                    total.notes[f"{instruction.name}: how often it runs is not in the program's text; it is counted once"] = None
+                    total.notes[f"{instruction.name}: its trip count is unknown; it is counted once"] = None
                 total.add(self.run(self.program.computations[instruction.called("body")]), 1 if times is None else times)
             case "conditional":
                 runs = [self.run(self.program.computations[name]) for name in instruction.branches]
                 total.add(max(runs, key=lambda run: run.now), 1)
-                total.notes[f"{instruction.name}: which branch runs is decided by values; the longest is counted"] = None
-            case "call" | "async-start" if not self.is_free(instruction):  # on a GPU, another stream of the same cores
+                total.notes[f"{instruction.name}: the branch depends on values; the longest one is counted"] = None
+            case "call" | "async-start" if not self.is_free(instruction):  # on a GPU, another stream on the same cores
                 total.add(self.run(self.program.computations[instruction.body]), 1)
             case _:
                 self.compute(computation, instruction, total)
@@ -152,7 +152,7 @@ class _Reader:
             self.counted(computation, instruction, total)
 
     def counted(self, computation: Computation, instruction: Instruction, total: Total) -> None:
-        """Add an instruction without cycles, by its FLOPs and bytes."""
+        """Add an instruction without estimated cycles, by its FLOPs and bytes."""
         chip, target = self.topology.chip, instruction.attribute("custom_call_target") or ""
         shapes = [hlo.arrays(each.shape)[0] for each in computation.operands(instruction)]
         if target.startswith("__cudnn$fmha"):
@@ -171,7 +171,7 @@ class _Reader:
         total.compute("matrix products" if flops else "other", seconds)
 
     def is_free(self, instruction: Instruction) -> bool:
-        """Whether it takes no time on the cores, or its time is a collective's."""
+        """Return whether an instruction takes no time on the cores, or its time is that of a collective."""
         if instruction.opcode in _FREE or instruction.attribute("custom_call_target") in _FREE_TARGETS:
             return True
         if instruction.opcode != "call" and any(_kind(each.opcode) for each in (instruction, *self.program.inside(instruction))):
@@ -181,7 +181,7 @@ class _Reader:
     # Transfers
 
     def ends(self, computation: Computation, instruction: Instruction, pending: set[str], total: Total) -> tuple[dict[str, _Transfer], Iterable[str]]:
-        """Return the transfers that start at an instruction, by name, and the names of those that are waited for at its end."""
+        """Return the transfers that start at an instruction, by name, and the names of those that it waits for."""
         opcode, found = instruction.opcode, {}
         if opcode == "send" and "_xla_megascale" in instruction.attributes:
             return {_rendezvous(instruction): self.between_slices(computation, instruction)}, ()
@@ -195,7 +195,7 @@ class _Reader:
         if re.fullmatch(r"(copy|slice|dynamic-slice|dynamic-update-slice)-start", opcode):
             found = {instruction.name: self.host_copy(computation, instruction)}
         elif opcode == "async-update":
-            # What runs on the SparseCores may be started before it has its operands: it begins when they come.
+            # An operation on the SparseCores may be started before its operands are ready: it begins when they are.
             begun = _start_of(computation, instruction)
             found = self.beside(begun, total) if begun.name not in pending and not begun.operands else {}
         elif opcode in ("async-start", "call-start"):
@@ -207,15 +207,18 @@ class _Reader:
         return found, found if waits else ()
 
     def beside(self, start: Instruction, total: Total) -> dict[str, _Transfer | None]:
-        """The collective that an asynchronous start stands for; nothing, with a note, if it computes on a TPU's other cores."""
+        """Return the collective of an asynchronous start; None, with a note, if it is a computation on other cores of a TPU."""
         inner = next((each for each in self.program.inside(start) if _kind(each.opcode)), None)
         if inner is None and not self.on_gpu:
             what = re.sub(r"[\d.]+", " ", start.name).strip()
-            total.notes[f"{what} runs beside the rest, on other cores of the chip; its time is not counted"] = None
+            total.notes[f"{what} runs in parallel on other cores of the chip; its time is not counted"] = None
         return {start.name: self.collective(inner)} if inner else {}
 
     def fused(self, fusion: Instruction, pending: set[str]) -> tuple[dict[str, _Transfer], list[str]]:
-        """Collectives in a TPU's fusion: the start, a step or the end of an asynchronous one, by its channel; or one as long as the fusion."""
+        """Return the collectives that start in a TPU's fusion, by name, and the names of those that it waits for.
+
+        A fusion contains a whole collective, or the start, a step or the end of an asynchronous one, which its channel identifies.
+        """
         started, ended = {}, []
         inner = self.program.inside(fusion)
         for each in inner:
@@ -236,7 +239,7 @@ class _Reader:
         return started, ended
 
     def collective(self, instruction: Instruction) -> _Transfer | None:
-        """A collective; None if no device sends anything."""
+        """Return a collective; None if no device sends anything."""
         kind = _kind(instruction.opcode)
         size = sum(each.bytes for each in self.program.owner(instruction).operands(instruction))
         if kind == "collective-permute":
@@ -245,13 +248,13 @@ class _Reader:
         return self.grouped(kind, size, instruction)
 
     def grouped(self, kind: str, size: float, instruction: Instruction) -> _Transfer | None:
-        """A collective of groups; `size` is of its operands on a device."""
+        """Return a collective of groups; `size` is the bytes of its operands on a device. None for groups of one device."""
         members = hlo.groups(instruction.attributes, math.prod(self.mesh.values()))
         largest = max(map(len, members))
         return self.timed(kind, size * largest if kind == "all-gather" else size, members) if largest > 1 else None
 
     def timed(self, kind: str, size: float, members: Sequence[Sequence[int]]) -> _Transfer:
-        """A collective of groups of devices, given by their places in the mesh; the group with the fewest devices in a slice is the slowest."""
+        """Return a collective of groups of devices, given by their indices in the mesh. The group with the fewest devices in a slice is the slowest."""
         per_slice = math.prod(self.mesh.values()) // self.topology.slices
         slices = [collections.Counter(device // per_slice for device in group) for group in members]
         group = min((Group(sum(each.values()), max(each.values())) for each in slices), key=lambda group: group.inside)
@@ -261,7 +264,7 @@ class _Reader:
         return _Transfer((kind, axes, group.network), cost.SENT[kind](group.devices) * size, seconds)
 
     def between_slices(self, computation: Computation, send: Instruction) -> _Transfer:
-        """A transfer between slices of TPUs, by their hosts."""
+        """Return a transfer between slices of TPUs, over their hosts."""
         kind = (send.attribute("_xla_megascale_transfer_type") or "ALL_REDUCE").lower().replace("_", "-")
         kind, slices = kind if kind in cost.SENT else "collective-permute", self.topology.slices
         size = sum(each.bytes for each in computation.operands(send)) * (slices if kind == "all-gather" else 1)
@@ -269,7 +272,7 @@ class _Reader:
         return self.timed(kind, size, [range(0, slices * per_slice, per_slice)])
 
     def host_copy(self, computation: Computation, start: Instruction) -> _Transfer | None:
-        """A copy to or from the host's memory, of an array or a part of one; None for one inside the chip."""
+        """Return a copy to or from host memory, of an array or a part of one; None for a copy within the chip."""
         source = computation.instructions[start.operands[0]]
         here = _HOST.search(source.shape) is not None
         if start.opcode == "dynamic-update-slice-start":
@@ -284,13 +287,13 @@ class _Reader:
 
 
 def _kind(opcode: str) -> str | None:
-    """The collective that an opcode is or starts."""
+    """Return the kind of collective that an opcode is or starts; None for other opcodes."""
     kind = opcode.removesuffix("-start")
     return kind if kind in cost.SENT else None
 
 
 def _start_of(computation: Computation, instruction: Instruction) -> Instruction:
-    """The start of an asynchronous operation, from its update or end."""
+    """Return the start of an asynchronous operation, from its update or end."""
     while instruction.opcode == "async-update" or instruction.opcode.endswith("-done"):
         instruction = computation.instructions[instruction.operands[0]]
     return instruction

@@ -1,7 +1,7 @@
-"""An optimized program of XLA's compilers, parsed from its text (`compiled.as_text()`): computations, instructions, trip counts of loops, groups of devices.
+"""Parse the text of an optimized XLA program (`compiled.as_text()`): computations, instructions, trip counts of loops, groups of devices.
 
-The text is the program of one device, its instructions in scheduled order. Grammar: openxla.org/xla/operation_semantics and xla/hlo/parser; the compilers' own
-figures are JSON in `backend_config`.
+The text is the program of one device, with the instructions in scheduled order. Grammar: openxla.org/xla/operation_semantics and xla/hlo/parser. The estimates of
+the compilers are JSON in `backend_config`.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ _END = re.compile(r"\}(, execution_thread=\S*)?$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-# A loop that runs more often is counted as unknown.
-_MOST_TURNS = 10**5
+# The trip count of a loop with more iterations is unknown.
+_MAX_ITERATIONS = 10**5
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's type: `bf16`, and its sizes."""
+    """The type of an array: its element type, such as `bf16`, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Without padding to tiles."""
+        """Bytes without padding to tiles."""
         return math.ceil(math.prod(self.shape) * bits(self.dtype) / 8)
 
     def __str__(self) -> str:
@@ -70,23 +70,23 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(array.bytes for array in arrays(self.shape))
 
     def attribute(self, key: str) -> str | None:
-        """The text of `key=…`: `a` or `"a"` as `a`, a group in braces with its braces; None if it has none."""
+        """Return the value of `key=…` as text: without quotes, but with braces; None if it has no such attribute."""
         match = re.search(rf'\b{key}=("[^"]*"|\{{|[^\s,]+)', self.attributes)
         if match is None:
             return None
         return self.attributes[match.start(1) : _closing(self.attributes, match.start(1))] if match[1] == "{" else match[1].strip('"')
 
     def called(self, *keys: str) -> str | None:
-        """The computation of the first of `calls`, `to_apply`, `body`, … that it has."""
+        """Return the computation of the first of these attributes that it has (`calls`, `to_apply`, `body`, …); None if it has none."""
         return next((name.strip("{}%") for key in keys if (name := self.attribute(key))), None)
 
     @property
     def body(self) -> str | None:
-        """The computation that a fusion, a call or an asynchronous start stands for, also on other cores of a chip; else None."""
+        """The computation of a fusion, a call or an asynchronous start, also on other cores of a chip; None for other instructions."""
         if self.opcode == "custom-call":
             return self.called("called_computations")
         return self.called("calls", *(["to_apply"] if self.opcode.startswith("call") else ()))
@@ -108,11 +108,11 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The instruction that gives its result."""
+        """The instruction whose result is that of the computation."""
         return next(instruction for instruction in self.instructions.values() if instruction.is_root)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Instructions that one of this computation reads."""
+        """Return the instructions whose results an instruction of this computation reads."""
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
 
 
@@ -128,17 +128,17 @@ class Program:
         return {id(each): computation for computation in self.computations.values() for each in computation.instructions.values()}
 
     def owner(self, instruction: Instruction) -> Computation:
-        """The computation that holds an instruction."""
+        """Return the computation of an instruction."""
         return self._owners[id(instruction)]
 
     def inside(self, instruction: Instruction) -> tuple[Instruction, ...]:
-        """All instructions of the computation that an instruction calls, and of those that these call."""
+        """Return all instructions of the computation that an instruction calls, including nested calls."""
         own = tuple(self.computations[instruction.body].instructions.values()) if instruction.body else ()
         return own + tuple(inner for each in own for inner in self.inside(each))
 
 
 def bits(dtype: str) -> int:
-    """Bits of one number; raises RunError for an unknown type."""
+    """Return the number of bits of an element type; raise RunError for an unknown type."""
     match = re.match(r"[a-z]+(\d+)", dtype)  # s32, f8e4m3fn
     if dtype not in _BITS and match is None:
         raise RunError(f"the compiler's program has an unknown type {dtype!r}.")
@@ -147,12 +147,12 @@ def bits(dtype: str) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """Arrays of a shape's text: one, or those of a tuple."""
+    """Return the arrays in the text of a shape: one, or those of a tuple."""
     return tuple(Array(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in _ARRAY.findall(shape))
 
 
 def parse(text: str) -> Program:
-    """Parse a program; raises RunError if it has no entry, or an instruction in an unknown form."""
+    """Parse a program; raise RunError if it has no entry computation, or an instruction in an unknown form."""
     computations, entry, name, lines = {}, None, None, []
     for line in text.splitlines():
         if name is None:
@@ -166,11 +166,11 @@ def parse(text: str) -> Program:
         elif _INSTRUCTION.match(line):
             lines.append([line])
         elif _COMPUTATION.match(line):
-            raise RunError(f"the compiler's program has a computation {name} that does not end before the next begins.")
+            raise RunError(f"the compiler's program has a computation {name} without an end.")
         elif lines:
             lines[-1].append(line)  # attributes may have line breaks
     if entry is None or entry not in computations:
-        raise RunError("the compiler's program has no ENTRY computation; was its text cut?")
+        raise RunError("the compiler's program has no ENTRY computation; its text may be truncated.")
     return Program(computations, computations[entry])
 
 
@@ -196,12 +196,12 @@ def _instruction(text: str) -> Instruction:
             config, length = json.JSONDecoder().raw_decode(attributes[found + len("backend_config=") :])
             attributes = attributes[:found] + attributes[found + len("backend_config=") + length :]
         except ValueError as error:
-            raise RunError(f"the compiler's program has a backend_config that is no JSON, of {match[2]}: {error}") from error
+            raise RunError(f"the compiler's program has an invalid backend_config of {match[2]}: {error}") from error
     return Instruction(match[2], shape, opcode[1], names, attributes, config, match[1] is not None)
 
 
 def _with_elements(instructions: list[Instruction]) -> dict[str, Instruction]:
-    """By name. For operands written as elements of a tuple, `x#0`, as of jax 0.12, with the `get-tuple-element` that older programs have."""
+    """Return instructions by name. As of jax 0.12, an operand may be an element of a tuple, `x#0`; the `get-tuple-element` of older programs is added for it."""
     found: dict[str, Instruction] = {}
 
     def element(name: str) -> None:
@@ -221,7 +221,7 @@ def _with_elements(instructions: list[Instruction]) -> dict[str, Instruction]:
 
 
 def _elements(shape: str) -> list[str]:
-    """The types in a tuple's: of `(s32[], (f32[2], f32[3]))` two."""
+    """Return the types in the type of a tuple: two for `(s32[], (f32[2], f32[3]))`."""
     found, begin, at = [], 1, 1
     while at < len(shape) - 1:
         if shape[at] in "([{":
@@ -235,7 +235,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _closing(text: str, at: int) -> int:
-    """The end of the group that opens at a place, after its closing bracket; brackets in quotes do not count."""
+    """Return the index after the closing bracket of the group that opens at `at`, ignoring brackets in quotes."""
     depth, quoted = 0, False
     for match in re.finditer(r'\\.|["(){}\[\]]', text[at:]):
         token = match[0]
@@ -247,32 +247,34 @@ def _closing(text: str, at: int) -> int:
             depth -= 1
             if depth == 0:
                 return at + match.end()
-    raise RunError(f"the compiler's program has brackets that do not close: {text.strip()[:200]}")
+    raise RunError(f"the compiler's program has unbalanced brackets: {text.strip()[:200]}")
 
 
 # Loops
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """Return how often the body of a `while` runs, or None if the text does not tell.
+    """Return how often the body of a `while` runs; None if unknown.
 
-    From the compiler's `known_trip_count`, if given; else the loop is run, with nothing but the integers whose values are known.
+    It is the compiler's `known_trip_count` if there is one. Otherwise the loop is evaluated for the integers whose values are known.
     """
     if known := loop.config.get("known_trip_count"):
         return int(known["n"])
     condition, body = (program.computations[loop.called(key)] for key in ("condition", "body"))
-    state, before, turns = _value(program, computation, loop.operands[0], (), {}), None, 0
-    while (goes_on := _value(program, condition, condition.root.name, (state,), {})) and state != before and turns < _MOST_TURNS:
-        before, state, turns = state, _value(program, body, body.root.name, (state,), {}), turns + 1
-    return turns if goes_on is not None and not goes_on else None
+    state, before, count = _value(program, computation, loop.operands[0], (), {}), None, 0
+    while (continues := _value(program, condition, condition.root.name, (state,), {})) and state != before and count < _MAX_ITERATIONS:
+        before, state, count = state, _value(program, body, body.root.name, (state,), {}), count + 1
+    return count if continues is not None and not continues else None
 
 
 def _value(program: Program, computation: Computation, name: str, given: Sequence[Any], known: dict[str, Any]) -> Any:
-    """Value of an instruction: an integer, a tuple of values, or None where it is unknown.
+    """Return the value of an instruction: an integer, a tuple of values, or None if unknown.
 
     Args:
+      program, computation: that contain the instruction.
+      name: of the instruction.
       given: values of the computation's parameters.
-      known: values of its instructions so far, which is added to.
+      known: values of its instructions so far; new ones are added.
     """
     if name not in known:
         instruction = computation.instructions[name]
@@ -315,10 +317,10 @@ def _compute(program: Program, computation: Computation, instruction: Instructio
 
 
 def groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of devices that communicate, from an instruction's attributes: lists, a reshaped and transposed count, or axes of a mesh.
+    """Return the groups of devices that communicate, from an instruction's attributes: lists, a reshaped and transposed iota, or axes of a mesh.
 
     Raises:
-      RunError: they are in another form.
+      RunError: they are in an unknown form.
     """
     match = re.search(r"replica_groups=(\{\}|\{\{[\d,{}\s]*\}\})", attributes)
     if match:
@@ -346,14 +348,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: 0 to 7, as 2 × 4, transposed."""
+    """Return the array of an iota: `[2,4]T(1,0)` is 0 to 7, reshaped to 2 × 4 and transposed."""
     sizes, _, order = text.partition("T")
     counted = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
     return counted.transpose(_numbers(order)) if order else counted
 
 
 def _along(order: np.ndarray, names: Sequence[str], sizes: Sequence[int], used: str) -> tuple[tuple[int, ...], ...]:
-    """Groups along axes of a mesh, or along parts of axes: `'x':(2)4` is the 4 in the middle of an axis with 2 before them."""
+    """Return groups along axes of a mesh, or along parts of axes: `'x':(2)4` is a part of size 4 after one of size 2."""
     parts, chosen = [], []
     wanted = {name: [(int(before), int(size)) for before, size in re.findall(rf"'{re.escape(name)}':\((\d+)\)(\d+)", used)] for name in names}
     whole = set(re.findall(r"'([^']+)'(?!:)", used))

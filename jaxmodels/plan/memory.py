@@ -1,14 +1,14 @@
-"""Device memory of a train step without a compiler: from the traced step, in seconds for a model of any size.
+"""Device memory of a train step, estimated from the traced step without a compiler: seconds of work for a model of any size.
 
-`plan.trace` gives the operations with the sharding of each value; `live` goes through them in order and adds up what is in memory at a time. It assumes of
-the compiler what TPU programs show:
+`plan.trace` returns the operations with the sharding of each value. `live` follows them in order and adds up the arrays that are in memory at the same time.
+The assumptions about the compiler are those that TPU programs confirm:
 
 - The state is updated in place.
-- Elementwise operations are fused into what reads them, which then reads their operands; unless several read the result and the operands are larger, or a loop
-  or a kernel reads it.
-- A product's result goes through the one elementwise operation that reads it before it is written.
-- Parameters are gathered before the product that needs them, once in a program or a loop's turn.
-- The last two dimensions of arrays are padded to tiles, in whatever order pads least.
+- An elementwise operation is fused into the operation that reads its result. It is not fused if a loop or a kernel reads the result, or if several operations
+  read it and its operands are larger.
+- If a single elementwise operation reads a product's result, it is fused into the product, and only its own result is written.
+- Parameters are gathered before the product that needs them, once per program or iteration of a loop.
+- The last two dimensions of arrays are padded to tiles, in the order that needs the least padding.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from jaxmodels.plan.shardings import ELEMENTWISE, PRODUCTS, Graph, Op, Value, sp
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device, at the moment when most are in use.
+    """Bytes on each device at the peak of memory use.
 
     Attributes:
       state: parameters, optimizer, moving average.
       batch: the examples of a step.
       gradients: of parameters.
-      activations: kept by the forward pass for the backward pass.
-      logits: arrays as wide as there are tokens or classes.
+      activations: saved by the forward pass for the backward pass.
+      logits: arrays with a dimension of the size of the vocabulary, or of the number of classes.
       gathered: parameters and other arrays gathered from their shards.
       temporaries: the rest.
     """
@@ -52,12 +52,13 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(dataclasses.asdict(self).values())
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedDevice:
-    """An absent device, with the attributes that shardings read."""
+    """An absent device, with the attributes that meshes and shardings need."""
 
     id: int
     platform: str
@@ -87,7 +88,7 @@ class TracedStep:
       state: number of leaves of the state.
       state_bytes, batch_bytes: on a device.
       parameters: shapes of all parameters.
-      wide: number of tokens or classes; 0 if the task has none.
+      wide: size of the vocabulary, or number of classes; 0 if the task has neither.
     """
 
     graph: Graph
@@ -100,7 +101,7 @@ class TracedStep:
 
 
 def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedStep:
-    """Trace the train step of an experiment, as it is on so many devices of a platform.
+    """Trace the train step of an experiment for a number of devices of a platform.
 
     Raises:
       ConfigError: mesh or batch does not fit.
@@ -129,16 +130,16 @@ def trace_step(experiment: Experiment, devices: int, platform: str) -> TracedSte
 
 
 def memory_model(experiment: Experiment, topology: Any) -> MemoryEstimate:
-    """Bytes that a device of a topology needs for the train step of an experiment.
+    """Return the bytes that a device of a topology needs for the train step of an experiment.
 
     Raises:
-      ConfigError: mesh or batch does not fit so many devices.
+      ConfigError: mesh or batch does not fit the number of devices.
     """
     return peak(trace_step(experiment, topology.devices, topology.chip.platform))
 
 
 def peak(step: TracedStep) -> MemoryEstimate:
-    """Bytes that a device needs for a traced step."""
+    """Return the bytes that a device needs for a traced step."""
     parts = dict.fromkeys(("gradients", "activations", "logits", "gathered", "temporaries"), 0)
     for value, size in live(step.graph, step.mesh, frozenset(step.graph.outputs[: step.state])):
         if value.op.name == "gathered":
@@ -153,21 +154,27 @@ def peak(step: TracedStep) -> MemoryEstimate:
     return MemoryEstimate(state=step.state_bytes, batch=step.batch_bytes, **parts)
 
 
-# What is in memory at a time
+# Liveness of arrays
 
-# Fused into what reads them.
+# Fused into the operations that read their results.
 COMPUTED_IN_PLACE = ELEMENTWISE | frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose slice dynamic_slice pad concatenate split iota rev local whole sharding_constraint tile "
     "random_bits random_wrap random_unwrap random_fold_in random_split random_seed threefry2x32 axis_index psum_invariant pvary".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin reduce_precision".split())
 _READS_THROUGH = COMPUTED_IN_PLACE | _REDUCTIONS | PRODUCTS
-# The same bytes under another shape.
+# These return the bytes of their operand, maybe with another shape.
 _RENAMED = frozenset("layout_constraint reshape squeeze expand_dims local whole sharding_constraint name copy stop_gradient reshard".split())
 
 
 def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = frozenset()) -> list[tuple[Value, int]]:
-    """Return the arrays in memory at the peak, with their bytes, without the graph's inputs and without `in_place`, results that replace inputs."""
+    """Return the arrays in memory at the peak, with their bytes.
+
+    Args:
+      graph: operations of one device. Its inputs are not counted.
+      mesh: sizes of the axes.
+      in_place: results that are written over inputs, which need no memory.
+    """
     written, roots = arrays(graph, mesh)
     size = functools.cache(lambda value: 0 if value in in_place else bytes_of(value, mesh))
     last: dict[Value, int] = {}
@@ -191,7 +198,7 @@ def live(graph: Graph, mesh: Mapping[str, int], in_place: frozenset[Value] = fro
             if value not in written:
                 continue
             begin = 2 * i if op.name == "scan" and value in op.outputs[op.params["num_carry"] :] else _begins(op, i, value, roots, last, size)
-            # Of arguments alone, or updates that come together for the parameters they are added to: made when it is needed.
+            # A fused function of inputs alone is computed when it is first read. So is a gathered update of parameters that are updated in place.
             adds = op.name == "gathered" and value in first and any(x in in_place for x in graph.ops[first[value]].outputs)
             if begin is None or adds:
                 begin = 2 * first.get(value, i)
@@ -208,21 +215,23 @@ def _total(found: Sequence[tuple[Value, int]]) -> int:
 
 
 def _stacked(op: Op, body: Graph) -> frozenset[Value]:
-    """What each turn of a loop writes where its results are stacked, and nowhere else."""
+    """Return the results that each iteration of a loop writes directly into the stacked results."""
     if op.name != "scan":
         return frozenset()
     return frozenset(value for value in body.outputs[op.params["num_carry"] :] if value.op is not None and value.op.name in _READS_THROUGH)
 
 
 def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
-    """The moment from which a result needs room of its own: while its operation runs, or after it where an operand that nothing else
-    needs makes room."""
+    """Return the time from which a result needs memory; None for a fused function of inputs alone, which is computed when it is first read.
+
+    The time is 2 i, while operation i runs; or 2 i + 1, after it, if the result replaces an operand that is read for the last time.
+    """
     read = {root for x in op.inputs for root in roots.get(x, ())}
     if op.name in COMPUTED_IN_PLACE and all(root.op is None for root in read):
         return None
     dying = [root for root in read if last[root] == i and root.op is not None]
     if op.name in COMPUTED_IN_PLACE:
-        # What is made of a product's result is often a part of the next product, which reads the whole of it as it writes.
+        # A fused function of a product's result is often computed within the next product, which reads all of it while it writes.
         dying = [] if any(map(_of_product, dying)) else dying
     if op.name in COMPUTED_IN_PLACE or op.name in ("dynamic_update_slice", "scatter", "scatter-add", "scan", "while"):
         if any(size(root) >= size(value) for root in dying):
@@ -231,14 +240,14 @@ def _begins(op: Op, i: int, value: Value, roots, last, size) -> int | None:
 
 
 def _of_product(value: Value) -> bool:
-    """Whether a value is a product's result, maybe by another name."""
+    """Return whether a value is a product's result, maybe with another shape."""
     while value.op is not None and value.op.name in _RENAMED:
         value = value.op.inputs[0]
     return value.op is not None and value.op.name in PRODUCTS
 
 
 def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Value, frozenset[Value]]]:
-    """Return the values that are arrays in memory (the others are fused), and of each value the arrays or inputs that it is read from."""
+    """Return the values that are arrays in memory (the others are fused), and for each value the arrays or inputs that are read to compute it."""
     readers: dict[Value, list[Op]] = {}
     for op in graph.ops:
         for value in dict.fromkeys(op.inputs):
@@ -246,10 +255,10 @@ def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Valu
     results = set(graph.outputs)
     written: set[Value] = set()
     roots: dict[Value, frozenset[Value]] = {value: frozenset((value,)) for value in graph.inputs}
-    passing: set[Value] = set()  # of products that are not written before what reads them
+    passing: set[Value] = set()  # results of products into which the operation that reads them is fused
 
     def rooted(value: Value) -> frozenset[Value]:
-        return roots.setdefault(value, frozenset())  # constants are from nothing
+        return roots.setdefault(value, frozenset())  # constants have no roots
 
     def passes_on(value: Value, by: list[Op]) -> bool:
         return (
@@ -281,21 +290,21 @@ def arrays(graph: Graph, mesh: Mapping[str, int]) -> tuple[set[Value], dict[Valu
 
 
 def _through(by: list[Op], readers: Mapping[Value, list[Op]]) -> list[Op]:
-    """What reads a value: for one that a single conversion to a larger type reads, what reads that, since the smaller one is written."""
+    """Return the operations that read a value. Behind a single conversion to a larger type, return the readers of its result: the smaller type is written."""
     while len(by) == 1 and by[0].name == "convert_element_type" and by[0].outputs[0].itemsize > by[0].inputs[0].itemsize:
         by = readers.get(by[0].outputs[0], [])
     return by
 
 
 def _picks(op: Op) -> bool:
-    """The gradient of one value of each row: a comparison with all places, as compilers have it."""
+    """Return whether an operation is the gradient of selecting one value of each row, which compilers compute elementwise, by comparing indices."""
     if op.name != "scatter-add" or not op.params["dimension_numbers"].operand_batching_dims:
         return False
     return math.prod(op.inputs[2].shape) * 2 < math.prod(op.inputs[0].shape)
 
 
 def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], result: bool, mesh: Mapping[str, int]) -> bool:
-    """Whether what is computed value by value becomes an array."""
+    """Return whether the result of a fusible operation becomes an array in memory."""
     if len(below) == 1 and op.name in _RENAMED:
         return False
     if result or any(reader.name not in _READS_THROUGH and not _picks(reader) for reader in by):
@@ -306,13 +315,16 @@ def _is_written(op: Op, value: Value, by: list[Op], below: frozenset[Value], res
     return read > 16 * own or len(by) > 1 and read > 2.1 * own
 
 
-# So long that what is made of their results is kept.
+# Expensive enough that a result with several readers is written, not computed again.
 _COSTLY = frozenset(("erf", "erfc", "erf_inv", "lgamma", "digamma"))
 _LANES = 128
 
 
 def bytes_of(value: Value, mesh: Mapping[str, int]) -> int:
-    """Of a device's part, in tiles of 128 values by as many rows as 32 bits times 8 hold; none of what lies in the host's memory."""
+    """Return the bytes of a device's shard, 0 for a value in host memory.
+
+    From 1 MiB on, two dimensions are padded to a TPU tile: 128 values by 8 rows of 32-bit values, 16 of 16-bit or 32 of 8-bit ones.
+    """
     if value.host:
         return 0
     sizes = value.local_shape(mesh)

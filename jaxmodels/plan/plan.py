@@ -1,6 +1,6 @@
-"""`jaxmodels plan`: memory, time and cost of a run on chips that are not present, from its compiled train step; without a compiler, from models.
+"""Memory, time and cost of a run on absent hardware (`jaxmodels plan`): from its compiled train step, or from analytic models without a compiler.
 
-`Plan` holds the figures, `make_plan` finds them, `cli.plan_output` prints them. docs/plan.md says what each means.
+`make_plan` computes the figures, `Plan` stores them, `cli.plan_output` prints them. docs/plan.md explains each.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jaxmodels.training.executable import installed
 
 PACKAGES = ("jaxmodels", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 MODELS_ARE_LOW = "for GPUs the memory model was 25 to 33% below the compiler (docs/estimates.md)"
-NOT_TRIED = "compiled without a GPU, so nothing was autotuned; predictions for GPUs have not been measured (docs/estimates.md)"
+NOT_AUTOTUNED = "compiled without a GPU, so nothing was autotuned; predictions for GPUs have not been measured (docs/estimates.md)"
 JAX_SHARE = 0.75  # docs.jax.dev/en/latest/gpu_memory_allocation.html
 
 
@@ -37,13 +37,13 @@ class Plan:
     Attributes:
       topology, experiment: of the run.
       mesh: sizes of its axes.
-      memory: bytes of a device by part, which add up to the peak.
-      memory_by, time_by: `compiler` or `analytic`.
-      memory_model: the analytic model's own figures.
+      memory: bytes on a device by part, which add up to the peak.
+      memory_by, time_by: source of the figures, `compiler` or `analytic`.
+      memory_model: figures of the analytic model.
       time: of a step.
       flops: of a step, over all devices.
-      notes: what to know about the figures.
-      step: compiled; None without a compiler.
+      notes: assumptions and limits of the figures.
+      step: the compiled step; None without a compiler.
     """
 
     topology: Topology
@@ -60,12 +60,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of a device, at the moment when most are in use."""
+        """Bytes on a device at the peak of memory use."""
         return sum(self.memory.values())
 
     @property
     def host_bytes(self) -> int | None:
-        """Bytes of the host's memory that a step uses, for one device; None without a compiler."""
+        """Bytes of host memory that a step uses for one device; None without a compiler."""
         if self.step is None:
             return None
         found = self.step.compiled.memory_analysis()
@@ -73,38 +73,38 @@ class Plan:
 
     @property
     def flops_per_device(self) -> float:
-        """FLOPs of the model in a step."""
+        """FLOPs of the model in a step, divided by the number of devices."""
         return self.flops.all / self.topology.devices
 
     @property
     def mfu(self) -> float:
-        """The model's FLOPs over what the chips could do in a step's time, of bfloat16 products."""
+        """Model FLOPs utilization: the model's FLOPs in a step, divided by those that the chips can do in its time in bfloat16."""
         return self.flops_per_device / (self.time.seconds * self.topology.chip.flops_per_device)
 
     @property
     def mfu_attended(self) -> float:
-        """The same without what attention masks exclude."""
+        """MFU without the FLOPs of masked attention scores."""
         return self.mfu * self.flops.attended / self.flops.all if self.flops.all else 0.0
 
     @property
     def rates(self) -> dict[str, float]:
-        """`tokens_per_second_per_chip`, of texts, and `examples_per_second_per_chip`."""
+        """Throughput: `examples_per_second_per_chip`, and for texts `tokens_per_second_per_chip`."""
         chip_seconds, tokens = self.topology.chips * self.time.seconds, tokens_per_step(self.experiment)
         texts = {"tokens_per_second_per_chip": tokens / chip_seconds} if tokens else {}
         return texts | {"examples_per_second_per_chip": self.experiment.loading.batch_size / chip_seconds}
 
     @property
     def run_seconds(self) -> float:
-        """All training steps, without start, evaluation and checkpoints."""
+        """Seconds of all training steps, without start, evaluation and checkpoints."""
         return self.experiment.steps * self.time.seconds
 
     @property
     def chip_hours(self) -> float:
-        """The same over all chips."""
+        """Hours of `run_seconds`, times the number of chips."""
         return self.run_seconds * self.topology.chips / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """As `--json` writes it: bytes, seconds and FLOPs are of one device and one step unless the key says otherwise."""
+        """Return the plan as `--json` writes it. Bytes, seconds and FLOPs are those of one device and one step unless the key states otherwise."""
         topology, chip, time, step, experiment = self.topology, self.topology.chip, self.time, self.step, self.experiment
         return {
             "topology": topology.name,
@@ -152,7 +152,7 @@ class Plan:
 
 
 def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
-    """Plan a run: compile its train step for a topology, or model it if there is no compiler for it.
+    """Plan a run: compile its train step for a topology, or use the analytic models if no compiler for it is installed.
 
     Args:
       experiment: as `build_experiment` returns.
@@ -160,7 +160,7 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
 
     Raises:
       ConfigError: the topology is unknown, or mesh, batch or a kernel does not fit it.
-      DoesNotFit: the step needs more memory than a device has; states how much, and what to change.
+      DoesNotFit: the step needs more memory than a device has; the message states how much, and what to change.
       RunError: the compiler failed.
     """
     topology = topologies.parse(topology) if isinstance(topology, str) else topology
@@ -168,60 +168,60 @@ def make_plan(experiment: Experiment, topology: str | Topology) -> Plan:
     platform = topology.chip.platform
     if absent.has_compiler(platform):
         return compiled_plan(experiment, topology, compiler.compile_step(experiment, topology))
-    why = f"{absent.missing(platform)}: memory and time are those of the analytic models" + (f"; {MODELS_ARE_LOW}" if platform == "gpu" else "")
+    why = f"{absent.missing(platform)}: memory and time are from the analytic models" + (f"; {MODELS_ARE_LOW}" if platform == "gpu" else "")
     return analytic_plan(experiment, topology, why)
 
 
 def compiled_plan(experiment: Experiment, topology: Topology, step: CompiledStep) -> Plan:
-    """Plan a run from its compiled step. If nothing here can read the program, its time is the analytic model's.
+    """Plan a run from its compiled step. If the installed jaxlib cannot read the program, the time is from the analytic model.
 
     Raises:
       DoesNotFit: it needs more memory than a GPU has.
     """
-    on_gpu, room = topology.chip.platform == "gpu", topology.chip.memory_per_device
+    on_gpu, available = topology.chip.platform == "gpu", topology.chip.memory_per_device
     traced, memory, readable = roofline.trace(experiment, topology.devices, topology.chip), _memory(step), step.text is not None
     peak, notes = sum(memory.values()), []
-    if on_gpu and peak > room:  # whose compiler does not refuse it
-        raise compiler.does_not_fit(experiment, topology, peak, room, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
+    if on_gpu and peak > available:  # the GPU compiler does not check it
+        raise compiler.does_not_fit(experiment, topology, peak, available, mesh_lib.bytes_per_device(step.shapes), by="the compiler")
     if not readable:
         compilers = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("jaxmodels", "jax", "jaxlib"))
         notes.append(
-            f"jaxlib {jax.lib.__version__} cannot read the program of this compiler ({compilers}): time and collectives are those of the analytic model; "
-            "for the compiler's, install the version that this jax requires: pip install 'jaxmodels[plan]'"
+            f"jaxlib {jax.lib.__version__} cannot read the program of this compiler ({compilers}): time and collectives are from the analytic model. "
+            "Install the version that this jax requires: pip install 'jaxmodels[plan]'"
         )
     time = estimate(step.text, topology, step.mesh.shape) if readable else roofline.estimate_traced(traced, topology)
-    notes += [*(gpu_memory_notes(peak, room) if on_gpu else ()), *time.notes, *([NOT_TRIED] if on_gpu else ())]
+    notes += [*(gpu_memory_notes(peak, available) if on_gpu else ()), *time.notes, *([NOT_AUTOTUNED] if on_gpu else ())]
     notes += [*sharding_lib.replicated_notes(step.shapes, experiment.sharding, step.layout), *sharding_lib.notes(step.layout)]
     by, mesh, flops = "compiler" if readable else "analytic", dict(step.mesh.shape), model_flops(experiment)
     return Plan(topology, experiment, mesh, memory, "compiler", memory_lib.peak(traced), time, by, flops, notes, step)
 
 
-def gpu_memory_notes(peak: int, room: int) -> list[str]:
+def gpu_memory_notes(peak: int, available: int) -> list[str]:
     """Return a note if a step needs more of a GPU's memory than JAX allocates by default."""
-    needs = f"JAX allocates {JAX_SHARE:.0%} of a GPU's memory by default, and this step needs more: XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
-    return [needs] if peak > JAX_SHARE * room else []
+    needs = f"JAX allocates {JAX_SHARE:.0%} of a GPU's memory by default, and this step needs more: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    return [needs] if peak > JAX_SHARE * available else []
 
 
 def analytic_plan(experiment: Experiment, topology: Topology, why: str) -> Plan:
-    """Plan a run that nothing here compiles; a note says why.
+    """Plan a run from the analytic models alone; a note states why it was not compiled.
 
     Raises:
       ConfigError: mesh or batch does not fit the topology.
       DoesNotFit: the memory model is above a device's memory.
     """
     traced = roofline.trace(experiment, topology.devices, topology.chip)
-    modelled, room = memory_lib.peak(traced), topology.chip.memory_per_device
-    if modelled.total > room:
-        raise compiler.does_not_fit(experiment, topology, modelled.total, room, modelled.state, by="the analytic model")
+    modelled, available = memory_lib.peak(traced), topology.chip.memory_per_device
+    if modelled.total > available:
+        raise compiler.does_not_fit(experiment, topology, modelled.total, available, modelled.state, by="the analytic model")
     time, flops = roofline.estimate_traced(traced, topology), model_flops(experiment)
     return Plan(topology, experiment, traced.mesh, dataclasses.asdict(modelled), "analytic", modelled, time, "analytic", flops, [why])
 
 
 def _memory(step: CompiledStep) -> dict[str, int]:
-    """Bytes of a device by part: the state, as it is sharded; the batch; and `temporaries`, all else at the peak.
+    """Return the bytes on a device by part: the sharded state, the batch, and `temporaries`, which is everything else at the peak.
 
-    The peak is `peak_memory_in_bytes`, which the compiler itself compares with the memory there is. It may count what is in a TPU's on-chip memory, of small programs
-    most of it; but never is more in use than all allocations together (arguments, temporaries, and outputs without a donated argument), so these bound it.
+    The peak is `peak_memory_in_bytes`, which the compiler compares with the available memory. It may include a TPU's on-chip memory, which is most of it for small
+    programs. The sum of all allocations (arguments, temporaries, and outputs without a donated argument) is an upper bound, so the smaller of the two is returned.
     """
     analysis, total = step.compiled.memory_analysis(), compiler.memory(step.compiled)["total"]
     peak = min(getattr(analysis, "peak_memory_in_bytes", 0) or total, total)
@@ -235,7 +235,7 @@ def _memory(step: CompiledStep) -> dict[str, int]:
 
 
 def tokens_per_step(experiment: Experiment) -> int:
-    """Tokens of a global batch, padding included; 0 if examples are no texts."""
+    """Return the number of tokens of a global batch, including padding; 0 if the examples are not texts."""
     shape = experiment.batch_shapes(experiment.loading.batch_size).get("tokens")
     if shape is None:
         return 0

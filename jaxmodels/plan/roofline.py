@@ -1,8 +1,8 @@
-"""Predicted time of a train step without a compiler: from the traced step, in seconds for a model of any size.
+"""Time of a train step, predicted from the traced step without a compiler: seconds of work for a model of any size.
 
-`plan.trace` gives the operations of one device; `plan.cost` says what each takes, by its FLOPs and bytes. Elementwise operations are fused into what reads them,
-as in the memory model; those of one stage that read the same array read it once. Attention kernels write no scores. Collectives follow from the shardings;
-those that gather parameters and reduce gradients run beside the computation, the others are waited for.
+`plan.trace` returns the operations of one device; `plan.cost` predicts the time of each from its FLOPs and bytes. Elementwise operations are fused into the
+operations that read their results, as in the memory model; those of one stage read a shared array once. Attention kernels write no scores. Collectives follow
+from the shardings. Those that gather parameters and reduce gradients overlap with the computation; the others do not.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ _KINDS = {
     "all_to_all": "all-to-all",
     "ppermute": "collective-permute",
 }
-# Not fused into what reads them: kernels, and what waits for other devices.
+# Operations that are not fused: kernels, and those that wait for other devices.
 _APART = frozenset((*_PRODUCTS, *_KINDS, "pallas_call", "scan", "while", "cond", "gathered"))
 # Axes whose collectives gather parameters and reduce gradients.
 _BESIDE = ("slices", "data", "fsdp")
-# cuDNN computes all gradients of attention in one kernel with five products; a traced step has the TPU's two kernels for them.
+# cuDNN computes all gradients of attention in one kernel with five products; the traced step has two kernels of the TPU instead.
 _CUDNN_KERNELS = {"fwd": "fwd", "dkv": "fused", "dq": None}
 
 
@@ -49,7 +49,7 @@ class Exchange:
       axes: mesh axes of its group.
       bytes: of its operand or result on a device, whichever is larger.
       count: runs in a step.
-      waits: whether nothing runs beside it.
+      waits: whether it does not overlap with computation.
     """
 
     kind: str
@@ -67,14 +67,14 @@ class Work(cost.Total):
     collectives: list[Exchange] = dataclasses.field(default_factory=list)
 
     def add(self, work: "Work", times: int = 1) -> None:
-        """Add other work, done so many times."""
+        """Add work that is done `times` times."""
         super().add(work, times)
         self.flops += times * work.flops
         self.collectives += [dataclasses.replace(each, count=each.count * times) for each in work.collectives]
 
 
 def estimate_traced(step: memory.TracedStep, topology: Any) -> Estimate:
-    """Predict the time of a traced step; attention kernels are a part of it, and not listed.
+    """Predict the time of a traced step. Attention kernels are a part of it; the list `kernels` is empty.
 
     Args:
       step: as `trace` returns.
@@ -95,13 +95,13 @@ def trace(experiment: Experiment, devices: int, chip: Chip) -> memory.TracedStep
     """Trace the train step of an experiment, with kernels that can be traced anywhere.
 
     Raises:
-      ConfigError: mesh or batch does not fit so many devices.
+      ConfigError: mesh or batch does not fit the number of devices.
     """
     return memory.trace_step(traceable(experiment, chip.platform), devices, "tpu")
 
 
 def traceable(experiment: Experiment, platform: str) -> Experiment:
-    """Return the experiment with kernels that can be traced anywhere: cuDNN's attention, which needs cuDNN to be traced, becomes the TPU's."""
+    """Return the experiment with kernels that can be traced anywhere. Tracing cuDNN's attention needs cuDNN, so the TPU's kernel replaces it."""
     if platform != "gpu":
         return experiment
 
@@ -119,8 +119,11 @@ def traceable(experiment: Experiment, platform: str) -> Experiment:
 
 
 def splash_seconds(chip: Chip, kernel: str, op: Op) -> Seconds:
-    """Time of a splash attention kernel on a device; on a GPU, of cuDNN's in its place. TPUs compute whole blocks, GPUs about what the mask leaves."""
-    first = op.params["grid_mapping"].num_index_operands  # before them: which blocks the mask leaves
+    """Return the time of a splash attention kernel on a device; on a GPU, that of the cuDNN kernel which replaces it.
+
+    TPUs compute every block that the mask does not exclude, GPUs about as many scores as the mask leaves.
+    """
+    first = op.params["grid_mapping"].num_index_operands  # the operands before these are the mask's blocks
     (*heads, length, width), keys = (x.shape for x in op.inputs[first : first + 2])
     gpu = chip.platform == "gpu"
     kernel = _CUDNN_KERNELS[kernel] if gpu else kernel
@@ -131,25 +134,25 @@ def splash_seconds(chip: Chip, kernel: str, op: Op) -> Seconds:
 
 
 def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
-    """Work of a program, or of one turn of a loop's body."""
+    """Return the work of a program, or of one iteration of a loop's body."""
     work, written, other = Work(), memory.arrays(graph, mesh)[0], functools.partial(operation_seconds, chip)
     size = functools.cache(lambda value: value.local_bytes(mesh))
-    sources: dict[Value, frozenset[Value]] = {}  # the arrays in memory that a value is made of
-    stages: dict[Value, int] = {}  # how many operations apart lie before it, one after the other
-    touched: dict[int, set[Value]] = {}  # by stage: arrays that fused operations read and write, each once
+    sources: dict[Value, frozenset[Value]] = {}  # arrays in memory that are read to compute a value
+    stages: dict[Value, int] = {}  # number of unfused operations on the longest path to a value
+    touched: dict[int, set[Value]] = {}  # arrays that the fused operations of a stage read and write, each once
     partial: dict[Value, Exchange] = {}  # sums that are not yet reduced
-    differing: dict[Value, frozenset[str]] = {}  # of values in a `shard_map`: axes along which devices' own differ
+    differing: dict[Value, frozenset[str]] = {}  # axes along which a value inside a `shard_map` differs between devices
     for op in graph.ops:
         below = frozenset().union(*(sources.get(x, frozenset(() if x.constant else (x,))) for x in op.inputs))
         stage = max((stages.get(x, 0) for x in op.inputs), default=0) + (op.name in _APART)
         for value in op.outputs:
             stages[value] = stage
-            cut = op.name in ("slice", "dynamic_slice", "gather")  # of whose operand a part is read
+            cut = op.name in ("slice", "dynamic_slice", "gather")  # reads a part of its operand
             sources[value] = frozenset((value,)) if value in written or cut else frozenset() if op.name in _APART else below
         results = [value for value in op.outputs if value in written]
         moved = sum(map(size, (*below, *results)))
         if op.name in _PRODUCTS:
-            flops = op.flops / ways(op.outputs[0].axes | set(_summed(op)), mesh)  # its part of the results, and of the sums that lead to them
+            flops = op.flops / ways(op.outputs[0].axes | set(_summed(op)), mesh)  # divided over the shards of the result and of the contracted dimensions
             work.flops += flops
             work.compute("matrix products", operation_seconds(chip, flops=flops, size=moved, itemsize=op.inputs[0].itemsize))
         elif op.name == "pallas_call":
@@ -160,7 +163,7 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
                 work.compute("matrix products", operation_seconds(chip, flops=op.flops, size=moved, itemsize=op.inputs[-1].itemsize))
         elif op.name == "scan":
             work.add(graph_work(op.bodies[0], mesh, chip), op.params["length"])
-        elif op.bodies:  # of a condition's branches the longest; a loop without a known end, once
+        elif op.bodies:  # the longest branch of a conditional; one iteration of a loop without a known length
             work.add(max((graph_work(body, mesh, chip) for body in op.bodies), key=lambda each: each.now))
         elif op.name == "gather":
             work.compute("other", other(size=2 * sum(map(size, op.outputs))))
@@ -172,7 +175,7 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
         found = _collectives(op, mesh, differing)
         differing |= dict.fromkeys(op.outputs, axes) if (axes := _differing(op, differing)) is not None else {}
         if op.name in ("add_any", "add") and all(x in partial for x in op.inputs) and len({partial[x].axes for x in op.inputs}) == 1:
-            work.collectives.remove(partial[op.inputs[0]])  # sums of which each device has a part are added before they go round
+            work.collectives.remove(partial[op.inputs[0]])  # partial sums are added on each device before the all-reduce
             partial[op.outputs[0]] = partial[op.inputs[1]]
         elif op.name == "dot_general" and found:
             partial[op.outputs[0]] = found[-1]
@@ -182,7 +185,7 @@ def graph_work(graph: Graph, mesh: Mapping[str, int], chip: Chip) -> Work:
 
 
 def _summed(op: Op) -> tuple[str, ...]:
-    """Axes over which the values lie that an operation sums up: each device has a part of every sum."""
+    """Return the mesh axes along which an operation's summed dimensions are sharded: each device computes a partial sum."""
     if op.name in PRODUCTS:
         lost = [x.spec[i] for x, dimensions in zip(op.inputs, op.contracted, strict=False) for i in dimensions]
     elif op.name == "reduce_sum":
@@ -195,7 +198,7 @@ def _summed(op: Op) -> tuple[str, ...]:
 
 
 def _differing(op: Op, known: Mapping[Value, frozenset[str]]) -> frozenset[str] | None:
-    """Axes along which an operation's results differ from device to device, inside a `shard_map`; None where that is not known."""
+    """Return the axes along which an operation's results differ between devices, inside a `shard_map`; None if unknown."""
     if op.name in ("local", "gathered") and "spec" in op.params:
         return frozenset(axes_of(op.params["spec"]))
     if op.name == "axis_index":
@@ -206,7 +209,10 @@ def _differing(op: Op, known: Mapping[Value, frozenset[str]]) -> frozenset[str] 
 
 
 def _collectives(op: Op, mesh: Mapping[str, int], differing: Mapping[Value, frozenset[str]]) -> list[Exchange]:
-    """What an operation needs of other devices. Sums of what all devices have alike, which gradients of a `shard_map` are full of, the compiler does away with."""
+    """Return the collectives of an operation.
+
+    Gradients of a `shard_map` have many sums over axes along which the operand is replicated; the compiler removes these, so they are left out.
+    """
     found = []
 
     def add(kind: str, axes: Sequence[str], size: int) -> None:
@@ -216,9 +222,9 @@ def _collectives(op: Op, mesh: Mapping[str, int], differing: Mapping[Value, froz
 
     if summed := _summed(op):
         result = op.outputs[0]
-        kept = result.axes & set(summed)
-        add("reduce-scatter", kept, result.local_bytes(mesh) * ways(kept, mesh))
-        add("all-reduce", set(summed) - kept, result.local_bytes(mesh))
+        scattered = result.axes & set(summed)
+        add("reduce-scatter", scattered, result.local_bytes(mesh) * ways(scattered, mesh))
+        add("all-reduce", set(summed) - scattered, result.local_bytes(mesh))
     elif op.name in _KINDS:
         axes = op.params.get("axes") or op.params["axis_name"]
         axes = (axes,) if isinstance(axes, str) else axes

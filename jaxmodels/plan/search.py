@@ -1,10 +1,10 @@
-"""`jaxmodels plan --search`: the mesh, accumulation and rematerialisation with which a config's step is fastest on a topology.
+"""Search for the mesh, accumulation and rematerialisation with which a config's step is fastest on a topology (`jaxmodels plan --search`).
 
-Three sieves, each finer and slower than the one before:
+Three stages, each more exact and slower than the one before:
 
-1. Shapes: meshes that do not divide, or whose state alone fills a device, are dropped (`plan.candidates`).
-2. Models: the step is traced for a mesh; `plan.memory` says whether it fits, `plan.roofline` how long it takes. Seconds each.
-3. The compiler: the config's own setting and the promising ones go through `jaxmodels plan`, in processes of their own.
+1. Shapes: meshes that do not divide, or whose state alone exceeds a device's memory, are dropped (`plan.candidates`).
+2. Models: the step is traced for a mesh, in seconds. `plan.memory` estimates its memory, `plan.roofline` its time.
+3. The compiler: `jaxmodels plan` compiles the config's own setting and the promising ones, each in a separate process.
 
 All settings compute the same loss from the same global batch.
 """
@@ -36,11 +36,11 @@ from jaxmodels.plan.candidates import Candidate, Changes, changed, mesh_changes,
 from jaxmodels.plan.plan import versions
 from jaxmodels.training.compile import cache_folder
 
-# The memory model is within a tenth of the compiler (tests/plan/test_memory_model.py): what is further above a device's memory is not compiled.
+# The memory model is within a tenth of the compiler (tests/plan/test_memory_model.py): a setting that exceeds a device's memory by more is not compiled.
 MARGIN = 1.1
-# Share of the budget for the models; the compiler has the rest.
+# Fraction of the budget for the models; the rest is for the compiler.
 MODEL_SHARE = 0.3
-# At most so many meshes are modelled, meshes varied, settings compiled, and compiled with the same mesh.
+# Maximum numbers: of modelled meshes, of meshes whose policies are varied, of compiled settings, and of compiled settings with the same mesh.
 MESHES, VARIED, COMPILED, SAME = 40, 5, 16, 5
 # Host memory in bytes that compiling one large step needs (benchmarks/memory_model.py prints it).
 COMPILER_MEMORY = 8e9
@@ -52,11 +52,11 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-      topology: its name.
+      topology: name of the topology.
       settings: the best one first.
-      notes: what was left out, and what the ranking is by.
-      seconds: that it took.
-      cached: whether an earlier search of the same question found it.
+      notes: what was left out, and what the ranking is based on.
+      seconds: duration of the search.
+      cached: whether it was read from the cache of an earlier search.
     """
 
     topology: str
@@ -67,29 +67,31 @@ class SearchResult:
 
     @property
     def best(self) -> Candidate:
+        """The fastest setting that fits."""
         return self.settings[0]
 
     def to_json(self) -> dict:
+        """Return the result as `--json` writes it."""
         rest = {key: getattr(self, key) for key in ("topology", "seconds", "cached", "notes")}
         return rest | {"settings": [{"setting": each.name, **dataclasses.asdict(each)} for each in self.settings]}
 
 
-# (changes of a setting, seconds it may take) -> what `jaxmodels plan --json` wrote, or None and why there is nothing.
+# (changes of a setting, time limit in seconds) -> (output of `jaxmodels plan --json`, ""), or (None, the reason).
 Runner = Callable[[Changes, float], tuple[dict | None, str]]
 
 
 def search(spec: str, overrides: Mapping[str, str], topology: str, *, budget: float = 900.0, data_dir: str | None = None) -> SearchResult:
-    """Search the settings of a config on a topology; the same question to the same versions is answered from the cache.
+    """Search the settings of a config on a topology. A search of the same config, topology and versions is read from the cache.
 
     Args:
-      spec: of the config, as `--config` takes it.
+      spec: of the config, as in `--config`.
       overrides: dotted keys to the text of their values, as on the command line.
-      topology: its name.
-      budget: seconds that it may take.
+      topology: name of the topology.
+      budget: time limit in seconds.
       data_dir: the data directory.
 
     Raises:
-      ConfigError: the config or the topology is wrong; or nothing fits, with the nearest.
+      ConfigError: the config or the topology is wrong; or no setting fits, and the message states the nearest.
     """
     experiment = build_experiment(load_config(spec, {key: parse_override(text) for key, text in overrides.items()}), data_dir=data_dir)
     place = topologies.parse(topology)
@@ -108,7 +110,7 @@ def search(spec: str, overrides: Mapping[str, str], topology: str, *, budget: fl
 
 
 def workers() -> int:
-    """Compilations at a time: one for each core, with room in memory."""
+    """Return the number of parallel compilations: one for each core, as far as the free host memory allows."""
     free = next((int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")), COMPILER_MEMORY)
     return max(1, min(len(os.sched_getaffinity(0)), int(free // COMPILER_MEMORY)))
 
@@ -119,14 +121,14 @@ def find(experiment: Experiment, topology: Any, *, budget: float, run: Runner | 
     Args:
       experiment: as `build_experiment` returns.
       topology: as `hardware.topologies.parse` returns.
-      budget: seconds that it may take.
-      run: compiles a setting; None if there is no compiler, and the models decide alone.
-      workers: compilations at a time.
+      budget: time limit in seconds.
+      run: compiles a setting; None without a compiler: the ranking is then that of the models.
+      workers: number of parallel compilations.
     """
     started = time.monotonic()
     modelled, notes = model_settings(experiment, topology, started + budget * (MODEL_SHARE if run else 1.0))
     if run is None:
-        notes.append(f"there is no compiler for {topology.name} here: ranked by the analytic models of memory and time alone")
+        notes.append(f"no compiler for {topology.name} is installed: the ranking is that of the analytic models of memory and time")
     else:
         compile_promising(modelled, run, workers, started + budget, notes)
     return SearchResult(topology.name, rank(modelled, topology.chip.memory_per_device), notes, time.monotonic() - started)
@@ -140,42 +142,42 @@ def model_settings(experiment: Experiment, topology: Any, until: float) -> tuple
 
     Args:
       experiment, topology: as for `find`.
-      until: the time (`time.monotonic`) to end at.
+      until: time (`time.monotonic`) at which to end.
     """
-    room, notes, settings, late = topology.chip.memory_per_device, [], [], 0
+    available, notes, settings, late = topology.chip.memory_per_device, [], [], 0
     try:
         settings.append(Candidate(_own_changes(experiment, topology), own=True))
         _model(settings[0], experiment, topology)
     except ConfigError as error:  # often a mesh for another number of devices
         settings.clear()
-        notes.append(f"the config's own setting is not among these: {error}")
+        notes.append(f"the config's own setting is not ranked: {error}")
     meshes = candidates_lib.meshes(experiment, topology)
-    fitting = [mesh for mesh, state in meshes if state < room]
+    fitting = [mesh for mesh, state in meshes if state < available]
     if len(fitting) < len(meshes):
-        notes.append(f"{len(meshes) - len(fitting)} of {len(meshes)} meshes left out: a device's share of the state alone is more than its {room / 1e9:.1f} GB")
+        notes.append(f"{len(meshes) - len(fitting)} of {len(meshes)} meshes left out: the state alone needs more than the {available / 1e9:.1f} GB of a device")
     if len(fitting) > MESHES:
-        notes.append(f"{len(fitting) - MESHES} meshes that cut the model further were not looked at")
+        notes.append(f"{len(fitting) - MESHES} meshes with more shards of the model were not tried")
     least = candidates_lib.lightest(experiment)
     for mesh in fitting[:MESHES]:
         allowed = candidates_lib.accumulations(experiment, mesh)
         at = experiment.training.accumulate if experiment.training.accumulate in allowed else allowed[-1]
         changes = mesh_changes(mesh) | candidates_lib.context_changes(experiment, mesh) | {"training.accumulate": at} | least
         late += not _add(settings, changes, experiment, topology, until)
-    ranked = sorted((each for each in settings if each.state == "modelled"), key=lambda each: (each.memory > room * MARGIN, each.seconds))
+    ranked = sorted((each for each in settings if each.state == "modelled"), key=lambda each: (each.memory > available * MARGIN, each.seconds))
     for base in ranked[:VARIED]:
         traced = roofline.trace(changed(experiment, base.changes | least), topology.devices, topology.chip)
         counts = candidates_lib.accumulations(experiment, base.mesh)
         for policy in candidates_lib.policies(experiment, traced):
             for count in counts:
-                if _worth_a_look(policy, count, base, settings, room):
+                if _may_be_better(policy, count, base, settings, available):
                     late += not _add(settings, base.changes | policy | {"training.accumulate": count}, experiment, topology, until)
     if late:
-        notes.append(f"{late} settings were not looked at: the time for the models was over (a larger --budget has room for them)")
+        notes.append(f"{late} settings were not modelled within the budget; raise --budget to model them")
     return settings, notes
 
 
 def _own_changes(experiment: Experiment, topology: Any) -> Changes:
-    """The config's own setting, in the form of a candidate."""
+    """Return the config's own setting as changes."""
     sizes = dataclasses.replace(experiment.mesh, slices=max(experiment.mesh.slices, topology.slices))
     mesh = memory.planned_mesh(sizes, topology.devices, topology.chip.platform).shape
     model = experiment.config["model"]
@@ -183,16 +185,16 @@ def _own_changes(experiment: Experiment, topology: Any) -> Changes:
     return mesh_changes(mesh) | {"training.accumulate": experiment.training.accumulate} | keys
 
 
-def _worth_a_look(policy: Changes, count: int, base: Candidate, settings: Sequence[Candidate], room: int) -> bool:
-    """Whether a variant may be better than those of its mesh and policy that fit: more parts only cost time, and so does offloading."""
-    same = [each for each in settings if each.state == "modelled" and each.memory <= room and each.mesh == base.mesh]
+def _may_be_better(policy: Changes, count: int, base: Candidate, settings: Sequence[Candidate], available: int) -> bool:
+    """Return whether a variant may be faster than those of its mesh and policy that fit. More microbatches only take more time, and so does offloading."""
+    same = [each for each in settings if each.state == "modelled" and each.memory <= available and each.mesh == base.mesh]
     same = [each for each in same if each.changes.get("model.remat") == policy.get("model.remat")]
     fewer = any(each.changes["training.accumulate"] < count for each in same)
     return not fewer and not (policy.get("model.offload") and any(not each.changes.get("model.offload") for each in same))
 
 
 def _add(settings: list[Candidate], changes: Changes, experiment: Experiment, topology: Any, until: float) -> bool:
-    """Model a setting that is not there yet. Returns False if it is too late for that."""
+    """Model a setting that is not in the list yet, and add it. Return False if the time is over."""
     if any(each.changes == changes for each in settings):
         return True
     if time.monotonic() > until:
@@ -224,7 +226,7 @@ def compile_promising(settings: list[Candidate], run: Runner, workers: int, unti
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running: dict[concurrent.futures.Future, tuple[Candidate, float]] = {}
         while waiting or running:
-            # One that would not be done in time is not begun.
+            # Do not start a compilation that is expected to end too late.
             while waiting and len(running) < workers and time.monotonic() + longest < until:
                 setting = waiting.pop(0)
                 running[pool.submit(run, setting.changes, until - time.monotonic())] = (setting, time.monotonic())
@@ -235,12 +237,14 @@ def compile_promising(settings: list[Candidate], run: Runner, workers: int, unti
                 longest = max(longest, time.monotonic() - began)
                 _record(setting, *future.result())
     if waiting:
-        notes.append(f"{len(waiting)} promising settings were not compiled: the time was over (a larger --budget has room for them)")
+        notes.append(f"{len(waiting)} promising settings were not compiled within the budget; raise --budget to compile them")
 
 
 def promising(settings: Sequence[Candidate]) -> list[Candidate]:
-    """Settings to compile: the config's own, then the fastest that fit, by the models; of a mesh SAME at most, since those that differ
-    in rematerialisation alone are more alike than the models are exact."""
+    """Return the settings to compile: the config's own, then the fastest that fit according to the models.
+
+    At most SAME have the same mesh: settings that differ only in rematerialisation differ by less than the error of the models.
+    """
     chosen, of_mesh = [], collections.Counter()
     for each in sorted((each for each in settings if each.state == "modelled" and not each.own), key=lambda each: each.seconds):
         mesh = tuple(each.mesh.values())
@@ -251,7 +255,7 @@ def promising(settings: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _record(setting: Candidate, plan: dict | None, problem: str) -> None:
-    """Record the compiler's answer."""
+    """Record the result of a compilation."""
     if plan is not None and not plan["fits"]:
         setting.does_not_fit(plan["peak_bytes_per_device"] - plan["device_bytes"], "compiler")
     elif plan is not None:
@@ -263,11 +267,11 @@ def _record(setting: Candidate, plan: dict | None, problem: str) -> None:
 
 
 def plan_in_process(arguments: Sequence[str], topology: str, folder: Path) -> Runner:
-    """Return a runner of `jaxmodels plan`, in a process group that ends with its time. What it wrote before is not compiled again.
+    """Return a runner of `jaxmodels plan` in a process group with a time limit. A setting with a result in the folder is not compiled again.
 
     Args:
       arguments: of the config.
-      topology: its name.
+      topology: name of the topology.
       folder: for results and logs.
     """
 
@@ -276,21 +280,21 @@ def plan_in_process(arguments: Sequence[str], topology: str, folder: Path) -> Ru
         log = output.with_suffix(".log")
         if (plan := _read(output)) is not None:
             return plan, ""
-        own = [f"--config.{key}={value!r}" for key, value in changes.items()]  # strings in quotes: none alone is None
+        own = [f"--config.{key}={value!r}" for key, value in changes.items()]  # quoted strings: without quotes, none would be None
         command = [sys.executable, "-m", "jaxmodels", "plan", *arguments, *own, f"--topology={topology}", f"--json={output}"]
         status = run_process(command, log, seconds)
         if status is None:
             return None, OUT_OF_TIME
         if (plan := _read(output)) is not None:  # also of a step that does not fit
             return plan, ""
-        said = [line.removeprefix("jaxmodels: ") for line in log.read_text(errors="replace").splitlines() if line.startswith("jaxmodels: ")]
-        return None, f"{said[-1] if said else f'exit status {status}'} ({log})"
+        errors = [line.removeprefix("jaxmodels: ") for line in log.read_text(errors="replace").splitlines() if line.startswith("jaxmodels: ")]
+        return None, f"{errors[-1] if errors else f'exit status {status}'} ({log})"
 
     return run
 
 
 def run_process(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """Run a command in a process group of its own. Returns its exit status; None if its time was over, and the group was killed."""
+    """Run a command in a new process group. Return its exit status; None if it reached the time limit and the group was killed."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
         try:
@@ -305,7 +309,7 @@ def run_process(command: Sequence[str], log: Path, seconds: float) -> int | None
 
 
 def _key(experiment: Experiment, topology: str) -> str:
-    """Digest of all that a search's result depends on."""
+    """Return a digest of everything that a search's result depends on."""
     code, root = hashlib.sha256(), Path(jaxmodels.__file__).parent
     for file in sorted(root.rglob("*.py")):
         code.update(str(file.relative_to(root)).encode() + file.read_bytes())
@@ -324,7 +328,7 @@ def _digest(values: Mapping) -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """A JSON file; None if it is missing or cut off."""
+    """Return the content of a JSON file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -332,7 +336,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _candidate(values: Mapping) -> Candidate:
-    """A setting from JSON, where tuples have become lists."""
+    """Return a setting from JSON, in which tuples are lists."""
     fields = {field.name: values[field.name] for field in dataclasses.fields(Candidate)}
     fields["changes"] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["changes"].items()}
     return Candidate(**fields)

@@ -1,7 +1,4 @@
-"""Operations of a traced step, and the propagation of shardings over their values.
-
-What the compiler does with shardings is done here by shapes alone, and without devices.
-"""
+"""Operations of a traced step, and the propagation of shardings over their values: from shapes alone, without a compiler or devices."""
 
 import dataclasses
 import math
@@ -23,13 +20,13 @@ class Value:
     """An array of the program.
 
     Attributes:
-      shape: of the whole; of one device's part inside `shard_map`.
+      shape: of the global array; inside `shard_map`, of one device's shard.
       itemsize: bytes of an element.
       spec: for each dimension the mesh axes that it is sharded over.
       op: that computes it; None for inputs.
       constant: known when tracing.
       fixed: whether a constraint states its sharding.
-      host: whether it is in the host's memory.
+      host: whether it is in host memory.
     """
 
     shape: tuple[int, ...]
@@ -46,15 +43,15 @@ class Value:
         return axes_of(self.spec)
 
     def shards(self, mesh: Mapping[str, int]) -> int:
-        """Number of different parts."""
+        """Return the number of shards, without replicas."""
         return ways(self.axes, mesh)
 
     def local_shape(self, mesh: Mapping[str, int]) -> list[int]:
-        """Shape of a device's part."""
+        """Return the shape of a device's shard."""
         return [-(-n // ways(axes, mesh)) for n, axes in zip(self.shape, self.spec, strict=True)]
 
     def local_bytes(self, mesh: Mapping[str, int]) -> int:
-        """Bytes of a device's part, without padding."""
+        """Return the bytes of a device's shard, without padding."""
         return math.prod(self.local_shape(mesh)) * self.itemsize
 
 
@@ -67,7 +64,7 @@ class Op:
       params: of the primitive.
       inputs, outputs: values.
       bodies: of loops and branches.
-      scopes: names of its scopes and transformations, the outermost first.
+      scopes: names of its scopes and transformations, from the outermost to the innermost.
     """
 
     name: str
@@ -84,7 +81,7 @@ class Op:
 
     @property
     def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Dimensions of the two operands that a product or convolution sums over, in pairs."""
+        """Dimensions that a product or convolution sums over: those of the first operand, and, in the same order, those of the second."""
         numbers = self.params["dimension_numbers"]
         return numbers[0] if self.name == "dot_general" else ((numbers.lhs_spec[1],), (numbers.rhs_spec[1],))
 
@@ -109,20 +106,21 @@ def axes_of(spec: Spec) -> set[str]:
 
 
 def spec_along(spec: jax.sharding.PartitionSpec, rank: int) -> Spec:
+    """Return a `PartitionSpec` as mesh axes for each of `rank` dimensions; dimensions that it leaves out, or leaves open, are not sharded."""
     parts = [() if part is None or part is jax.sharding.PartitionSpec.UNCONSTRAINED else (part,) if isinstance(part, str) else tuple(part) for part in spec]
     return tuple(parts) + ((),) * (rank - len(parts))
 
 
 def spec_of(x: jax.ShapeDtypeStruct) -> Spec:
-    """The sharding of a shape with a `NamedSharding`."""
+    """Return the sharding of a shape with a `NamedSharding`."""
     return spec_along(x.sharding.spec, len(x.shape))
 
 
-# Propagation of shardings: an operation's dimensions that are the same dimension are sharded alike
+# Propagation of shardings: dimensions of operands and results that correspond get the same sharding
 
 
 def propagate(graph: Graph, mesh: Mapping[str, int]) -> None:
-    """Shard all values of a graph: from operands to results, and from constraints back to operands; then gather what products need whole."""
+    """Shard all values of a graph: from operands to results, and from constraints back to operands. Then insert the gathers that products need."""
     for _ in range(2):
         _forward(graph, mesh)
         _backward(graph, mesh)
@@ -131,7 +129,7 @@ def propagate(graph: Graph, mesh: Mapping[str, int]) -> None:
 
 
 def _forward(graph: Graph, mesh: Mapping[str, int]) -> None:
-    """From operands to results; an axis goes to the larger operand, the other one is gathered."""
+    """Propagate from operands to results. If two operands use the same axis, the larger one keeps it and the other is gathered."""
     for op in graph.ops:
         if op.name == "scan":
             _scan_forward(op, mesh)
@@ -157,7 +155,7 @@ def _forward(graph: Graph, mesh: Mapping[str, int]) -> None:
 
 
 def _backward(graph: Graph, mesh: Mapping[str, int]) -> None:
-    """From results to operands, for operations that move data without combining it, and elementwise ones."""
+    """Propagate from results to operands, for elementwise operations and those that only move data."""
     for op in reversed(graph.ops):
         if op.name == "scan":
             (body,), consts, carries = op.bodies, op.params["num_consts"], op.params["num_carry"]
@@ -180,7 +178,7 @@ def _backward(graph: Graph, mesh: Mapping[str, int]) -> None:
 
 
 def _fill(value: Value, spec: Spec, mesh: Mapping[str, int]) -> bool:
-    """Shard dimensions that are whole so far, where they divide. Returns whether that changed anything."""
+    """Shard dimensions that are not sharded yet and that the axes divide. Return whether anything changed."""
     if value.fixed:
         return False
     used = value.axes
@@ -196,12 +194,12 @@ def _fill(value: Value, spec: Spec, mesh: Mapping[str, int]) -> bool:
 
 
 def ways(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
-    """Number of shards along axes."""
+    """Return the number of shards along axes."""
     return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
 def _same(op: Op, k: int, number: int) -> list[tuple[int, int]]:
-    """Dimensions of operand `k` that are dimensions of a result: pairs (of the operand, of the result)."""
+    """Return the dimensions of operand `k` that correspond to dimensions of a result, as pairs (of the operand, of the result)."""
     x, y, params = op.inputs[k], op.outputs[number], op.params
     match op.name:
         case "broadcast_in_dim":
@@ -222,13 +220,13 @@ def _same(op: Op, k: int, number: int) -> list[tuple[int, int]]:
             return _gathered(op, k)
         case "scatter" | "scatter-add" | "dynamic_update_slice" if k > 0 or len(x.shape) != len(y.shape):
             return []
-        case "expand_dims" | "pallas_call":  # nothing is known until something constrains them
+        case "expand_dims" | "pallas_call":  # unknown without a constraint
             return []
     return [(i, i) for i, n in enumerate(x.shape) if n == y.shape[i]] if len(x.shape) == len(y.shape) else []
 
 
 def _gathered(op: Op, k: int) -> list[tuple[int, int]]:
-    """Of a gather: rows are as the indices, the dimensions of a row as those of the operand."""
+    """Return the same for a gather: the rows of its result correspond to the indices, the dimensions within a row to those of the operand."""
     numbers, x, rank = op.params["dimension_numbers"], op.inputs[0], len(op.outputs[0].shape)
     if k == 1:
         return list(enumerate(j for j in range(rank) if j not in numbers.offset_dims))
@@ -238,6 +236,7 @@ def _gathered(op: Op, k: int) -> list[tuple[int, int]]:
 
 
 def _constrain(op: Op) -> None:
+    """Give the result of a sharding constraint its sharding; dimensions that it leaves open keep that of the operand."""
     (x,), (y,) = op.inputs, op.outputs
     spec = list(spec_along(op.params["sharding"].spec, len(x.shape)))
     open_dimensions = op.params.get("unconstrained_dims", ())
@@ -247,7 +246,7 @@ def _constrain(op: Op) -> None:
 
 
 def _reshaped(before: tuple[int, ...], spec: Spec, after: tuple[int, ...]) -> Spec:
-    """A group of dimensions that becomes another group is sharded along the first of them, or the one of the same size."""
+    """Return the sharding after a reshape. The axes of a group of dimensions that becomes another group go to the dimension of the same size, else to the first."""
     result: list[tuple[str, ...]] = [()] * len(after)
     i = j = 0 if math.prod(before) else len(before)
     while i < len(before) and j < len(after):
@@ -275,7 +274,7 @@ def _scan_forward(op: Op, mesh: Mapping[str, int]) -> None:
     for _ in range(3):
         _forward(body, mesh)
         pairs = list(zip(body.inputs[consts : consts + carries], body.outputs[:carries], strict=True))
-        changed = [_fill(inner, out.spec, mesh) for inner, out in pairs]  # all of them, not up to the first
+        changed = [_fill(inner, out.spec, mesh) for inner, out in pairs]  # a list: all of them are filled
         if not any(changed):
             break
     for i, (inner, outer) in enumerate(zip(body.outputs, op.outputs, strict=True)):
@@ -299,7 +298,7 @@ ELEMENTWISE = frozenset(
 
 
 def _gather(graph: Graph, mesh: Mapping[str, int]) -> None:
-    """Insert an operation of its own where a product's operand has to be gathered first."""
+    """Insert an operation `gathered` before each product with an operand that must be gathered."""
     together: dict[tuple, Value] = {}
     ops = []
     for op in graph.ops:
@@ -321,7 +320,7 @@ def _gather_operands(op: Op, ops: list[Op], together: dict) -> None:
         spec = []
         for i, axes in enumerate(x.spec):
             if i in partner:
-                # Both sides have a part of the sum: each device adds up its own. Else one of them comes together, where the axis has other work.
+                # An axis along which both operands are sharded stays: each device computes a partial sum. An axis that also shards the result is gathered here.
                 spec.append(tuple(a for a in axes if a in other.spec[partner[i]] or a not in result))
             else:
                 spec.append(tuple(a for a in axes if a in result or op.name == "conv_general_dilated" and k == 0))

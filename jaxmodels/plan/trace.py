@@ -1,4 +1,4 @@
-"""A traced step as one list of operations: calls inlined, unused ones dropped, each value with its sharding."""
+"""A traced step as one list of operations: calls are inlined, unused operations are removed, and each value has a sharding."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from jax.extend import core as jax_core
 
 from jaxmodels.plan.shardings import Graph, Op, Spec, Value, propagate, spec_along, ways
 
-# Primitives that only call a function: its operations are inlined.
+# Primitives that only call a function, whose operations are inlined.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_lin")
 
 
@@ -103,7 +103,7 @@ class _Builder:
 
 
 def _scan_counts(params: Mapping[str, Any]) -> dict[str, int]:
-    """Number of constant and of carried arguments of a loop. From jax 0.12 on they are in trees."""
+    """Return the numbers of constant and of carried arguments of a loop. From jax 0.12 on they are in trees."""
     if "num_carry" in params:
         return {}
     consts, carried, _ = params["ft_in"].unpack()
@@ -111,16 +111,16 @@ def _scan_counts(params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _platforms(index: Value) -> tuple[tuple[str, ...] | None, ...] | None:
-    """Platforms of the branches that an index selects; None if it is not a platform's index."""
+    """Return the platforms of the branches that an index selects; None if it is not the index of a platform."""
     while index.op is not None and index.op.name != "platform_index" and index.op.inputs:
         index = index.op.inputs[0]
     return index.op.params["platforms"] if index.op is not None and index.op.name == "platform_index" else None
 
 
 def _drop_unused(graph: Graph) -> None:
-    """Remove operations that no result needs, and results of loops that nothing reads."""
+    """Remove operations that no result depends on, and results of loops that are not read."""
     needed = set(graph.outputs)
-    kept = []
+    used = []
     for op in reversed(graph.ops):
         if not any(value in needed for value in op.outputs):
             continue
@@ -129,12 +129,12 @@ def _drop_unused(graph: Graph) -> None:
         for body in op.bodies if op.name != "scan" else ():
             _drop_unused(body)
         needed.update(op.inputs)
-        kept.append(op)
-    graph.ops[:] = reversed(kept)
+        used.append(op)
+    graph.ops[:] = reversed(used)
 
 
 def _narrow(op: Op, needed: set[Value]) -> None:
-    """Remove stacked results of a loop that nothing reads, and the arguments only they need."""
+    """Remove stacked results of a loop that are not read, and the arguments that only they depend on."""
     (body,), consts, carries = op.bodies, op.params["num_consts"], op.params["num_carry"]
     keep = [i for i, value in enumerate(op.outputs) if i < carries or value in needed]
     op.outputs, body.outputs = [op.outputs[i] for i in keep], [body.outputs[i] for i in keep]

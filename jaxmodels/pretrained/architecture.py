@@ -170,15 +170,15 @@ def activation(keys: Keys, key: str, default: str) -> str:
 
 def their_activation(name: str) -> str:
     """Return the name of an activation in a config.json."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+    return next(key for key, activation in ACTIVATIONS.items() if activation == name)
 
 
-def linear(ours: str, theirs: str, *, bias: bool = True, form: str = "transposed") -> list[Entry]:
+def linear(path: str, tensor: str, *, bias: bool = True, form: str = "transposed") -> list[Entry]:
     """Return the entries of a linear layer."""
-    entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", form)]
-    return entries + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+    entries = [Entry(f"{path}/kernel", f"{tensor}.weight", form)]
+    return entries + ([Entry(f"{path}/bias", f"{tensor}.bias")] if bias else [])
 
 
-def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Entry]:
+def norm(path: str, tensor: str, *, bias: bool = True) -> list[Entry]:
     """Return the entries of a normalisation."""
-    return [Entry(f"{ours}/scale", f"{theirs}.weight")] + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+    return [Entry(f"{path}/scale", f"{tensor}.weight")] + ([Entry(f"{path}/bias", f"{tensor}.bias")] if bias else [])

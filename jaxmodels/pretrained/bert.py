@@ -18,7 +18,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]], offset: int) -> dic
     keys.must("tie_word_embeddings", True, True)
     keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.ignore("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type")
-    return {ours: keys.get(theirs) for ours, theirs in _SIZES.items()} | {
+    return {option: keys.get(key) for option, key in _SIZES.items()} | {
         "context": keys.get("max_position_embeddings") - offset,
         "position_offset": offset,
         "types": keys.get("type_vocab_size", 2),
@@ -34,7 +34,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]], offset: int) -> dic
 
 
 def _config(options: Mapping) -> dict:
-    return {theirs: options[ours] for ours, theirs in _SIZES.items()} | {
+    return {key: options[option] for option, key in _SIZES.items()} | {
         "intermediate_size": options["mlp_width"] or 4 * options["width"],
         "max_position_embeddings": options["context"] + options["position_offset"],
         "type_vocab_size": max(1, options["types"]),

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) in the format of `transformers`: matrices as [in, out] like ours, and one for queries, keys and values."""
+"""GPT-2 (Radford et al. 2019) in the format of `transformers`: matrices are [in, out] as here, with one for queries, keys and values."""
 
 from collections.abc import Callable, Mapping, Sequence
 

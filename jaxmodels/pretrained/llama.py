@@ -7,7 +7,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.architecture import Architecture, Keys, linear, norm
 from jaxmodels.pretrained.mapping import Entry
 
-_SCALING = {  # ours -> theirs
+_SCALING = {  # option here -> key of config.json
     "linear": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
@@ -35,7 +35,7 @@ def _rotary(keys: Keys, base: float) -> dict:
     if kind == "yarn":
         values.setdefault("original_max_position_embeddings", keys.get("max_position_embeddings"))
     _check_rotary(keys, values, kind, names)
-    scaling = {ours: values[theirs] for ours, theirs in names.items() if values.get(theirs) is not None}
+    scaling = {option: values[key] for option, key in names.items() if values.get(key) is not None}
     return {"rotary_base": float(base), "rotary_scaling": {"kind": kind, **scaling}}
 
 
@@ -116,7 +116,7 @@ def _options(
 def _config(options: Mapping, name: str) -> dict:
     scaling = options["rotary_scaling"]
     if scaling is not None:
-        scaling = {"rope_type": scaling["kind"]} | {theirs: scaling[ours] for ours, theirs in _SCALING[scaling["kind"]].items() if ours in scaling}
+        scaling = {"rope_type": scaling["kind"]} | {key: scaling[option] for option, key in _SCALING[scaling["kind"]].items() if option in scaling}
     heads, width = options["heads"], options["width"]
     config = {
         "max_position_embeddings": options["context"],
@@ -157,11 +157,11 @@ def _table(options: Mapping, name: str) -> list[Entry]:
         *norm("final_norm", "model.norm", bias=False),
         *linear(f"{block}/attention/out", f"{layer}.self_attn.o_proj", bias=options["bias"]),
     ]
-    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
+    for matrix, letter in (("query", "q"), ("key", "k"), ("value", "v")):
         bias = options["bias"] if options["qkv_bias"] is None else options["qkv_bias"]
-        entries += linear(f"{block}/attention/{ours}", f"{layer}.self_attn.{theirs}_proj", bias=bias)
-        if options["query_key_norm"] and ours != "value":
-            entries += norm(f"{block}/attention/{ours}_norm", f"{layer}.self_attn.{theirs}_norm", bias=False)
+        entries += linear(f"{block}/attention/{matrix}", f"{layer}.self_attn.{letter}_proj", bias=bias)
+        if options["query_key_norm"] and matrix != "value":
+            entries += norm(f"{block}/attention/{matrix}_norm", f"{layer}.self_attn.{letter}_norm", bias=False)
     if not options["tie_embeddings"]:
         entries.append(Entry("output/kernel", "lm_head.weight", "transposed"))
     if options["moe"] is None:
@@ -173,7 +173,7 @@ def _table(options: Mapping, name: str) -> list[Entry]:
     else:
         home, sides = f"{layer}.mlp", {side: f"{side}_proj" for side in ("gate", "up", "down")}
     entries += linear(f"{block}/mlp/router", f"{home}.gate", bias=False)
-    return entries + [Entry(f"{block}/mlp/experts/{ours}/kernel", f"{home}.experts.{{expert}}.{theirs}.weight", "transposed") for ours, theirs in sides.items()]
+    return entries + [Entry(f"{block}/mlp/experts/{side}/kernel", f"{home}.experts.{{expert}}.{matrix}.weight", "transposed") for side, matrix in sides.items()]
 
 
 def _sizes(options: Mapping) -> dict[str, int]:

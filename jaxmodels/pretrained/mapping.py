@@ -22,32 +22,32 @@ class Entry:
     """An entry of a table.
 
     Attributes:
-      ours: path of our parameter: `blocks/{layer}/attention/query/kernel`.
-      theirs: name of the pretrained tensor.
+      path: path of our parameter: `blocks/{layer}/attention/query/kernel`.
+      tensor: name of the pretrained tensor.
       form: key of `FORMS`: the conversion between the two layouts.
-      part: (i, n): ours is the i-th of n equal parts of theirs along the last axis of our layout.
+      part: (i, n): the parameter is the i-th of n equal parts of the tensor along the last axis of our layout.
     """
 
-    ours: str
-    theirs: str
+    path: str
+    tensor: str
     form: str = "same"
     part: tuple[int, int] | None = None
 
 
-# form -> conversion of their array to our layout, and back. Views where possible, so that only the used part of a tensor is read.
+# form -> conversion of a tensor to the layout of the parameter, and back. Views where possible, so that only the used part of a tensor is read.
 FORMS: dict[str, tuple[Callable, Callable]] = {
     "same": (lambda x: x, lambda x: x),
-    # Theirs is [out, in], ours [in, out].
+    # The tensor is [out, in], the parameter [in, out].
     "transposed": (lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2)),
-    # Theirs is [out, in, height, width], ours [height, width, in, out].
+    # The tensor is [out, in, height, width], the parameter [height, width, in, out].
     "convolution": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
-    # Theirs has a leading axis of length 1.
+    # The tensor has a leading axis of length 1.
     "first": (lambda x: x[0], lambda x: x[None]),
 }
 
 
 def patches(size: int, channels: int) -> str:
-    """Register the form of a convolution over patches of size×size pixels: ours is a matrix [size * size * channels, out]. Return its name."""
+    """Register the form of a convolution over patches of size×size pixels: the parameter is a matrix [size * size * channels, out]. Return its name."""
     name = f"patches{size}x{channels}"
     FORMS[name] = (
         lambda x: x.transpose(2, 3, 1, 0).reshape(size * size * channels, -1),
@@ -61,21 +61,21 @@ class Link:
     """One tensor and its place in a parameter.
 
     Attributes:
-      ours: path of our parameter.
+      path: path of our parameter.
       index: index along the leading (stacked) axes of our parameter.
-      theirs: name of the tensor.
+      tensor: name of the tensor.
       form, part: as in `Entry`.
     """
 
-    ours: str
+    path: str
     index: tuple[int, ...]
-    theirs: str
+    tensor: str
     form: str
     part: tuple[int, int] | None
 
-    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """Convert their tensor, or this part of it, to our layout."""
-        x = FORMS[self.form][0](theirs)
+    def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
+        """Convert the tensor, or this part of it, to the layout of the parameter."""
+        x = FORMS[self.form][0](tensor)
         if self.part is None:
             return x
         i, n = self.part
@@ -93,23 +93,23 @@ def expand(entries: Iterable[Entry], sizes: Mapping[str, int], *, stacked: bool)
     """
     links = []
     for entry in entries:
-        ours = entry.ours.replace("{layer}/", "") if stacked else entry.ours
-        names = [name for name in ("layer", "expert") if f"{{{name}}}" in entry.theirs]
-        inner = [name for name in names if f"{{{name}}}" not in ours]
+        path = entry.path.replace("{layer}/", "") if stacked else entry.path
+        names = [name for name in ("layer", "expert") if f"{{{name}}}" in entry.tensor]
+        inner = [name for name in names if f"{{{name}}}" not in path]
         for values in itertools.product(*(range(sizes[name]) for name in names)):
             at = dict(zip(names, values, strict=True))
-            links.append(Link(ours.format(**at), tuple(at[name] for name in inner), entry.theirs.format(**at), entry.form, entry.part))
+            links.append(Link(path.format(**at), tuple(at[name] for name in inner), entry.tensor.format(**at), entry.form, entry.part))
     return links
 
 
-def by_ours(links: Iterable[Link]) -> dict[str, list[Link]]:
+def by_path(links: Iterable[Link]) -> dict[str, list[Link]]:
     """Group links by our parameter."""
-    return _grouped(links, lambda link: link.ours)
+    return _grouped(links, lambda link: link.path)
 
 
-def by_theirs(links: Iterable[Link]) -> dict[str, list[Link]]:
+def by_tensor(links: Iterable[Link]) -> dict[str, list[Link]]:
     """Group links by tensor, sorted by part."""
-    return {name: sorted(group, key=lambda link: link.part or (0, 1)) for name, group in _grouped(links, lambda link: link.theirs).items()}
+    return {name: sorted(group, key=lambda link: link.part or (0, 1)) for name, group in _grouped(links, lambda link: link.tensor).items()}
 
 
 def _grouped(links, key):
@@ -138,17 +138,17 @@ class LazyParameter:
     @classmethod
     def of(cls, links: Sequence[Link], tensors: Mapping[str, Tensor]) -> "LazyParameter":
         """Assemble a parameter; ConfigError if its tensors differ in shape, or their shape does not fit the form."""
-        shapes = {link.theirs: tensors[link.theirs].shape for link in links}
+        shapes = {link.tensor: tensors[link.tensor].shape for link in links}
         first = links[0]
         if len(set(shapes.values())) > 1:
-            other = next(link for link in links if shapes[link.theirs] != shapes[first.theirs])
-            raise ConfigError(f"{first.theirs} is {shapes[first.theirs]}, {other.theirs} is {shapes[other.theirs]}: their shapes must be equal.")
+            other = next(link for link in links if shapes[link.tensor] != shapes[first.tensor])
+            raise ConfigError(f"{first.tensor} is {shapes[first.tensor]}, {other.tensor} is {shapes[other.tensor]}: their shapes must be equal.")
         try:
-            inner = first.to_ours(np.broadcast_to(np.False_, shapes[first.theirs])).shape
+            inner = first.to_parameter(np.broadcast_to(np.False_, shapes[first.tensor])).shape
         except (ValueError, IndexError):
-            raise ConfigError(f"{first.theirs} is {shapes[first.theirs]}, which cannot be {first.ours} ({first.form}).") from None
+            raise ConfigError(f"{first.tensor} is {shapes[first.tensor]}, which cannot be {first.path} ({first.form}).") from None
         outer = tuple(max(link.index[axis] for link in links) + 1 for axis in range(len(first.index)))
-        return cls(links, {name: tensors[name] for name in shapes}, outer + inner, tensors[first.theirs].dtype)
+        return cls(links, {name: tensors[name] for name in shapes}, outer + inner, tensors[first.tensor].dtype)
 
     def read(self, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
         """Read the parameter; each device's shard is read separately, and nothing else.
@@ -175,7 +175,7 @@ class LazyParameter:
         for link in self.links:
             if all(start <= i < stop for i, (start, stop) in zip(link.index, ranges, strict=False)):
                 place = tuple(i - start for i, (start, _) in zip(link.index, ranges, strict=False))
-                _copy(result[place or ...], link.to_ours(self.tensors[link.theirs].view())[inside])
+                _copy(result[place or ...], link.to_parameter(self.tensors[link.tensor].view())[inside])
         return result
 
 
@@ -196,13 +196,13 @@ def components(links: Sequence[Link]) -> list[list[Link]]:
     group_of: dict[tuple[str, str], int] = {}
     groups: dict[int, list[Link]] = {}
     for number, link in enumerate(links):
-        keys = (("ours", link.ours), ("theirs", link.theirs))
+        keys = (("path", link.path), ("tensor", link.tensor))
         touched = sorted({group_of[key] for key in keys if key in group_of})
         home = touched[0] if touched else number
         for other in touched[1:]:
             moved = groups.pop(other)
             groups[home] += moved
-            group_of.update({key: home for one in moved for key in (("ours", one.ours), ("theirs", one.theirs))})
+            group_of.update({key: home for one in moved for key in (("path", one.path), ("tensor", one.tensor))})
         groups.setdefault(home, []).append(link)
         group_of.update(dict.fromkeys(keys, home))
     return list(groups.values())
@@ -210,14 +210,14 @@ def components(links: Sequence[Link]) -> list[list[Link]]:
 
 def tensor_of(links: Sequence[Link], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Convert our parameters to their tensor; `links` are all links of that tensor, sorted by part."""
-    pieces = [arrays[link.ours][link.index] if link.index else arrays[link.ours] for link in links]
+    pieces = [arrays[link.path][link.index] if link.index else arrays[link.path] for link in links]
     whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
     return FORMS[links[0].form][1](whole)
 
 
 def tensor_shape(links: Sequence[Link], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return the shape of their tensor, given the shapes of our parameters."""
-    return tensor_of(links, {link.ours: np.broadcast_to(np.False_, shapes[link.ours]) for link in links}).shape
+    return tensor_of(links, {link.path: np.broadcast_to(np.False_, shapes[link.path]) for link in links}).shape
 
 
 def unprefixed(names: Iterable[str], prefix: str) -> bool:

@@ -65,6 +65,7 @@ class Adapters:
     tied: bool
 
     def rank_of(self, module: str) -> int:
+        """Return the rank of the adapter of a module."""
         return self.tensors[self.modules[module][0]].shape[0]
 
 
@@ -194,16 +195,16 @@ def under_our_names(adapters: Adapters, architecture: Architecture, links: Itera
       ConfigError: an adapted module does not exist or cannot have an adapter; only some of the stacked layers have adapters; or an
         embedding that is also the output layer has an adapter for one of the two uses only.
     """
-    by_module = {link.theirs.removesuffix(".weight"): [] for link in links}
+    by_module = {link.tensor.removesuffix(".weight"): [] for link in links}
     for link in links:
-        by_module[link.theirs.removesuffix(".weight")].append(link)
+        by_module[link.tensor.removesuffix(".weight")].append(link)
     modules = _named(adapters, architecture)
     output = {name for name in modules if any(re.search(pattern, f"{name}.weight") for pattern in architecture.ignored)} - by_module.keys()
     strange = [name for name in modules if name not in by_module and name not in output]
     for name, pair in modules.items():
         group = by_module.get(name, [])
         table = pair[0].endswith(TABLE[0])
-        if any(link.form not in ("same", "transposed") or link.ours.rpartition("/")[2] != KINDS[table] for link in group):
+        if any(link.form not in ("same", "transposed") or link.path.rpartition("/")[2] != KINDS[table] for link in group):
             strange.append(name)
     if strange:
         raise ConfigError(f"{adapters.path}: adapters for {_some(strange)} of {architecture.name} are not supported. {_INSTEAD}")
@@ -212,15 +213,15 @@ def under_our_names(adapters: Adapters, architecture: Architecture, links: Itera
     for name, pair in modules.items():
         for link in by_module.get(name, ()):
             links_of_pair = _adapter_links(adapters, name, pair, link)
-            for group, one in zip(parts.setdefault(link.ours, ([], [])), links_of_pair or (), strict=False):
+            for group, one in zip(parts.setdefault(link.path, ([], [])), links_of_pair or (), strict=False):
                 group.append(one)
     arrays, matrices = {}, {}
     for path, pair in parts.items():
         if not pair[0]:
             continue  # its block of a block-diagonal adapter is zero: no adapter
-        own = [link for link in links if link.ours == path]
+        own = [link for link in links if link.path == path]
         if len(pair[0]) != len(own):
-            lacking = sorted({link.theirs.removesuffix(".weight") for link in own} - modules.keys())
+            lacking = sorted({link.tensor.removesuffix(".weight") for link in own} - modules.keys())
             cure = "with config.model.scan, all layers or none must have one"
             raise ConfigError(f"{adapters.path} has adapters for some layers only, none for {lacking[0]}: {cure}.")
         layer = path.rpartition("/")[0]
@@ -238,14 +239,14 @@ def _named(adapters: Adapters, architecture: Architecture) -> dict[str, tuple[st
 
 def _outside(architecture: Architecture) -> set[str]:
     """Return the names of head modules, which have no prefix."""
-    return {entry.theirs.removesuffix(".weight") for table in architecture.heads.values() for entry in table} | {"lm_head"}
+    return {entry.tensor.removesuffix(".weight") for table in architecture.heads.values() for entry in table} | {"lm_head"}
 
 
 def _check_tied(adapters: Adapters, architecture: Architecture, modules: Mapping, output: set[str], by_module: Mapping) -> None:
-    tables = [name for name in modules if any(link.ours == "embed/embedding" for link in by_module.get(name, ()))]
+    tables = [name for name in modules if any(link.path == "embed/embedding" for link in by_module.get(name, ()))]
     if not tables and not output:
         return
-    paths = {link.ours for group in by_module.values() for link in group}
+    paths = {link.path for group in by_module.values() for link in group}
     if architecture.model == "encoder_decoder":
         raise ConfigError(f"{adapters.path}: PEFT does not share the adapter of {(*tables, *output)[0]} between the modules that share it. {_INSTEAD}")
     shared = "output/kernel" not in paths and not any(path.startswith("head/output") for path in paths)
@@ -263,7 +264,7 @@ def _same(adapters: Adapters, table: tuple[str, str], matrix: tuple[str, str]) -
 
 def _adapter_links(adapters: Adapters, module: str, pair: tuple[str, str], link: Link) -> tuple[Link, Link] | None:
     """Return the links of `lora_a` and `lora_b` for the matrix of `link`, or None if this adapter is zero for it."""
-    layer = link.ours.rpartition("/")[0]
+    layer = link.path.rpartition("/")[0]
     rank = adapters.tensors[pair[0]].shape[0]
     forms, parts = ["transposed", "transposed"], [None, link.part]
     if link.part is not None and rank != adapters.rank:
@@ -274,8 +275,8 @@ def _adapter_links(adapters: Adapters, module: str, pair: tuple[str, str], link:
             return None
         forms[1] = _rows(i, n)
         parts[0] = link.part
-    ours = (f"{layer}/{name}" for name in ADAPTERS)
-    return tuple(Link(path, link.index, theirs, form, part) for path, theirs, form, part in zip(ours, pair, forms, parts, strict=True))
+    paths = (f"{layer}/{name}" for name in ADAPTERS)
+    return tuple(Link(path, link.index, tensor, form, part) for path, tensor, form, part in zip(paths, pair, forms, parts, strict=True))
 
 
 def _rows(i: int, n: int) -> str:
@@ -290,8 +291,8 @@ def section(adapters: Adapters, architecture: Architecture, links: Sequence[Link
     chosen = set(under_our_names(adapters, architecture, links).matrices)
     kinds: dict[str, set[str]] = {}
     for link in links:
-        if link.ours.endswith(KINDS):
-            kinds.setdefault(_kind(link.ours), set()).add(link.ours)
+        if link.path.endswith(KINDS):
+            kinds.setdefault(_kind(link.path), set()).add(link.path)
     targets = []
     for path in sorted(chosen):
         layer = path.rpartition("/")[0]
@@ -318,6 +319,7 @@ class Merged(LazyParameter):
     scale: float
 
     def values(self, ranges: Sequence[tuple[int, int]], dtype: np.dtype) -> np.ndarray:
+        """Return a slice, one (start, stop) for each dimension, with the adapter's product added in float32."""
         *stack, rows, columns = ranges
         every = (0, self.a.shape[-1])
         a, b = self.a.values([*stack, rows, every], np.float32), self.b.values([*stack, every, columns], np.float32)

@@ -50,10 +50,10 @@ def _layers(options: Mapping) -> list[tuple[str, str]]:
 
 def _table(options: Mapping) -> list[Entry]:
     entries = []
-    for ours, theirs in _layers(options):
-        entries.append(Entry(f"{ours}/conv/kernel", f"{theirs}.convolution.weight", "convolution"))
+    for path, tensor in _layers(options):
+        entries.append(Entry(f"{path}/conv/kernel", f"{tensor}.convolution.weight", "convolution"))
         for side, name in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):
-            entries.append(Entry(f"{ours}/norm/{side}", f"{theirs}.normalization.{name}"))
+            entries.append(Entry(f"{path}/norm/{side}", f"{tensor}.normalization.{name}"))
     return entries
 
 
@@ -70,5 +70,5 @@ RESNET = Architecture(
     ignored=(r"num_batches_tracked$",),
     others=r"^classifier\.",
     head_paths=("output/",),
-    constants=lambda options: {f"{theirs}.normalization.num_batches_tracked": np.zeros((), np.int64) for _, theirs in _layers(options)},
+    constants=lambda options: {f"{tensor}.normalization.num_batches_tracked": np.zeros((), np.int64) for _, tensor in _layers(options)},
 )

@@ -54,6 +54,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     def view(self) -> np.ndarray:
@@ -120,6 +121,7 @@ class ToWrite:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
@@ -143,7 +145,7 @@ def write(path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str
 
 
 def in_files(tensors: Mapping[str, ToWrite], largest: int) -> Iterable[dict[str, ToWrite]]:
-    """Group tensors, in order, into files of at most `largest` bytes; a larger tensor gets a group of its own."""
+    """Group tensors, in order, into files of at most `largest` bytes; a larger tensor gets a separate group."""
     group, size = {}, 0
     for name, tensor in tensors.items():
         if group and size + tensor.nbytes > largest:

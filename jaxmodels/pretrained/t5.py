@@ -54,12 +54,12 @@ def _config(options: Mapping) -> dict:
     }
 
 
-def _side(ours: str, theirs: str, memory: bool) -> list[Entry]:
-    block, layers = f"{ours}/blocks/{{layer}}", f"{theirs}.block.{{layer}}.layer"
+def _side(path: str, tensor: str, memory: bool) -> list[Entry]:
+    block, layers = f"{path}/blocks/{{layer}}", f"{tensor}.block.{{layer}}.layer"
     parts = [("attention", "attention_norm", f"{layers}.0", "SelfAttention")]
     if memory:
         parts.append(("memory_attention", "memory_norm", f"{layers}.1", "EncDecAttention"))
-    entries = [Entry(f"{ours}/relative/embedding", f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")]
+    entries = [Entry(f"{path}/relative/embedding", f"{tensor}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")]
     for part, its_norm, home, name in parts:
         for side, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
             entries += linear(f"{block}/{part}/{side}", f"{home}.{name}.{letter}", bias=False)
@@ -68,7 +68,7 @@ def _side(ours: str, theirs: str, memory: bool) -> list[Entry]:
     for side, name in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")):
         entries += linear(f"{block}/mlp/{side}", f"{home}.DenseReluDense.{name}", bias=False)
     entries += norm(f"{block}/mlp_norm", f"{home}.layer_norm", bias=False)
-    return entries + norm(f"{ours}/final_norm", f"{theirs}.final_layer_norm", bias=False)
+    return entries + norm(f"{path}/final_norm", f"{tensor}.final_layer_norm", bias=False)
 
 
 def _table(options: Mapping) -> list[Entry]:

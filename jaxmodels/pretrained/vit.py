@@ -13,7 +13,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("num_channels", 3, 3)
     keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.ignore("encoder_stride", "pooler_act", "pooler_output_size", "image_size")
-    return {ours: keys.get(theirs) for ours, theirs in _SIZES.items()} | {
+    return {option: keys.get(key) for option, key in _SIZES.items()} | {
         "patch": keys.get("patch_size"),
         "pool": "token",
         "positions": "learned",
@@ -24,7 +24,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
 
 
 def _config(options: Mapping) -> dict:
-    return {theirs: options[ours] for ours, theirs in _SIZES.items()} | {
+    return {key: options[option] for option, key in _SIZES.items()} | {
         "intermediate_size": options["mlp_width"] or 4 * options["width"],
         "patch_size": options["patch"],
         "layer_norm_eps": options["epsilon"],

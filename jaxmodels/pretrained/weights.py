@@ -98,7 +98,7 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
     pretrained_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
     entries = architecture.table(options)
     # The output layer is transferred only for the same kind of head, since it depends on the classes or tags.
-    entries += [entry for entry in architecture.heads[head] if pretrained_head == head or not entry.ours.startswith("head/output/")]
+    entries += [entry for entry in architecture.heads[head] if pretrained_head == head or not entry.path.startswith("head/output/")]
     tensors = mapping.renamed(folder.tensors(), architecture.renames)
     adapters = peft.read(str(folder.adapters)) if folder.adapters else None
     read = tensors | (adapters.tensors if adapters else {})
@@ -107,13 +107,13 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
         tensors = {architecture.prefix + name: tensor for name, tensor in tensors.items()}
     links = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
     arrays, missing = {}, []
-    for ours, group in mapping.by_ours(links).items():
-        lacking = [link.theirs for link in group if link.theirs not in tensors]
+    for path, group in mapping.by_path(links).items():
+        lacking = [link.tensor for link in group if link.tensor not in tensors]
         if not lacking:
-            arrays[ours] = LazyParameter.of(group, tensors)
-        elif not ours.startswith(architecture.head_paths):
+            arrays[path] = LazyParameter.of(group, tensors)
+        elif not path.startswith(architecture.head_paths):
             missing += lacking
-    used = {link.theirs for link in links}
+    used = {link.tensor for link in links}
     rest = [name for name in tensors if name not in used and not any(re.search(pattern, name) for pattern in architecture.ignored)]
     dropped = [name for name in rest if re.search(architecture.others, name)]
     _check_complete(folder, missing, [name for name in rest if name not in dropped])

@@ -18,7 +18,7 @@ from jaxmodels.step.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The progress of a run, saved in each checkpoint beside the arrays.
+    """The progress of a run, saved in each checkpoint next to the arrays.
 
     Attributes:
       evaluated_at: the last evaluated step.

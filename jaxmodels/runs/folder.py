@@ -90,7 +90,7 @@ class RunFolder:
         allowed = {key: pair for key, pair in changed.items() if any(key == m or key.startswith(m + ".") for m in machine_keys)}
         refused = {key: pair for key, pair in changed.items() if key not in allowed}
         if refused:
-            lines = "".join(f"\n  {key}: {there!r} there, {here!r} now" for key, (there, here) in refused.items())
+            lines = "".join(f"\n  {key}: {there!r} in the run, {here!r} now" for key, (there, here) in refused.items())
             raise ConfigError(
                 f"{self.path} belongs to a run of another config:{lines}\nChoose another --workdir, or --overwrite to delete that run and start a new one."
             )

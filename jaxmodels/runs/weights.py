@@ -261,7 +261,7 @@ def match(
     initialised = tuple(path for path in here if (path.endswith(ADAPTERS) or path in fresh) and path not in sources and path not in skipped)
     problems = [f"{path} {tuple(here[path].shape)}: not in the other run" for path in here if path not in {*sources, *skipped, *initialised}]
     problems += [
-        f"{path}: shape differs: {tuple(here[path].shape)} here, {tuple(there[source].shape)} there"
+        f"{path}: shape differs: {tuple(here[path].shape)} in this model, {tuple(there[source].shape)} in the other run"
         for path, source in sources.items()
         if tuple(here[path].shape) != tuple(there[source].shape)
     ]

@@ -16,7 +16,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.sharding import is_stacked
 from jaxmodels.step.parameters import matches, path_name
 
-# Keys of the section besides those of `optax.contrib.muon`: name -> (type, default).
+# Keys of the section that `optax.contrib.muon` does not have: name -> (type, default).
 KEYS = {"adam_parameters": (tuple[str, ...], ())}
 # Arguments of `optax.contrib.muon` that are functions of the parameters, and so no keys of a config.
 SET_HERE = ("muon_weight_dimension_numbers",)

@@ -88,7 +88,7 @@ def names() -> list[str]:
 
 def _functions() -> dict[str, Callable]:
     found = {}
-    for module in (contrib, optax):  # what both have is taken from `optax`
+    for module in (contrib, optax):  # a name in both is that of `optax`
         for name, value in vars(module).items():
             if not inspect.isfunction(value) or name.startswith(("_", "scale_by_")) or name in UNSUPPORTED:
                 continue
@@ -102,7 +102,7 @@ def find(name: str) -> Callable:
     """Return the function that makes an optimizer.
 
     Raises:
-      ConfigError: there is none of that name, or the train step cannot use it; says why.
+      ConfigError: there is none of that name, or the train step cannot use it; the message says why.
     """
     known = _functions()
     if name in known:
@@ -129,7 +129,7 @@ def _section_keys() -> set[str]:
 
 
 def own_arguments(name: str) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of an optimizer besides those of `Optimizer`: name -> (type, default).
+    """Return the keys of an optimizer that `Optimizer` does not have: name -> (type, default).
 
     Raises:
       ConfigError: as `find`.
@@ -156,13 +156,13 @@ def resolve(section: Mapping) -> dict:
       ConfigError: an unknown name, an unknown or missing key, or a wrong type.
     """
     name = config_lib.check_value("optimizer.name", section["name"], str)
-    own, ours = own_arguments(name), config_lib.fields(Optimizer)
+    own, shared = own_arguments(name), config_lib.fields(Optimizer)
     for key, (_, default) in own.items():
         if default is config_lib.REQUIRED and key not in section:
             raise ConfigError(f"config.optimizer.{key} is required by the optimizer {name!r}; set it, e.g. --config.optimizer.{key}=VALUE.")
-    config_lib.check_keys("optimizer", section, ours | own, f"the optimizer {name!r}")
+    config_lib.check_keys("optimizer", section, shared | own, f"the optimizer {name!r}")
     section = dict(section) | {"schedule": schedule_lib.resolve(section.get("schedule", {}))}
-    allowed = ours | {"schedule": (dict, None)} | {key: own[key] for key in own if key in section}
+    allowed = shared | {"schedule": (dict, None)} | {key: own[key] for key in own if key in section}
     return config_lib.check_section("optimizer", section, allowed, f"the optimizer {name!r}")
 
 
@@ -219,7 +219,7 @@ def make_optimizer(options: Optimizer, own: Mapping[str, Any], schedule: optax.S
 
 
 def _mask_name(parameters: Mapping) -> str | None:
-    """Return the parameter of an optimizer's function that says which parameters are decayed."""
+    """Return the name of the argument of an optimizer's function that selects the decayed parameters."""
     if "weight_decay" not in parameters:
         return None
     return next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)

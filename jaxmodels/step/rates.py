@@ -91,5 +91,7 @@ def check(rates: Rates, decay: LayerDecay | None, params: Any) -> None:
     if re.compile(decay.layers).groups != 1:
         raise ConfigError(f"config.optimizer.layer_decay.layers: {decay.layers!r} must have one group, the number of the layer.")
     if twice := next((path for path in paths(params) if re.search(decay.layers + r"\d+/", path)), None):
-        raise ConfigError(f"config.optimizer.layer_decay.layers: {twice} has more numbers than {decay.layers!r} has groups: say which one counts layers.")
+        raise ConfigError(
+            f"config.optimizer.layer_decay.layers: {twice} has more numbers than {decay.layers!r} has groups: extend the pattern to the number that counts layers."
+        )
     check_matches("optimizer.layer_decay.layers", decay.layers, params)

@@ -1,4 +1,4 @@
-"""Tasks by name. A task is one file: it says what a model is built from, and computes losses, metrics and predictions."""
+"""Tasks by name. A task is one file: it provides the sizes that a model is built with, and computes losses, metrics and predictions."""
 
 import inspect
 from collections.abc import Mapping

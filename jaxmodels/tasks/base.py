@@ -74,7 +74,7 @@ class Task(abc.ABC):
       higher_is_better: name -> whether higher values are better, for metrics that are not in `HIGHER_IS_BETTER`. A metric needs a direction
         to be `checkpoint.best`.
       shown: names of the metrics that are printed, in this order. All metrics are written to the log files. `checkpoint.best` is printed
-        besides.
+        too.
     """
 
     provides: Mapping[str, Any] = {}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jaxmodels.models.functional import compute_dtype
 from jaxmodels.tasks import losses
 from jaxmodels.tasks.base import Task, require
 
@@ -14,7 +15,7 @@ class Forecast(Task):
     Batches: `past` float [B, L, V], `future` float [B, H, V], `weight` float [B].
     """
 
-    exact_inputs = ("future",)
+    exact_inputs = ("past", "future")
     shown = ("loss", "mse", "mae")
 
     def __init__(self, info: Mapping, *, instance_norm: bool = True, loss: str = "mse", delta: float = 1.0):
@@ -55,8 +56,11 @@ class Forecast(Task):
         return losses.errors(forecast, batch["future"], batch["weight"][:, None, None], loss=self.error)
 
     def _forecast(self, model, past, rngs):
+        """Run the model in its compute dtype, on a window that is standardised in float32."""
+        dtype = compute_dtype(model)
         if not self.instance_norm:
-            return model(past, rngs=rngs).astype(jnp.float32)
+            return model(past.astype(dtype), rngs=rngs).astype(jnp.float32)
         mean = past.mean(axis=1, keepdims=True)
         deviation = jnp.sqrt(past.var(axis=1, keepdims=True) + 1e-5)
-        return (model((past - mean) / deviation, rngs=rngs) * deviation + mean).astype(jnp.float32)
+        normalised = (past - mean) / deviation
+        return model(normalised.astype(dtype), rngs=rngs).astype(jnp.float32) * deviation + mean

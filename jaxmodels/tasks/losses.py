@@ -1,6 +1,6 @@
 """Losses by name. Each returns one value for each example or position; the task sums them with weights.
 
-A config's `task.loss` is a name in CLASSIFICATION, CONTRASTIVE or REGRESSION, whichever the task takes, or a function of one's own,
+A config's `task.loss` is a name in CLASSIFICATION, CONTRASTIVE or REGRESSION, whichever the task takes, or your own function,
 `package.module:function`, with the signature of that kind:
 
 - classification: `(logits, target) -> values`, logits float32 [..., C], target int [...] or, under mixup and cutmix, probabilities

@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
     """A tokenizer as text sources and tasks use it.
 
     `encode` returns int32 [tokens]. It adds no special tokens and recognises none: the text `<end>` is five characters.
-    `decode` skips padding (-1), writes special tokens by name, and raises ValueError for other numbers that are no tokens.
+    `decode` skips padding (-1), writes special tokens by name, and raises ValueError for other numbers that are not token ids.
     `special` returns the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` returns what `factory.from_json` reads.
     """
 
@@ -42,7 +42,7 @@ def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def checked_ids(tokens, vocab_size: int) -> list[int]:
-    """Return tokens as a list without padding; ValueError for numbers that are no tokens."""
+    """Return tokens as a list without padding; ValueError for numbers that are not token ids."""
     tokens = np.asarray(tokens)
     tokens = tokens[tokens != -1]
     wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
@@ -52,10 +52,12 @@ def checked_ids(tokens, vocab_size: int) -> list[int]:
 
 
 def check_special(name: str) -> None:
+    """Raise ValueError unless `name` is one of the four special tokens of `KNOWN_SPECIAL`."""
     if name not in KNOWN_SPECIAL:
         raise ValueError(f"there is no special token {name!r}; there are {', '.join(KNOWN_SPECIAL)}")
 
 
 def own_special(name: str, names: tuple[str, ...]) -> int | None:
+    """Return the id of a special token of a tokenizer trained here, whose first ids are `names`; None if it has no special tokens."""
     check_special(name)
     return names.index(f"<{name}>") if names else None

@@ -29,7 +29,7 @@ class ChatTemplate:
         """
         Args:
           template: Jinja2 source.
-          names: variables besides the messages: `bos_token`, `eos_token`, ….
+          names: variables other than the messages: `bos_token`, `eos_token`, ….
           special: the tokenizer's special tokens, which mark the end of a turn.
 
         Raises:
@@ -72,7 +72,7 @@ class ChatTemplate:
         try:
             marked = self._template.render(messages=plain, tools=tools, documents=None, add_generation_prompt=prompt, **self._names)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise TemplateProblem(f"the chat template does not take it: {error}") from error
+            raise TemplateProblem(f"the chat template rejects the conversation: {error}") from error
         return _without_marks(marked)
 
     def _span(self, text: str, messages: Sequence[Message], number: int, tools) -> Span:
@@ -80,8 +80,9 @@ class ChatTemplate:
         start = len(before := self.render(messages[:number], prompt=True, tools=tools))
         if not text.startswith(before):
             raise TemplateProblem(
-                f"the chat template writes something else before message {number} than it asks for an answer with: what the assistant says cannot be "
-                "told. Put {% generation %} … {% endgeneration %} around it, in a copy of the template that data.template names."
+                f"the text of the conversation does not begin with the prompt that the chat template renders for the messages before message {number}, so the "
+                "assistant's text cannot be located. "
+                "Name a copy of the template with data.template, and put {% generation %} … {% endgeneration %} around the assistant's text in it."
             )
         after = self.render(messages[: number + 1], tools=tools)
         if text.startswith(after):
@@ -92,7 +93,7 @@ class ChatTemplate:
         ends = [text.find(token, place + len(content)) for token in self._special] if place >= 0 else []
         ends = [(end, -len(token)) for end, token in zip(ends, self._special, strict=True) if end >= 0] if ends else []
         if not ends:
-            raise TemplateProblem(f"message {number} does not stand in the text that the chat template writes, or has no token at its end.")
+            raise TemplateProblem(f"message {number}: the output of the chat template does not contain its text, or no special token ends it.")
         end, size = min(ends)
         return start, end - size
 
@@ -136,7 +137,7 @@ def _compiled(template: str):
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} … {% endgeneration %}: around what the model says."""
+        """{% generation %} … {% endgeneration %}: around the text of the assistant."""
 
         tags = {"generation"}
 

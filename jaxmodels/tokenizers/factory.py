@@ -69,7 +69,7 @@ def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
     smallest = SMALLEST_BPE if form == "bpe" else 1
     if not (number.isascii() and number.isdigit()) or not smallest <= int(number) < 2**31:
         shown = "SIZE" if form == "bpe" else "MAX"
-        raise ConfigError(f"config.data.tokenizer: {form}:{shown} takes a whole number from {smallest} on, got {spec!r}.")
+        raise ConfigError(f"config.data.tokenizer: {form}:{shown} needs a whole number of at least {smallest}, got {spec!r}.")
     if form == "bpe":
         return TokenizersTokenizer.train(texts, int(number))
     tokenizer = WordTokenizer.train(texts, int(number), lower=form == "word-lower")
@@ -88,7 +88,7 @@ def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
     if os.path.isdir(path):
         path = os.path.join(path, "tokenizer.json")
         if not os.path.isfile(path):
-            raise ConfigError(f"config.data.tokenizer: the folder {os.path.dirname(path)} holds no tokenizer.json: it is no run on text.")
+            raise ConfigError(f"config.data.tokenizer: the folder {os.path.dirname(path)} has no tokenizer.json: it is not a run on text.")
     try:
         with open(path, "rb") as file:
             content = file.read()

@@ -1,4 +1,4 @@
-"""Encoders of pretrained models' tokenizers: a `tokenizers.Tokenizer` made from the files at hand, or a SentencePiece model."""
+"""Encoders of pretrained models' tokenizers: a `tokenizers.Tokenizer` built from the files that exist, or a SentencePiece model."""
 
 import dataclasses
 import functools

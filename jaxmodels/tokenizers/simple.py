@@ -24,6 +24,7 @@ class CharacterTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids: special tokens and characters."""
         return len(self.names) + len(self.alphabet)
 
     def encode(self, text: str) -> np.ndarray:

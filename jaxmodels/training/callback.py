@@ -18,7 +18,7 @@ class Callback:
 
     Attributes:
       processes: where the callback runs when a run has several processes: on the `first`, or on `all`.
-      on_error: what happens when a method raises: the run stops with what it has saved (`stop`), or goes on without this callback (`continue`).
+      on_error: what happens when a method raises: the run stops with what it has saved (`stop`), or continues without this callback (`continue`).
     """
 
     processes: Literal["first", "all"] = "first"

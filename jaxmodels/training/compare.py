@@ -1,4 +1,4 @@
-"""How a run compares with its plan: step time and memory."""
+"""Comparison of a run with its plan: step time and memory."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jaxmodels.training.callback import Callback
 from jaxmodels.training.executable import PAGE, Saved, open_saved
 from jaxmodels.training.throughput import peak_memory
 
-# Steps that are not timed, as devices and caches warm up; then those whose median is taken.
+# Number of untimed first steps, in which devices and caches warm up; then the number of steps whose median is compared.
 WARM_UP, TIMED = 3, 7
 # A measured figure above so many times the planned one is reported.
 FAR = {"step_seconds": 1.25, "peak_bytes_per_device": 1.10}
@@ -46,13 +46,13 @@ class Planned:
         chip = chip_of(mesh.devices.flat[0].device_kind)
         here = {"chip": chip.name if chip else mesh.devices.flat[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape), "config": config}
         there = {key: self.figures.get(key) for key in here}
-        if self.saved:  # whose page states these, whatever figures it was saved with
+        if self.saved:  # its page has these even if its figures lack them
             page = self.saved.page
             there = {"chip": page["devices"]["kind"], "devices": page["devices"]["count"], "mesh": page["mesh"], "config": page["config"]}
         there, here = (json.loads(json.dumps(each)) for each in (there, here))
         changed = config_lib.differences(there, here)
         named = (key for key in changed if not key.startswith("config.") or any(f"{key}.".startswith(f"config.{part}.") for part in _DECIDING))
-        return "; ".join(f"{key} is {changed[key][0]!r} there, {changed[key][1]!r} here" for key in named)
+        return "; ".join(f"{key} is {changed[key][0]!r} in the plan, {changed[key][1]!r} here" for key in named)
 
 
 def open_plan(path: str | os.PathLike) -> Planned:
@@ -71,7 +71,9 @@ def open_plan(path: str | os.PathLike) -> Planned:
         saved = open_saved(path)
         figures = saved.page["plan"]
     if not isinstance(figures, dict) or not all(isinstance(figures.get(name), (int, float)) and figures[name] > 0 for name in FAR):
-        raise ConfigError(f"--plan={path}: {PAGE if saved else 'the file'} has no {' or no '.join(FAR)}, which jaxmodels plan writes: plan again.")
+        raise ConfigError(
+            f"--plan={path}: {PAGE if saved else 'the file'} has no {' or no '.join(FAR)}, which jaxmodels plan writes; run jaxmodels plan again."
+        )
     return Planned(path, figures, saved)
 
 
@@ -91,9 +93,9 @@ class Comparison(Callback):
         self._seconds: list[float] | None = None  # None before and after the comparison
 
     def on_start(self, run):
-        """Begin, unless the plan is that of another run."""
+        """Begin, unless the plan is for another run."""
         if other := self._planned.differences(run.experiment.config, run.mesh):
-            run.warn(f"this run is not compared with {self._planned.path}, which is the plan of another: {other}")
+            run.warn(f"this run is not compared with {self._planned.path}, a plan for another run: {other}")
         else:
             self._seconds = []
 
@@ -131,7 +133,9 @@ class Comparison(Callback):
                 continue
             more = f"{value / expected - 1:.0%} more than the"
             if name == "step_seconds":
-                lines.append(f"a step takes {value:.4g} s, {more} {expected:.4g} s that {planned.path} planned (median of {len(timed)} steps after {WARM_UP})")
+                lines.append(
+                    f"the step time is {value:.4g} s, {more} {expected:.4g} s planned in {planned.path} (median of {len(timed)} steps after {WARM_UP})"
+                )
             else:
-                lines.append(f"a device's memory had {value / 1e9:.3g} GB in use, {more} {expected / 1e9:.3g} GB that {planned.path} planned")
+                lines.append(f"the peak memory of a device is {value / 1e9:.3g} GB, {more} {expected / 1e9:.3g} GB planned in {planned.path}")
         return record, lines

@@ -157,7 +157,7 @@ class Saved:
         return serialize_executable.deserialize_and_load(content, lowered.in_tree, lowered.out_tree, backend=used[0].client, execution_devices=used)
 
     def _differences(self, program: str, options: Mapping, config: Mapping, mesh: jax.sharding.Mesh) -> list[str]:
-        """Reasons against loading; only the first kind of difference, which the others may follow from."""
+        """Return the reasons not to load it: only the first kind of difference, because the others may follow from it."""
         page, here = self.page, devices(mesh)
         kinds = (
             ("the devices' ", page["devices"] | {"places": None}, here | {"places": None}),
@@ -166,22 +166,22 @@ class Saved:
         )
         for prefix, there, now_ in kinds:
             if changed := config_lib.differences(there, now_):
-                return [f"{prefix}{key} is {a} there, {b} here" for key, (a, b) in changed.items()]
+                return [f"{prefix}{key} is {a} in the saved step, {b} here" for key, (a, b) in changed.items()]
         if page["devices"]["places"] != here["places"]:
-            return ["the devices lie in another order in the mesh, or have other numbers"]
+            return ["the mesh has the devices in another order, or with other ids"]
         if changed := config_lib.differences(page["compiler_options"], options):
-            return [f"compiler option {key} is {a} there, {b} here" for key, (a, b) in changed.items()]
+            return [f"compiler option {key} is {a} in the saved step, {b} here" for key, (a, b) in changed.items()]
         if page["program"] == program:
             return []
         changed = config_lib.differences(page["config"], _as_json(config))
         named = {key: pair for key, pair in changed.items() if not any(key == part or key.startswith(part + ".") for part in _ELSEWHERE)}
-        return [f"config.{key} is {a!r} there, {b!r} here" for key, (a, b) in named.items()] or [
-            "the step is another program, by the same config: code, or the data's shapes, have changed since"
+        return [f"config.{key} is {a!r} in the saved step, {b!r} here" for key, (a, b) in named.items()] or [
+            "the config is the same, but the program of the step differs: code or shapes of the data have changed"
         ]
 
 
 def _as_json(value: Any) -> Any:
-    """As it comes back from a file: tuples as lists."""
+    """Return the value as JSON reads it back: tuples as lists."""
     return json.loads(json.dumps(value))
 
 
@@ -189,7 +189,7 @@ def open_saved(folder: str | os.PathLike) -> Saved:
     """Open a folder that `jaxmodels plan --save` wrote.
 
     Raises:
-      ConfigError: it is none, or is incomplete.
+      ConfigError: it is not such a folder, or is incomplete.
     """
     folder = Path(folder).absolute()
     if not (folder / PAGE).is_file() or not (folder / PROGRAM).is_file():

@@ -31,15 +31,15 @@ def make_callbacks(section: Sequence[Mapping[str, Any]]) -> list[Any]:
 def check_callback(callback: Any) -> Any:
     """Return the callback; ConfigError if it has none of the methods of `Callback`."""
     if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
-        shown = f"the class {callback.__name__}; make an object of it" if isinstance(callback, type) else type(callback).__name__
-        raise ConfigError(f"callbacks: {shown} is no callback: it needs one or more of {', '.join(EVENTS)}. Subclass jaxmodels.Callback.")
+        shown = f"the class {callback.__name__}; pass an instance" if isinstance(callback, type) else type(callback).__name__
+        raise ConfigError(f"callbacks: {shown} is not a callback: it needs one or more of the methods {', '.join(EVENTS)}. Subclass jaxmodels.Callback.")
     return callback
 
 
 class Hooks:
     """Calls the callbacks of a run, and is the `RunContext` that they get.
 
-    A callback that raises ends the run with a RunError that names it, or is dropped with a warning, as its `on_error` says.
+    A callback that raises ends the run with a RunError that names it, or is dropped with a warning, as its `on_error` states.
     """
 
     def __init__(
@@ -108,18 +108,18 @@ class Hooks:
         self.step_started = time.perf_counter()
 
     def requests(self, agree: bool) -> tuple[bool, bool]:
-        """Whether callbacks asked for a checkpoint, and for the end. Several processes decide together, when `agree`."""
+        """Return whether callbacks requested a checkpoint, and whether they requested the end. Several processes decide together, when `agree`."""
         save, stop = self._wants_save, self.stop_reason
         if self._agreed_needed:
             if not agree:
                 return False, False
-            told = session.gather("requests", [save, stop])
-            save, stop = any(each[0] for each in told), next((each[1] for each in told if each[1]), None)
+            requests = session.gather("requests", [save, stop])
+            save, stop = any(each[0] for each in requests), next((each[1] for each in requests if each[1]), None)
         self._wants_save, self.stop_reason = False, stop
         return save, stop is not None
 
     def states(self) -> dict[str, Any]:
-        """State of each callback that has one, by its name, for the checkpoint."""
+        """Return the state of each callback that has one, by its name, for the checkpoint."""
         found = {}
         for callback in self._active:
             state = self._call(callback, "state")
@@ -132,7 +132,7 @@ class Hooks:
         return found
 
     def start(self, progress: Progress) -> None:
-        """Hand each callback its state of the checkpoint that the run resumes from, then call `on_start`."""
+        """Restore the state of each callback from the checkpoint that the run resumes from, then call `on_start`."""
         for callback in list(self._active):
             if (state := progress.callbacks.get(self._names[id(callback)])) is not None:
                 self._call(callback, "restore", state)
@@ -140,7 +140,7 @@ class Hooks:
         self.dispatch("on_start")
 
     def end(self, result: Any) -> None:
-        """Call `on_end` of all callbacks, if the run started. The error of a run that failed is not replaced by a callback's."""
+        """Call `on_end` of all callbacks, if the run started. After a failed run, an error of a callback is a warning, so that it does not hide the first one."""
         for callback in list(self._active) if self._started else ():
             try:
                 self._call(callback, "on_end", result)
@@ -156,11 +156,11 @@ class Hooks:
         try:
             return method(*args, **options) if event in ("state", "restore") else method(self, *args, **options)
         except RunError:
-            raise  # an error with a message and an exit status of its own
+            raise  # it has its own message and exit status
         except Exception as error:
             where = f"callback {self._names[id(callback)]} failed in {event} at step {self.step}: {type(error).__name__}: {error}"
             if getattr(callback, "on_error", "stop") != "continue":
-                raise RunError(f"{where}. Checkpoints that were written before are whole; the same command goes on from the latest.") from error
+                raise RunError(f"{where}. Earlier checkpoints are complete; the same command resumes from the latest.") from error
             self._active.remove(callback)
-            self.warn(f"{where}; the run goes on without it")
+            self.warn(f"{where}; training continues without it")
             return None

@@ -14,7 +14,7 @@ _BAR_WIDTH = 24
 
 
 class Terminal(Callback):
-    """Prints metrics, samples and messages. Output that cannot be written is reported once, and training goes on."""
+    """Prints metrics, samples and messages. Output that cannot be written is reported once, and training continues."""
 
     def __init__(self, console: Console, total: int, shown: Sequence[str], on_failure: Callable[[str], None], *, active: bool = True):
         """
@@ -73,12 +73,12 @@ class Terminal(Callback):
         self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
 
     def _draw(self, act: Callable[[], None]) -> None:
-        """Draw on the terminal, which may be a pipe that nobody reads any more: then nothing is printed from here on."""
+        """Draw on the terminal. If its pipe is closed, report that once and print nothing more."""
         try:
             act()
         except (Exception, SystemExit) as error:  # noqa: BLE001  reported; rich exits on a broken pipe
             self._console, self._live = Console(quiet=True), None
-            self._on_failure(f"the terminal cannot be written ({type(error).__name__}: {error}); training goes on without it")
+            self._on_failure(f"the terminal cannot be written ({type(error).__name__}: {error}); training continues without it")
 
     def _position(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"

@@ -41,7 +41,7 @@ class Result:
     Attributes:
       workdir: the run's folder.
       step: the last step trained.
-      evaluated_step: the step whose weights were tested: the best, where one is tracked, else the last.
+      evaluated_step: the step whose weights were tested: the best if one is tracked, else the last.
       metrics: the final ones by split: `result.metrics["test"]["accuracy"]`.
       seconds: spent training, over all starts.
     """
@@ -68,7 +68,7 @@ def train(
       experiment: as `build_experiment` returns.
       workdir: the run folder: created, or resumed if it holds a run of the same config.
       overwrite: delete the run that is there.
-      callbacks: called beside those of the config; see `training.callback`.
+      callbacks: called in addition to those of the config; see `training.callback`.
       executable: a compiled train step to load instead of compiling, where it is of the same program; see `training.executable.Saved`.
       console: where to print.
 
@@ -121,7 +121,7 @@ class Trainer:
         self.progress = Progress()
         self.clock: Clock | None = None
         self.lines = []  # (step, split, metrics) of all starts
-        self._pending = None  # a training line whose numbers the device may not have reached
+        self._pending = None  # a log line whose values the device may not have computed yet
         self._result: Result | None = None
 
     def run(self) -> Result:
@@ -229,12 +229,12 @@ class Trainer:
     # Evaluating and saving
 
     def _evaluate_and_save(self, step: int, asked_to_save: bool, asked_to_stop: bool) -> None:
-        """Evaluate and save, each if it is due or asked for."""
+        """Evaluate and save, each if it is due or requested."""
         self._raise_if_diverged(int(self.state.diverged_at))
         with self.clock.paused():
             if self._evaluation_due(step) or asked_to_stop:
                 self._evaluate(step)
-                save, stop = self.hooks.requests(agree=True)  # what a callback asked for when it saw the evaluation
+                save, stop = self.hooks.requests(agree=True)  # a callback may have requested these after the evaluation
                 asked_to_save, asked_to_stop = asked_to_save or save, asked_to_stop or stop
             if asked_to_stop and not self.progress.finished:
                 self.terminal.say(f"stopping early: {self.hooks.stop_reason}")
@@ -303,19 +303,18 @@ class Trainer:
     # The end
 
     def save_after_signal(self, signal_name: str) -> str:
-        """Save the state after a signal. Returns the message of the end."""
-        again = "The same command goes on from there."
+        """Save the state after a signal. Return the message to end with."""
         if self.state is None:
-            return f"{signal_name}: stopped before anything was trained. {again}"
+            return f"{signal_name}: stopped before the first training step. The same command starts it again."
         self._flush()
         step = int(self.state.step)
         if step not in self.checkpoints.steps():
             self._save(step)
         self.checkpoints.wait()
-        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. {again}"
+        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
 
     def _finish(self) -> Result:
-        """Test the best weights, or the last, once. Returns the result."""
+        """Test the best weights, or the last, once. Return the result."""
         step = int(self.state.step)
         self.checkpoints.wait()
         source = self.experiment.dataset.splits.get("test")
@@ -332,12 +331,12 @@ class Trainer:
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
 
     def _step_to_test(self, latest: int) -> int:
-        """Return the best step, or the latest where none is tracked or where the best one's checkpoint is gone, which is a warning."""
+        """Return the best step; the latest if none is tracked, or, with a warning, if the checkpoint of the best step is missing."""
         best = self.progress.best_step
         if best is None or best in self.checkpoints.steps():
             return latest if best is None else best
         folder = self.checkpoints.folder
-        self.manifest.warn(f"the checkpoint of the best step, {best}, is gone from {folder}: the latest, of step {latest}, is tested in its place")
+        self.manifest.warn(f"the checkpoint of the best step {best} is missing in {folder}; testing the latest one, of step {latest}, instead")
         return latest
 
     def close(self) -> None:

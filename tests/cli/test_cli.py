@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit status, and that errors come before devices."""
+"""The command line: output, exit status, and that errors in the config are raised before a device starts."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ for case in {cases!r}:
     assert len(messages) == len(cases) + 1
     for message in messages[:-1]:
         assert message.startswith("jaxmodels: ") and "Traceback" not in message
-    assert "learning_rate: 1.0 there, 0.003 now" in messages[5] and "seed: 7 there, 0 now" in messages[5] and "--overwrite" in messages[5]
+    assert "learning_rate: 1.0 in the run, 0.003 now" in messages[5] and "seed: 7 in the run, 0 now" in messages[5] and "--overwrite" in messages[5]
     assert "no checkpoint" in messages[9]
     assert not (tmp_path / "new").exists()
 

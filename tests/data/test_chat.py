@@ -1,4 +1,4 @@
-"""Conversations: the text and the mask of answers are those of `transformers`; rows, losses and errors."""
+"""Conversations: the text and the mask of answers equal those of `transformers`; rows, losses and errors."""
 
 import json
 import re
@@ -21,8 +21,8 @@ from jaxmodels.tokenizers.chat_template import ChatTemplate, TemplateProblem
 from jaxmodels.tokenizers.factory import make_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
-# The shapes that templates have: plain turns, answers marked by the template itself (once within a macro), instructions around the user, an
-# answer without its thoughts once another follows.
+# Kinds of templates: plain turns; answers marked by the template (once within a macro); instructions around the user's text; reasoning that is
+# removed from an answer when another follows.
 CHATML_MARKED = (
     "{%- macro line(role) -%}<|im_start|>{{ role }}\n{% endmacro -%}\n"
     "{%- for message in messages %}\n    {{- line(message.role) }}\n    {%- if message.role == 'assistant' %}"
@@ -60,7 +60,7 @@ def tokenizer_json():
 
 @pytest.fixture
 def model(tmp_path, tokenizer_json):
-    """Writes the folder of a model with a template, None for none; returns it."""
+    """Write the folder of a model with a template, or without one for None; return the folder."""
 
     def make(template, name="model", rows=330):
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
@@ -72,14 +72,14 @@ def model(tmp_path, tokenizer_json):
 
 
 def dataset(folder, rows, **options):
-    """The chat source of rows, all training unless asked."""
+    """Open the chat source of rows, by default without a validation split."""
     text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
     write(folder, {"train.jsonl": text + "\n"})
     return open_dataset(f"chat:{folder}/train.jsonl", {"sequence_length": 128, "tokenizer": f"hf:{folder}", "holdout": 0.0, **options}, None)
 
 
 def learned(coder, tokens, counts):
-    """The texts that are to be learned, run by run."""
+    """Return the texts that count in the loss, one for each contiguous run of tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))).reshape(-1, 2)
     return [coder.decode(tokens[start:stop]) for start, stop in edges]
 
@@ -128,19 +128,19 @@ def test_the_mask_of_a_template_that_does_not_mark_them_is_found_by_prefixes(nam
     data = dataset(folder, [{"messages": TALK}], packing="none")
     coder, row = data.info["tokenizer"], data.splits["train"][0]
     assert learned(coder, row["tokens"], row["counts"]) == answers
-    # By tokens: up to each answer stands just what a model is given to answer.
+    # The tokens before each answer are those that a model gets as its prompt.
     first = int(np.argmax(row["counts"]))
     prompt = template_of(coder).render(TALK[:1], prompt=True)
     assert row["tokens"][:first].tolist() == coder.read(prompt)[0].tolist()
 
 
-def test_a_template_whose_prompt_is_not_what_it_writes_is_refused_with_the_way_out(model):
+def test_a_template_whose_prompt_is_not_a_prefix_is_an_error_with_a_solution(model):
     odd = CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>")
     with pytest.raises(ConfigError, match=r"train.jsonl, line 1: .*before message 1.*data.template"):
         dataset(model(odd), [{"messages": TALK}])
 
 
-def test_rows_in_other_forms_mean_the_same(model):
+def test_rows_in_other_forms_give_the_same_examples(model):
     folder = model(CHATML)
     question, answer = TALK[:2]
     rows = [
@@ -158,7 +158,7 @@ def test_rows_in_other_forms_mean_the_same(model):
     assert learned(data.info["tokenizer"], *data.splits["train"][0].values())[-1] == answer["content"] + "<|im_end|>"
 
 
-def test_conversations_are_packed_whole_and_seen_apart(model):
+def test_conversations_are_packed_whole_and_attend_only_to_themselves(model):
     folder = model(CHATML)
     rows = [{"messages": TALK[:2]}, {"messages": TALK}, {"messages": TALK[2:]}]
     single = dataset(folder, rows, packing="none")
@@ -192,7 +192,7 @@ def test_only_marked_targets_count_in_loss_and_metrics(model):
     batch = {"tokens": tokens, "segments": segments, "counts": counts, "weight": jnp.array([1.0, 2.0])}
     total, weight, metrics = task.loss(Model(), batch, None)
     log = jax.nn.log_softmax(logits)
-    # Of the first row the targets 2 and 4: 3 begins another segment; of the second, which weighs twice, the first.
+    # In the first row, targets 2 and 4 count: 3 begins another segment. In the second row, which has weight 2, the first target counts.
     assert float(total) == pytest.approx(-float(log[0, 1, 2] + log[0, 3, 4] + 2 * log[1, 0, 1]), rel=1e-6) and float(weight) == 4.0
     np.testing.assert_allclose(task.evaluate(Model(), batch, None)["loss"][0], total, rtol=1e-6)
 
@@ -231,10 +231,10 @@ LONG = {"messages": [{"role": "user", "content": "the cat sat on the mat " * 9},
         ({"messages": TALK[1:]}, "message 0: 'assistant' comes first"),
         ({"messages": [TALK[0], TALK[0]]}, "message 1: 'user' follows 'user'"),
         ({"messages": [TALK[0], SYSTEM[0]]}, "message 1: 'system' follows 'user'"),
-        ({"messages": TALK[:1]}, "the assistant says nothing"),
+        ({"messages": TALK[:1]}, "the conversation has no assistant message"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "message 1 of 'assistant' has the content ' '"),
         ({"messages": [TALK[0], {"role": "assistant"}]}, "message 1 of 'assistant' has no content"),
-        ({"messages": [{"role": "user", "content": "a<|im_end|>b"}, TALK[1]]}, r"message 0 holds '<\|im_end\|>', a special token"),
+        ({"messages": [{"role": "user", "content": "a<|im_end|>b"}, TALK[1]]}, r"message 0 contains '<\|im_end\|>', a special token"),
         ({"messages": [{"role": "user", "content": "\ud800"}, TALK[1]]}, "message 0 is not UTF-8"),
         ({"messages": TALK, "tools": "f"}, "'tools' is not a list"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "it needs 'from' and 'value'"),
@@ -273,9 +273,9 @@ def test_templates_are_named_where_they_are_missing_or_wrong(model, tmp_path):
         dataset(model(None), rows, template=str(own))
     with pytest.raises(ConfigError, match="conversations need the tokenizer of a pretrained model"):
         dataset(model(CHATML), rows, tokenizer="byte+special")
-    with pytest.raises(ConfigError, match="line 1: the chat template does not take it: roles must alternate"):
+    with pytest.raises(ConfigError, match="line 1: the chat template rejects the conversation: roles must alternate"):
         dataset(model(INSTRUCTIONS), [{"messages": SYSTEM}])
-    with pytest.raises(ConfigError, match="line 1: the chat template does not take it: 'nobody' is undefined"):
+    with pytest.raises(ConfigError, match="line 1: the chat template rejects the conversation: 'nobody' is undefined"):
         dataset(model("{{ nobody }}{{ messages[0].content }}"), rows)
 
 

@@ -11,7 +11,7 @@ from jaxmodels.errors import ConfigError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1259, 50_000])
-def test_every_epoch_is_a_permutation_of_its_own(size):
+def test_every_epoch_is_another_permutation(size):
     orders = [loader.shuffled(np.arange(size), size, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(size))
@@ -22,10 +22,10 @@ def test_every_epoch_is_a_permutation_of_its_own(size):
 
 
 def test_orders_look_random():
-    # Over many seeds, where position 0 goes is uniform over 16 cells: chi-squared with 15 degrees of freedom.
+    # Over many seeds, the image of position 0 is uniform over 16 cells: chi-squared with 15 degrees of freedom.
     places = np.array([loader.shuffled(np.array([0]), 1000, seed, 0)[0] for seed in range(3200)])
     counts = np.bincount(places * 16 // 1000, minlength=16)
-    assert ((counts - 200) ** 2 / 200).sum() < 45  # beyond 45: one in ten thousand
+    assert ((counts - 200) ** 2 / 200).sum() < 45  # above 45 with a probability of 1e-4
     order = loader.shuffled(np.arange(10_000), 10_000, 0, 0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
@@ -40,7 +40,7 @@ def rows(n):
     return Arrays({"x": np.arange(n)})
 
 
-def test_batches_cover_each_epoch_once_and_run_over_its_end():
+def test_batches_cover_each_epoch_once_and_continue_into_the_next():
     batches = loader.TrainingBatches(rows(10), 4, 10, seed=3, shuffle=True)
     seen = np.concatenate([batches[s]["x"] for s in range(10)])
     for epoch in range(4):
@@ -96,15 +96,15 @@ def test_reading_ahead_changes_nothing_and_seeks(threads, workers):
 
 def test_a_seek_reads_only_what_it_needs():
     class Counting(Arrays):
-        asked = 0
+        read = 0
 
         def get_batch(self, indices):
-            Counting.asked += len(indices)
+            Counting.read += len(indices)
             return super().get_batch(indices)
 
     batches = loader.TrainingBatches(Counting({"x": np.arange(1000)}), 10, 10**6, seed=0, shuffle=True)
     next(loader.read_ahead(batches, start=10**6 - 1, threads=0, workers=0, buffer=4))
-    assert Counting.asked == 10
+    assert Counting.read == 10
 
 
 def test_device_feed_keeps_order_and_ends():

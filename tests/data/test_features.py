@@ -88,7 +88,7 @@ def test_bad_audio_is_named_or_skipped(tmp_path, content, message):
 BOXES = {"boxes_column": "boxes", "box_labels_column": "kinds", "max_boxes": 2, "holdout": 0.0}
 
 
-def test_boxes_stand_beside_their_image(tmp_path):
+def test_boxes_belong_to_their_image(tmp_path):
     for i in range(2):
         Image.new("L", (8, 4), 50 * i).save(tmp_path / f"{i}.png")
     rows = [
@@ -127,7 +127,7 @@ def test_bad_boxes_are_named_or_left_out(tmp_path, boxes, kinds, message):
     assert len(dataset.splits["train"]) == 1 and dataset.skipped == {"train": 1}
 
 
-def test_tags_of_json_lines_are_those_of_conll(tmp_path):
+def test_tags_of_json_lines_equal_those_of_conll(tmp_path):
     sentences = [[("Ann", "B-PER"), ("Lee", "I-PER"), ("sleeps", "O")], [("Paris", "B-LOC")]]
     (tmp_path / "train.conll").write_text("\n\n".join("\n".join(f"{word}\t{tag}" for word, tag in s) for s in sentences))
     source = jsonl(tmp_path, *({"words": [word for word, _ in s], "tags": [tag for _, tag in s]} for s in sentences))
@@ -163,7 +163,7 @@ def test_training_texts_are_those_of_the_training_rows(tmp_path):
 
 
 def finished(*, tokenizer: str = "byte"):
-    """A user's source that tokenizes by itself."""
+    """A user's source that tokenizes its texts itself."""
     return open_dataset("dates", {"examples": 5, "held_out": 2, "tokenizer": tokenizer}, None)
 
 

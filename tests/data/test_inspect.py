@@ -1,4 +1,4 @@
-"""What `jaxmodels data` tells of a data set, against figures counted by hand."""
+"""The report of `jaxmodels data` against figures counted by hand."""
 
 import json
 
@@ -13,7 +13,7 @@ from jaxmodels.data.source import Arrays, Dataset
 
 
 def config(folder, **data):
-    """A file of a config; its model and task are not looked at."""
+    """Write a config file; its model and task are not used."""
     values = {
         "model": "cnn",
         "task": "classify",
@@ -43,7 +43,7 @@ def test_labelled_text(tmp_path, capsys):
     lengths = train["lengths"]["tokens"]
     assert (lengths["least"], lengths["most"], lengths["full"], lengths["room"]) == (2, 3, 1, 3)
     assert lengths["histogram"] == [[2, 2, 2], [3, 3, 1]] and lengths["mean"] == pytest.approx(7 / 3)
-    assert train["unknown"] == 0 and test["unknown"] == 2 / 4  # of "a z z" and "b", two
+    assert train["unknown"] == 0 and test["unknown"] == 2 / 4  # two, in "a z z" and "b"
     assert found["examples"] == [{"tokens": "a b c", "label": "yes"}, {"tokens": "a b", "label": "no"}]
     assert len(found["notes"]) == 3 and "train.tsv, line 4" in found["notes"][0]
     assert cli.run(["data", config(tmp_path, **options)]) == 0
@@ -51,7 +51,7 @@ def test_labelled_text(tmp_path, capsys):
     assert "yes 2 (66.7%)" in shown and "50.000% of the tokens are unknown" in shown and "'a [x]'" in shown
 
 
-def test_tags_stand_beside_their_words(tmp_path):
+def test_tags_are_shown_with_their_words(tmp_path):
     (tmp_path / "train.conll").write_text("Ann\tB-PER\nLee\tI-PER\nsleeps\tO\n")
     dataset = open_dataset(f"conll:{tmp_path}", {"sequence_length": 20, "tokenizer": "byte", "holdout": 0.0}, None)
     assert inspect.readable(dataset, dataset.splits["train"][0])["tags"] == "Ann/B-PER Lee/I-PER sleeps/O"
@@ -69,7 +69,7 @@ def test_images_and_a_broken_one(tmp_path, capsys):
     np.testing.assert_allclose(found["image"]["deviation"], (images / 255).std((0, 1, 2)), atol=1e-4)
     assert found["labels"] == {"class0": 3, "class1": 3, "class2": 3}
     few = report(config(tmp_path, **options), capsys, "--limit=3")["splits"]["train"]
-    assert few["read"] == 3 and few["examples"] == 9 and set(few["labels"].values()) == {1}  # one of each: spread, not the first
+    assert few["read"] == 3 and few["examples"] == 9 and set(few["labels"].values()) == {1}  # one of each class: evenly spaced examples, not the first ones
     (tmp_path / "class1" / "4.png").write_bytes(b"no image")
     assert cli.run(["data", config(tmp_path, **options)]) == 2
     assert "class1/4.png: cannot be decoded" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Mixtures: shares, epochs, one tokenizer for all parts, and errors by the part's key."""
+"""Mixtures: shares, epochs, one tokenizer for all parts, and errors that name the part's key."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def part(number, size):
     ("sizes", "weights"),
     [([10, 10], [1, 1]), ([7, 30, 4], [0.2, 0.5, 0.3]), ([100, 3], [1, 50]), ([9], [2.0]), ([25_000, 10], [1, 0.001]), ([3, 3, 3], [1, 1, 1])],
 )
-def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
+def test_shares_are_exact_in_every_range_and_an_epoch_reads_all_examples(sizes, weights):
     mixed = Mixture([part(i, size) for i, size in enumerate(sizes)], weights)
     got = get_batch(mixed, np.arange(len(mixed)))
     shares = np.array(weights) / np.sum(weights)
@@ -37,7 +37,7 @@ def test_shares_hold_everywhere_and_an_epoch_sees_all(sizes, weights):
     assert np.abs(so_far - ideal).max() < 2 + len(mixed) / PERIOD
 
 
-def test_any_example_is_found_at_once():
+def test_an_example_is_located_in_constant_time():
     mixed, again = (Mixture([part(0, 40), part(1, 9)], [3, 1]) for _ in range(2))
     whole = get_batch(mixed, np.arange(len(mixed)))
     few = np.array([30, 2, 30, 17])
@@ -81,7 +81,7 @@ def parts(**changes):
 
 
 @pytest.mark.parametrize("spec", ["character", "bpe:270", "word:9", "byte+special"])
-def test_all_parts_have_one_tokenizer_made_from_all(folder, spec):
+def test_all_parts_share_one_tokenizer_trained_on_all(folder, spec):
     dataset = opened(folder, parts(), tokenizer=spec)
     coder = dataset.info["tokenizer"]
     assert dataset.info["vocab_size"] == coder.vocab_size
@@ -107,7 +107,7 @@ def test_a_part_that_is_read_from_the_cache(folder, monkeypatch):
             np.testing.assert_array_equal(get_batch(source, places)["tokens"], get_batch(before.splits[split], places)["tokens"])
 
 
-def test_parts_in_parts_and_what_they_say(folder):
+def test_nested_parts_and_their_messages(folder):
     lines = {"source": "text:c.jsonl", "sequence_length": 4, "holdout": 0.0, "on_bad_example": "skip"}
     inner = {"source": "mixture", "weight": 2, "sources": {"b": parts()["b"], "c": lines}}
     dataset = opened(folder, {"a": parts()["a"], "more": inner}, tokenizer="character")
@@ -115,7 +115,7 @@ def test_parts_in_parts_and_what_they_say(folder):
     assert dataset.skipped == {"train": 1} and any(note.startswith("more: c: warning: 1 bad example") for note in dataset.notes)
 
 
-def test_images_mix_too():
+def test_images_can_be_mixed():
     sources = {"one": "digits", "two": {"source": "digits", "split_seed": 1, "weight": 2}}
     dataset = open_dataset("mixture", {"sources": sources}, None)
     assert dataset.info == {"image_shape": (8, 8, 1), "num_classes": 10} and len(dataset.splits["test"]) == 2 * 359
@@ -131,7 +131,7 @@ def config(sources, **data):
     }
 
 
-def test_a_config_holds_every_key_of_every_part():
+def test_a_resolved_config_has_every_key_of_every_part():
     section = resolve(config(parts(), tokenizer="byte"))["data"]
     assert section["sources"]["b"]["weight"] == 3.0 and section["sources"]["a"]["packing"] == "contiguous"
     assert section["tokenizer"] == "byte" and "tokenizer" not in section["sources"]["a"]
@@ -163,7 +163,7 @@ def test_wrong_keys_are_named_before_anything_is_opened(changes, message):
     [
         ({"b__source": "text:no.txt"}, "config.data.sources.b.source: there is no file no.txt"),
         ({"b__holdout": 2.0}, "config.data.sources.b.holdout must be"),
-        ({"b__sequence_length": 5}, "examples are .*in train of 'a' and .*'b'; those of a mixture must be alike"),
+        ({"b__sequence_length": 5}, "examples are .*in train of 'a' and .*'b'; the parts of a mixture must have the same arrays"),
         ({"b": {"source": "text:c.jsonl", "sequence_length": 4}}, "config.data.sources.b: .*c.jsonl, line 2: the text is empty"),
         ({"b": "digits"}, "config.data.sources: .* in 'a' and .* in 'b'; the parts of a mixture must be of one kind"),
     ],

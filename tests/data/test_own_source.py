@@ -1,4 +1,4 @@
-"""The source of docs/data.md that composes features, run as it is printed there."""
+"""The source in docs/data.md that composes features, run as printed there."""
 
 import re
 import sqlite3

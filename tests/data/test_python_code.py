@@ -28,7 +28,7 @@ def test_files_go_to_splits_whole_and_from_the_largest_on():
     assert not any(path.startswith(("http/", "shutil")) for path in places), "two files are too few for three splits"
 
 
-def test_text_never_has_the_files_that_validate_or_test_passages(monkeypatch):
+def test_training_text_excludes_the_files_of_validation_and_test_passages(monkeypatch):
     files = {path: f"{path}\n" * 500 for path in FILES}
     monkeypatch.setattr(python_code, "_library", lambda: files)
     monkeypatch.setattr(python_code, "_topics", lambda: "topics\n" * 10)

@@ -20,7 +20,7 @@ def apply(name, strength, sign=1, pixels=PIXELS):
     return np.asarray(OPERATIONS[name](Image.fromarray(pixels), strength, sign)).astype(int)
 
 
-def test_operations_on_pixels_are_what_their_names_say():
+def test_operations_on_pixels_equal_their_closed_forms():
     x = PIXELS.astype(int)
     np.testing.assert_array_equal(apply("identity", 1.0), x)
     np.testing.assert_array_equal(apply("solarize", 1.0), 255 - x)
@@ -40,7 +40,7 @@ def test_operations_on_pixels_are_what_their_names_say():
     assert np.abs(np.diff(blurred[1:-1, 1:-1], axis=1)).mean() < np.abs(np.diff(x[1:-1, 1:-1], axis=1)).mean()
 
 
-def test_operations_on_places_shift_turn_and_shear():
+def test_geometric_operations_shift_rotate_and_shear():
     x = PIXELS.astype(int)
     shifted = apply("translate_x", 10 / 18)  # 0.45 * 10/18 * 12 = 3 pixels
     np.testing.assert_array_equal(shifted[:, :-3], x[:, 3:])
@@ -65,11 +65,11 @@ def test_draws_depend_on_seed_and_position_and_take_every_operation():
     assert draws == [augment.draw(3, position) for position in range(700)]
     assert draws != [augment.draw(4, position) for position in range(700)]
     counts = np.bincount([number for draw in draws for number, _ in draw], minlength=14)
-    assert ((counts - 100) ** 2 / 100).sum() < 45  # chi-squared with 13 degrees of freedom: beyond 45, one in 50,000
+    assert ((counts - 100) ** 2 / 100).sum() < 45  # chi-squared with 13 degrees of freedom: above 45 with a probability of 1 / 50,000
     assert abs(np.mean([sign for draw in draws for _, sign in draw])) < 0.1
 
 
-def test_a_batch_is_a_function_of_seed_and_step_whoever_reads_it():
+def test_a_batch_is_a_function_of_seed_and_step_for_any_reader():
     source = Arrays({"image": np.stack([PIXELS] * 30), "label": np.arange(30)})
 
     def make(seed=5, rows=None):
@@ -90,7 +90,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whoever_reads_it():
     assert any(first[k] != v for b in again[8:] for k, v in b.items() if k in first), "another epoch, another draw"
 
 
-def test_the_config_says_what_does_not_fit():
+def test_wrong_configs_are_errors():
     config = copy.deepcopy(CNN)
     config["data"]["rand_augment"] = {"magnitude": 5}
     with pytest.raises(ConfigError, match="images of bytes"):

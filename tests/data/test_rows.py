@@ -1,4 +1,4 @@
-"""Rows of text, tags and images from files: what is read, what is refused and where, and what is left out and counted."""
+"""Rows of text, tags and images from files: values, errors with file and line, and skipped rows."""
 
 import json
 import pickle
@@ -38,12 +38,12 @@ def write(folder, **files):
 
 
 def words(dataset, split, key="tokens"):
-    """The texts of a split, as its tokenizer tells them."""
+    """Return the texts of a split, decoded by its tokenizer."""
     return [dataset.info["tokenizer"].decode(row[key]) for row in dataset.splits[split]]
 
 
 def test_the_same_rows_from_every_format(tmp_path):
-    """What was written comes back, and no format differs from another."""
+    """The values that were written are read, the same from every format."""
     rows = [("good film", "yes"), ("bad, bad film", "no"), ("fine", "yes"), ("awful", "no")]
     write(
         tmp_path,
@@ -92,7 +92,7 @@ def test_pairs_of_texts(tmp_path):
 
 
 def test_held_out_rows_are_drawn_once(tmp_path):
-    """A file sorted by label: train and validation together are all rows, each has both labels, and the draw is the same again."""
+    """From a file sorted by label: train and validation together have all rows, each has both labels, and the split is deterministic."""
     write(tmp_path, all__tsv="".join(f"w{i}\t{i // 50}\n" for i in range(100)))
     options = {"sequence_length": 1, "tokenizer": "word:200", "holdout": 0.2}
     one, two = (open_dataset(f"tsv:{tmp_path}/all.tsv", options | {"tokenizer": "character", "sequence_length": 4}, None) for _ in range(2))
@@ -101,14 +101,14 @@ def test_held_out_rows_are_drawn_once(tmp_path):
     assert set(one.splits["validation"].arrays["label"]) == {0, 1} and validation == words(two, "validation")
 
 
-def test_tags_lie_on_first_pieces(tmp_path):
+def test_tags_are_on_first_pieces(tmp_path):
     write(tmp_path, train__conll=TAGGED, test__conll="-DOCSTART-\n\nLee B-PER\n\n\nAnn O")
     options = {"sequence_length": 12, "tokenizer": "byte", "holdout": 0.0}
     dataset = open_dataset(f"conll:{tmp_path}", options, None)
     tags, row = dataset.info["tags"], dataset.splits["train"][0]
     assert tags == ["B-LOC", "B-PER", "I-PER", "O"] and dataset.info["num_tags"] == 4
     at = {int(i): tags[row["tags"][i]] for i in np.flatnonzero(row["tags"] >= 0)}
-    # "Ann Lee sleeps" in bytes, cut at 12: a tag lies on the letter, not on the space before it.
+    # "Ann Lee sleeps" in bytes, cut at 12: the tag is on the first letter, not on the space before it.
     assert bytes(row["tokens"].astype(np.uint8)) == b"Ann Lee slee" and at == {0: "B-PER", 4: "I-PER", 8: "O"}
     assert "1 of 2 examples of train" in dataset.notes[0]
     assert words(dataset, "test") == ["Lee", "Ann"]
@@ -116,7 +116,7 @@ def test_tags_lie_on_first_pieces(tmp_path):
     assert [tags[t] for t in whole["tags"] if t >= 0] == ["B-PER", "I-PER", "O"] and ((whole["tags"] >= 0) == (whole["tokens"] >= 0)).all()
 
 
-# What is refused: source, options, files, and what the message must say.
+# Errors: source, options, files, and a pattern of the message.
 BAD = {
     "test label not in train": ("tsv", {}, {"train": GOOD, "test": "ok film\t0\nwhat\t7\n"}, r"test\.tsv, line 2: the label '7' is none of 0, 1"),
     "misspelt label": ("tsv", {"labels": ("pos", "neg")}, {"train": "a\tpos\nb\tneg\nc\tneq\n"}, r"train\.tsv, line 3.*Did you mean 'neg'"),
@@ -148,7 +148,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_rows_are_named_or_left_out(name, tmp_path):
-    """Both policies: the error names file and line; what is left out is that example alone, and it is counted."""
+    """Both policies: the error names file and line; or only that example is skipped, and counted."""
     source, options, files, message = BAD[name]
     extension = {"csv_rows": "csv"}.get(source, source)
     for split, content in files.items():
@@ -172,7 +172,7 @@ def test_bad_rows_are_named_or_left_out(name, tmp_path):
     assert len(dataset.splits[split]) == rows - dataset.skipped[split]
 
 
-# What no policy forgives: the config is wrong, not an example.
+# Errors under both policies: the config is wrong, not an example.
 WRONG = {
     "no file": ("tsv", "nowhere", {}, r"no file or folder nowhere"),
     "no train": ("tsv", "empty", {}, r"has no train\.tsv, but trian\.tsv.*Did you mean 'trian\.tsv'"),
@@ -180,7 +180,7 @@ WRONG = {
     "column of that name": ("csv_rows", "csv", {"text_column": "txet"}, r"config\.data\.text_column: .*Did you mean 'text'"),
     "column of that number": ("tsv", "two", {"validation": "dev.tsv", "label_column": 2}, r"config\.data\.label_column=2: .* has 2 columns"),
     "name without header": ("tsv", "two", {"validation": "dev.tsv", "text_column": "text"}, r"data\.header=true"),
-    "header not said": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
+    "header not set": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
     "half a pair": ("tsv", "two", {"source_column": 0}, "go together"),
     "labels of values": ("tsv", "two", {"label": "value", "labels": ("a",)}, "config.data.labels"),
     "given file": ("tsv", "two", {"validation": "nothing*.tsv"}, r"config\.data\.validation: there is no file"),
@@ -221,7 +221,7 @@ TINY = {
 
 
 def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
-    """Counted in every line of their split, in the manifest, and in a later evaluation; said once."""
+    """They are counted in every line of their split, in the manifest, and in a later evaluation; the message is printed once."""
     write(tmp_path, train__tsv="a b c\na b\n\nb c\n \n", dev__tsv="a b\n", test__tsv="b a\n\n")
     data = {"source": f"tsv:{tmp_path}", "label": "none", "batch_size": 2, "on_bad_example": "skip"} | TEXT
     api.train(TINY | {"data": data}, str(tmp_path / "run"))
@@ -229,12 +229,12 @@ def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
     assert {line["split"]: line.get("skipped_examples") for line in lines} == {"train": 2, "validation": None, "test": 1}
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped_examples"] == {"train": 2, "test": 1}
     assert evaluate.evaluate(str(tmp_path / "run"))["skipped_examples"] == 1
-    said = capsys.readouterr().out
-    assert said.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in said.replace("\n", "")
+    printed = capsys.readouterr().out
+    assert printed.count("2 bad examples of train left out") == 1 and "train.tsv, line 3" in printed.replace("\n", "")
 
 
 def image_folder(path, splits=("train",), classes=("cat", "dog"), count=6):
-    """Images of one grey each, which tells which file it was; the broken one is the third dog's."""
+    """Images of one grey value each, which identifies the file; the third dog's is broken."""
     for split in splits:
         for c, name in enumerate(classes):
             (path / split / name).mkdir(parents=True)
@@ -271,7 +271,7 @@ def test_image_folders(tmp_path):
 
 
 def test_cropped_or_stretched(tmp_path):
-    """Of a wide image, white at its left and right thirds, the crop keeps the black middle and the stretch all."""
+    """For a wide image whose left and right thirds are white, the crop has only the black middle, and the stretch has all."""
     (tmp_path / "a").mkdir()
     pixels = np.full((10, 30), 255, np.uint8)
     pixels[:, 10:20] = 0
@@ -291,7 +291,7 @@ def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):
         source[8]
     with pytest.raises(BadExample) as caught:
         CachedSource(pickle.loads(pickle.dumps(source)))[8]
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it comes out of a process that reads ahead
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it is raised in a process that reads ahead
     batches = loader.TrainingBatches(source, 4, 9, seed=0, shuffle=True)
     with pytest.raises(ConfigError, match=r"dog/2\.png"):
         list(loader.read_ahead(batches, threads=2, workers=0, buffer=2))
@@ -307,7 +307,7 @@ def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):
         np.testing.assert_array_equal(batch["weight"], ~bad)
 
 
-def test_examples_have_weights_of_their_own():
+def test_examples_have_weights():
     source = Arrays({"image": np.zeros((3, 2)), "weight": np.array([0.5, 2, 1])})
     assert loader.EvaluationBatches(source, 4)[0]["weight"].tolist() == [0.5, 2, 1, 0]
     assert sorted(loader.TrainingBatches(source, 3, 1, seed=0, shuffle=True)[0]["weight"]) == [0.5, 1, 2]
@@ -329,7 +329,7 @@ def lines(run):
 
 
 def test_broken_images_count_exactly(tmp_path):
-    """In every line; the metrics are those of the other images alone; and a resumed run writes the same lines."""
+    """They are counted in every line, the metrics are those of the other images, and a resumed run writes the same lines."""
     folder = image_folder(tmp_path / "a", ("train", "val"), count=4)
     spoil(folder / "train" / "dog" / "2.png")
     spoil(folder / "val" / "cat" / "0.png")
@@ -340,7 +340,7 @@ def test_broken_images_count_exactly(tmp_path):
     written = lines(tmp_path / "run")
     counts = {split: [line["skipped_examples"] for line in written if line["split"] == split] for split in ("train", "validation")}
     assert counts["validation"] == [2, 2]
-    # 24 rows are three epochs of eight: each has the broken image once.
+    # 24 rows are three epochs of eight, each with the broken image once.
     assert sum(counts["train"]) == 3
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # stopped at step 4, in the middle of a line
     api.train(config, str(tmp_path / "run"))
@@ -351,8 +351,8 @@ def test_broken_images_count_exactly(tmp_path):
     assert clean["loss"] == pytest.approx(written[-1]["loss"], rel=1e-6) and clean["skipped_examples"] == 0
 
 
-def test_a_row_of_weight_0_is_mixed_into_no_other():
-    """Whatever it holds, the loss and the gradient are the same."""
+def test_a_row_of_weight_0_is_not_mixed_into_others():
+    """Its content changes neither the loss nor the gradient."""
     task = Classify({"image_shape": (4, 4, 1), "num_classes": 2}, mixup=1.0)
     model = create("cnn", (4, 4, 1), 2, features=(2,), hidden=2, dropout=0.0, rngs=nnx.Rngs(0))
     image = np.random.default_rng(0).random((8, 4, 4, 1), np.float32)
@@ -453,7 +453,7 @@ IMAGES = {"image": np.zeros((3, 2, 2, 1)), "label": np.array([0, 2, 1])}
 TAGS = {"tokens": np.array([[4, 1, -1]]), "tags": np.array([[1, 0, -1]])}
 
 
-def test_what_arrays_say_of_themselves():
+def test_info_of_arrays():
     assert open_dataset("arrays", {}, None, {"train": IMAGES, "test": IMAGES}).info == {"image_shape": (2, 2, 1), "num_classes": 3}
     assert open_dataset("arrays", {}, None, {"train": TAGS}).info == {"num_tags": 2, "tags": ["0", "1"], "vocab_size": 5}
     pairs = {"source": np.array([[7, -1]]), "target": np.array([[1, 9]])}

@@ -1,4 +1,4 @@
-"""The source of random examples: a function of (seed, split, index), even over its range, in no memory."""
+"""The source of random examples: a function of (seed, split, index), uniform over its range, without memory."""
 
 import numpy as np
 import pytest
@@ -23,11 +23,11 @@ def test_tokens_are_a_function_of_seed_split_and_index():
     assert (whole[:3] != get_batch(other["train"], np.arange(3))["tokens"]).mean() > 0.9
     assert len({row.tobytes() for row in whole}) == 400
     counts = np.bincount(whole.ravel(), minlength=50)
-    # Chi-squared of 49 degrees of freedom: mean 49, deviation 10.
+    # Chi-squared with 49 degrees of freedom: mean 49, deviation 10.
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 110
 
 
-def test_images_are_even_over_pixels_and_labels():
+def test_images_are_uniform_over_pixels_and_labels():
     dataset = open_dataset("synthetic", IMAGES, None)
     assert dataset.info == {"image_shape": (5, 7, 3), "num_classes": 4} and list(dataset.splits) == ["train"]
     batch = get_batch(dataset.splits["train"], np.arange(400))
@@ -36,14 +36,14 @@ def test_images_are_even_over_pixels_and_labels():
     assert batch["label"].dtype == np.int32 and (np.bincount(batch["label"], minlength=4) > 60).all()
 
 
-def test_special_tokens_are_never_drawn_and_can_be_asked_for():
+def test_special_tokens_are_never_drawn_and_can_be_requested():
     dataset = open_dataset("synthetic", TOKENS | {"special": True}, None)
     tokens, tokenizer = get_batch(dataset.splits["train"], np.arange(400))["tokens"], dataset.info["tokenizer"]
     assert (tokens.min(), tokens.max()) == (4, 49) and tokenizer.vocab_size == 50 and tokenizer.special("mask") < 4
     assert tokenizer.encode(tokenizer.decode(tokens[0])).tolist() == tokens[0].tolist()
 
 
-def test_many_examples_take_no_memory_and_none_is_past_the_end():
+def test_many_examples_need_no_memory_and_an_index_past_the_end_is_an_error():
     source = open_dataset("synthetic", TOKENS | {"examples": 10**12}, None).splits["train"]
     assert len(source) == 10**12 and source[10**12 - 1]["tokens"].shape == (33,)
     with pytest.raises(IndexError):
@@ -52,13 +52,13 @@ def test_many_examples_take_no_memory_and_none_is_past_the_end():
     assert source.fingerprint() != fewer.fingerprint() == open_dataset("synthetic", TOKENS, None).splits["train"].fingerprint()
 
 
-def test_a_task_takes_them():
+def test_a_task_accepts_them():
     base = small_configs.config(small_configs.GPT, data={"source": "synthetic", "sequence_length": 16, "vocab_size": 30, "batch_size": 16}, model__context=16)
     assert build_experiment(base).batch_shapes(4)["tokens"].shape == (4, 17)
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"vocab_size": None}, "vocab_size is required"),
         ({"num_classes": 3}, "num_classes has no effect"),
@@ -67,8 +67,8 @@ def test_a_task_takes_them():
         ({"source_seed": -1}, "at least 0"),
     ],
 )
-def test_options_that_make_no_examples_are_refused(change, said):
-    with pytest.raises(ConfigError, match=said):
+def test_options_without_examples_are_errors(change, message):
+    with pytest.raises(ConfigError, match=message):
         open_dataset("synthetic", TOKENS | change, None)
     with pytest.raises(ConfigError, match="image_shape is"):
         open_dataset("synthetic", IMAGES | {"image_shape": (5, 7)}, None)

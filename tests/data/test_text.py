@@ -1,4 +1,4 @@
-"""Text: which files, which documents, the cut between splits, rows of documents, and the cache on disk."""
+"""Text: files, documents, splits, rows of documents, and the cache on disk."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def everything(source):
 
 
 def stream(source):
-    """The tokens of windows that lie end to end, again one after the other."""
+    """Return the tokens of adjacent windows as one sequence."""
     rows = everything(source)["tokens"]
     joined = np.concatenate([rows[0, :1], rows[:, 1:].ravel()])
     return joined[joined >= 0]
@@ -38,13 +38,13 @@ def stream(source):
 
 
 def packed(sizes, length):
-    """Documents of consecutive numbers, so that a token tells its place."""
+    """Return documents of consecutive numbers, so that a token identifies its position."""
     ends = np.cumsum(sizes)
     return Packed(Tokens(np.arange(ends[-1])), ends, length)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_hold_each_target_once_and_no_document_in_parts(seed):
+def test_rows_have_each_target_once_and_only_whole_documents(seed):
     draw = np.random.default_rng(seed)
     length = int(draw.integers(3, 12))
     sizes = np.concatenate([draw.integers(1, 3 * length, 80), [1, 2, length, length + 1, length + 2, 2 * length + 1]])
@@ -84,8 +84,8 @@ def test_rows_are_random_access_and_well_filled():
 
 
 @pytest.mark.parametrize(("name", "options"), [("gpt", {"heads": 2, "context": 8}), ("lstm", {})])
-def test_packed_rows_are_worth_what_their_documents_are(name, options):
-    """The loss of rows is that of the documents one by one: states, attention and positions keep to themselves."""
+def test_packed_rows_have_the_loss_of_their_documents(name, options):
+    """The loss of rows equals that of the documents one by one: states, attention and positions do not cross documents."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -103,7 +103,7 @@ def test_packed_rows_are_worth_what_their_documents_are(name, options):
     assert len(source) < len(sizes)
     loss = nnx.jit(lambda model, batch: task.loss(model, batch, None)[:2])
 
-    def filled_up(batch):  # to one shape, and so one compilation
+    def filled_up(batch):  # to one shape, for one compilation
         weight = jnp.arange(len(sizes)) < len(batch["tokens"])
         return {key: np.resize(value, (len(sizes), 9)) for key, value in batch.items()} | {"weight": weight}
 
@@ -164,7 +164,7 @@ def test_documents_are_packed_whole(folder):
     assert sorted(found) == ["aaaa aa<end>", "bb bb<end>", "ddd d<end>", "eee\n<end>"]
 
 
-def test_a_tokenizer_of_ones_own_for_the_help_topics(folder):
+def test_a_user_tokenizer_for_the_help_topics(folder):
     (folder / "t.json").write_text('{"kind": "word", "lower": false, "words": ["the", "Python"]}')
     dataset = open_dataset("python_docs", {"sequence_length": 16, "tokenizer": "t.json", "packing": "examples"}, str(folder))
     rows = everything(dataset.splits["train"])
@@ -176,7 +176,7 @@ def test_a_tokenizer_of_ones_own_for_the_help_topics(folder):
 
 
 @pytest.mark.parametrize("spec", ["bpe:270", "word:3", "character+special"])
-def test_tokenizers_are_made_from_the_text_that_trains(folder, spec):
+def test_tokenizers_are_trained_on_the_training_text(folder, spec):
     (folder / "val.txt").write_text("zz zz zz zz zz zz")
     coder = opened("docs/*.txt", folder, tokenizer=spec, validation="val.txt", sequence_length=2).info["tokenizer"]
     assert coder.to_json() == opened("docs/*.txt", folder, tokenizer=spec, sequence_length=2).info["tokenizer"].to_json()
@@ -209,7 +209,7 @@ def test_bad_documents_are_named_or_left_out(folder, what):
     assert dataset.info["tokenizer"].decode(np.concatenate([rows[0], rows[1:, -1]])) == good
 
 
-def test_nothing_but_bad_documents(folder):
+def test_only_bad_documents(folder):
     (folder / "bad.txt").write_text(" ")
     with pytest.raises(ConfigError, match="all 1 examples of train are bad"):
         opened("bad.txt", folder, on_bad_example="skip")
@@ -257,14 +257,14 @@ OPTIONS = {"tokenizer": "word:6", "sequence_length": 2, "holdout": 0.3}
 
 
 @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"packing": "examples"}, {"tokenizer": "byte"}, {"tokenizer": "bpe:300"}])
-def test_what_comes_from_the_cache_is_what_was_tokenised(cached, monkeypatch, options):
+def test_cached_tokens_equal_the_tokenised_ones(cached, monkeypatch, options):
     files = "docs/**/*.txt,more.jsonl"
     with monkeypatch.context() as without:
         without.setattr(text, "CACHE_FROM", 1 << 30)
         without.setattr(text, "CACHE_QUICK_FROM", 1 << 30)
         plain = opened(files, cached, **options)
     first = opened(files, cached, **options)
-    if options["tokenizer"] != "byte":  # that costs nothing to make
+    if options["tokenizer"] != "byte":  # it is cheap
         monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("made again"))
     monkeypatch.setattr(text, "survey", lambda *_: pytest.fail("read again"))
     second = opened(files, cached, **options)
@@ -294,7 +294,7 @@ def test_another_text_or_tokenizer_is_another_entry(cached):
 
 
 @pytest.mark.parametrize("damage", ["half", "flipped", "header", "no header", "gone", "ends"])
-def test_a_damaged_entry_is_made_anew(cached, damage):
+def test_a_damaged_entry_is_written_again(cached, damage):
     good = opened("docs/*.txt", cached, **OPTIONS)
     (entry,) = (cached / "cache" / "tokens").iterdir()
     file = entry / {"header": "header.json", "no header": "header.json", "gone": "train.tokens", "ends": "train.ends"}.get(damage, "train.tokens")
@@ -312,7 +312,7 @@ def test_a_damaged_entry_is_made_anew(cached, damage):
     assert os.listdir(cached / "cache" / "tokens") == [entry.name]
 
 
-def test_without_a_folder_to_write_it_says_so_and_goes_on(cached, monkeypatch):
+def test_without_a_writable_folder_it_warns_and_continues(cached, monkeypatch):
     good = opened("docs/*.txt", cached, **OPTIONS)
     (cached / "file").write_text("")
     monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(cached / "file"))
@@ -341,7 +341,7 @@ def child(folder, extra=""):
 
 def test_two_processes_at_once(cached):
     (cached / "long.txt").write_text("the cat sat on the mat\n" * 2000)
-    # Each waits, its entry written and not named yet, until the other has written its own.
+    # Each process writes its entry, and waits with renaming it until the other has written its own.
     wait = """
 publish = tokens._publish
 def together(temporary, folder, key):
@@ -357,9 +357,9 @@ tokens._publish = together
     assert tokens.read_cache(entry.name)[0] is not None
 
 
-def test_a_killed_build_leaves_nothing_that_is_read(cached):
+def test_a_killed_build_leaves_no_readable_entry(cached):
     (cached / "long.txt").write_text("the cat sat on the mat\n" * 2000)
-    for place in ("_checksum", "_publish"):  # its tokens half described; all written, and not named yet
+    for place in ("_checksum", "_publish"):  # with half of the descriptions written; with all written, but not renamed yet
         killed = child(cached, f"import os, signal\ntokens.{place} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)")
         killed.communicate(timeout=120)
         assert killed.returncode == -signal.SIGKILL
@@ -371,7 +371,7 @@ def test_a_killed_build_leaves_nothing_that_is_read(cached):
     assert not left[0].exists() and left[1].exists(), "what was abandoned long ago is removed"
 
 
-def test_a_run_keeps_its_tokenizer_and_notes_what_it_did_otherwise(cached, monkeypatch):
+def test_a_run_saves_its_tokenizer_and_records_fallbacks(cached, monkeypatch):
 
     (cached / "long.txt").write_text("the cat sat on the mat\n" * 50)
     monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(cached / "long.txt"))
@@ -383,7 +383,7 @@ def test_a_run_keeps_its_tokenizer_and_notes_what_it_did_otherwise(cached, monke
     assert any("no cache of tokens" in fallback for fallback in manifest["fallbacks"])
     again = opened("long.txt", cached, tokenizer="run")
     assert again.info["vocab_size"] == 4 + 5 and jaxmodels.load(str(cached / "run")).tokenizer.to_json() == again.info["tokenizer"].to_json()
-    assert jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True).step == 1, "made anew, the tokenizer is the same"
+    assert jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True).step == 1, "trained again, the tokenizer is the same"
     (cached / "long.txt").write_text("the cat sat on the hat\n" * 50)
     with pytest.raises(ConfigError, match="data of this run has changed"):
         jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True)

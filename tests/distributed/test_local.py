@@ -36,7 +36,7 @@ CONFIG = small_configs.config(
 
 
 class Run:
-    """A run in a folder of its own, started again and again with other numbers of processes."""
+    """A run in its own folder, which can be started several times with different numbers of processes."""
 
     def __init__(self, tmp_path, config, name="run"):
         self.folder, self.workdir = tmp_path / name, tmp_path / name / "x"
@@ -46,7 +46,7 @@ class Run:
         self.starts = 0
 
     def start(self, processes, devices, *args):
-        """Starts the run through launch/local.sh, or alone where `processes` is 0."""
+        """Start the run with launch/local.sh; without it if `processes` is 0."""
         self.starts += 1
         self.watch, self.logs = self.folder / f"watch-{self.starts}", self.folder / f"logs-{self.starts}"
         self.watch.mkdir()
@@ -64,23 +64,23 @@ class Run:
 
     def end(self, status=0, seconds=550):
         output, _ = self.process.communicate(timeout=seconds)
-        assert self.process.returncode == status, (output, self.said())
+        assert self.process.returncode == status, (output, self.outputs())
         return output
 
-    def said(self):
+    def outputs(self):
         return {path.name: path.read_text() for path in sorted(self.logs.glob("*.log"))} if self.logs.exists() else {}
 
     def wait_for_step(self, step, seconds=300):
-        """Waits until a line of metrics of this step is there."""
+        """Wait until metrics.jsonl has a line of this step."""
         end = time.monotonic() + seconds
         metrics = self.workdir / "metrics.jsonl"
         while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
-            assert self.process.poll() is None, (self.process.communicate(), self.said())
-            assert time.monotonic() < end, self.said()
+            assert self.process.poll() is None, (self.process.communicate(), self.outputs())
+            assert time.monotonic() < end, self.outputs()
             time.sleep(0.05)
 
     def pid(self, index):
-        """Of one of the processes."""
+        """Return the output of one of the processes."""
         found = []
         for folder in os.listdir("/proc"):
             with contextlib.suppress(OSError):
@@ -92,15 +92,15 @@ class Run:
         return pid
 
     def global_batches(self, rows):
-        """The indices of each step's global batch, in the order of its rows."""
+        """Return the indices of each step's global batch, in the order of its rows."""
         parts = recording_sources.batches(self.watch, rows)
         return [sum(step, []) for step in zip(*parts, strict=False)]
 
 
 def compare(one, other, *, rtol, atol):
-    """Both runs ended at the same step with the same losses, to 1e-5, and parameters, but for the order of sums.
+    """Check that both runs ended at the same step, with losses equal to 1e-5, and parameters equal except for the order of sums.
 
-    Adam divides small differences by small numbers, most where the gradient is nothing but rounding, as that of keys' biases.
+    Adam amplifies small differences by dividing by small numbers, most for gradients that are only rounding errors, such as those of keys' biases.
     """
     (arrays, lines), (arrays_2, lines_2) = final_state(one.workdir), final_state(other.workdir)
     assert [(a["step"], a["split"]) for a in lines] == [(b["step"], b["split"]) for b in lines_2]
@@ -111,7 +111,7 @@ def compare(one, other, *, rtol, atol):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Same batches, same losses and parameters; files and words from the first process alone."""
+    """The batches, losses and parameters are the same; only the first process writes files and prints."""
     one, two = Run(tmp_path, CONFIG, "one"), Run(tmp_path, CONFIG, "two")
     one.start(0, 2).end()
     output = two.start(2, 1).end()
@@ -119,7 +119,7 @@ def test_two_processes_equal_one(tmp_path):
     compare(one, two, rtol=1e-4, atol=1e-5)
     manifest = RunFolder(two.workdir).manifest()
     assert manifest["starts"][0]["processes"] == 2 and len(manifest["starts"]) == 1
-    log = two.said()
+    log = two.outputs()
     assert log["process-0.log"] in output and output.count("step 40/40  train") == 1
     assert "step" not in log["process-1.log"] and "initialised" not in log["process-1.log"]
 
@@ -135,7 +135,7 @@ def test_pmap_in_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_gpt_shakespeare_in_four_processes_equals_one(tmp_path, data_dir):
-    """4 processes × 2 devices, against 1 process × 8; batch 16, which divides over 8 devices, where the config has 12."""
+    """4 processes × 2 devices against 1 process × 8 devices. The batch is 16 instead of the config's 12, so that it divides over 8 devices."""
     config = load_config(str(ROOT / "configs" / "gpt_shakespeare.py")).to_dict()
     config["data"] |= {"source": "recording_sources:shakespeare", "batch_size": 16}
     config["optimizer"]["schedule"]["warmup"] = 10
@@ -150,8 +150,8 @@ def test_gpt_shakespeare_in_four_processes_equals_one(tmp_path, data_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, number", [(2, signal.SIGKILL), (0, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGSTOP)])
-def test_one_of_four_ends_and_two_go_on(tmp_path, victim, number):
-    """One of four is killed, or stopped: the others leave within 60 s; two go on with what is left, each example once."""
+def test_one_of_four_ends_and_two_resume(tmp_path, victim, number):
+    """One of four is killed, or stopped: the others end within 60 s. Two processes then resume, and each example is read once."""
     config = CONFIG | {"training": {"steps": 300}, "checkpoint": {"every": 40}}
     config["data"] = {"source": "recording_sources:numbers", "size": 7200, "batch_size": 24, "eval_batch_size": 32}
     run = Run(tmp_path, config).start(4, 2)
@@ -161,17 +161,17 @@ def test_one_of_four_ends_and_two_go_on(tmp_path, victim, number):
     os.kill(pid, number)
     sent = time.monotonic()
     while any(_alive(other) for other in others):
-        assert time.monotonic() - sent < 60, run.said()
+        assert time.monotonic() - sent < 60, run.outputs()
         time.sleep(0.1)
     if number == signal.SIGSTOP:
-        os.kill(pid, signal.SIGCONT)  # it finds out too
+        os.kill(pid, signal.SIGCONT)  # it notices that, too
     output, _ = run.process.communicate(timeout=60)
     assert run.process.returncode in (1, 137), output
     word = "died" if number == signal.SIGKILL else "has been silent for 30 s"
-    for index, said in enumerate(run.said().values()):
-        lines = [line for line in said.splitlines() if line.startswith("jaxmodels:")]
+    for index, log in enumerate(run.outputs().values()):
+        lines = [line for line in log.splitlines() if line.startswith("jaxmodels:")]
         if index != victim:
-            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; this process ends\. The same command resumes .*", lines[-1]), said
+            assert lines and re.fullmatch(rf"jaxmodels: process {victim} \(\S+\) {word}; this process ends\. The same command resumes .*", lines[-1]), log
     before = run.global_batches(6)
     run.start(2, 4)
     output = run.end()
@@ -201,9 +201,9 @@ def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
         run.wait_for_step(step)
         os.kill(run.pid(index), signal.SIGTERM)
         run.process.wait(120)
-        assert run.process.returncode == 75, run.said()
-        saved = [re.search(r"jaxmodels: SIGTERM.*: saved \S+/checkpoints/(\d+)\. The same command", said) for said in run.said().values()]
-        assert len({match[1] for match in saved}) == 1 and step <= int(saved[0][1]) < 400, run.said()
+        assert run.process.returncode == 75, run.outputs()
+        saved = [re.search(r"jaxmodels: SIGTERM.*: saved \S+/checkpoints/(\d+)\. The same command", log) for log in run.outputs().values()]
+        assert len({match[1] for match in saved}) == 1 and step <= int(saved[0][1]) < 400, run.outputs()
     run.start(2, 1).end()
     one, other = final_state(whole.workdir), final_state(run.workdir)
     assert one[1] == other[1]
@@ -216,7 +216,7 @@ def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_co
     run = Run(tmp_path, small_configs.config(CONFIG, data__source="recording_sources:failing"), "failing").start(2, 1)
     run.end(1)
     reason = "file 7 of the data cannot be read."
-    first, second = ([line for line in said.splitlines() if line.startswith("jaxmodels:")] for said in run.said().values())
+    first, second = ([line for line in log.splitlines() if line.startswith("jaxmodels:")] for log in run.outputs().values())
     assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) ended: {re.escape(reason)}", first[0])
 
     run = Run(tmp_path, CONFIG).start(2, 1)
@@ -235,7 +235,7 @@ def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_co
 
 @pytest.mark.slow
 def test_processes_of_different_configs(tmp_path):
-    """Each says which keys differ, before any device starts, and nothing hangs."""
+    """Each process prints the keys that differ before a device starts, and none hangs."""
     run, port = Run(tmp_path, CONFIG), free_port()
     command = [
         sys.executable,
@@ -312,13 +312,13 @@ def test_what_local_sh_would_run(tmp_path):
         (["-n", "2", "--config=x"], "unknown argument --config=x"),
     ],
 )
-def test_local_sh_says_what_is_wrong(args, message):
+def test_local_sh_reports_wrong_arguments(args, message):
     done = local(*args)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def fake(tmp_path, text):
-    """A program in place of jaxmodels."""
+    """Write a program that replaces jaxmodels."""
     path = tmp_path / "fake.sh"
     path.write_text("#!/usr/bin/env bash\n" + text)
     path.chmod(0o755)
@@ -339,7 +339,7 @@ def test_local_sh_kills_the_rest_when_one_fails(tmp_path):
 def test_local_sh_passes_a_signal_on(tmp_path, number):
     name = number.name.removeprefix("SIG")
     program = fake(tmp_path, f"trap 'echo stopped >> {tmp_path}/stopped; exit 75' {name}; echo > {tmp_path}/$JAXMODELS_PROCESS; while true; do sleep 0.1; done")
-    # A signal that is ignored where the tests are started, as SIGINT is in a shell's background, no shell script can take up again.
+    # If the process that starts the tests ignores a signal, as a shell's background job ignores SIGINT, a shell script cannot trap it.
     listen = functools.partial(signal.signal, number, signal.SIG_DFL)
     process = subprocess.Popen([LOCAL, "-n", "2", f"--logs={tmp_path}/logs", "--", "x"], env=os.environ | program, preexec_fn=listen)
     end = time.monotonic() + 30

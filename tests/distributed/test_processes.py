@@ -1,4 +1,4 @@
-"""Several processes: who they are, how they meet, how they notice each other's end, and how they stop together."""
+"""Several processes: their detection, the roll call, failures of others, and stopping at the same step."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from jaxmodels.errors import ConfigError, Interrupted, RunError
 # Finding out
 
 
-def test_one_process_where_nothing_says_otherwise():
+def test_one_process_by_default():
     assert find(environment={}) is None
     assert find(processes="1", environment={}) is None
     # In a batch script before srun, and with a single task, there is one process.
@@ -42,8 +42,8 @@ def test_arguments_and_their_environment():
     environment = {"JAXMODELS_COORDINATOR": "[::1]:99", "JAXMODELS_PROCESSES": "3", "JAXMODELS_PROCESS": "1"}
     found = find(environment=environment)
     assert (found.host, found.coordinator, found.count, found.index) == ("::1", "[::1]:99", 3, 1)
-    assert find(process="2", environment=environment).index == 2  # an argument comes before the environment
-    # All three given count more than what started the process.
+    assert find(process="2", environment=environment).index == 2  # arguments override the environment
+    # All three arguments together override the launcher.
     assert find("h:1", "4", "2", environment=slurm(3)).source == "arguments"
 
 
@@ -63,7 +63,7 @@ def test_arguments_and_their_environment():
         (("h:1", "1", "1"), "--process=1: the 1 process"),
     ],
 )
-def test_arguments_that_make_no_sense(given, message):
+def test_inconsistent_arguments(given, message):
     with pytest.raises(ConfigError) as error:
         find(*given, environment={})
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -87,8 +87,8 @@ def test_slurm():
     assert [p.index for p in found] == [0, 1, 2, 3, 4] and {p.count for p in found} == {5}
     assert {p.host for p in found} == {"gpu09"} and len({p.port for p in found}) == 1
     assert found[0].hosts == ("gpu09", "gpu09", "gpu10", "gpu10", "login")
-    assert [p.local_device for p in found] == [0, 1, 0, 1, None]  # alone on its host: all that is there
-    assert find(environment=slurm(3, CUDA_VISIBLE_DEVICES="1")).local_device is None  # SLURM gave each its own
+    assert [p.local_device for p in found] == [0, 1, 0, 1, None]  # alone on its host: all its devices
+    assert find(environment=slurm(3, CUDA_VISIBLE_DEVICES="1")).local_device is None  # SLURM assigned one device to each
     other = find(environment=slurm(0, SLURM_JOB_ID="4712"))
     assert other.port != found[0].port and 61000 <= other.port < 65536
     assert find("elsewhere:5", environment=slurm(1)).coordinator == "elsewhere:5"
@@ -139,7 +139,7 @@ def test_gke():
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """A Cloud VM's metadata server."""
+    """The metadata server of a Cloud VM."""
 
     attributes = {}
 
@@ -189,7 +189,7 @@ def test_no_metadata_server(monkeypatch):
 
 
 class Store:
-    """The key–value store of JAX's coordination service as its client gives it, in this process; test_local.py uses the real one."""
+    """A replacement, in this process, for the key–value store of JAX's coordination service; test_local.py uses the real one."""
 
     def __init__(self):
         self.values, self.changed = {}, threading.Condition()
@@ -218,7 +218,7 @@ class Store:
 
 
 def use(store) -> list:
-    """What a store answers to each of the calls that `Member` makes."""
+    """Return the results of a store for each of the calls that `Member` makes."""
     answers = []
 
     def call(function, *args, **options):
@@ -240,7 +240,7 @@ def use(store) -> list:
     return answers
 
 
-def test_the_store_of_these_tests_answers_as_that_of_jax():
+def test_the_store_of_these_tests_behaves_as_that_of_jax():
     program = f"""
 import json, os, jax
 from orbax.checkpoint import utils
@@ -262,7 +262,7 @@ HELLO = {"host": socket.gethostname(), "pid": 7, "versions": {}, "config": {}, "
 
 
 class Crowd:
-    """Members in threads of this process, each with what became of it."""
+    """Members in threads of this process, and the outcome of each."""
 
     def __init__(self, count, hosts=(), start_limit=5.0, hang_limit=1.5, stall_limit=60.0):
         self.count, self.port, self.hosts, self.start_limit = count, free_port(), hosts, start_limit
@@ -275,7 +275,7 @@ class Crowd:
         self.threads = []
 
     def join(self, index, *, key=None, config=None, versions=None, error=None, count=None):
-        """Starts the process `index`."""
+        """Start the process `index`."""
         key = index if key is None else key
         hello = HELLO | {"config": config or {"config.seed": 0}, "versions": versions or {"jax": "1"}}
         hello |= {"error": error and str(error), "status": error and error.exit_status}
@@ -296,7 +296,7 @@ class Crowd:
         return self
 
     def met(self):
-        """Waits for all."""
+        """Wait for all processes."""
         for thread in self.threads:
             thread.join(30)
             assert not thread.is_alive(), "hangs"
@@ -311,7 +311,7 @@ class Crowd:
             time.sleep(0.01)
 
     def end(self):
-        """All finish."""
+        """Finish all processes."""
         everyone = [threading.Thread(target=member.bye, args=(0,), kwargs={"agreed": True}) for member in self.members.values()]
         for thread in everyone:
             thread.start()
@@ -322,7 +322,7 @@ class Crowd:
             self.kill(index)
 
     def kill(self, index):
-        """Closes a process's connections, as the operating system does when it dies."""
+        """Close the connections of a process, as the operating system does when it dies."""
         for connection in self.connections[index].values():
             connection.shutdown(socket.SHUT_RDWR)
 
@@ -334,7 +334,7 @@ def everybody(count, **options):
     return crowd.met()
 
 
-def test_all_meet_exchange_values_and_part_without_alarm():
+def test_all_connect_exchange_values_and_end_without_errors():
     crowd = everybody(4)
     assert not crowd.errors and sorted(crowd.members) == [0, 1, 2, 3]
     assert crowd.members[2].hosts == [socket.gethostname()] * 4
@@ -349,15 +349,15 @@ def test_all_meet_exchange_values_and_part_without_alarm():
     for thread in threads:
         thread.join(10)
     assert results == {index: [[{"from": i} for i in range(4)], [None] * 4] for index in range(4)}
-    time.sleep(2)  # more than the hang limit: pings keep them together
+    time.sleep(2)  # longer than the hang limit: heartbeats continue
     crowd.end()
-    # JAX aborts a process that uses the store once its service is being shut down, which comes next.
+    # JAX aborts a process that uses the store while its service shuts down, which happens next.
     before = dict(crowd.store.values)
     time.sleep(0.5)
     assert crowd.store.values == before and not crowd.left
 
 
-def test_processes_that_do_not_come_are_named():
+def test_processes_that_do_not_connect_are_named():
     crowd = Crowd(4, hosts=("a", "b", "c", "d"), start_limit=1.0).join(0).join(2).met()
     assert not crowd.members
     for error in crowd.errors.values():
@@ -397,7 +397,7 @@ def test_different_configs_and_versions():
     assert "different packages: jax is '0.10.2' in process 0, '0.12.0' in process 1" in str(crowd.errors[0])
 
 
-def test_a_difference_is_said_before_the_last_has_come():
+def test_a_difference_is_reported_before_the_last_process_connects():
     started = time.monotonic()
     crowd = Crowd(3, start_limit=60.0).join(0).join(1, config={"config.seed": 5}).met()
     assert time.monotonic() - started < 20 and "config.seed is 0 in process 0, 5 in process 1" in str(crowd.errors[1])
@@ -416,7 +416,7 @@ def test_an_error_before_the_start_reaches_all():
     assert crowd.errors[0].exit_status == 2 and str(crowd.errors[0]).endswith("failed: there is no file x.py.")
 
 
-def test_strangers_are_left_alone():
+def test_connections_of_other_programs_are_ignored():
     crowd = Crowd(2).join(0)
     time.sleep(0.3)
     with socket.create_connection(("127.0.0.1", crowd.port)) as one, socket.create_connection(("127.0.0.1", crowd.port)) as two:
@@ -444,14 +444,14 @@ def test_a_process_that_dies_is_noticed_by_all_others(victim):
 
 
 class Silent:
-    """A store of which a process hears nothing, and which hears nothing of it, as if the process was stopped."""
+    """A store without communication in either direction, as for a stopped process."""
 
     def __getattr__(self, _):
         raise JaxRuntimeError("UNAVAILABLE")
 
 
 @pytest.mark.parametrize("victim", [2, 0])
-def test_a_process_that_is_silent_is_given_up(victim):
+def test_a_silent_process_is_treated_as_failed(victim):
     crowd = everybody(3)
     started = time.monotonic()
     crowd.members[victim]._store = Silent()
@@ -460,18 +460,18 @@ def test_a_process_that_is_silent_is_given_up(victim):
     assert 1 < time.monotonic() - started < 8
     for index in others:
         assert crowd.left[index][0] == 1 and f"process {victim} ({socket.gethostname()}) has been silent for 1.5 s" in crowd.left[index][1]
-    crowd.members[victim]._store = crowd.store  # it learns of it too, once it goes on
+    crowd.members[victim]._store = crowd.store  # it learns of the end when it continues
     if victim:
         crowd.wait_for_left(victim)
 
 
-def test_a_main_thread_that_hangs_is_given_up_in_the_end():
+def test_a_hanging_main_thread_ends_the_run_after_the_limit():
     crowd = everybody(3, stall_limit=3.0)
     time.sleep(4)
-    assert not crowd.left, "before the first step there is compiling, which takes as long as it takes"
+    assert not crowd.left, "before the first step there is no limit, because compiling may take long"
     for member in crowd.members.values():
         member.check()
-    for index in (0, 2):  # process 1 hangs, and the others wait for it in what comes next
+    for index in (0, 2):  # process 1 hangs, and the others wait for it in the next collective
         crowd.members[index].check()
     crowd.wait_for_left(0, 1, 2)
     for status, reason in crowd.left.values():
@@ -494,22 +494,22 @@ def test_others_may_end_by_themselves_after_an_error():
     crowd.members[1].bye(3, "diverged", agreed=False)
     crowd.members[0].bye(3, "diverged", agreed=False)
     time.sleep(1)
-    assert not crowd.left  # neither was made to
+    assert not crowd.left  # neither was forced to end
 
 
 # Stopping together
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_all_stop_at_the_same_check_wherever_they_are(seed):
-    """Every process waits in 'collectives' for the others, as real ones do: a stop may not need a main thread that is held there."""
+def test_all_stop_at_the_same_check_from_any_state(seed):
+    """Every process waits in 'collectives' for the others, as real ones do: agreeing on a stop must not need a main thread that waits there."""
     draw = random.Random(seed)
     count, steps = draw.choice([1, 2, 3, 5]), 2000
     crowd = everybody(count)
     for member in crowd.members.values():
         member._turn = 0.01
     collectives = [threading.Barrier(count) for _ in range(steps)]
-    every = draw.choice([1, 1, 2, 7, 1000])  # steps between reads from the device: until then a process runs ahead
+    every = draw.choice([1, 1, 2, 7, 1000])  # steps between reads from the device; between them a process runs ahead
     stopped, passed = {}, dict.fromkeys(range(count), 0)
     pauses = {index: draw.choice([0.0005, 0.001, 0.004]) for index in range(count)}
 

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, each as a user would write it in one file, run end to end; and the page shows these very files."""
+"""The examples of docs/extending.md, each in one file as a user would write it, run end to end; and the page shows these files."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def test_models_stand_alone():
     page = (ROOT / "docs" / "extending.md").read_text()
     (code,) = re.findall(r"```python\n(from flax import nnx\n.*?)```", page, re.S)
     found = {}
-    exec(code.replace("create(", "nnx.eval_shape(lambda: create(").replace("nnx.Rngs(0))", "nnx.Rngs(0)))"), found)  # by shape is enough
-    assert sum(x.size for x in jax.tree.leaves(nnx.state(found["model"], nnx.Param))) == 124_439_808  # of the published model
+    exec(code.replace("create(", "nnx.eval_shape(lambda: create(").replace("nnx.Rngs(0))", "nnx.Rngs(0)))"), found)  # shapes are enough
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(found["model"], nnx.Param))) == 124_439_808  # of the pretrained model
 
 
 def test_all_of_them_train_from_the_command_line(tmp_path):
@@ -51,10 +51,10 @@ def test_all_of_them_train_from_the_command_line(tmp_path):
     folder = RunFolder(tmp_path / "run")
     validation = folder.metrics("validation")
     assert [line["good_in_a_row"] for line in validation][-2:] == [1.0, 2.0]
-    # The best checkpoint is the first with the best value of the task's own metric, and it is the one that is tested.
+    # The best checkpoint is the first with the best value of the user's metric, and its weights are tested.
     (test,) = folder.metrics("test")
     assert test["step"] == max(validation, key=lambda line: (line["top_k"], -line["step"]))["step"] and test["top_k"] > 0.9
-    # The schedule: a triangle over 360 steps from 0.2 of the peak, wherever the run stopped.
+    # The schedule: a triangle over 360 steps from 0.2 of the peak, also for a run that stopped early.
     for line in folder.metrics("train"):
         position = (line["step"] - 1) / 180
         assert line["learning_rate"] == pytest.approx(3e-3 * (0.2 + 0.8 * (position if position < 1 else 2 - position)), rel=1e-5)
@@ -73,7 +73,7 @@ def importable(monkeypatch):
 
 
 def test_they_resume_exactly(tmp_path, importable):
-    """Dropout of a tutorial's module, a callback's count and an own optimizer's state go on where they stopped."""
+    """The dropout of a tutorial's module, a callback's count and the state of a user's optimizer are restored exactly."""
 
     class StopAt(jaxmodels.Callback):
         def on_step(self, run, step, metrics):

@@ -1,4 +1,4 @@
-"""Every config in configs/ is whole: it resolves, opens its data, and makes its model and state by shape."""
+"""Every config in configs/ is complete: it resolves, opens its data, and builds the shapes of its model and state."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.sections import resolve
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-NEEDS_RUN = ("bert_classify", "bert_sst2", "lora_sst2")  # their tokenizer is that of a run which is trained first: here they get another
+NEEDS_RUN = ("bert_classify", "bert_sst2", "lora_sst2")  # their tokenizer is that of another run, which is not trained here: it is replaced
 NEEDS_DATA = (
     "bert_hf_ner",
     "bert_hf_sst2",
@@ -33,17 +33,17 @@ NEEDS_DATA = (
     "vit_cifar10",
     "vit_hf_cifar10",
 )
-NEEDS_CHATS = ("llama_hf_sft_lora",)  # of the user's own: tests/pretrained/test_pretrained_recipes.py trains it
+NEEDS_CHATS = ("llama_hf_sft_lora",)  # it needs the user's data: tests/pretrained/test_pretrained_recipes.py trains it
 
 
 def load(path, published):
-    """A config; where it starts from a pretrained model, from one of random weights."""
+    """Load a config. If it starts from a pretrained model, replace that by one with random weights."""
     argument = f":{published(path.stem)}" if "_hf_" in path.stem else ""
     return load_config(f"{path}{argument}", {"data.tokenizer": "byte+special"} if path.stem in NEEDS_RUN else None)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_resolves_and_says_what_it_reaches(path, published):
+def test_config_resolves_and_states_its_results(path, published):
     resolve(load(path, published))
     header = path.read_text().split('"""')[1]
     assert f"jaxmodels train --config=configs/{path.name}" in header, "the header gives the command"
@@ -61,7 +61,7 @@ def test_config_builds_on_real_data(path, data_dir, published):
 
 
 def test_no_device_is_started_by_building():
-    """Devices of several processes wait for each other at their start, which only `train` knows to be the time for."""
+    """The devices of several processes wait for each other when they start, so only `train` starts them."""
     names = ("lstm_text", "seq2seq_transformer", "mixtral_8x7b", "vit_g14")
     program = f"""
 from jaxmodels.config import load_config

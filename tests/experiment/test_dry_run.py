@@ -1,4 +1,4 @@
-"""Figures of a dry run against closed forms and the arrays themselves."""
+"""Figures of a dry run against closed forms and against arrays."""
 
 import functools
 
@@ -33,7 +33,7 @@ def test_flops_of_products_convolutions_and_loops():
     assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), square) == 2 * 4**3
 
 
-def test_flops_of_kernels_and_of_devices_parts_are_those_of_the_whole():
+def test_flops_of_kernels_and_of_shards_are_those_of_all_devices():
     q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
     products = 2 * (2 * 2 * 4 * 512 * 512 * 64)
     assert count_flops(lambda q: attend(q, q, q, causal=True, implementation="splash"), q) == products
@@ -43,7 +43,7 @@ def test_flops_of_kernels_and_of_devices_parts_are_those_of_the_whole():
 
 
 def test_flops_of_a_kernel_whose_grid_depends_on_values():
-    """A TPU's products of groups of rows: one product of all rows, and as much for each of two gradients."""
+    """A TPU's grouped products: FLOPs of one product of all rows, and the same for each of two gradients."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 128), (4, 128, 384))] + [jax.ShapeDtypeStruct((4,), jnp.int32)]
     product = functools.partial(gmm, preferred_element_type=jnp.float32)
     assert count_flops(product, *shapes) == 2 * 256 * 128 * 384
@@ -60,7 +60,7 @@ def test_flops_of_a_gpt_step_are_six_for_each_weight_and_token_and_attention(sca
     layers, width, time, batch = 2, 16, 16, 16
     vocab = experiment.dataset.info["vocab_size"]
     weights = layers * 12 * width**2 + vocab * width
-    attention = layers * 2 * 2 * time * width  # scores and their products with values, a token
+    attention = layers * 2 * 2 * time * width  # scores and their products with values, for a token
     expected = 3 * batch * time * (2 * weights + attention)
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = experiment.step_function(), shapes, experiment.batch_shapes(batch), key
@@ -71,7 +71,7 @@ def test_flops_of_a_gpt_step_are_six_for_each_weight_and_token_and_attention(sca
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": 5}, {"causal": True, "window": 5}, {}])
 @pytest.mark.parametrize("queries, keys", [(12, 12), (12, 16)])
-def test_attended_products_are_those_that_a_mask_leaves(options, queries, keys):
+def test_attended_products_exclude_masked_scores(options, queries, keys):
     q, k = (jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32) for length in (queries, keys))
     window = options.get("window", 99)
     seen = sum(abs(t - s) < window and (s <= t or not options.get("causal")) for t in range(queries) for s in range(keys))
@@ -94,5 +94,5 @@ def test_bytes_are_those_of_the_arrays():
     assert figures["parameter_count"] == sum(x.size for x in jax.tree.leaves(state.params))
 
 
-def test_bytes_for_people():
+def test_readable_bytes():
     assert [human_bytes(n) for n in (5, 2048, 5 * 2**20, 2**41)] == ["5 B", "2.0 KiB", "5.0 MiB", "2.0 TiB"]

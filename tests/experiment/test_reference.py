@@ -18,7 +18,7 @@ GROUPS = reference.groups()
 
 
 def explained(section: str, name: str) -> set[str]:
-    """Keys of a section that a config with this name may have, without the arguments of an Optax optimizer."""
+    """Return the keys that a section with this name may have, without the arguments of an Optax optimizer."""
     return {key.name for group in GROUPS if group.section == section and (not group.names or name in group.names) for key in group.keys}
 
 

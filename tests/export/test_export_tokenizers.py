@@ -1,4 +1,4 @@
-"""Tokenizers of runs as `transformers` reads them in an export: the same numbers, the same texts."""
+"""Exported tokenizers of runs, loaded by `transformers`: the same ids and the same texts."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ TEXTS = ["Hello there, world!\n\tTwo  spaces — and ünïcödé 漢字 🙂.", 
 
 
 @pytest.mark.parametrize("spec", ["character", "character+special", "byte", "byte+special", "word:6", "word-lower:6", "bpe:300"])
-def test_a_tokenizer_of_our_own_reads_the_same_there(tmp_path, spec):
+def test_an_exported_tokenizer_gives_the_same_ids_in_transformers(tmp_path, spec):
     tokenizer = make_tokenizer(spec, [*TEXTS, "The cat sat on the mat. " * 20], None)
     run, out = RunFolder(tmp_path / "run"), tmp_path / "out"
     run.path.mkdir()

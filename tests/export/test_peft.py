@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, against PEFT itself on the same models. The rest of it: pytest -m slow tests/export/test_peft.py"""
+"""LoRA adapters in PEFT's format, against PEFT on the same models. More cases: pytest -m slow tests/export/test_peft.py"""
 
 import functools
 import json
@@ -26,9 +26,9 @@ from jaxmodels.runs.merge import merge
 from jaxmodels.step.state import TrainState
 
 TOKENS = np.random.default_rng(0).integers(3, random_pretrained.VOCABULARY, (4, 13)).astype(np.int32)
-TOKENS[0, 0] = random_pretrained.VOCABULARY - 1  # a source of arrays goes by its largest token
+TOKENS[0, 0] = random_pretrained.VOCABULARY - 1  # the vocabulary of a source of arrays ends with its largest token
 LABELS = np.arange(4, dtype=np.int32) % 3
-# Names of modules there; what of them they mean here.
+# Name of a module in PEFT -> the corresponding layers here.
 TARGETS = {
     "llama": (["q_proj", "down_proj", "embed_tokens"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/down$", "^embed$"]),
     "gpt2": (["c_attn", "c_fc"], [*(rf"^blocks/\d+/attention/{name}$" for name in ("key", "query", "value")), r"^blocks/\d+/mlp/up$"]),
@@ -38,7 +38,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """name -> folder of a pretrained model, made once."""
+    """name -> folder of a pretrained model, written once."""
     made = {}
 
     def get(name):
@@ -52,7 +52,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(base, tmp_path_factory):
-    """name -> folder of adapters that PEFT made for a model, and its logits with them."""
+    """name -> folder of adapters that PEFT wrote for a model, and its logits with them."""
     made = {}
 
     def get(name, **options):
@@ -68,7 +68,7 @@ def adapters(base, tmp_path_factory):
                         parameter.copy_(0.3 * torch.randn_like(parameter))
                 named = dict(adapted.named_parameters())
                 for key_ in named:
-                    if "lm_head.lora_A" in key_ and name == "gpt2":  # what is one matrix there has adapters that say the same
+                    if "lm_head.lora_A" in key_ and name == "gpt2":  # parts of what is one matrix in PEFT share the adapter
                         a, b = (next(x for other, x in named.items() if f"lora_embedding_{side}" in other) for side in "AB")
                         named[key_].copy_(b.T)
                         named[key_.replace("lora_A", "lora_B")].copy_(a.T)
@@ -118,8 +118,8 @@ def _run(graph, state, tokens):
 
 
 @pytest.mark.parametrize(("name", "scan"), [("llama", True), ("gpt2", False), pytest.param("bert_classes", False, marks=pytest.mark.slow)])
-def test_adapters_come_in_and_go_out_as_they_were(base, adapters, tmp_path, name, scan):
-    """Their tensors back bitwise; the logits of the run, of the merged model, and of PEFT with what comes out are PEFT's with what went in."""
+def test_adapters_are_imported_and_exported_unchanged(base, adapters, tmp_path, name, scan):
+    """Exported tensors are bitwise equal. The run, the merged model, and PEFT with the exported adapters give PEFT's logits with the original ones."""
     folder, expected = adapters(name)
     config = config_of(name, {"run": f"hf:{base(name)}", "adapters": str(folder)}, **({"model": {"scan": True}} if scan else {}))
     loaded = jaxmodels.load(begin(config, tmp_path / "run"))
@@ -127,7 +127,7 @@ def test_adapters_come_in_and_go_out_as_they_were(base, adapters, tmp_path, name
     lora = loaded.config["lora"]
     assert sorted(lora["targets"]) == sorted(targets) and (lora["rank"], lora["alpha"]) == (3, 6.0)
     np.testing.assert_allclose(run(loaded.model), expected, atol=1e-4)
-    if name != "bert_classes":  # whose task wants a tokenizer
+    if name != "bert_classes":  # its task needs a tokenizer
         np.testing.assert_allclose(run(jaxmodels.load(f"hf:{folder}").model), expected, atol=1e-4)
     assert np.abs(run(load_model(f"hf:{base(name)}")) - expected).max() > 1e-2
     out = export_adapters(str(tmp_path / "run"), str(tmp_path / "out"))
@@ -148,7 +148,7 @@ def there(name, path, out):
 
 
 def drawn(path):
-    """The run with every adapter drawn anew, which zeros would not tell apart."""
+    """Return the run with random adapters, because zeros would hide differences."""
     opened = jaxmodels.load(path)
     folder, checkpoints, step = open_run(path)
     checkpoints.close()
@@ -166,18 +166,18 @@ def drawn(path):
     "targets", [("attention/(query|key|value)", "mlp/up"), pytest.param(("attention/(query|value)", "attention/out"), marks=pytest.mark.slow)]
 )
 def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_path, targets):
-    """GPT-2's, which are trained apart here: exactly, and back again bitwise."""
+    """Those of GPT-2, which are trained separately here: the merge is exact, and the way back is bitwise."""
     lora = {"rank": 2, "alpha": 3.0, "targets": targets}
     path = drawn(begin(config_of("gpt2", f"hf:{base('gpt2')}", lora=lora), tmp_path / "run"))
     out = tmp_path / "out"
     assert cli.run(["export", path, str(out), "--format=peft"]) == 0
-    assert cli.run(["export", path, str(out), "--format=peft"]) == cli.run(["export", path, str(out)]) == 2  # the folder is taken
+    assert cli.run(["export", path, str(out), "--format=peft"]) == cli.run(["export", path, str(out)]) == 2  # the folder exists
     values = json.loads((out / "adapter_config.json").read_text())
     for key, value in {"rank_pattern": 6, "alpha_pattern": 9}.items():
         assert values[key] == {f"transformer.h.{i}.attn.c_attn": value for i in range(2)}
     expected = run(jaxmodels.load(path).model)
     np.testing.assert_allclose(there("gpt2", base("gpt2"), out), expected, atol=1e-4)
-    merge(path, str(tmp_path / "merged"))  # with the pretrained weights that it borrows
+    merge(path, str(tmp_path / "merged"))  # with the frozen pretrained weights
     np.testing.assert_allclose(run(jaxmodels.load(str(tmp_path / "merged")).model), expected, atol=1e-4)
     again = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(out)}), tmp_path / "again")
     before, after = (flatten(split(jaxmodels.load(one).model)[1]) for one in (path, again))
@@ -187,8 +187,8 @@ def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_p
 
 
 @pytest.mark.slow
-def test_an_embedding_that_is_the_output_layer_too(base, adapters, tmp_path):
-    """PEFT adapts each of the two: both alike are one here, one alone is refused."""
+def test_an_embedding_that_is_also_the_output_layer(base, adapters, tmp_path):
+    """PEFT adapts each of the two. Two equal adapters become one here; a single one is an error."""
     folder, expected = adapters("gpt2", target_modules=["wte", "lm_head", "c_fc"])
     path = begin(config_of("gpt2", {"run": f"hf:{base('gpt2')}", "adapters": str(folder)}), tmp_path / "run")
     np.testing.assert_allclose(run(jaxmodels.load(path).model), expected, atol=1e-4)
@@ -204,7 +204,7 @@ def test_an_embedding_that_is_the_output_layer_too(base, adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_head_trained_beside_the_adapters_goes_out_whole(base, tmp_path):
+def test_a_head_trained_with_the_adapters_is_exported_in_full(base, tmp_path):
     path = base("bert_classes")
     config = config_of("bert_classes", {"run": f"hf:{path}", "skip": ("head/",)}, lora={"rank": 2, "targets": ("attention/value",)})
     config["training"] = {"steps": 1, "trainable": ("head/",)}
@@ -242,7 +242,7 @@ def test_root_of_the_rank_as_scale(base, adapters, tmp_path):
         ({"r": "three"}, "r='three' and lora_alpha=6: r must be an integer"),
     ],
 )
-def test_options_that_mean_something_else_are_refused_by_name(adapters, tmp_path, values, problem):
+def test_unsupported_options_are_errors_with_their_names(adapters, tmp_path, values, problem):
     copy = tmp_path / "copy"
     shutil.copytree(adapters("llama")[0], copy)
     _set(copy, **values)
@@ -280,7 +280,7 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     )
     assert "is [3, 32] and" in error(lambda copy: rewrite(copy, lambda t: t | {f"{query}B.weight": np.zeros((32, 2), np.float32)}))
     narrow = error(lambda copy: rewrite(copy, lambda t: t | {f"{query}A.weight": np.zeros((3, 30), np.float32)}))
-    assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) here, (30, 3) there" in narrow
+    assert "blocks/0/attention/query/lora_a: shape differs: (32, 3) in this model, (30, 3) in the other run" in narrow
     strange = {
         "base_model.model.model.strange.lora_A.weight": np.zeros((3, 4), np.float32),
         "base_model.model.model.strange.lora_B.weight": np.zeros((4, 3), np.float32),
@@ -300,7 +300,7 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
         load_model(f"hf:{tmp_path / '0'}")
 
 
-def test_runs_without_adapters_or_a_published_start_are_refused(base, tmp_path):
+def test_runs_without_adapters_or_pretrained_weights_are_errors(base, tmp_path):
     plain = begin(config_of("llama", f"hf:{base('llama')}"), tmp_path / "plain")
     with pytest.raises(ConfigError, match="has no adapters"):
         export_adapters(plain, str(tmp_path / "out"))

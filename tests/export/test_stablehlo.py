@@ -1,4 +1,4 @@
-"""Exported forward passes: what they compute in a process that knows no models, and what is refused."""
+"""Exported forward passes: their results in a process without this package's models, and errors."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from jaxmodels.export.stablehlo import export_stablehlo, load_stablehlo
 from jaxmodels.tokenizers import factory as tokenizers
 
 BATCHES = (1, 3, 8)
-# Scanned layers and rotary positions besides, since they are traced otherwise than a plain list of blocks.
+# Also scanned layers and rotary positions, which are traced differently from a list of blocks.
 GPT = small_configs.config(small_configs.GPT, model__scan=True, model__positions="rotary", model__kv_heads=1)
 INFO = {"cnn": {"image_shape": (8, 8, 1), "num_classes": 10}, "lstm": {"vocab_size": 50}, "gpt": {"vocab_size": 50}}
 CONFIGS = {"cnn": small_configs.CNN, "lstm": small_configs.LSTM, "gpt": GPT}
@@ -55,7 +55,7 @@ def inputs_of(name: str, batch: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Runs and exports by name, with what a process of its own says the exports compute."""
+    """Return runs and exports by name, with the outputs of the exports, computed in a separate process."""
     place = tmp_path_factory.mktemp("stablehlo")
     runs = {name: untrained_run(config, INFO[name], place / name) for name, config in CONFIGS.items()}
     folders = {name: export_stablehlo(run, str(place / f"{name}_exported")) for name, run in runs.items()}
@@ -78,7 +78,7 @@ def test_an_export_computes_what_the_runs_model_does_in_a_process_without_models
         np.testing.assert_allclose(outputs[key], expected, atol=1e-5, rtol=0)
 
 
-def test_forward_json_says_how_the_program_is_called(exported):
+def test_forward_json_describes_the_inputs_of_the_program(exported):
     _, folders = exported
     cnn, gpt = (json.loads((folders[name] / "forward.json").read_text()) for name in ("cnn", "gpt"))
     assert cnn["inputs"]["image"] == {"shape": ["batch", 8, 8, 1], "dtype": "float32", "means": "values from 0 to 1"}
@@ -100,8 +100,8 @@ def test_inputs_that_do_not_fit_are_refused(exported):
 
 
 @pytest.mark.slow
-def test_what_needs_a_fixed_length_has_one_and_says_so(tmp_path):
-    """Experts with a capacity have room for so many tokens of a sequence; those without need not know how many there are.
+def test_models_that_need_a_fixed_length_have_one_and_a_note(tmp_path):
+    """The capacity of experts depends on the length of a sequence; dropless experts work with any length.
 
     Slow: pytest -m slow tests/export/test_stablehlo.py
     """
@@ -143,7 +143,7 @@ def test_more_kinds_of_models(tmp_path, kind):
     run = untrained_run(config | {"training": {"steps": 1}}, info, tmp_path / "run")
     forward = load_stablehlo(export_stablehlo(run, str(tmp_path / "exported")))
     assert list(forward.description["inputs"]) == names
-    fixed = kind == "windows"  # of JAX's own attention
+    fixed = kind == "windows"  # of JAX's attention
     assert ["the sequence length is fixed" in note for note in forward.description["notes"]] == [True] * fixed
     loaded = jaxmodels.load(run)
     for batch in (1, 3):

@@ -1,4 +1,4 @@
-"""Texts made with a cache are those that the whole model makes: it reads every text anew here, and is asked for its likeliest token.
+"""Text generated with a cache equals that of the full forward pass, computed here for each token.
 
 `pytest -m slow tests/generation/test_generate.py -n 0` runs more kinds of models.
 """
@@ -57,7 +57,7 @@ def both(few, more):
 
 
 class Plain(nnx.Module):
-    """A model without a cache: a mean over the tokens so far."""
+    """A model without a cache: a mean over the previous tokens."""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def prompts(*lengths):
 
 
 def assert_likeliest(logits, begun, made, apart=1e-4):
-    """Of each row: that each token made is the likeliest after what comes before it, and by how much more than rounding."""
+    """Check for each row that each generated token is the most probable one, by a margin above rounding errors."""
     for row, before, after in zip(logits, begun, made, strict=True):
         at = np.asarray(row)[len(before) - 1 : len(before) + len(after) - 1]
         np.testing.assert_array_equal(at.argmax(-1), after)
@@ -90,7 +90,7 @@ def filled(rows):
 
 
 @pytest.mark.parametrize("name", both(TEXTS, MORE))
-def test_texts_of_several_prompts_at_once_are_those_of_the_whole_model(name):
+def test_texts_of_several_prompts_at_once_are_those_of_the_full_forward_pass(name):
     model_name, options = (TEXTS | MORE)[name]
     model, given = drawn(model_name, V, **options), prompts(3, 19, 1)
     made = [c.tokens for c in generate(model, None, given, max_tokens=20)]
@@ -102,7 +102,7 @@ def test_texts_of_several_prompts_at_once_are_those_of_the_whole_model(name):
 
 
 @pytest.mark.parametrize("name", both(TARGETS, MORE_TARGETS))
-def test_targets_are_those_of_the_whole_model(name):
+def test_targets_are_those_of_the_full_forward_pass(name):
     model_name, options = (TARGETS | MORE_TARGETS)[name]
     model, sources, begun = drawn(model_name, V, **options), prompts(5, 2, 11), [[7]] * 3
     made = [c.tokens for c in generate(model, None, sources, max_tokens=18, start=7)]
@@ -114,8 +114,8 @@ def test_targets_are_those_of_the_whole_model(name):
 
 
 @pytest.mark.parametrize("name", both([*TEXTS, *TARGETS], [*MORE, *MORE_TARGETS]))
-def test_half_precision_keeps_its_types(name):
-    """Traced only: a loop whose cache came back in another type would be refused."""
+def test_the_cache_has_the_types_of_half_precision(name):
+    """Only traced: a loop whose cache changed its type would be an error."""
     model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS)[name]
     generator = Generator(drawn(model_name, V, **options), dtype=jnp.bfloat16, start=7)
     how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": generator._eos_ids}
@@ -126,18 +126,18 @@ def test_half_precision_keeps_its_types(name):
     assert floats == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_model_without_a_cache_reads_anew():
+def test_a_model_without_a_cache_recomputes():
     model, given = Plain(), prompts(4, 9)
     with pytest.warns(UserWarning, match="Plain has no cache.*recomputes the whole text"):
         made = [c.tokens for c in generate(model, None, given, max_tokens=10)]
     assert_likeliest(model(filled([a + b for a, b in zip(given, made, strict=True)])), given, made)
 
 
-def test_a_window_keeps_as_many_places_however_long_a_text_is():
+def test_the_cache_of_a_window_does_not_grow_with_the_text():
     model = nnx.eval_shape(lambda: drawn("gpt", V, **LLAMA, window=5))
-    for room in (3, 20, 2000):
-        cache = jax.eval_shape(lambda room=room: model.make_cache(2, room))
-        assert [x.shape for x in jax.tree.leaves(cache["layers"])] == [(2, 2, min(room, 5), 4)] * 4
+    for length in (3, 20, 2000):
+        cache = jax.eval_shape(lambda length=length: model.make_cache(2, length))
+        assert [x.shape for x in jax.tree.leaves(cache["layers"])] == [(2, 2, min(length, 5), 4)] * 4
     states = jax.eval_shape(lambda: drawn("lstm", V, layers=1, width=6).make_cache(2, 2000))
     assert [x.shape for x in jax.tree.leaves(states)] == [(2, 6)] * 2
 
@@ -146,7 +146,7 @@ COUNTS = {"traced": 0}
 
 
 class Counted(Decoder):
-    """Counts how often it is traced."""
+    """A model that counts how often it is traced."""
 
     def prefill(self, *args):
         COUNTS["traced"] += 1
@@ -165,7 +165,7 @@ def small():
     return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), params), stats)
 
 
-def test_a_call_compiles_twice_and_the_next_ones_not_at_all(small):
+def test_the_first_call_compiles_twice_and_later_calls_do_not(small):
     generator = Generator(small)
     programs = (generator._programs.start, generator._programs.advance)
     generator.generate(prompts(3, 9), max_tokens=30)
@@ -174,17 +174,17 @@ def test_a_call_compiles_twice_and_the_next_ones_not_at_all(small):
     for given, options in ((prompts(1, 14), {"max_tokens": 17}), (prompts(16, 2), {"max_tokens": 32, "seed": 5})):
         generator.generate(given, **options)
     assert [f._cache_size() for f in programs] == [1, 1] and COUNTS["traced"] == first
-    # Numbers of a kind of drawing are no part of what is compiled.
+    # The values of sampling options are not compiled in.
     drawn_by = [generator.generate(prompts(3, 9), max_tokens=30, temperature=t, seed=1)[0].tokens for t in (0.5, 2.0)]
     assert [f._cache_size() for f in programs] == [2, 2] and drawn_by[0] != drawn_by[1]
-    # Calls on a bare model share them too: a generator of the same graph has the same programs.
+    # Calls on a bare model share the programs too: generators of the same graph do.
     assert Generator(nnx.clone(small))._programs is generator._programs
 
 
 def test_the_cache_is_written_in_place(small):
-    """Neither a step nor a call copies keys and values: the compiled loop has no copy of their shape, and its result lies where they lay.
+    """Neither a step nor a call copies keys and values: the compiled loop has no copy of their shape, and its result aliases the argument.
 
-    One row is where compilers are led to copy (see `models.cache.Packed`).
+    With one row, compilers tend to copy (see `models.cache.Packed`).
     """
     generator = Generator(small)
     how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": np.zeros(1, np.int32)}
@@ -257,8 +257,8 @@ def test_sizes_that_share_a_program():
     assert [bucket(n) for n in (1, 16, 17, 33, 49, 65, 97, 129, 1000)] == [16, 16, 32, 48, 64, 96, 128, 192, 1024]
 
 
-class Says(nnx.Module):
-    """Goes on with given bytes, whatever it read: byte i after position i - 1 of a prompt of one token."""
+class FixedText(nnx.Module):
+    """A model that generates given bytes for any prompt: byte i after position i - 1 of a prompt of one token."""
 
     def __init__(self, text: bytes):
         self.next = nnx.Param(jnp.asarray(list(text), jnp.int32))
@@ -268,25 +268,25 @@ class Says(nnx.Module):
 
 
 def test_pieces_are_whole_characters_and_stop_before_a_string_that_ends_them():
-    said = "Grün 😀, 漢字. END of it".encode()
-    model = Says(said + bytes(64 - len(said)))
+    content = "Grün 😀, 漢字. END of it".encode()
+    model = FixedText(content + bytes(64 - len(content)))
     with pytest.warns(UserWarning, match="has no cache"):
         generator = Generator(model, ByteTokenizer())
-    pieces = list(generator.stream("x", max_tokens=len(said)))
-    assert "".join(pieces) == said.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
-    # A string over several tokens; what might be its beginning is held back until it is not.
-    pieces = list(generator.stream("x", max_tokens=len(said), stop=("END", "zzz")))
+    pieces = list(generator.stream("x", max_tokens=len(content)))
+    assert "".join(pieces) == content.decode() and "😀" in pieces and not any("\ufffd" in piece for piece in pieces)
+    # A stop string over several tokens; text that may be its beginning is returned only when it is not.
+    pieces = list(generator.stream("x", max_tokens=len(content), stop=("END", "zzz")))
     assert "".join(pieces) == "Grün 😀, 漢字. " and pieces[-1] == " "
-    (whole,) = generator.generate("x", max_tokens=len(said), stop=["of", "END"])
+    (whole,) = generator.generate("x", max_tokens=len(content), stop=["of", "END"])
     assert (whole.text, whole.finish) == ("Grün 😀, 漢字. ", "stop") and bytes(whole.tokens).endswith(b"END")
     (cut,) = generator.generate("x", max_tokens=8)
     assert (cut.text, cut.finish) == ("Grün \ufffd", "length")
 
 
-def test_a_sample_goes_on_from_the_second_half_of_a_full_context():
+def test_a_sample_continues_from_the_second_half_of_a_full_context():
     model = drawn("gpt", 30, layers=2, heads=2, width=16, context=9, tie_embeddings=False, norm="rms", seed=4)
     tokens = decoding.sample(model, 3, 21, jax.random.key(0), temperature=0)
-    logits = jax.jit(lambda tokens: model(tokens[None])[0])  # of one shape: what lies behind is not seen
+    logits = jax.jit(lambda tokens: model(tokens[None])[0])  # of one shape: later positions are not attended to
     text, seen = [3], [3]
     while len(text) < 22:
         text.append(int(jnp.argmax(logits(jnp.array(seen + [0] * (9 - len(seen))))[len(seen) - 1])))

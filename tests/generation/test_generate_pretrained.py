@@ -14,7 +14,7 @@ from jaxmodels.generation.generate import generate
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-torch.set_num_threads(1)  # of models this small, several threads wait for each other longer than they compute
+torch.set_num_threads(1)  # with models this small, several threads wait longer than they compute
 V, NEW = 384, 200
 _SIZE = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 _LLAMA = _SIZE | {
@@ -35,7 +35,7 @@ BY_DEFAULT = ("mistral",)
 
 
 class Uncached(nnx.Module):
-    """A model of which only the forward pass is known."""
+    """A model with only a forward pass."""
 
     def __init__(self, model):
         self.model = model
@@ -56,7 +56,7 @@ class UncachedPair(nnx.Module):
 
 
 def made(name, folder, scale=0.4):
-    """The model of `transformers`, its matrices drawn so that logits lie apart; and ours, loaded from the folder that it saves."""
+    """Return a `transformers` model with random matrices that give distinct logits, and the model loaded here from the folder that it saves."""
     torch.manual_seed(0)
     theirs = MODELS[name]().eval()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def made(name, folder, scale=0.4):
 
 
 def theirs_of(model, prompts, **options):
-    """What `transformers` makes of prompts, filled up with padding that its mask tells of, and what it scores the steps."""
+    """Return the tokens that `transformers` generates for prompts, padded with an attention mask, and its output with the scores."""
     longest = max(map(len, prompts))
     left = not model.config.is_encoder_decoder
     tokens, mask = np.zeros((2, len(prompts), longest), int)
@@ -87,7 +87,7 @@ def theirs_of(model, prompts, **options):
 
 @pytest.mark.filterwarnings("ignore:.*has no cache")
 @pytest.mark.parametrize("name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
-def test_the_likeliest_tokens_are_those_of_transformers(name, tmp_path):
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     theirs, ours = made(name, tmp_path)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, V, length).tolist() for length in (5, 31)]
@@ -109,12 +109,12 @@ SEARCHES += [(4, 2.0, True, True), (3, -1.0, False, True)]
     [("gpt2", 3, 2.0, True, True), *(pytest.param(name, *search, marks=pytest.mark.slow) for name in ("gpt2", "t5") for search in SEARCHES)],
 )
 def test_beams_are_those_of_transformers(name, beams, penalty, early, ending, tmp_path):
-    """The best text and its score: with a token that ends texts and without, for each way to end the search."""
+    """The best text and its score, with and without an end token, for each value of `early_stopping`."""
     theirs, ours = made(name, tmp_path, scale=0.2)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, V, 7).tolist() for _ in range(3)]
     first = theirs_of(theirs, prompts, max_new_tokens=8)[0]
-    ends = first[:, 5].tolist() if ending else []  # some that do come
+    ends = first[:, 5].tolist() if ending else []  # some that occur
     options = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early, "max_new_tokens": 16}
     expected, result = theirs_of(theirs, prompts, **options, eos_token_id=ends or None, output_scores=True, pad_token_id=V - 1)
     got = generate(ours.model, None, prompts, max_tokens=16, start=0, ends=ends, beams=beams, length_penalty=penalty, early_stopping=early)

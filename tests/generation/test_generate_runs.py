@@ -1,4 +1,4 @@
-"""Runs make texts: by function, on the command line, and spread over devices."""
+"""Generation with runs: from Python, on the command line, and sharded over devices."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ SPREAD = {
 
 
 def command(*arguments):
-    """Exit status, what is printed, and what is said of errors."""
+    """Return the exit status, the output and the error output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli.run([str(argument) for argument in arguments])
@@ -46,20 +46,20 @@ def run(tmp_path_factory):
     return run_of(tmp_path_factory.mktemp("runs") / "gpt", GPT, {"name": "language_model"}, LETTERS)
 
 
-def test_the_command_line_says_what_the_function_gives(run):
+def test_the_command_line_prints_the_result_of_the_function(run):
     made = jaxmodels.load(run).generate(["ab", "the end"], max_tokens=12)
     status, out, _ = command("generate", f"--workdir={run}", "--prompt=ab", "--prompt=the end", "--max_tokens=12")
     assert status == 0 and out == f"ab{made[0].text}\nthe end{made[1].text}\n"
     status, out, _ = command("generate", f"--workdir={run}@latest", "--prompt=ab", "--prompt=the end", "--max_tokens=12", "--json")
-    told = json.loads(out)
-    assert (status, told["step"]) == (0, 7)
-    assert [(c["prompt"], c["text"], c["tokens"], c["finish"]) for c in told["completions"]] == [(c.prompt, c.text, c.tokens, c.finish) for c in made]
+    result = json.loads(out)
+    assert (status, result["step"]) == (0, 7)
+    assert [(c["prompt"], c["text"], c["tokens"], c["finish"]) for c in result["completions"]] == [(c.prompt, c.text, c.tokens, c.finish) for c in made]
     stop = made[0].text[3:5]
     status, out, _ = command("generate", f"--workdir={run}", "--prompt=ab", "--max_tokens=12", "--stream", f"--stop={stop}")
     assert status == 0 and out == "ab" + made[0].text[: made[0].text.index(stop)] + "\n"
 
 
-def test_what_cannot_be_is_one_line_and_status_2(run, tmp_path):
+def test_wrong_arguments_are_one_line_and_status_2(run, tmp_path):
     for arguments, message in (
         (["--prompt="], "prompt 1 is empty"),
         (["--prompt=ab", "--temperature=-1"], "temperature must be 0"),
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_one_line_and_status_2(run, tmp_path):
         jaxmodels.load(run).generate("ab", precision="float16")
 
 
-def test_a_seq2seq_run_makes_what_its_predictions_are(tmp_path):
+def test_a_seq2seq_run_generates_its_predictions(tmp_path):
     run = jaxmodels.load(run_of(tmp_path / "run", {"name": "gru_seq2seq", "width": 16}, {"name": "seq2seq"}, LETTERS))
     texts = ["abc", "hello there"]
     source = np.full((2, 16), -1, np.int32)
@@ -90,21 +90,21 @@ def test_a_seq2seq_run_makes_what_its_predictions_are(tmp_path):
 
 
 @pytest.mark.parametrize("kinds, names", [("few", ("gpt",)), pytest.param("all", tuple(SPREAD), marks=pytest.mark.slow)])
-def test_eight_devices_make_the_same_texts_as_one(kinds, names, tmp_path):
+def test_eight_devices_generate_the_same_texts_as_one(kinds, names, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     runs = [run_of(tmp_path / name, SPREAD[name][0], {"name": SPREAD[name][1]}, LETTERS, mesh=mesh) for name in names]
     done = subprocess.run([sys.executable, HELPERS / "generate_on_mesh.py", kinds, *runs], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     prompts = ["abc", "the cat sat on the", "x"]
-    for name, path, told in zip(names, runs, json.loads(done.stdout), strict=True):
+    for name, path, result in zip(names, runs, json.loads(done.stdout), strict=True):
         run = jaxmodels.load(path)
-        assert told["texts"] == [c.tokens for c in run.generate(prompts, max_tokens=20)]
-        assert told["weights"] > 1
-        assert told["cache"] == ([] if name == "lstm" else ["data", "fsdp", "tensor"])
+        assert result["texts"] == [c.tokens for c in run.generate(prompts, max_tokens=20)]
+        assert result["weights"] > 1
+        assert result["cache"] == ([] if name == "lstm" else ["data", "fsdp", "tensor"])
         if kinds == "few":
             continue
-        assert told["beams"] == [c.tokens for c in run.generate(prompts[:2], max_tokens=8, beams=2)]
-        assert told["drawn"] == [c.tokens for c in run.generate(prompts, max_tokens=20, temperature=1.0, top_k=9)]
+        assert result["beams"] == [c.tokens for c in run.generate(prompts[:2], max_tokens=8, beams=2)]
+        assert result["drawn"] == [c.tokens for c in run.generate(prompts, max_tokens=20, temperature=1.0, top_k=9)]
 
 
 TOKENIZERS = {
@@ -121,12 +121,12 @@ def test_pieces_together_are_the_whole_text(name):
     everything = tokenizer.encode("Grün ist" + text).tolist()
     assert everything[: len(before)] == before
     pieces = Pieces(tokenizer, before)
-    said = [pieces.add(token) for token in everything[len(before) :]]
-    assert "".join(said) + pieces.finish() == tokenizer.decode(everything)[len(tokenizer.decode(before)) :]
-    assert not any("\ufffd" in piece for piece in said)
+    streamed = [pieces.add(token) for token in everything[len(before) :]]
+    assert "".join(streamed) + pieces.finish() == tokenizer.decode(everything)[len(tokenizer.decode(before)) :]
+    assert not any("\ufffd" in piece for piece in streamed)
 
 
-def test_all_tokens_that_a_published_model_names_end_its_texts():
+def test_all_end_tokens_of_a_pretrained_model_end_its_texts():
     for named, expected in ((None, [2]), (7, [2, 7]), ([2, 9, 7], [2, 9, 7])):
         tokenizer = CharacterTokenizer("abc", special=True)
         tokenizer.config = {"eos_token_id": named}
@@ -135,16 +135,16 @@ def test_all_tokens_that_a_published_model_names_end_its_texts():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_bytes_are_said_once(seed):
-    """Bytes that are no text too: pieces are what decoding all of them at once gives."""
+def test_streamed_pieces_of_any_bytes_equal_the_decoded_text(seed):
+    """Also for bytes that are not UTF-8: the pieces together equal the text decoded at once."""
     rng = np.random.default_rng(seed)
     tokens = rng.choice(list("aé漢😀".encode()) + [255, 128, 226], 200).tolist()
     pieces = Pieces(ByteTokenizer())
     assert "".join(map(pieces.add, tokens)) + pieces.finish() == bytes(tokens).decode(errors="replace")
 
 
-def test_a_stop_is_found_where_tokens_meet():
+def test_a_stop_string_across_tokens_is_found():
     row = GeneratedText(ByteTokenizer(), (), (), ("</s>", "STOP"))
     shown = [row.add(token) for token in b"a <STO</s> b"[:10]]
     assert "".join(shown) == "a <STO" and row.finish == "stop" and row.text == "a <STO"
-    assert shown[:3] == ["a", " ", ""]  # held back, since it may be the beginning of one
+    assert shown[:3] == ["a", " ", ""]  # not returned yet, because it may be the beginning of one

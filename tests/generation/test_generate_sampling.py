@@ -1,4 +1,4 @@
-"""Filters of logits, beam search, and texts of runs against `transformers`' own, and against what is written here in NumPy."""
+"""Filters of logits and sampled tokens, against `transformers` and against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LOGITS = np.random.default_rng(0).normal(0, 3, (64, V)).astype(np.float32)
 
 
 def kept(sampling: Sampling) -> np.ndarray:
-    """The logits as `sampling` leaves them, [B, V] with -inf for tokens that cannot be."""
+    """Return the logits that `sampling` filters, [B, V], with -inf for excluded tokens."""
     numbers = {name: jnp.float32(value) for name, value in sampling.numbers().items()}
     logits, tokens = jax.jit(candidates, static_argnums=1)(LOGITS, sampling.shape(), numbers)
     if tokens is None:
@@ -60,8 +60,8 @@ def test_the_penalty_is_that_of_transformers():
     np.testing.assert_allclose(penalize(LOGITS, seen, 1.7), expected.numpy(), rtol=1e-6)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    """A chi-squared of 2,000 draws against the probabilities that the filters leave, written in NumPy."""
+def test_tokens_are_drawn_with_their_probabilities():
+    """Chi-squared of 2,000 draws against the filtered probabilities, computed with NumPy."""
     logits = np.broadcast_to(LOGITS[:1], (2000, V))
     sampling = Sampling(temperature=1.2, top_k=12, min_p=0.01)
     numbers = {name: jnp.float32(value) for name, value in sampling.numbers().items()}
@@ -82,7 +82,7 @@ def whole(model, tokens):
 
 
 def penalized(model, prompt, penalty, length):
-    """The likeliest text with the penalty of repetitions, by the whole model's logits and NumPy."""
+    """Return the greedy text with a repetition penalty, from the logits of the full forward pass, with NumPy."""
     call, text = nnx.jit(whole), list(prompt)
     for _ in range(length):
         tokens = np.full((1, 32), -1, np.int32)
@@ -93,7 +93,7 @@ def penalized(model, prompt, penalty, length):
     return text[len(prompt) :]
 
 
-def test_a_penalty_counts_the_prompt_and_what_is_made():
+def test_a_penalty_counts_the_prompt_and_the_generated_tokens():
     model = drawn("gpt", V, layers=1, heads=2, width=16, context=64)
     generator = Generator(model)
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3]]

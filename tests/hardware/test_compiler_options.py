@@ -1,4 +1,4 @@
-"""Options of compilers: those of a chip's table, those of a config, and those that a compiler does not take."""
+"""Compiler options: those of a chip's table, those of a config, and those that a compiler rejects."""
 
 import dataclasses
 import io
@@ -23,13 +23,13 @@ UNKNOWN = Option("xla_cpu_no_such_thing", 3, "for a test")
 
 @pytest.fixture
 def cpu_table(monkeypatch):
-    """The CPU as a chip with a table of two options, one of which no compiler has."""
+    """Make the CPU a chip with a table of two options, one of which no compiler has."""
     chip = dataclasses.replace(chips.CHIPS["v5e"], name="cpu", device_kinds=("cpu",))
     monkeypatch.setitem(chips.CHIPS, "cpu", chip)
     monkeypatch.setitem(compiler_options.OPTIONS, "cpu", (FAST_MATH, UNKNOWN))
 
 
-def test_every_option_has_a_chip_a_reason_and_a_name_of_its_own():
+def test_every_option_has_a_chip_a_reason_and_a_unique_name():
     assert compiler_options.OPTIONS.keys() == chips.CHIPS.keys()
     for options in compiler_options.OPTIONS.values():
         assert len({option.name for option in options}) == len(options)
@@ -40,16 +40,16 @@ def test_an_unknown_chip_has_no_options():
     assert choose({}, jax.devices()[0]) == compiler_options.Chosen({}, {})
 
 
-def test_what_the_compiler_does_not_take_is_left_out_and_named(cpu_table):
+def test_rejected_options_are_left_out_and_named(cpu_table):
     chosen = choose({}, jax.devices()[0])
     assert chosen.options == {"xla_cpu_enable_fast_math": True}
     assert chosen.rejected == {"xla_cpu_no_such_thing": "No such compile option: 'xla_cpu_no_such_thing'"}
 
 
-def test_an_option_that_is_not_for_convolutions_is_left_to_other_models(cpu_table, monkeypatch):
+def test_an_option_that_is_not_for_convolutions_is_not_used_with_them(cpu_table, monkeypatch):
     only = dataclasses.replace(FAST_MATH, convolutions=False)
     monkeypatch.setitem(compiler_options.OPTIONS, "cpu", (only,))
-    device, vit = jax.devices()[0], {"name": "vit", "patch": 2, "layers": 1, "heads": 2, "width": 16}  # whose first layer is a convolution
+    device, vit = jax.devices()[0], {"name": "vit", "patch": 2, "layers": 1, "heads": 2, "width": 16}  # its first layer is a convolution
     for config in (small_configs.GPT, small_configs.LSTM, small_configs.config(small_configs.CNN, model=vit)):
         assert choose({}, device, convolutional(build_experiment(config).build)) == compiler_options.Chosen({only.name: True}, {})
     for model in ({"name": "resnet18"}, {"name": "cnn", "features": (64, 64), "hidden": 16}):
@@ -59,13 +59,13 @@ def test_an_option_that_is_not_for_convolutions_is_left_to_other_models(cpu_tabl
 
 
 def test_a_config_changes_drops_and_adds(cpu_table):
-    asked = {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_thing": None, "xla_cpu_parallel_codegen_split_count": 2}
-    chosen = choose(asked, jax.devices()[0])
+    section = {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_thing": None, "xla_cpu_parallel_codegen_split_count": 2}
+    chosen = choose(section, jax.devices()[0])
     assert chosen.options == {"xla_cpu_enable_fast_math": False, "xla_cpu_parallel_codegen_split_count": 2} and chosen.rejected == {}
     assert choose({"xla_cpu_enable_fast_math": None}, jax.devices()[0]).options == {}
 
 
-def test_an_option_asked_for_that_the_compiler_has_not_is_an_error_with_the_nearest():
+def test_a_configured_option_that_the_compiler_lacks_is_an_error_with_the_nearest():
     with pytest.raises(
         ConfigError, match=r"compiler_options.xla_cpu_enable_fastmath=True: .*No such compile option.*Did you mean 'xla_cpu_enable_fast_math'\?"
     ):
@@ -75,7 +75,7 @@ def test_an_option_asked_for_that_the_compiler_has_not_is_an_error_with_the_near
 
 
 @pytest.mark.parametrize(
-    "asked, message",
+    "section, message",
     [
         (3, "compiler_options must be"),
         ({"xla_x": [1]}, "compiler_options.xla_x must be true or false, a number or a string"),
@@ -83,9 +83,9 @@ def test_an_option_asked_for_that_the_compiler_has_not_is_an_error_with_the_near
         ({"xla_y": None}, "but this is not one"),
     ],
 )
-def test_what_a_section_may_hold(cpu_table, asked, message):
+def test_types_of_the_section(cpu_table, section, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(small_configs.config(small_configs.CNN, compiler_options=asked))
+        resolve(small_configs.config(small_configs.CNN, compiler_options=section))
 
 
 def test_the_section_is_empty_unless_given():
@@ -108,7 +108,7 @@ def test_a_run_prints_and_records_its_options_and_the_rejected(cpu_table, tmp_pa
     assert compiled["train_step"]["options"] == given and compiled["train_step"]["rejected"] == {"xla_cpu_no_such_thing": reason}
     assert compiled["init"].keys() == {"name", "seconds", "cached"}
     assert any("xla_cpu_no_such_thing" in entry for entry in manifest["fallbacks"])
-    # How a run is computed may change from start to start.
+    # Options may change between the starts of a run.
     config = small_configs.config(config, training__steps=2, compiler_options={})
     assert trainer.train(build_experiment(config), str(tmp_path / "x"), console=Console(quiet=True)).step == 2
 
@@ -125,12 +125,12 @@ def test_options_reach_the_compiler(cpu_table, partition, monkeypatch, tmp_path)
     monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
     config = small_configs.config(small_configs.CNN, training__steps=1, partition=partition, compiler_options__xla_cpu_parallel_codegen_split_count=2)
     trainer.train(build_experiment(config), str(tmp_path / "x"), console=Console(quiet=True))
-    # Probes give one at a time, and nothing but the step is given any.
+    # Tests of options compile with one at a time; only the step is compiled with options.
     assert [len(options or ()) for options in given].count(2) == 1
     assert {"xla_cpu_enable_fast_math": True, "xla_cpu_parallel_codegen_split_count": 2} in given
 
 
-def test_an_option_that_is_wrong_leaves_the_folder_alone(tmp_path):
+def test_a_wrong_option_does_not_change_the_folder(tmp_path):
     with pytest.raises(ConfigError, match="xla_cpu_no_such_thing"):
         trainer.train(build_experiment(small_configs.config(small_configs.CNN, compiler_options__xla_cpu_no_such_thing=1)), str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
@@ -138,8 +138,8 @@ def test_an_option_that_is_wrong_leaves_the_folder_alone(tmp_path):
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:4x4x4", "v6e:2x2"])
-def test_the_tables_of_tpus_are_taken_by_the_compiler_that_is_installed(name):
-    """Also where it makes programs for devices that are not here, on hosts of which there are several."""
+def test_the_installed_compiler_accepts_the_tables_of_tpus(name):
+    """Also for absent devices on several hosts."""
     device = absent.devices(topologies.parse(name))[-1]
     chosen = choose({}, device)
     assert chosen.rejected == {} and chosen.options == {option.name: option.value for option in compiler_options.OPTIONS[name.partition(":")[0]]}

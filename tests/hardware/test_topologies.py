@@ -47,7 +47,7 @@ def test_names_of_topologies(name, grid, slices, devices):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("v5p-1000", "no slice of 1,000 TensorCores, 2 a chip; the nearest are v5p-896 and v5p-1024"),
         ("v6e-3", "no slice of 3 chips; the nearest are v6e-1 and v6e-4"),
@@ -67,7 +67,7 @@ def test_names_of_topologies(name, grid, slices, devices):
         ("h100x0", "a node has 1 to 8 GPUs"),
     ],
 )
-def test_names_that_are_none(name, said):
+def test_names_that_are_not_topologies(name, message):
     with pytest.raises(ConfigError, match="--topology=" + re.escape(name)) as error:
         topologies.parse(name)
-    assert said in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Compare attention and cuDNN's LSTM on eight simulated devices with one device, in a process of its own.
+"""Compare attention and cuDNN's LSTM on eight simulated devices with one device, in a separate process.
 
 Prints a JSON object: for every case, the largest differences of results and gradients from those of one device.
 """

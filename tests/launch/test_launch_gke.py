@@ -1,4 +1,4 @@
-"""launch/gke: the manifest, and how a run on a cluster is followed."""
+"""launch/gke: the manifest, and following a run on a cluster."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def schema():
 
 
 def submit(fake, *arguments):
-    """The manifest that was applied."""
+    """Return the manifest that was applied."""
     fake.write(jobset="absent\nCompleted/0", pods="gpt-workers-0-0-abcde Succeeded")
     done = fake.run("gke/run.sh", *arguments)
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ def test_a_manifest_for_gpus_runs_without_root_on_a_claim(fake):
 
 
 def outcome_of(manifest, status=None, disrupted=False):
-    """What Kubernetes and JobSet do when a container ends with a status: their rules, in order, as their pages say them."""
+    """Return what Kubernetes and JobSet do when a container ends with a status, by their documented rules in order."""
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
     for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
@@ -140,7 +140,7 @@ def test_the_container_starts_its_process_with_what_was_typed(fake, job, host, p
     environment = {entry["name"]: entry.get("value", "") for entry in container["env"]} | {"JOB_INDEX": str(job), "HOST_INDEX": str(host)}
 
     def expand(text):
-        """As Kubernetes does: $(NAME) where there is such a variable, $$ is $."""
+        """Expand variables as Kubernetes does: $(NAME) if the variable exists, and $$ to $."""
         return re.sub(r"\$(\$|\((\w+)\))", lambda m: "$" if m[1] == "$" else environment.get(m[2], m[0]), text)
 
     tool = fake.folder / "tools" / "jaxmodels"
@@ -177,7 +177,7 @@ def test_a_failed_jobset_ends_with_the_status_of_the_run(fake, codes, status):
     assert done.returncode == status and "log of first" in done.stdout
 
 
-def test_a_jobset_that_runs_is_left_alone_and_one_that_ended_is_replaced(fake):
+def test_a_running_jobset_is_not_changed_and_one_that_ended_is_replaced(fake):
     fake.write(jobset="/0", pods="first Running")
     done = fake.run("gke/run.sh", *GKE_TPU, "--", *TRAIN)
     assert done.returncode == 2 and "--follow" in done.stderr and gke_verbs(fake) == ["kubectl get jobset"]
@@ -198,15 +198,15 @@ def test_a_dry_run_prints_the_manifest_and_calls_nothing(fake, schema):
     assert schema.is_valid(manifest) and manifest == submit(fake, *GKE_TPU, "--", *TRAIN)
 
 
-@pytest.mark.parametrize("values, said", [(["NAME=x"], "needs a value for KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
-def test_a_template_and_its_values_fit_each_other(tmp_path, values, said):
+@pytest.mark.parametrize("values, problem", [(["NAME=x"], "needs a value for KIND"), (["NAME=x", "KIND=y", "OTHER=z"], "does not use OTHER")])
+def test_the_template_uses_exactly_its_values(tmp_path, values, problem):
     template = tmp_path / "template.yaml"
     template.write_text("# @COMMENT@\nname: @NAME@\nkind: @KIND@\nargs: @ARGS@\n")
     done = subprocess.run([sys.executable, LAUNCH / "gke" / "render.py", template, *values, "--"], capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and problem in done.stderr and done.stdout == ""
 
 
-def test_the_image_holds_what_a_run_needs():
+def test_the_image_contains_what_a_run_needs():
     lines = (LAUNCH / "gke" / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
     sent = {line[1:] for line in (LAUNCH / "gke" / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}

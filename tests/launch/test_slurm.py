@@ -26,7 +26,7 @@ def ask(*command, **variables) -> str:
 
 
 class Job:
-    """A run of the digits, submitted as the page says, with two tasks of one simulated device each."""
+    """A run on the digits, submitted as documented, with two tasks of one simulated device each."""
 
     def __init__(self, folder: Path, *options: str):
         programs = folder / "programs"
@@ -51,9 +51,9 @@ class Job:
     def wait(self, condition, seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            said = self.output.read_text() if self.output.exists() else "nothing"
-            assert time.monotonic() < end, f"{what} did not happen in {seconds} s; the job said:\n{said}"
-            assert self.field("JobState") != "FAILED", said
+            printed = self.output.read_text() if self.output.exists() else "nothing"
+            assert time.monotonic() < end, f"{what} did not happen in {seconds} s; the job printed:\n{printed}"
+            assert self.field("JobState") != "FAILED", printed
             time.sleep(0.5)
 
     def wait_for_steps(self, steps: int) -> None:
@@ -68,7 +68,7 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path):
-    """Submits a job; cancelled at the end of the test if it is still there."""
+    """Submit a job; it is cancelled at the end of the test if it is still queued."""
     if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
         pytest.skip("no SLURM here: tests/slurm/setup.sh makes one of Debian's packages")
     jobs = []
@@ -83,7 +83,7 @@ def job(tmp_path):
 
 
 def check_went_on(job: Job) -> None:
-    """The run was stopped once, saved, was queued again, and did each step once."""
+    """Check that the run was stopped once, saved, was requeued, and did each step once."""
     assert job.field("Restarts") == "1"
     first, second = job.starts()
     assert first["from_step"] == 0 and first["processes"] == second["processes"] == 2
@@ -103,7 +103,7 @@ def test_a_job_finishes(job):
     assert [line["step"] for line in one.lines() if line["split"] == "train"][-1] == STEPS
 
 
-def test_a_job_that_is_told_to_stop_saves_and_goes_on(job):
+def test_a_signalled_job_saves_and_resumes(job):
     one = job()
     one.wait_for_steps(100)
     ask("scancel", "--signal=TERM", one.number)
@@ -112,8 +112,8 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on(job):
     check_went_on(one)
 
 
-def test_a_job_that_must_give_way_saves_and_goes_on(job):
-    """One of a partition with more right takes the processors: SLURM tells the run to stop, and has it wait for them."""
+def test_a_preempted_job_saves_and_resumes(job):
+    """A job of a partition with higher priority takes the processors: SLURM signals the run, and requeues it."""
     one = job("--partition=spot", "--cpus-per-task=2")
     one.wait_for_steps(100)
     other = ask("sbatch", "--parsable", "--partition=main", "--ntasks=4", "--output=/dev/null", "--wrap=sleep 5")
@@ -123,7 +123,7 @@ def test_a_job_that_must_give_way_saves_and_goes_on(job):
     check_went_on(one)
 
 
-def test_a_config_that_is_wrong_is_not_tried_again(job):
+def test_a_wrong_config_is_not_requeued(job):
     one = job("--export=ALL,JAXMODELS_PROCESSES=3")
     end = time.monotonic() + 120
     while one.field("JobState") != "FAILED":

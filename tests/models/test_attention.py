@@ -18,7 +18,7 @@ from jaxmodels.parallel.layout import Layout
 
 
 def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
-    """Query by query, in float64, as the paper's formula reads."""
+    """Compute attention query by query in float64, by the paper's formula."""
     B, T, N, K = q.shape
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     y = np.zeros(q.shape)
@@ -53,14 +53,14 @@ BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
     ],
     ids=lambda options: "+".join(options),
 )
-def test_attention_is_what_the_formula_says(options):
+def test_attention_equals_the_formula(options):
     y = jax.jit(lambda q, k, v: attend(q, k, v, **options))(*arrays())
     np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"segments": (SEGMENTS[:1], SEGMENTS[:1])}], ids=lambda options: "+".join(options))
 def test_the_tpu_kernel_computes_the_same(options):
-    # As an interpreter runs it on the CPU; sequences of 7 are filled up to its blocks of 128.
+    # In an interpreter on the CPU; sequences of 7 are padded to blocks of 128.
     q, k, v = arrays(B=1)
     plain = {"causal": False, "window": None, "segments": None, "bias": None, "scale": None}
     y = fused.splash(q, k, v, **plain | options, interpret=True)
@@ -68,7 +68,7 @@ def test_the_tpu_kernel_computes_the_same(options):
 
 
 def test_gradients_of_the_tpu_kernel_are_those_of_the_formula(monkeypatch):
-    # Sequences of 300 are filled up to three blocks; two heads share keys and values.
+    # Sequences of 300 are padded to three blocks; two heads share keys and values.
     monkeypatch.setattr(fused, "BLOCKS", {128: 128})
     segments = jnp.asarray(np.repeat([[0, 0, 1], [0, 1, 1]], 100, axis=1))
     options = {"causal": True, "segments": (segments, segments)}
@@ -83,7 +83,7 @@ def test_gradients_of_the_tpu_kernel_are_those_of_the_formula(monkeypatch):
 
 
 def test_the_tpu_kernel_works_in_blocks_that_suit_a_sequence():
-    # One block of 1,024 would be computed whole; and vector memory is short of room for wide heads, and for many queries.
+    # A single block of 1,024 would skip nothing of a causal mask. Blocks for wide heads, and for many queries, are limited by vector memory.
     assert [fused._block(length, 128) for length in (384, 1024, 1536, 2048, 8192, 131072)] == [128, 512, 512, 1024, 1024, 2048]
     assert fused._block(131072, 128, most=1024) == 1024 and fused._block(131072, 256) == 512
 
@@ -99,11 +99,11 @@ def test_the_tpu_kernel_and_its_gradient_lower_for_a_tpu():
     assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, and backward to queries, and to keys and values
 
 
-ASKED = {"causal": True, "window": None, "bias": False}
+REQUESTED = {"causal": True, "window": None, "bias": False}
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "changes", "used"),
+    ("requested", "platform", "dtype", "changes", "used"),
     [
         ("auto", "cpu", "bfloat16", {}, "xla"),
         ("auto", "gpu", "bfloat16", {}, "cudnn"),
@@ -119,12 +119,12 @@ ASKED = {"causal": True, "window": None, "bias": False}
         ("cudnn", "gpu", "float16", {}, "cudnn"),
     ],
 )
-def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, changes, used):
-    assert choose(asked, platform, dtype, 64, **ASKED | changes)[0] == used
+def test_auto_is_the_fused_kernel_if_it_can_run(requested, platform, dtype, changes, used):
+    assert choose(requested, platform, dtype, 64, **REQUESTED | changes)[0] == used
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "dtype", "head_width", "changes", "said"),
+    ("requested", "platform", "dtype", "head_width", "changes", "message"),
     [
         ("cudnn", "cpu", "bfloat16", 64, {}, "needs an NVIDIA GPU"),
         ("cudnn", "gpu", "float32", 64, {}, "not float32"),
@@ -135,12 +135,12 @@ def test_auto_is_the_fused_kernel_where_it_can_run(asked, platform, dtype, chang
         ("auto", "cpu", "float32", 64, {"context": "ring", "bias": True}, "sharding.context='gather'"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(asked, platform, dtype, head_width, changes, said):
-    with pytest.raises(ValueError, match=said):
-        choose(asked, platform, dtype, head_width, **ASKED | changes)
+def test_an_implementation_that_cannot_run_is_an_error_with_the_reason(requested, platform, dtype, head_width, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose(requested, platform, dtype, head_width, **REQUESTED | changes)
 
 
-def test_settling_reaches_every_attention_and_says_what_was_chosen():
+def test_every_attention_layer_is_resolved_and_the_choice_is_returned():
     model = nnx.eval_shape(lambda: create("t5-v1.1-small", 11, layers=2, heads=2, width=16, head_width=8, scan=True, rngs=nnx.Rngs(0)))
     record = resolve_implementation(model, "gpu", jnp.bfloat16)
     # Self-attention has relative positions, for which there is no cuDNN; attention to the memory has none.
@@ -149,28 +149,28 @@ def test_settling_reaches_every_attention_and_says_what_was_chosen():
     assert resolve_implementation(nnx.eval_shape(lambda: create("lstm", 11, rngs=nnx.Rngs(0))), "gpu") == {}
 
 
-def test_settling_follows_how_sequences_are_spread():
-    def settled(name, platform, context, **options):
+def test_the_choice_depends_on_the_sharding_of_sequences():
+    def resolved(name, platform, context, **options):
         model = nnx.eval_shape(lambda: create(name, 11, **{"layers": 2, "heads": 2, "width": 16} | options, rngs=nnx.Rngs(0)))
         mesh = jax.sharding.AbstractMesh((4, 1), ("context", "tensor"))
         return resolve_implementation(model, platform, jnp.bfloat16, Layout(mesh, context=context))["used"]
 
-    assert [settled("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
-    assert [settled("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
-    assert [settled("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    assert [resolved("gpt", "tpu", context) for context in ("gather", "ring")] == ["splash", "xla"]
+    assert [resolved("gpt", "gpu", context) for context in ("gather", "ring")] == ["xla", "xla"]
+    assert [resolved("gpt", platform, "heads", heads=4, width=32) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
     for context in ("ring", "heads"):
         with pytest.raises(ValueError, match="relative positions.*sharding.context='gather'"):
-            settled("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
+            resolved("t5-v1.1-small", "tpu", context, heads=4, head_width=8)
     with pytest.raises(ValueError, match="2 do not divide over context=4; use 'gather' or 'ring'"):
-        settled("gpt", "cpu", "heads")
+        resolved("gpt", "cpu", "heads")
 
 
 def test_attention_that_cannot_run_is_an_error_of_the_config():
-    with pytest.raises(ConfigError, match="float32"):  # no GPU could: said while the config is checked
+    with pytest.raises(ConfigError, match="float32"):  # no GPU could run it: an error when the config is checked
         build_experiment(small_configs.config(small_configs.GPT, model__attention="cudnn"))
     experiment = build_experiment(small_configs.config(small_configs.GPT, model__attention="cudnn", training__precision="bfloat16"))
     with pytest.raises(ConfigError, match="config.model.attention.*NVIDIA"):
         experiment.on("cpu")
     assert experiment.on("gpu").kernels["attention"]["used"] == "cudnn"
-    # Where a trained run is only evaluated, it runs on what there is.
+    # A trained run can be evaluated on any platform.
     assert build_experiment(load.portable_config(experiment.config)).on("cpu").kernels["attention"]["used"] == "xla"

@@ -19,7 +19,7 @@ def general(x, kernel, stride, groups=1):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 8), (9, 12)])
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_convolutions_and_their_gradients_are_the_general_ones(height, width, size, stride):
+def test_convolutions_and_their_gradients_equal_the_general_ones(height, width, size, stride):
     x = jax.random.normal(jax.random.key(0), (2, height, width, 3))
     kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
     (one, one_back), (other, other_back) = (jax.vjp(lambda x, k, f=f: f(x, k, stride), x, kernel) for f in (convolve, general))

@@ -47,7 +47,7 @@ def apply(model, x, valid=None):
 
 
 def by_loop(model, x, valid, *, top_k=K, normalize=True, gated=True, capacity=None):
-    """Every token through its experts, one at a time, in float64; with a capacity, the first come are served."""
+    """Compute every token's experts one at a time in float64; with a capacity, the first tokens of a row are computed."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), split(model)[1])
     silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
     y, dropped, load = np.zeros(x.shape), 0, np.zeros(p["router"]["kernel"].shape[-1])
@@ -76,7 +76,7 @@ def by_loop(model, x, valid, *, top_k=K, normalize=True, gated=True, capacity=No
 
 @pytest.mark.parametrize(("block", "normalize", "gated", "top_k"), [(4, True, True, 2), (64, False, False, 1)])
 def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, top_k):
-    monkeypatch.setattr(grouped, "BLOCK", block)  # many blocks an expert, and one
+    monkeypatch.setattr(grouped, "BLOCK", block)  # many blocks per expert, and one
     model = make(top_k=top_k, normalize=normalize, activation="swiglu" if gated else "relu")
     x, valid = inputs()
     y, statistics = apply(model, x, valid)
@@ -88,7 +88,7 @@ def test_dropless_is_a_loop_over_tokens(monkeypatch, block, normalize, gated, to
 
 
 def test_products_by_blocks_are_ragged_dot(monkeypatch):
-    # On a CPU products are computed by blocks; accelerators get ragged_dot, and TPUs another gradient of the matrices.
+    # CPUs compute products by blocks. Accelerators use ragged_dot, and TPUs another gradient of the matrices.
     monkeypatch.setattr(grouped, "BLOCK", 4)
     sizes = jnp.array([8, 0, 4, 12], jnp.int32)
     x, kernels = jax.random.normal(jax.random.key(0), (28, D)), jax.random.normal(jax.random.key(1), (E, D, F))
@@ -103,7 +103,7 @@ def test_products_by_blocks_are_ragged_dot(monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(64, 0, 192, 64), (320,)])
 def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks(sizes):
-    # In Pallas' interpreter; several tiles of rows, ends of groups within them, an empty group, and rows of none, which hold anything.
+    # In Pallas' interpreter; several tiles of rows, groups that end within them, an empty group, and rows without a group, with any values.
     sizes = jnp.array(sizes, jnp.int32)
     x, kernels, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(512, D), (len(sizes), D, F), (512, F)]))
     x, g = (a.at[320:].set(0) for a in (x, g))
@@ -111,7 +111,7 @@ def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks(sizes):
     got = jax.jit(functools.partial(grouped._transpose_on_tpu, interpret=True))(x.at[320:].set(jnp.nan), kernels, sizes, g.at[320:].set(jnp.nan))
     np.testing.assert_allclose(got[0][:320], expected[0][:320], atol=1e-5)
     np.testing.assert_allclose(got[1], expected[1], atol=1e-4)
-    if len(sizes) == 1:  # then the product too is Pallas'
+    if len(sizes) == 1:  # the product is then Pallas', too
         y = grouped._way_on_tpu(kernels, interpret=True)(x.at[320:].set(jnp.nan), kernels, sizes)
         np.testing.assert_allclose(y[:320], (x @ kernels[0])[:320], atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_the_backward_pass_is_for_the_platform_of_the_forward_one(monkeypatch):
 
     def loss(x, kernels):
         with monkeypatch.context() as patch:
-            patch.setattr(grouped, "on_tpu", lambda: True)  # as while a layout is in use
+            patch.setattr(grouped, "on_tpu", lambda: True)  # as under a layout
             return grouped.product(x, kernels, sizes).sum()
 
     assert "pallas_call" not in str(jax.make_jaxpr(loss)(x, kernels))
@@ -138,21 +138,21 @@ def gradients(model, x, valid):
     return jax.jit(jax.grad(loss, (0, 1)))(params, x)
 
 
-def test_room_for_all_is_dropless_and_so_are_the_gradients():
+def test_a_sufficient_capacity_equals_dropless_with_gradients():
     x, valid = inputs()
     one, other = make(), make(dispatch="capacity", capacity_factor=E / K)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), apply(one, x, valid), apply(other, x, valid))
     of_one, of_other = gradients(one, x, valid), gradients(other, x, valid)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), of_one, of_other)
-    assert np.abs(of_one[0]["router"]["kernel"]).max() > 1e-2  # the router learns from the output, and not only from its losses
-    # Against a finite difference, since both share the way they gather.
+    assert np.abs(of_one[0]["router"]["kernel"]).max() > 1e-2  # the router has a gradient from the output, not only from its losses
+    # Against a finite difference, because both use the same gathers.
     step = 1e-2 * jax.random.normal(jax.random.key(2), x.shape)
     ends = [jnp.sum(jnp.sin(y)) + s["loss"] for y, s in (apply(one, x + sign * step / 2, valid) for sign in (1, -1))]
     np.testing.assert_allclose(jnp.sum(of_one[1] * step), ends[0] - ends[1], rtol=2e-2)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_capacity_drops_what_comes_late(factor):
+def test_capacity_drops_later_tokens(factor):
     model = make(dispatch="capacity", capacity_factor=factor)
     x, valid = inputs()
     y, statistics = apply(model, x, valid)
@@ -164,7 +164,7 @@ def test_capacity_drops_what_comes_late(factor):
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-def test_padding_takes_no_room_and_counts_nowhere(dispatch):
+def test_padding_uses_no_capacity_and_is_not_counted(dispatch):
     model = make(dispatch=dispatch, capacity_factor=0.5)
     x, _ = inputs()
     valid = jnp.arange(T)[None, :] >= jnp.array([[0], [5]])
@@ -179,7 +179,7 @@ def test_padding_takes_no_room_and_counts_nowhere(dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-def test_what_an_expert_is_called_does_not_matter(dispatch):
+def test_the_order_of_experts_does_not_matter(dispatch):
     model = make(dispatch=dispatch, capacity_factor=0.5)
     graph, params, stats = split(model)
     order = np.array([2, 0, 3, 1])
@@ -191,7 +191,7 @@ def test_what_an_expert_is_called_does_not_matter(dispatch):
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
 
 
-def test_capacity_looks_at_no_other_row_and_no_later_position():
+def test_capacity_depends_on_no_other_row_and_no_later_position():
     model = make(dispatch="capacity", capacity_factor=0.5)
     x, valid = inputs()
     y, _ = apply(model, x, valid)
@@ -218,7 +218,7 @@ def test_losses_at_even_load_and_at_collapse():
     np.testing.assert_allclose(statistics["load_balance"], E * np.exp(s) / (np.exp(s) + E - 1), rtol=1e-6)
 
 
-def test_an_even_load_is_where_gradients_of_balance_lead():
+def test_the_balance_loss_leads_to_an_even_load():
     model = make(top_k=1, balance_coefficient=1.0, router_z_coefficient=0.0)
     graph, params, stats = split(model)
     x = jax.random.normal(jax.random.key(3), (4, 32, D)) + 0.5
@@ -250,7 +250,7 @@ def test_wrong_options_are_named(options, message):
         make(**options)
 
 
-# Parameters of the released checkpoints, and what their authors say a token uses.
+# Parameters of the released checkpoints, and the published number of active ones per token.
 @pytest.mark.parametrize(
     ("name", "vocab_size", "parameters", "active"),
     [("mixtral-8x7b", 32000, 46_702_792_704, 12.9e9), ("qwen3-30b-a3b", 151936, 30_532_122_624, 3.3e9)],
@@ -286,7 +286,7 @@ def test_a_decoder_of_experts_scanned_and_rematerialised_is_one_function():
 
 
 class Told(nnx.Module):
-    """A model that gives even logits, and as auxiliary loss 0.5; remembers what it read."""
+    """A model with uniform logits and an auxiliary loss of 0.5, which records its inputs."""
 
     def with_auxiliary(self, tokens, *, segments=None, rngs=None):
         self.tokens = tokens
@@ -301,7 +301,7 @@ def test_the_task_adds_the_auxiliary_loss_for_each_target_and_reports_the_rest()
     np.testing.assert_allclose(total, weight * (np.log(3) + 0.5), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"][0], weight * np.log(3), rtol=1e-6)
     assert set(metrics) == {"loss", "accuracy", "dropped"} and metrics["dropped"] == (0.25 * weight, weight)
-    assert (model.tokens[2] == -1).all()  # a row that only fills the batch up is routed nowhere
+    assert (model.tokens[2] == -1).all()  # a padding row is not routed
 
 
 def test_experts_are_an_option_of_the_config():

@@ -16,7 +16,7 @@ from jaxmodels.models.vit import sincos
 
 
 def drawn(make, *args, **options):
-    """A model with noise for parameters, so that zeros and ones at the start hide nothing; and nothing is compiled to draw it."""
+    """Return a model with random parameters, because initial zeros and ones hide errors. NumPy draws them, without compilation."""
     graph, params, stats = split(nnx.eval_shape(lambda: make(*args, **options, rngs=nnx.Rngs(0))))
     generator = np.random.default_rng(0)
     return merge(graph, jax.tree.map(lambda x: jnp.asarray(generator.normal(0, 0.3, x.shape), x.dtype), params), stats)
@@ -77,7 +77,7 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
 
 
 def numpy_vit(p, x, heads, pool):
-    """From embedded patches to logits, in float64."""
+    """Compute the logits from embedded patches, in float64."""
 
     def norm(x, layer):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]

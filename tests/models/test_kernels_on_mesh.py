@@ -1,4 +1,4 @@
-"""What the compiler cannot spread over devices by itself: rings of attention, and kernels on each device's part."""
+"""Code under `shard_map`, which the compiler cannot shard: ring attention, and kernels on each device's shard."""
 
 import json
 import re
@@ -27,26 +27,26 @@ def found() -> dict:
 
 
 @pytest.mark.parametrize("how", ["ring", "heads", "splash", "lstm"])
-def test_in_parts_equals_one_device(found, how):
-    # Results and gradients, of a largest number of one: float32 sums of up to 512 numbers.
+def test_sharded_kernels_equal_one_device(found, how):
+    # Results and gradients, relative to the largest: float32 sums of up to 512 numbers.
     assert found[how]
     for case, differences in found[how].items():
         assert max(differences) < 5e-6, (case, differences)
 
 
-def test_a_ring_passes_keys_on_and_gathers_nothing(found):
-    # Forward: keys and values. Backward: these and their gradients; the gradients once more in the last turn, and home.
+def test_a_ring_sends_keys_and_gathers_nothing(found):
+    # Forward: keys and values. Backward: these and their gradients; and the gradients once more, in the last turn, back to their device.
     assert found["collectives"]["ring"] == {"collective-permute": 2 + 4 + 2 + 2}
 
 
 def test_heads_are_exchanged_and_nothing_is_gathered(found):
-    # Forward: queries, keys and values to their heads, the result back. Backward: the same the other way.
+    # Forward: queries, keys and values to the devices of their heads, and the result back. Backward: the reverse.
     assert found["collectives"]["heads"] == {"all-to-all": 4 + 4}
 
 
 def test_the_memory_of_a_ring_grows_as_the_sequence_does(found):
     once, twice = found["temporaries"]
-    products = 2 * 512 * 512 * 4  # of a device's queries with the keys of one turn: two heads, float32
+    products = 2 * 512 * 512 * 4  # scores of a device's queries with the keys of one turn: two heads, float32
     assert once < products and twice < 2.1 * once
 
 
@@ -61,5 +61,5 @@ def test_no_mask_of_all_turns_is_made_before_a_loop_over_layers():
 
     program = str(jax.make_jaxpr(jax.grad(loss))(x, jnp.ones(3)))
     assert re.search(r"f32\[[\d,]*64,64\]", program), "products of a block are there"
-    # Seven turns in a loop, and the last: of none is more kept than what its queries and keys are.
+    # Seven turns in a loop, and the last one. None saves an array larger than its queries and keys.
     assert not re.search(r"\[7,[\d,]*64,64\]", program)

@@ -47,7 +47,7 @@ def test_cnn_is_two_convolutions_two_poolings_and_two_dense_layers():
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
-def test_halving_is_max_pooling(size):
+def test_max_pool_2x2_is_max_pooling(size):
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
     pool = functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
     np.testing.assert_array_equal(max_pool_2x2(x), pool(x))
@@ -84,7 +84,7 @@ def numpy_gpt2(p, tokens, heads):
 
 
 def perturbed(model, seed):
-    """The model with noise on every parameter, so that zeros and ones at the start hide nothing."""
+    """Return the model with noise on every parameter, because initial zeros and ones hide errors."""
     graph, params, stats = split(model)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -184,7 +184,7 @@ def test_the_bias_inside_the_reset_gate_of_a_gru():
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_recurrent_model_goes_on_from_its_state(cell):
+def test_a_recurrent_model_continues_from_its_state(cell):
     model = RecurrentLM(11, cell=cell, width=8, unroll=2, rngs=nnx.Rngs(0))
     tokens = jnp.arange(20).reshape(2, 10) % 11
     whole, last = model.with_state(tokens, None)

@@ -34,7 +34,7 @@ def train(config, workdir):
 
 
 @pytest.mark.parametrize(("base", "changes"), [(CNN, {"training__accumulate": 2}), (LM, {"training__precision": "bfloat16"}), (CNN, {"partition": "pmap"})])
-def test_a_resumed_run_is_bitwise_that_of_one_start(tmp_path, base, changes):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, base, changes):
     train(config(base, **changes), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "8")
@@ -75,7 +75,7 @@ def test_streams_follow_the_key(cls):
 
 
 def test_a_stream_is_seeded_as_flax_seeds_it():
-    """With a stream's key known, the layer's mask is the one that Flax draws from it."""
+    """The mask of the layer is the one that Flax draws from the stream's key."""
     graph, params, stats = split(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     assert params == stats == {}
     key = jax.random.key(3)
@@ -159,7 +159,7 @@ def test_an_override_of_a_name_lists_the_keys_that_do_not_fit(section, changes, 
         build_experiment(small_configs.config(section, **changes))
 
 
-def test_the_override_that_the_error_names_starts_the_section_anew():
+def test_the_override_that_the_error_names_replaces_the_section():
     from jaxmodels.config import set_at
 
     config = small_configs.config(small_configs.CNN)

@@ -17,14 +17,14 @@ from jaxmodels.models.rnn import CELLS, Recurrent, RecurrentLM, resolve_implemen
 
 
 def drawn(build):
-    """A module with every parameter drawn by NumPy, biases too, which compiles nothing."""
+    """Return a module with all parameters drawn by NumPy, including biases, without compilation."""
     graph, params, stats = split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)
     return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), params), stats)
 
 
 def numpy_layer(cell, x, kind):
-    """Outputs [T, H] of one row of real tokens alone, written from the papers' equations, in float64."""
+    """Return the outputs [T, H] for one row without padding, by the papers' equations, in float64."""
     kernel, bias, recurrent = (np.asarray(p[...], np.float64) for p in (cell.input.kernel, cell.input.bias, cell.recurrent))
     sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
     hidden = memory = np.zeros(cell.width)
@@ -44,7 +44,7 @@ def numpy_layer(cell, x, kind):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_padding_passes_a_layer_by_in_both_directions(kind):
+def test_padding_does_not_change_a_layer_in_either_direction(kind):
     layer = drawn(functools.partial(Recurrent, 5, 4, cell=kind, bidirectional=True))
     x = jax.random.normal(jax.random.key(2), (3, 6, 5))
     valid = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0]], bool)
@@ -67,7 +67,7 @@ PADDED = np.pad(TOKENS, ((0, 0), (0, 3)), constant_values=-1)
 @pytest.mark.parametrize(
     ("head", "pool"), [(("class", 3), "max"), (("class", 3), "mean"), (("value", 1), "last"), (("class", 3), "attention"), (("tags", 4), "max")]
 )
-def test_an_encoder_gives_the_same_whatever_the_padding(head, pool):
+def test_padding_does_not_change_an_encoder(head, pool):
     model = drawn(functools.partial(RecurrentEncoder, 9, head, width=4, pool=pool))
     short, long = (np.asarray(jax.jit(lambda tokens: model(tokens))(tokens)) for tokens in (TOKENS, PADDED))
     if head[0] == "tags":
@@ -76,7 +76,7 @@ def test_an_encoder_gives_the_same_whatever_the_padding(head, pool):
     else:
         assert short.shape == (3, head[1])
     np.testing.assert_allclose(short, long, atol=1e-6)
-    assert np.isfinite(long).all()  # a row without a token too
+    assert np.isfinite(long).all()  # also for a row without a token
     assert np.ptp(short[:2], axis=0).min() > 1e-4
 
 
@@ -87,7 +87,7 @@ def test_a_row_without_a_token_has_gradients():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient)) and np.abs(gradient["head"]["score"]["kernel"]).max() > 0
 
 
-def test_pools_are_what_they_say():
+def test_pools_equal_their_definitions():
     models = {p: drawn(functools.partial(RecurrentEncoder, 9, ("class", 2), width=4, pool=p)) for p in ("max", "mean", "last")}
     model = models["max"]
     valid = TOKENS[:2] >= 0
@@ -102,7 +102,7 @@ def test_pools_are_what_they_say():
         np.testing.assert_allclose(models[pool](TOKENS[:2]), models[pool].head.output(pooled), atol=1e-6)
 
 
-def test_head_parameters_lie_under_head():
+def test_head_parameters_are_under_head():
     model = drawn(functools.partial(RecurrentEncoder, 9, ("class", 3), width=4, pool="attention"))
     other = drawn(functools.partial(RecurrentEncoder, 9, ("tokens", 9), width=4))
     paths = [{path for path, _ in nnx.to_flat_state(nnx.state(m, nnx.Param))} for m in (model, other)]
@@ -111,7 +111,7 @@ def test_head_parameters_lie_under_head():
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_cudnn_would_get_our_parameters_in_its_order(bidirectional):
+def test_parameters_are_passed_in_cudnns_order(bidirectional):
     layer = drawn(functools.partial(Recurrent, 5, 4, bidirectional=bidirectional))
     cells = [layer.forward[0]] + ([layer.backward[0]] if bidirectional else [])
     weights = cudnn.pack(cells)
@@ -127,8 +127,8 @@ def test_cudnn_would_get_our_parameters_in_its_order(bidirectional):
         np.testing.assert_allclose(cell, expected[2][i], atol=1e-5)
 
 
-def test_the_layer_that_calls_cudnn_equals_ours(monkeypatch):
-    """With JAX's reference in the place of the kernel: lengths, states, empty rows and what comes back."""
+def test_the_layer_that_calls_cudnn_equals_the_xla_one(monkeypatch):
+    """With JAX's reference instead of the kernel: lengths, states, empty rows and outputs."""
 
     def reference(x, hidden, cell, weights, lengths, width_in, width, layers, rate, both):
         parts = jax_rnn.unpack_lstm_weights(weights, width_in, width, layers, both)
@@ -149,13 +149,13 @@ def test_the_layer_that_calls_cudnn_equals_ours(monkeypatch):
 
 @pytest.mark.parametrize(("options", "message"), [({"kernel": "cudnn"}, "needs a GPU"), ({"kernel": "cudnn", "cell": "gru"}, "LSTMs only")])
 @pytest.mark.parametrize("name", ["lstm", "lstm_encoder", "lstm_seq2seq"])
-def test_cudnn_is_refused_where_it_cannot_run(name, options, message):
+def test_cudnn_is_an_error_if_it_cannot_run(name, options, message):
     arguments = (9, ("class", 2)) if name == "lstm_encoder" else (9,)
     with pytest.raises(ValueError, match=message):
         create(name, *arguments, **options, width=4, rngs=nnx.Rngs(0))
 
 
-def test_where_cudnn_runs_is_settled_before_anything_is_compiled():
+def test_the_kernel_is_resolved_before_compiling():
     model = nnx.eval_shape(lambda: RecurrentEncoder(9, ("value", 1), width=4, rngs=nnx.Rngs(0)))
     assert resolve_implementation(model, "cpu")["used"] == "xla"
     model.encoder.kernel = "cudnn"  # as on a GPU
@@ -169,7 +169,7 @@ def test_where_cudnn_runs_is_settled_before_anything_is_compiled():
     assert resolve_implementation(nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "cpu") == {}
 
 
-def test_packed_sequences_begin_anew():
+def test_packed_sequences_reset_the_state():
     model = drawn(functools.partial(RecurrentLM, 9, layers=2, width=4))
     tokens, segments = jnp.array([[3, 1, 4, 1, 5, 2]]), jnp.array([[7, 7, 8, 8, 8, 8]])
     packed = model(tokens, segments=segments)
@@ -214,7 +214,7 @@ def test_attention_is_luongs_in_numpy():
 
 
 class WithoutStates:
-    """The same model, without the shortcut."""
+    """The same model with only `encode` and `decode`."""
 
     def __init__(self, model):
         self.encode, self.decode = model.encode, model.decode
@@ -231,7 +231,7 @@ def test_greedy_decoding_is_a_loop_over_tokens(shortcut):
         padded = np.pad(target, ((0, 0), (0, length + 1 - target.shape[1])), constant_values=-1)
         chosen = np.argmax(np.asarray(call(source, padded))[:, target.shape[1] - 1], axis=-1)
         target = np.concatenate([target, chosen[:, None].astype(np.int32)], axis=1)
-    end = int(target[0, 3])  # a token that does occur
+    end = int(target[0, 3])  # a token that occurs
     expected = [row[: row.index(end) + 1] + [-1] * (length - row.index(end) - 1) if end in row else row for row in target[:, 1:].tolist()]
     assert any(-1 in row for row in expected)
     decode = jax.jit(lambda source: decoding.greedy(model if shortcut else WithoutStates(model), source, length, start=start, end=end))

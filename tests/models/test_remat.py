@@ -1,4 +1,4 @@
-"""What is kept, offloaded, or computed another way on a TPU, changes no number; and what is kept is what was asked for."""
+"""Saved and offloaded activations, and other computations on a TPU, do not change results; exactly the named activations are saved."""
 
 import functools
 
@@ -33,7 +33,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8)))
 
 
 def traced(**options):
-    """A function of parameters, and these: the sum of squares of a small decoder's logits."""
+    """Return a function of parameters, and the parameters: the sum of squares of a small decoder's logits."""
     graph, params, stats = split(Decoder(11, context=8, **OPTIONS, **options, rngs=nnx.Rngs(0)))
     return lambda params: jnp.sum(merge(graph, params, stats)(TOKENS) ** 2), params
 
@@ -51,24 +51,24 @@ def assert_close(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(("remat", "scan"), [((), True), (("query", "attention"), False), (NAMES, True)])
-def test_keeping_by_name_changes_no_gradient(remat, scan):
+def test_saving_by_name_changes_no_gradient(remat, scan):
     assert_close(gradients(remat=remat, scan=scan), plain(scan=scan))
 
 
 def products(**options):
-    """Matrix products in the program of the gradient."""
+    """Return the number of matrix products in the program of the gradient."""
     function, params = traced(scan=True, **options)
     return str(jax.make_jaxpr(jax.grad(function))(params)).count("dot_general[")
 
 
-def test_what_is_kept_is_not_computed_again():
+def test_saved_activations_are_not_computed_again():
     everything, nothing = products(remat=NAMES), products(remat="full")
     assert products(remat=("gate", "up")) == nothing - 2
     assert products(remat=("query", "key", "value")) == nothing - 3
     assert everything < nothing - 5
 
 
-def test_what_is_offloaded_goes_to_the_host_and_comes_back():
+def test_offloaded_activations_are_copied_to_the_host_and_back():
     function, params = traced(scan=True, remat=("attention",), offload=("input",))
     program = str(jax.make_jaxpr(jax.grad(function))(params))
     assert program.count("pinned_host") >= 1 or program.count("Host") >= 1
@@ -84,13 +84,13 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back():
         (("input",), ("input",), "both saved"),
     ],
 )
-def test_names_that_there_are_not_are_refused(remat, offload, message):
+def test_unknown_names_are_errors(remat, offload, message):
     config = small_configs.config(small_configs.GPT, model__remat=remat, model__offload=offload)
     with pytest.raises(ConfigError, match=message):
         build_experiment(config)
 
 
-def test_rotation_by_a_product_is_the_rotation(monkeypatch):
+def test_rotation_by_a_product_equals_the_rotation(monkeypatch):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 8)), jnp.float32)
     table = rotary_table(jnp.arange(5)[None], 8, 100.0)
     here = rotate(x, *table)
@@ -100,7 +100,7 @@ def test_rotation_by_a_product_is_the_rotation(monkeypatch):
     np.testing.assert_array_equal(rotate(half, *table), positions._rotate_by_product(half, *table))
 
 
-def test_a_decoder_as_it_is_on_a_tpu_is_the_same_function(monkeypatch):
+def test_a_decoder_on_a_tpu_is_the_same_function(monkeypatch):
     here = plain(scan=True)
     for module in (attention, positions, layout_lib):
         monkeypatch.setattr(module, "on_tpu", lambda: True)
@@ -108,8 +108,8 @@ def test_a_decoder_as_it_is_on_a_tpu_is_the_same_function(monkeypatch):
 
 
 @pytest.mark.parametrize(("tiles", "tied"), [(8, True), (16, False)])
-def test_a_loss_in_tiles_is_the_loss(tiles, tied):
-    """Values, metrics and gradients; tiles of rows alone, and of rows and tokens."""
+def test_a_loss_in_tiles_equals_the_loss(tiles, tied):
+    """Values, metrics and gradients; tiles of rows only, and of rows and tokens."""
     found = []
     for count in (1, tiles):
         config = small_configs.config(
@@ -124,7 +124,7 @@ def test_a_loss_in_tiles_is_the_loss(tiles, tied):
     assert_close(found[1], found[0], 1e-4)
 
 
-def test_tiles_that_do_not_divide_are_refused():
+def test_tiles_that_do_not_divide_are_errors():
     with pytest.raises(ConfigError, match="task.tiles=0|tiles must be 1 or more"):
         build_experiment(small_configs.config(small_configs.GPT, task__tiles=0))
     with pytest.raises(ConfigError, match="must divide sequences"):

@@ -23,7 +23,7 @@ def count(make):
 
 
 def filled(make):
-    """A jitted model with NumPy's numbers in all its parameters: nothing is compiled to draw them, and no zero hides anything."""
+    """Return a compiled model with all parameters drawn by NumPy: without compilation, and without zeros, which hide errors."""
     graph, params, stats = split(nnx.eval_shape(make))
     draw = np.random.default_rng(0)
 
@@ -33,7 +33,7 @@ def filled(make):
     return merge(graph, jax.tree_util.tree_map_with_path(fill, params), stats)
 
 
-# The parameters of the released checkpoints, and for the original Transformer those that its description comes to.
+# Parameters of the released checkpoints; for the original Transformer, those computed from its description.
 PUBLISHED = {
     32000: {
         "llama2-7b": 6_738_415_616,
@@ -82,21 +82,21 @@ def test_sizes_have_the_published_parameter_counts(vocabulary, name):
     assert sum(count(lambda: create(name, vocabulary, scan=True, rngs=nnx.Rngs(0))).values()) == PUBLISHED[vocabulary][name]
 
 
-def test_gpt3_has_the_parameters_that_it_was_described_with():
+def test_gpt3_has_the_parameters_of_its_description():
     D, L = 12288, 96
     parameters = sum(count(lambda: create("gpt3-175b", 50257, scan=True, rngs=nnx.Rngs(0))).values())
     assert parameters == L * (12 * D * D + 13 * D) + 50257 * D + 2048 * D + 2 * D
-    assert round(parameters / 1e9) == 175  # the paper's table says 175.0 B; what it counts, it does not say
+    assert round(parameters / 1e9) == 175  # 175.0 B in the paper's table, which does not state what it counts
 
 
 @pytest.mark.parametrize(("name", "millions", "D", "F"), [("transformer-base", 65, 512, 2048), ("transformer-big", 213, 1024, 4096)])
-def test_the_original_transformer_has_the_parameters_that_it_was_described_with(name, millions, D, F):
+def test_the_original_transformer_has_the_parameters_of_its_description(name, millions, D, F):
     attention, norm = 4 * (D * D + D), 2 * D
     mlp = 2 * D * F + F + D
     expected = 37000 * D + 6 * (attention + mlp + 2 * norm) + 6 * (2 * attention + mlp + 3 * norm)
     parameters = sum(count(lambda: create(name, 37000, scan=True, rngs=nnx.Rngs(0))).values())
     assert parameters == expected
-    # The paper's table says 65 and 213 millions, of a vocabulary of "about 37000".
+    # 65 and 213 million in the paper's table, with a vocabulary of "about 37000".
     assert abs(parameters / 1e6 - millions) < 0.035 * millions
 
 
@@ -123,7 +123,7 @@ def test_encoders_have_the_published_parameter_counts():
 
 
 @pytest.mark.parametrize(("head", "shape"), [(("tokens", 11), (2, 5, 11)), (("tags", 3), (2, 5, 3)), (("class", 4), (2, 4)), (("value", 1), (2, 1))])
-def test_heads_say_what_they_are_for(head, shape):
+def test_heads_have_the_shapes_of_their_outputs(head, shape):
     def run(tokens):
         return create("encoder", 11, head, layers=1, width=8, heads=2, rngs=nnx.Rngs(0))(tokens)
 
@@ -140,15 +140,15 @@ def test_padding_changes_nothing_in_an_encoder(pool):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_a_head_asked_at_some_positions_says_the_same_there():
+def test_a_head_at_some_positions_gives_the_same_outputs():
     model = filled(lambda: create("encoder", 11, ("tokens", 11), layers=1, width=8, heads=2, rngs=nnx.Rngs(0)))
     tokens, positions = jnp.arange(10).reshape(2, 5), jnp.array([[3, 1], [0, 4]])
-    asked, whole = jax.jit(lambda tokens: (model(tokens, positions=positions), model(tokens)))(tokens)
-    np.testing.assert_allclose(asked, jnp.take_along_axis(whole, positions[:, :, None], 1), atol=1e-5)
+    chosen, whole = jax.jit(lambda tokens: (model(tokens, positions=positions), model(tokens)))(tokens)
+    np.testing.assert_allclose(chosen, jnp.take_along_axis(whole, positions[:, :, None], 1), atol=1e-5)
 
 
 def rows_of_texts():
-    """Two texts: in rows of their own, one changed at position 5, one cut short and padded, and both in one row."""
+    """Two texts: in separate rows, one changed at position 5, one truncated and padded, and both in one row."""
     draw = np.random.default_rng(0).integers
     a, b = draw(0, 11, 8), draw(0, 11, 3)
     changed = np.where(np.arange(8) == 5, (a + 1) % 11, a)
@@ -169,14 +169,14 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_decoder_sees_its_own_past_alone(name):
+def test_a_decoder_attends_only_to_its_past(name):
     model = filled(lambda: Decoder(11, context=8, layers=2, width=8, heads=2, **OPTIONS[name], rngs=nnx.Rngs(0)))
     tokens, segments = rows_of_texts()
     y = np.asarray(jax.jit(model)(tokens, segments=segments))
     np.testing.assert_allclose(y[1, :5], y[0, :5], atol=1e-4)  # not the future
     assert np.abs(y[1, 5:] - y[0, 5:]).max() > 1e-3
     np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)  # not padding
-    np.testing.assert_allclose(y[4, :5], y[0, :5], atol=1e-4)  # a text in a packed row is as by itself
+    np.testing.assert_allclose(y[4, :5], y[0, :5], atol=1e-4)  # a text in a packed row gives the same as in its own row
     np.testing.assert_allclose(y[4, 5:], y[3, :3], atol=1e-4)
     if name in ("gpt2", "llama"):
         alone = np.asarray(jax.jit(model)(tokens[:4]))  # without segments
@@ -198,7 +198,7 @@ def softmax(x):
 
 
 def mixed(q, k, v, hidden, scale, bias=0.0):
-    """Attention over whole heads: q [B, T, N, K], one key head for each; `hidden` [T, S] is where not to look."""
+    """Attention with one key head for each query head: q [B, T, N, K]; `hidden` [T, S] is the mask of excluded positions."""
     scores = np.einsum("btnk,bsnk->bnts", q, k) * scale + bias
     return np.einsum("bnts,bsnk->btnk", softmax(np.where(hidden, -np.inf, scores)), v).reshape(*q.shape[:2], -1)
 
@@ -211,7 +211,7 @@ def test_decoder_equals_qwen3_in_numpy():
     tokens = tokens[:2]
 
     def turned(x):
-        """Each pair of channels (i, i + 3) as a complex number, times e^(i · angle)."""
+        """Multiply each pair of channels (i, i + 3), as a complex number, by e^(i · angle)."""
         angle = np.arange(8)[:, None] * 100.0 ** (-np.arange(3) / 3)
         z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([z.real, z.imag], -1)
@@ -232,7 +232,7 @@ def test_decoder_equals_qwen3_in_numpy():
 
 
 def paper_bucket(ahead, buckets, distance, causal):
-    """The bucket of one distance, as the T5 paper describes them."""
+    """Return the bucket of one distance, as described in the T5 paper."""
     if causal:
         first, away = 0, max(-ahead, 0)
     else:
@@ -248,7 +248,7 @@ def paper_bucket(ahead, buckets, distance, causal):
 def test_relative_positions_fall_into_the_buckets_of_the_paper(causal):
     at = np.arange(300)
     buckets = relative_buckets(at, at, buckets=32, distance=128, causal=causal)
-    # A range's first distance may fall either side of its border by rounding: at 16, 32 and 64 the logarithm is whole.
+    # At 16, 32 and 64 the logarithm is an integer, so that rounding may move the distance into either bucket.
     expected = np.array([[paper_bucket(s - t, 32, 128, causal) for s in at] for t in (0, 150, 299)])
     np.testing.assert_array_equal(np.asarray(buckets)[[0, 150, 299]], expected)
 
@@ -283,7 +283,7 @@ def test_encoder_decoder_equals_t5_in_numpy():
 
 
 @pytest.mark.parametrize("positions", ["learned", "relative"])
-def test_an_encoder_decoder_sees_the_source_and_the_targets_past(positions):
+def test_an_encoder_decoder_attends_to_the_source_and_the_targets_past(positions):
     model = filled(lambda: EncoderDecoder(11, layers=2, width=8, heads=2, positions=positions, scan=True, rngs=nnx.Rngs(0)))
     texts, _ = rows_of_texts()
     source, target = np.pad(texts[2:3, :5], ((0, 4), (0, 0)), mode="edge"), texts[[0, 1, 2, 0, 0]]
@@ -293,7 +293,7 @@ def test_an_encoder_decoder_sees_the_source_and_the_targets_past(positions):
     np.testing.assert_allclose(y[1, :5], y[0, :5], atol=1e-4)
     np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)
     assert np.abs(y[1, 5:] - y[0, 5:]).max() > 1e-3
-    assert np.abs(y[3] - y[0]).max(-1).min() > 1e-4  # every position sees the source
+    assert np.abs(y[3] - y[0]).max(-1).min() > 1e-4  # every position attends to the source
     short = np.asarray(jax.jit(lambda s, t: model.decode(t, model.encode(s)))(source[:, :5], target))
     np.testing.assert_allclose(short, y, atol=1e-4)
 
@@ -338,18 +338,18 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"positions": "rotary", "heads": 8}, "even head width"),
         ({"kv_heads": 3}, "kv_heads must divide"),
-        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "has no meaning"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "rotary_scaling needs positions='rotary'"),
         ({"remat": True}, "remat is"),
         ({"context": 4}, "5 tokens are more"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, said):
+def test_inconsistent_options_are_errors(options, message):
     options = {"width": 8, "heads": 2, "layers": 1, **options}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda tokens: Decoder(11, **options, rngs=nnx.Rngs(0))(tokens), jnp.zeros((1, 5), int))
 
 
@@ -366,13 +366,13 @@ def test_rotary_scaling_slows_down_slow_angles_alone(kind):
     assert factor == pytest.approx(1.0 if kind == "llama3" else 0.1 * math.log(8) + 1)
 
 
-def test_positions_begin_anew_in_each_segment():
+def test_positions_restart_in_each_segment():
     segments = jnp.array([[0, 0, 0, 1, 1, 5, 0, -1], [2, 2, 2, 2, 2, 2, 2, 2]])
     np.testing.assert_array_equal(positions_in(segments), [[0, 1, 2, 0, 1, 0, 0, 0], np.arange(8)])
 
 
 class Talkative(nnx.Module):
-    """Stands in the place of a feed-forward, and tells of itself."""
+    """A module in the place of a feed-forward, which returns statistics."""
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(8, 8, rngs=rngs)
@@ -382,22 +382,23 @@ class Talkative(nnx.Module):
         return y, {"loss": jnp.where(valid[..., None], y, 0).sum(), "load": y.mean((0, 1))}
 
 
-def test_what_stands_in_the_feed_forwards_place_is_heard():
+def test_statistics_of_the_module_in_the_feed_forwards_place_are_returned():
     x, valid = jax.random.normal(jax.random.key(0), (2, 3, 8)), jnp.array([[True, True, False]] * 2)
     for scan in (False, True):
-        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative)
+        options = {"norm": "layer", "epsilon": 1e-5, "post_norm": False, "activation": "gelu", "bias": True}
+        block = functools.partial(Block, 8, 2, dropout=0.0, layers=2, mlp=Talkative, **options)
         blocks = filled(lambda block=block, scan=scan: make_blocks(lambda rngs: block(rngs=rngs), 2, scan, nnx.Rngs(0)))
         graph, state = nnx.split(blocks)
 
         def both(x, blocks=blocks, graph=graph, state=state, scan=scan):
-            told, y = [], x
+            collected, y = [], x
             for i in range(2):
                 block = nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) if scan else blocks[i]  # noqa: B023
-                y, said = block(y, None, valid=valid)
-                told.append(said)
-            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, told)
+                y, statistics = block(y, None, valid=valid)
+                collected.append(statistics)
+            return apply_blocks(blocks, x, None, remat="full", valid=valid), (y, collected)
 
-        (y, told), (expected, aux) = jax.jit(both)(x)
+        (y, collected), (expected, aux) = jax.jit(both)(x)
         np.testing.assert_allclose(y, expected, atol=1e-5)
         for name in ("loss", "load"):
-            np.testing.assert_allclose(told[name], np.stack([said[name] for said in aux]), atol=1e-5)
+            np.testing.assert_allclose(collected[name], np.stack([each[name] for each in aux]), atol=1e-5)

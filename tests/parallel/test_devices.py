@@ -1,4 +1,4 @@
-"""Eight devices give what one gives, and a run goes on across their number."""
+"""Eight devices give the results of one, and a run resumes on another number of devices."""
 
 import json
 
@@ -11,7 +11,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.runs.folder import RunFolder
 
-# How the eight are used. What is random is each device's own under pmap, so there is no dropout there.
+# Uses of the eight devices. Under pmap each device draws its own dropout masks, so there is no dropout.
 SPREADS = {
     "cnn": (["--config.partition=pmap"], {"model__dropout": 0.0}),
     "lstm": (["--config.mesh.fsdp=8", "--config.mesh.data=1"], {}),
@@ -47,7 +47,7 @@ def test_eight_devices_equal_one_and_resume_across(name, tmp_path, jaxmodels_com
         "lstm": {"fsdp": 8},
         "gpt": dict.fromkeys(("data", "fsdp", "tensor"), 2),
     }[name]
-    if name == "gpt":  # the average of a child begins where it belongs: not where the parameters lie
+    if name == "gpt":  # the EMA of a child has its own sharding, not that of the parameters
         train("child", 8, f"--config.init_from={tmp_path}/eight", "--config.training.steps=3", "--config.checkpoint.every=3")
     # The first half on eight, the second on one.
     import shutil

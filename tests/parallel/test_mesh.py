@@ -1,4 +1,4 @@
-"""Sizes of meshes, the order of devices, and where parameters lie, without any device."""
+"""Sizes of meshes, the order of devices, and the sharding of parameters, without devices."""
 
 import dataclasses
 import types
@@ -26,7 +26,7 @@ def layout(**sizes):
     return Layout(AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
 
 
-def test_one_axis_takes_what_the_others_leave():
+def test_one_axis_takes_the_remaining_devices():
     assert mesh_shape(MeshSizes(fsdp=4, tensor=2), 64)["data"] == 8
     assert mesh_shape(MeshSizes(data=2, fsdp=-1), 64)["fsdp"] == 32
     assert list(mesh_shape(MeshSizes(), 3).values()) == [1, 1, 3, 1, 1, 1, 1]
@@ -47,7 +47,7 @@ def test_sizes_that_do_not_fit(sizes, message):
         mesh_shape(MeshSizes(**sizes), 8)
 
 
-def test_a_section_that_means_nothing():
+def test_wrong_sections():
     for section, message in (
         ({"mesh": {"banana": 2}}, "config.mesh.banana"),
         ({"sharding": {"rules": (("embd", "fsdp"),)}}, "no name 'embd'; there are"),
@@ -91,7 +91,7 @@ def test_nodes_of_gpus_are_slices():
 
 
 def test_only_stacked_blocks_have_an_axis_of_layers():
-    """`nnx.MultiHeadAttention` has kernels [D, heads, K], which are no stack of matrices."""
+    """`nnx.MultiHeadAttention` has kernels [D, heads, K], which are not a stack of matrices."""
     names = lambda path, *shape: sharding_lib.names_of(path, shape, Sharding(), layout(fsdp=8))  # noqa: E731
     assert names("blocks/attention/query/kernel", 4, 64, 64) == ("layers", "embed", "heads")
     assert names("encoder/blocks/attention/query/kernel", 4, 64, 64) == ("layers", "embed", "heads")
@@ -124,7 +124,7 @@ def test_paths_become_axes():
     assert spec("blocks/0/attention_norm/scale", (32,), **both) == PartitionSpec(None)
     # A table that does not divide is replicated along its rows.
     assert spec("embed/embedding", (103, 32), **both) == PartitionSpec(None, ("fsdp",))
-    # What no pattern names: its largest dimension that divides, of large ones.
+    # Without a pattern: the largest dimension that divides, for large parameters.
     assert spec("first/kernel", (3, 3, 64, 128), fsdp=4) == PartitionSpec(None, None, None, ("fsdp",))
     assert spec("first/kernel", (3, 3, 64, 130), fsdp=4) == PartitionSpec(None, None, ("fsdp",), None)
     assert spec("first/bias", (128,), fsdp=4) == PartitionSpec(None)
@@ -140,7 +140,7 @@ def test_a_dimension_that_does_not_divide_is_named():
     assert spec("blocks/0/mlp/up/kernel", (32, 66), advice, fsdp=2, tensor=4) == PartitionSpec(("fsdp",), None)
 
 
-def test_the_optimizer_lies_as_the_parameters_or_over_the_copies_too():
+def test_the_optimizer_state_is_sharded_as_the_parameters_or_also_over_replicas():
     experiment = build_experiment(small_configs.config(small_configs.GPT, training__ema=0.9, model__width=32, model__heads=4))
     shapes, where = experiment.state_shapes(), layout(data=4, fsdp=2)
     for section, moments in ((Sharding(), PartitionSpec(("fsdp",), None)), (Sharding(optimizer="data"), PartitionSpec(("fsdp",), ("data",)))):
@@ -155,7 +155,7 @@ def test_the_optimizer_lies_as_the_parameters_or_over_the_copies_too():
     assert sharding_lib._over_data(PartitionSpec(None), (8,), layout(data=4)) == PartitionSpec(None)
 
 
-def test_pmap_cuts_no_model():
+def test_pmap_shards_no_model():
     with pytest.raises(ConfigError, match="excludes config.mesh.fsdp=8; use partition=jit"):
         sharding_lib.make_layout(layout(fsdp=8).mesh, Sharding(), "pmap")
     with pytest.raises(ConfigError, match="excludes config.sharding.optimizer=data"):
@@ -175,7 +175,7 @@ def test_patterns_mean_a_parameter():
             build_experiment(small_configs.config(small_configs.GPT, sharding={"parameters": (pattern,)}))
 
 
-def test_an_axis_that_cuts_a_last_layer_alone_repeats_the_rest():
+def test_an_axis_that_shards_only_the_last_layer_is_noted():
     where = layout(tensor=2)
     sharding_lib.place_state(build_experiment(small_configs.config(small_configs.CNN)).state_shapes(), Sharding(), where)
     assert any("mesh.tensor=2" in note for note in sharding_lib.notes(where))
@@ -194,17 +194,17 @@ def test_names_mean_nothing_without_a_mesh():
         constrain(x, "batch")
 
 
-def test_what_is_left_whole_is_told():
+def test_dimensions_that_are_not_sharded_are_noted():
     where = layout(tensor=4, context=2)
     assert where.spec("batch", "sequence", "vocab", shape=(8, 15, 16)) == PartitionSpec(None, None, ("tensor",))
     where.used.add("tensor")
     assert sharding_lib.notes(where) == [
-        "mesh.context=2 shards nothing of this model: those devices repeat each other's work",
+        "mesh.context=2 shards no part of this model: its devices repeat the same work",
         "sequence of 15 does not divide over context=2: it is replicated on their devices",
     ]
 
 
-def test_large_parameters_that_stay_whole_are_told():
+def test_large_replicated_parameters_are_noted():
     experiment = build_experiment(small_configs.config(small_configs.CNN, sharding={"warn_mb": 0.001}))
     where = dataclasses.replace(layout(fsdp=7), rules=dict(layout().rules) | {"embed": ()})
     placed = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, where)
@@ -226,7 +226,7 @@ def test_rows_of_a_process_are_those_of_its_devices():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip of a pod, as far as its place decides the mesh."""
+    """A TPU chip of a pod, with the attributes that determine its place in the mesh."""
 
     coords: tuple[int, int, int]
     id: int = 0
@@ -242,6 +242,6 @@ def test_axes_that_do_not_fit_a_pods_dimensions_split_them(sizes):
     shape = mesh_shape(MeshSizes(**({"data": 1} | sizes)), len(pod))
     arranged = mesh_lib._arrange(shape, pod)
     assert set(arranged.flat) == set(pod) and arranged.shape == tuple(shape.values())
-    if "tensor" in sizes:  # the last axis lies on neighbours
+    if "tensor" in sizes:  # the last axis is on neighbouring devices
         for row in arranged.reshape(-1, 4):
             assert sorted(abs(chip.coords[0] - row[0].coords[0]) + abs(chip.coords[1] - row[0].coords[1]) for chip in row) == [0, 1, 2, 3]

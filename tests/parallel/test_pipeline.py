@@ -1,4 +1,4 @@
-"""A pipeline of stages gives what one device gives; what it holds and exchanges; its bubble; what cannot be cut into stages."""
+"""A pipeline of stages gives the results of one device; its memory and collectives; its bubble; models that cannot be pipelined."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SCANNED = small_configs.config(small_configs.GPT, model__scan=True, model__layer
 
 
 def pipelined(*arguments: str) -> dict:
-    """What train_in_stages.py finds on eight simulated devices."""
+    """Return the output of train_in_stages.py on eight simulated devices."""
     script = HELPERS / "train_in_stages.py"
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -36,32 +36,32 @@ def found():
 
 @pytest.mark.parametrize("model", ["packed mixture", "padded encoder"])
 def test_outputs_and_gradients_equal_one_device(found, model):
-    """A mixture's statistics are among the outputs, so bubbles count in none of them."""
+    """The outputs include a mixture's statistics, so these exclude bubbles."""
     assert found["models"][model] < 2e-5
 
 
 @pytest.mark.slow
-def test_equals_one_device_in_more_ways():
+def test_equals_one_device_in_more_configurations():
     """Training on pipeline=4,data=2 and pipeline=2,fsdp=2,tensor=2, with 4 and 8 microbatches, with and without accumulation; rings and
     heads of attention, experts with capacity, and an encoder-decoder with relative positions in stages. `pytest -m slow tests/parallel/test_pipeline.py`"""
     found = pipelined("more")
     assert len(found) == 12 and max(found.values()) < 2e-5, found
 
 
-def test_dry_run_tells_the_schedule_and_counts_no_bubble(found):
+def test_dry_run_states_the_schedule_and_counts_no_bubble(found):
     plan = found["exchange"]
     assert plan["pipeline"] == pipeline.describe(4, 4) and plan["notes"] == []
     assert plan["operations"][0] == plan["operations"][1]
 
 
-def test_a_stage_holds_its_layers_and_hands_on_activations_alone(found):
+def test_a_stage_stores_its_layers_and_sends_only_activations(found):
     case = found["exchange"]
     assert case["blocks"] == 1 / 4
     moved = [(shape, where) for shape, kind, where in case["collectives"] if kind == "collective-permute"]
-    # One in the loop over turns either way, of a device's rows [1, 32 / (2 accumulated × 4 microbatches × 2), T, D].
+    # One in the loop over turns in each direction, of a device's rows [1, 32 / (2 accumulated × 4 microbatches × 2), T, D].
     assert len(moved) == 2 and all(shape.startswith("f32[1,2,16,32]") and "/while/body/" in where for shape, where in moved)
     assert sum("transpose" in where for _, where in moved) == 1
-    # No parameter leaves its stage: what else is gathered are activations [.., T, D], before and after all turns (in the one loop, over
+    # No parameter leaves its stage: the other gathers are of activations [.., T, D], before and after all turns (in the one loop, over
     # accumulated batches), since stages share the rows there.
     gathered = [(shape, where) for shape, kind, where in case["collectives"] if kind in ("all-gather", "all-to-all", "reduce-scatter")]
     assert all(re.match(r"f32\[[\d,]+,16,32\]", shape) and where.count("while/body") == 1 for shape, where in gathered), gathered
@@ -71,10 +71,10 @@ def test_a_stage_holds_its_layers_and_hands_on_activations_alone(found):
 def test_schedule_gives_the_closed_form(found):
     case = found["schedule"]
     assert max(case["y"], case["sums"], case["one row"]) < 1e-6
-    assert case["counted"] == [8.0] * 8  # each layer saw each of the microbatches once, and bubbles added nothing
+    assert case["counted"] == [8.0] * 8  # each layer ran once on each microbatch, and bubbles added nothing
 
 
-def test_every_layer_and_microbatch_draws_for_itself(found):
+def test_every_layer_and_microbatch_draws_independently(found):
     drawn = np.asarray(found["schedule"]["drawn"])  # [16 rows, 8 layers], of 8 microbatches
     assert (drawn[:8] == drawn[8:]).all()  # rows r and r + 8 are of one microbatch
     assert len(np.unique(drawn)) == 8 * 8
@@ -100,7 +100,7 @@ def test_microbatches_of_few_rows():
         ({"mesh__pipeline": 2, "model__scan": False}, r"mesh.pipeline=2 needs a Transformer with model.scan=True"),
     ],
 )
-def test_what_cannot_be_cut_into_stages(changes, message):
+def test_models_that_cannot_be_pipelined(changes, message):
     with pytest.raises(ConfigError, match=message):
         build_experiment(small_configs.config(SCANNED, **changes))
     with pytest.raises(ConfigError, match="needs a Transformer"):
@@ -109,7 +109,7 @@ def test_what_cannot_be_cut_into_stages(changes, message):
 
 @pytest.mark.slow
 def test_command(tmp_path, jaxmodels_command):
-    """Trains, evaluates and samples; a batch that does not divide is one line."""
+    """Train, evaluate and sample; the error for a batch that does not divide is one line."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(small_configs.config(SCANNED, training__steps=2, task__sample_length=8, mesh__pipeline=4, log__every=1)))
     train = ["train", f"--config={config}", f"--workdir={tmp_path}/run", "--cpu_devices=8"]

@@ -1,4 +1,4 @@
-"""Eight devices, spread in every way there is, give what one gives; and hold, and send, no more than they should."""
+"""Eight devices, with every kind of sharding, give the results of one; their memory and collectives are as expected."""
 
 import json
 import math
@@ -24,7 +24,7 @@ TRANSFORMERS = ("gpt", "bert", "moe")
 
 
 def spread(tmp_path: Path, cases: list[dict], devices: int) -> list:
-    """What `train_on_mesh.py` says of the cases."""
+    """Return the output of `train_on_mesh.py` for the cases."""
     folder = tmp_path / str(devices)
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -37,14 +37,14 @@ def spread(tmp_path: Path, cases: list[dict], devices: int) -> list:
 
 
 def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
-    """Every case on eight devices against the same on one: losses to 1e-5, parameters to 5e-5, a twentieth of one update."""
+    """Compare every case on eight devices with one device: losses to 1e-5, parameters to 5e-5, a twentieth of one update."""
     alone = [{key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")} for case in cases]
     different = [case for i, case in enumerate(alone) if case not in alone[:i]]
     ones = spread(tmp_path, different, 1)
     eights = spread(tmp_path, cases, 8)
     for case, eight in zip(cases, eights, strict=True):
         one = ones[different.index({key: value for key, value in case.items() if key not in ("mesh", "partition", "sharding")})]
-        # A token that two experts suit alike goes to another one when sums are rounded otherwise.
+        # A token with almost equal scores of two experts may be routed differently after other rounding.
         close = 2e-4 if case["model"] == "moe" else 1e-5
         np.testing.assert_allclose(eight["losses"], one["losses"], rtol=close, err_msg=str(case))
         np.testing.assert_allclose(eight["evaluated"], one["evaluated"], rtol=close, err_msg=str(case))
@@ -55,13 +55,13 @@ def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
     return eights
 
 
-def test_a_step_spread_by_the_compiler_is_that_of_one_device(tmp_path):
+def test_a_sharded_step_equals_that_of_one_device(tmp_path):
     cases = [
         {"model": "gpt", "mesh": {"context": 2, "fsdp": 2, "tensor": 2, "data": 1}, "dropout": 0.1, "accumulate": 4},
         {"model": "cnn", "mesh": MESHES["slices"]},
     ]
     notes = [list(run["notes"]) for run in assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])]
-    # 260 tokens divide by 2 and by 4; ten classes do not matter, and no convolution is cut along `tensor`.
+    # 260 tokens divide by 2 and by 4. Ten classes are not sharded, and no convolution is sharded over `tensor`.
     assert notes == [[], []]
 
 
@@ -72,13 +72,13 @@ def test_pmap_is_the_same_step(tmp_path):
 MUON = {"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 1.0, "adam_parameters": ["embed", "positions"]}
 
 
-def test_muon_of_sharded_matrices_is_that_of_one_device(tmp_path):
+def test_muon_of_sharded_matrices_equals_that_of_one_device(tmp_path):
     """Its products need whole matrices, so the compiler gathers what `fsdp` and `tensor` shard."""
     cases = [{"model": "gpt", "mesh": MESHES["fsdp"]}, {"model": "gpt", "mesh": MESHES["all three"], "accumulate": 2}]
     assert_equal_runs(tmp_path, [case | {"optimizer": MUON, "steps": 4} for case in cases])
 
 
-def test_modules_of_ones_own_train_on_a_mesh_as_on_one_device(tmp_path):
+def test_user_modules_train_on_a_mesh_as_on_one_device(tmp_path):
     """Under `jit` with dropout. Under `pmap` each device draws its own masks, so there is none."""
     cases = [
         {"model": "own_lm", "mesh": MESHES["fsdp"], "dropout": 0.2, "accumulate": 2},
@@ -97,7 +97,7 @@ def test_every_model_on_every_mesh(tmp_path, model, accumulate):
     cases += [{"model": model, "mesh": {"data": 8}, "partition": "pmap", "accumulate": accumulate}]
     cases += [{"model": model, "mesh": {"data": 8}, "sharding": {"optimizer": "data"}, "accumulate": accumulate}]
     if model in TRANSFORMERS:
-        # Streams of dropout are a device's own in these.
+        # In these, each device has its own dropout stream.
         cases += [{"model": model, "mesh": MESHES["context"], "sharding": {"context": "ring"}, "accumulate": accumulate}]
         cases += [{"model": model, "mesh": {"context": 2, "fsdp": 2, "data": 2}, "sharding": {"context": "heads"}, "accumulate": accumulate}]
         cases += [{"model": model, "mesh": {"pipeline": 4, "data": 2}, "accumulate": accumulate, "options": {"layers": 4}}]
@@ -118,13 +118,13 @@ def test_bytes_and_collectives_of_the_compiled_step(tmp_path):
         assert figures["argument_bytes"] == pytest.approx(figures["planned_bytes"], rel=0.01)
         assert not any(operation == "all-to-all" for operation, *_ in figures["collectives"])
     assert found["fsdp"]["argument_bytes"] == pytest.approx(found["fsdp"]["state_bytes"] / 8, rel=0.05)
-    # Matrices of blocks and embedding, and the vectors of heads and hidden units, a quarter; all else whole.
+    # A quarter of the matrices of blocks and embedding, and of the vectors of heads and hidden units; all others are replicated.
     cut = 4 * 4 * (3 * (4 * 256**2 + 2 * 256 * 768 + 3 * 256 + 768) + 260 * 256)
     assert found["tensor"]["argument_bytes"] == pytest.approx(found["tensor"]["state_bytes"] - cut * 3 / 4, rel=0.01)
-    # What each layer keeps for the backward pass are parts of sequences: of 16 rows, 4 positions of 16.
+    # Each layer saves shards of sequences for the backward pass: of 16 rows, 4 positions of 16.
     kept = [shape for shape in found["context"]["shapes"] if shape.startswith("f32[3,16,")]
     assert "f32[3,16,4,256]" in kept and "f32[3,16,4,768]" in kept and "f32[3,16,16,256]" not in kept and "f32[3,16,16,768]" not in kept
-    # Adam's two moments and the moving average over eight; parameters and counters whole: a quarter of the state.
+    # Adam's two moments and the EMA are sharded over eight devices, parameters and counters replicated.
     assert found["zero"]["argument_bytes"] == pytest.approx(found["zero"]["state_bytes"] * (1 / 4 + 3 / 4 / 8), rel=0.05)
     _check_fsdp(found["fsdp"]["collectives"])
     _check_tensor(found["tensor"]["collectives"])
@@ -136,7 +136,7 @@ def _check_fsdp(collectives):
     inside = sorted(math.prod(map(int, shape[4:-1].split(","))) for shapes, loop in gathers if loop for shape in shapes)
     assert inside == sorted([256 * 256] * 8 + [256 * 768] * 4)
     assert not any(shape.startswith("f32[3,") for shapes, _ in gathers for shape in shapes)
-    # Gradients of a layer are summed in its turn of the loop.
+    # Gradients of a layer are summed in its iteration of the loop.
     assert any(operation in ("all-reduce", "reduce-scatter") and loop for operation, _, loop in collectives)
 
 

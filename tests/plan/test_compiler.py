@@ -13,28 +13,28 @@ from jaxmodels.plan import compiler
 
 
 @pytest.mark.parametrize(
-    "mesh, name, said",
+    "mesh, name, message",
     [
-        ({"data": 8}, "v5e:2x2", "v5e:2x2 has 4 devices.* one of these would do: --config.mesh.data=4"),
+        ({"data": 8}, "v5e:2x2", "v5e:2x2 has 4 devices.* one of these fits: --config.mesh.data=4"),
         ({"data": 1, "fsdp": 3}, "v5e:2x2", "--config.mesh.fsdp=4"),
         ({"slices": 2}, "v5e:2x2", "config.mesh.slices=2, but --topology=v5e:2x2 is 1 slice: --config.mesh.slices=1"),
         ({}, "4xv5e:2x2", "--topology=4xv5e:2x2 is 4 slices: --config.mesh.slices=4"),
     ],
 )
-def test_a_mesh_that_does_not_cover_the_topology(mesh, name, said):
+def test_a_mesh_that_does_not_cover_the_topology(mesh, name, message):
     sizes = mesh_lib.MeshSizes(**mesh)
     compiler.check_mesh(mesh_lib.MeshSizes(slices=topologies.parse(name).slices), topologies.parse(name))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         compiler.check_mesh(sizes, topologies.parse(name))
 
 
-def test_without_the_tpus_compiler_its_extra_is_named(monkeypatch):
+def test_without_libtpu_its_extra_is_named(monkeypatch):
     monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxmodels\[plan\]'"):
         compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN)), "v5e:2x2")
 
 
-def test_pmap_is_for_devices_that_are_here():
+def test_pmap_needs_present_devices():
     with pytest.raises(ConfigError, match="partition=jit"):
         compiler.compile_step(build_experiment(small_configs.config(small_configs.CNN, partition="pmap")), "v5e:2x2")
 

@@ -1,4 +1,4 @@
-"""The time of a compiled TPU step, read from its program: from texts, and from programs that are compiled here for TPUs that are not.
+"""The predicted time of a compiled TPU step: from texts of programs, and from programs compiled here for absent TPUs.
 
 pytest -m tpu_compiler -n 0 -s tests/plan/test_estimate.py
 """
@@ -29,7 +29,7 @@ v5p, v5e = CHIPS["v5p"], CHIPS["v5e"]
 
 
 def read(text: str, name: str = "v5p:2x2x2", **axes: int):
-    """An estimate, by default of eight chips in a cube."""
+    """Return an estimate, by default for eight chips in a cube."""
     return estimate(text, topologies.parse(name), axes or {"data": 2, "fsdp": 4})
 
 
@@ -64,19 +64,19 @@ def test_instructions_are_all_read():
     "text, message",
     [
         ("HloModule x\n", "no ENTRY"),
-        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c, %d\n}\n", "do not close"),
+        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c, %d\n}\n", "unbalanced brackets"),
         ("ENTRY %a () -> f32[] {\n  %b = f32[] something\n}\n", "unknown form"),
-        ("%a () -> f32[] {\n  %b = f32[] parameter(0)\nENTRY %c () -> f32[] {\n}\n", "does not end"),
-        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c), backend_config={oh}\n}\n", "no JSON, of b"),
+        ("%a () -> f32[] {\n  %b = f32[] parameter(0)\nENTRY %c () -> f32[] {\n}\n", "without an end"),
+        ("ENTRY %a () -> f32[] {\n  %b = f32[] add(%c), backend_config={oh}\n}\n", "invalid backend_config of b"),
     ],
 )
-def test_a_text_that_is_cut_or_unknown_is_an_error(text, message):
+def test_a_truncated_or_unknown_text_is_an_error(text, message):
     with pytest.raises(RunError, match=message):
         hlo.parse(text)
 
 
 def loop(condition: str, init: str, step: str, config: str = "") -> str:
-    """A loop of 1,000 cycles a turn; element 0 of its tuple counts, element 1 stays as it is."""
+    """A loop of 1,000 cycles per iteration; element 0 of its tuple is the counter, element 1 is constant."""
     return program(
         f"  %init = s32[] constant({init})\n  %bound = s32[] constant(40)\n  %cycled = s32[] copy(%init), {cycles(7)}\n"
         "  %start = (s32[], s32[]) tuple(%init, %bound)\n"
@@ -103,7 +103,7 @@ def loop(condition: str, init: str, step: str, config: str = "") -> str:
         ("ROOT %c = pred[] is-finite(%i)", "0", "1", ', backend_config={"known_trip_count":{"n":"12"}}', 12),
     ],
 )
-def test_loops_run_as_often_as_their_conditions_say(condition, init, step, config, turns):
+def test_trip_counts_follow_from_the_conditions(condition, init, step, config, turns):
     found = read(loop(condition, init, step, config))
     assert found.cycles == 1000 * turns + 7 and found.notes == []
     assert found.seconds == pytest.approx((1000 * turns + 7) / v5p.clock_hz)
@@ -113,13 +113,13 @@ def test_loops_run_as_often_as_their_conditions_say(condition, init, step, confi
     "condition, step",
     [("ROOT %c = pred[] is-finite(%i)", "1"), ("ROOT %c = pred[] compare(%i, %limit), direction=LT", "0")],
 )
-def test_a_loop_whose_turns_are_not_told_is_counted_once_and_said(condition, step):
+def test_a_loop_with_an_unknown_trip_count_is_counted_once_with_a_note(condition, step):
     found = read(loop(condition, "0", step))
-    assert found.cycles == 1007 and found.notes == ["while.1: how often it runs is not in the program's text; it is counted once"]
+    assert found.cycles == 1007 and found.notes == ["while.1: its trip count is unknown; it is counted once"]
 
 
 def test_elements_of_tuples_are_operands_by_number_too():
-    """As the programs of jax 0.12 have them: `%p#0` for `get-tuple-element(%p), index=0`."""
+    """In programs of jax 0.12: `%p#0` for `get-tuple-element(%p), index=0`."""
     text = (
         "HloModule m, is_scheduled=true\n\n"
         "%cond (p: (s32[], (f32[8,2]{1,0}, bf16[4]))) -> pred[] {\n  %p = (s32[], (f32[8,2]{1,0}, bf16[4])) parameter(0)\n"
@@ -137,7 +137,7 @@ def test_elements_of_tuples_are_operands_by_number_too():
     assert [body[name].shape for name in ("q#0", "q#1", "q#1#0", "q#1#1")] == ["s32[]", "(f32[8,2]{1,0}, bf16[4])", "f32[8,2]{1,0}", "bf16[4]"]
 
 
-def test_of_branches_the_longest_is_counted_and_said():
+def test_the_longest_branch_is_counted_with_a_note():
     branch = "%{0} (p: s32[]) -> s32[] {{\n  %p = s32[] parameter(0)\n  ROOT %r = s32[] negate(%p), {1}\n}}\n\n"
     found = read(
         program(
@@ -145,10 +145,10 @@ def test_of_branches_the_longest_is_counted_and_said():
             branch.format("left", cycles(100)) + branch.format("right", cycles(300)),
         )
     )
-    assert found.cycles == 300 and "which branch runs" in found.notes[0]
+    assert found.cycles == 300 and "the branch depends on values" in found.notes[0]
 
 
-def test_a_fusion_counts_once_and_products_apart():
+def test_a_fusion_counts_once_and_products_are_a_separate_part():
     inner = f"%f (p: f32[]) -> f32[] {{\n  %p = bf16[8,8] parameter(0)\n  ROOT %d = bf16[8,8] convolution(%p, %p), {cycles(900)}\n}}\n"
     found = read(
         program(
@@ -162,7 +162,7 @@ def test_a_fusion_counts_once_and_products_apart():
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
 
 
-def test_what_has_no_estimate_goes_by_the_memory_and_is_said():
+def test_without_an_estimate_bytes_are_counted_with_a_note():
     found = read(program("  %p = bf16[1024,2048] parameter(0)\n  ROOT %g = f32[1024,2048] sort(%p), dimensions={0}"))
     assert found.cycles == 0 and found.seconds == found.low == found.high == pytest.approx((2 + 4) * 1024 * 2048 / 2765e9)
     assert found.notes == ["instructions without an estimate of the compiler are counted by their bytes"]
@@ -171,7 +171,7 @@ def test_what_has_no_estimate_goes_by_the_memory_and_is_said():
 # Rates
 
 
-def test_a_product_takes_its_flops_or_its_bytes_and_at_most_both():
+def test_the_bounds_of_a_product_are_the_longer_of_flops_and_bytes_and_their_sum():
     m, k, n = 4096, 2048, 8192
     flops, size = 2 * m * k * n, 2 * (m * k + k * n + m * n)
     for chip in CHIPS.values():
@@ -191,13 +191,13 @@ def test_elementwise_operations_are_bound_by_memory():
 
 @pytest.mark.parametrize(
     "name, kind, devices, expected",
-    [  # seconds of 1 GB, over links of 90 (v5p), 45 (v5e) and 450 GB/s (h100)
+    [  # seconds for 1 GB, over links of 90 (v5p), 45 (v5e) and 450 GB/s (h100)
         ("v5p:4x4x4", "all-gather", 64, 63 / 64 / (6 * 90)),
         ("v5p:4x4x4", "all-reduce", 64, 2 * 63 / 64 / (6 * 90)),
         ("v5p:4x4x4", "reduce-scatter", 4, 3 / 4 / (2 * 90)),
         ("v5p:2x2x2", "all-gather", 4, 3 / 4 / (2 * 90)),  # lines of two, in two dimensions
         ("v5e:4x4", "all-gather", 4, 3 / 4 / 45),  # a line
-        ("v5e:4x4", "all-to-all", 4, 4 / 4 / 45),  # two of four send half of what they have over the middle
+        ("v5e:4x4", "all-to-all", 4, 4 / 4 / 45),  # two of four devices send half of their bytes over the middle
         ("v5e:16x16", "all-reduce", 16, 2 * 15 / 16 / (2 * 45)),  # a ring
         ("v5p:4x4x4", "all-to-all", 64, 4 / 8 / 90),
         ("v5p:4x4x4", "collective-permute", 2, 1 / 90),
@@ -226,7 +226,7 @@ def test_no_attention_kernel_is_faster_than_the_chip(chip, kernel):
         assert seconds.high > seconds.low and cost.attention_seconds(chip, kernel, scores=2 * scores, width=width).mean == pytest.approx(2 * seconds.mean)
 
 
-# Cycles of a core that libtpu 0.0.52 schedules a block of 1,024 × 1,024 in, heads of 128: computing, around it, and its part of a row of 4.
+# Cycles of a core in libtpu 0.0.52's schedule of a block of 1,024 × 1,024, heads of 128: computing, around it, and its part of a row of 4.
 SCHEDULED = {
     "v5e": {"fwd": 4593 + 251 + 349, "dq": 6144 + 139 + 86, "dkv": 8192 + 180 + 167},
     "v5p": {"fwd": 4776 + 392 + 351, "dq": 6144 + 260 + 86, "dkv": 8192 + 364 + 167},
@@ -293,7 +293,7 @@ def test_a_synchronous_collective_is_wholly_exposed():
     assert only.count == 1 and only.exposed_seconds == pytest.approx(GATHER_SECONDS)
 
 
-# The compiler's forms of a collective that runs beside others: start and done; on other cores; in parts, fused with what runs beside it.
+# The compiler's forms of an overlapped collective: start and done; on other cores; in steps, fused with the computation that overlaps it.
 CALLED = f"%called (q: bf16[1024,2048]) -> bf16[4096,2048] {{\n  %q = bf16[1024,2048] parameter(0)\n  ROOT %g = bf16[4096,2048] all-gather(%q), {GATHER}\n}}"
 FUSED = (
     "%fused{0} (q: bf16[1024,2048]) -> bf16[4096,2048] {{\n  %q = bf16[1024,2048] parameter(0)\n  %g{0} = bf16[4096,2048] all-gather(%q), "
@@ -334,7 +334,7 @@ ASYNC = {
 
 @pytest.mark.parametrize("form", ASYNC)
 @pytest.mark.parametrize("beside", [35_000, 1_750_000])
-def test_an_asynchronous_collective_is_exposed_by_what_does_not_run_beside_it(form, beside):
+def test_the_exposed_time_of_an_asynchronous_collective_is_what_does_not_overlap(form, beside):
     start, done, others = ASYNC[form]
     text = program(
         f"  %p = bf16[1024,2048] parameter(0)\n{start}  %x = bf16[1024,2048] negate(%p), {cycles(beside)}\n{done}",
@@ -377,7 +377,7 @@ def test_a_group_of_one_sends_nothing():
     assert read(text).collectives == [] and read(text).seconds == 0
 
 
-def test_what_goes_to_other_slices_and_to_the_host():
+def test_transfers_between_slices_and_to_the_host():
     attributes = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="a_0",'
     attributes += '_xla_megascale_transfer_type="ALL_REDUCE"}'
     text = program(
@@ -433,7 +433,7 @@ def test_splash_attention_is_costed_by_its_scores(name, operands, notes, chip, p
     assert bool(found.notes) == (operands != QKV) and found.cycles == 0
 
 
-def test_scopes_tell_what_shapes_do_not():
+def test_scopes_state_shares_of_blocks_and_rows():
     def scoped(name, result, operands, scope):
         metadata = f', metadata={{op_name="jit(train_step)/transpose(jvp(layer))/while/body/{scope}/pallas_call"}}'
         return read(kernel(name, result, operands, attributes=metadata))
@@ -443,12 +443,12 @@ def test_scopes_tell_what_shapes_do_not():
         assert full.seconds == pytest.approx(4 / 3 * less.seconds) == pytest.approx(2 * half.seconds) and not full.notes
     grouped = ("gmm", "bf16[4096,2048]", ["s32[8]", "bf16[4096,1024]", "bf16[8,1024,2048]"])
     quarter = scoped(*grouped, "rows=1024of4096")
-    assert quarter.seconds == pytest.approx(read(kernel(*grouped)).seconds / 4) and "25% of the rows" in quarter.notes[0]
+    assert quarter.seconds == pytest.approx(read(kernel(*grouped)).seconds / 4) and "25% of the allocated rows" in quarter.notes[0]
 
 
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 300), (False, 200)])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_visible_blocks_are_those_that_hold_something(causal, window, parts):
+def test_visible_blocks_are_those_with_unmasked_scores(causal, window, parts):
     T = np.arange(1024)
     seen = (T[:, None] >= T if causal else np.ones((1024, 1024), bool)) & (True if window is None else abs(T[:, None] - T) < window)
     blocks = seen.reshape(8, 128, 4, 256).any(axis=(1, 3)).reshape(parts, -1).sum(axis=1)
@@ -483,7 +483,7 @@ def test_chips_by_the_names_of_their_devices():
     assert chip_of("TPU v5") is v5p and chip_of("TPU v5 lite") is v5e and chip_of("TPU v4 lite") is None
     for chip in CHIPS.values():
         assert chip_of(chip.device_kinds[0]) is chip
-        if chip.platform == "tpu":  # the peak is what all matrix units do in a cycle
+        if chip.platform == "tpu":  # the peak: FLOPs of all matrix units per cycle
             unit = 256 if chip.name in ("v6e", "tpu7x") else 128
             assert chip.flops_per_second / chip.clock_hz / (2 * unit**2) == pytest.approx(4 * chip.cores_per_chip, rel=0.01)
             assert chip.vector_rate == chip.clock_hz * chip.cores_per_chip * 8 * 128 * 4
@@ -506,7 +506,7 @@ def array(mesh, shape, spec=None, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P() if spec is None else spec))
 
 
-# 96 MB of the 128 MB on the chip for tiles, as the published recipes have it; with the compiler's own 16, v6e reads operands more often.
+# 96 MB of the chip's 128 MB for tiles, as in the published recipes; with the default of 16 MB, v6e reads operands more often.
 TILES = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 
 
@@ -540,7 +540,7 @@ def forward(scan: bool, layers: int):
 
 
 def train(scan: bool, layers: int):
-    """A step of gradient descent; rows stay where they are, weights are gathered."""
+    """A step of gradient descent; rows stay on their devices, weights are gathered."""
 
     @jax.checkpoint
     def block(h, weights):
@@ -564,7 +564,7 @@ def train(scan: bool, layers: int):
 
 @pytest.mark.tpu_compiler
 def test_scopes_reach_the_compiled_kernels():
-    """Of the gradient too: what JAX's own rules for it are traced in, the estimate hangs on."""
+    """Also in the gradient: the estimate depends on the scopes in which JAX traces its gradient rules."""
     topology, found = devices("v5p:2x2x1")
     mesh = Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
     x = array(mesh, (4, 1024, 2, 128), P("data"))
@@ -586,12 +586,12 @@ def test_scopes_reach_the_compiled_kernels():
             expected = cost.attention_seconds(topology.chip, names.pop(each.name), scores=2 * 0.75 * 1024**2, width=128)
             assert each.seconds / each.count == pytest.approx(expected.mean)
     assert not names and {each.name for each in result.kernels} >= {"gmm", "tgmm"}
-    assert not any("masks" in note for note in result.notes) and any("25% of the rows" in note for note in result.notes)
+    assert not any("masks" in note for note in result.notes) and any("25% of the allocated rows" in note for note in result.notes)
 
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v5e:2x2"])
-def test_scanned_and_unrolled_take_the_same(name):
+def test_scanned_and_unrolled_layers_have_the_same_estimate(name):
     topology, found = devices(name)
     mesh = Mesh(np.array(found), ("data",))
     arrays = (array(mesh, (8, 2048, 8192)), array(mesh, (8, 8192, 2048))), array(mesh, (32768 * 4, 2048), P("data"))
@@ -601,7 +601,7 @@ def test_scanned_and_unrolled_take_the_same(name):
 
 
 @pytest.mark.tpu_compiler
-def test_a_scanned_and_an_unrolled_train_step_take_the_same():
+def test_a_scanned_and_an_unrolled_train_step_have_the_same_estimate():
     topology, found = devices("v5e:2x2")
     mesh = Mesh(np.array(found), ("fsdp",), axis_types=(AxisType.Auto,))
     layers, spread = 8, P(None, "fsdp")
@@ -627,8 +627,8 @@ def test_a_scanned_and_an_unrolled_train_step_take_the_same():
 
 
 @pytest.mark.tpu_compiler
-def test_a_scanned_and_an_unrolled_llama_take_the_same():
-    """Four of Llama-2-7B's blocks, as its config trains them: minutes."""
+def test_a_scanned_and_an_unrolled_llama_have_the_same_estimate():
+    """Four blocks of Llama-2-7B, trained as in its config; takes minutes."""
     pytest.importorskip("libtpu")
     changes = {"model.layers": 4, "mesh.data": 1, "mesh.fsdp": 4, "data.batch_size": 16}
     plans = [
@@ -638,7 +638,7 @@ def test_a_scanned_and_an_unrolled_llama_take_the_same():
         print(f"\n{plan.time.cycles} cycles, {plan.time.seconds * 1e3:.1f} ms, {plan.time.parts}")
     scanned, unrolled = (plan.time for plan in plans)
     assert scanned.cycles == pytest.approx(unrolled.cycles, rel=0.03)
-    # What a turn begins with has nothing of the turn before it beside; the programs do differ there.
+    # The programs differ at the boundary of an iteration: its first operations do not overlap with the previous iteration.
     computing, other = (time.seconds - time.parts["exposed collectives"] for time in (scanned, unrolled))
     assert computing == pytest.approx(other, rel=0.03) and scanned.seconds == pytest.approx(unrolled.seconds, rel=0.04)
     kinds = [{(c.kind, c.axes): (c.count, c.bytes) for c in time.collectives if c.bytes > 1e7} for time in (scanned, unrolled)]
@@ -648,10 +648,10 @@ def test_a_scanned_and_an_unrolled_llama_take_the_same():
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v5p:2x2x2", "v5e:2x4"])
-def test_collectives_send_what_closed_forms_say(name):
+def test_bytes_of_collectives_equal_closed_forms(name):
     topology, found = devices(name)
     mesh = Mesh(np.array(found).reshape(2, 4), ("data", "fsdp"))
-    size = 1024 * 2048 * 2  # of one device's part
+    size = 1024 * 2048 * 2  # of one device's shard
     ring = [(i, (i + 1) % 4) for i in range(4)]
     rows, both = P("fsdp"), ("data", "fsdp")
     cases = [
@@ -669,7 +669,7 @@ def test_collectives_send_what_closed_forms_say(name):
         x = array(mesh, (1024 * parts, 2048), spec)
         text = compiled(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False), mesh, x)
         result = estimate(text, topology, mesh.shape)
-        # A reduce-scatter moves edges of its padded parts on beside what it sends.
+        # A reduce-scatter also moves the edges of its padded shards.
         only = next(each for each in result.collectives if each.kind == kind)
         print(f"{name} {kind} {axes}: {only.bytes / 1e6:.3f} MB in {only.seconds * 1e6:.1f} µs")
         assert (only.axes, only.count, only.network) == (axes, 1, "links") and only.bytes == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The analytic memory model: closed forms of what it adds up, and the TPU compiler's own figures.
+"""The analytic memory model against closed forms, and against the TPU compiler.
 
 pytest -m tpu_compiler -n 0 -s tests/plan/test_memory_model.py      # prints a line for each of `memory_points.POINTS`
 """
@@ -22,17 +22,17 @@ from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.plan import compiler, memory, shardings
 from jaxmodels.plan import trace as trace_lib
 
-# One mesh for functions of their own: two axes.
+# A mesh with two axes, for single functions.
 MESH = {"data": 4, "tensor": 2}
 
 
 def place(devices: int) -> SimpleNamespace:
-    """As much of a topology as the model asks for."""
+    """The attributes of a topology that the model needs."""
     return SimpleNamespace(devices=devices, chip=SimpleNamespace(platform="tpu"))
 
 
 def built(function, *given) -> shardings.Graph:
-    """The graph of a function of (shape, spec) pairs of float32 arrays."""
+    """Return the graph of a function of float32 arrays, given as (shape, spec) pairs."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in given]
     return trace_lib.build(jax.make_jaxpr(function)(*shapes), [spec for _, spec in given], MESH, "tpu")
 
@@ -44,7 +44,7 @@ def live(graph: shardings.Graph) -> int:
 # Shardings
 
 
-def test_products_are_spread_as_their_operands_are_and_gather_what_is_only_stored_in_shares():
+def test_products_are_sharded_as_their_operands_and_gather_fsdp_shards():
     rows, kernel = ((32, 256), (("data",), ())), ((256, 512), (("data",), ("tensor",)))
     graph = built(lambda x, w: x @ w, rows, kernel)
     (result,) = graph.outputs
@@ -53,7 +53,7 @@ def test_products_are_spread_as_their_operands_are_and_gather_what_is_only_store
     assert gathered.inputs == [graph.inputs[1]] and gathered.outputs[0].spec == ((), ("tensor",))
 
 
-def test_a_sum_over_what_is_spread_is_whole_and_its_constraint_makes_shares_of_it():
+def test_a_sum_over_a_sharded_axis_is_replicated_and_its_constraint_shards_it():
     def gradient(x, g):
         return jax.lax.with_sharding_constraint((x.T @ g).astype(jnp.bfloat16), sharding(PartitionSpec("data", None)))
 
@@ -64,7 +64,7 @@ def test_a_sum_over_what_is_spread_is_whole_and_its_constraint_makes_shares_of_i
 
     graph = built(gradient, ((32, 256), (("data",), ())), ((32, 512), (("data",), ())))
     assert graph.outputs[0].spec == (("data",), ())
-    assert not [op for op in graph.ops if op.name == "gathered"]  # each device has a part of the sum: nothing comes together before
+    assert not [op for op in graph.ops if op.name == "gathered"]  # each device computes a partial sum: no operand is gathered
 
 
 def test_reshapes_and_loops_carry_shardings():
@@ -77,18 +77,18 @@ def test_reshapes_and_loops_carry_shardings():
     graph = built(loop, ((8, 64), (("data",), ())), ((3, 64, 64), ((), (), ())))
     carry, stacked = graph.outputs
     assert carry.spec == (("data",), ()) and stacked.spec == ((), ("data",), (), ())
-    assert shardings._reshaped((1, 0), ((), ()), (0,)) == ((),)  # empty arrays, which attention in a ring has
+    assert shardings._reshaped((1, 0), ((), ()), (0,)) == ((),)  # empty arrays, as in ring attention
     assert shardings._reshaped((8, 6, 64), (("data",), (), ("tensor",)), (48, 4, 16)) == (("data",), ("tensor",), ())
 
 
-def test_arguments_of_a_loop_are_told_apart_as_either_jax_does():
-    # From 0.12 on in trees, of which the parts are what is the same in each turn, carried on, and cut up.
+def test_kinds_of_loop_arguments_in_both_versions_of_jax():
+    # From 0.12 on in trees, whose parts are the constant, the carried and the scanned arguments.
     trees = SimpleNamespace(unpack=lambda: (iter([None]), iter([None, None]), iter([])))
     assert trace_lib._scan_counts({"ft_in": trees, "length": 3}) == {"num_consts": 1, "num_carry": 2}
     assert trace_lib._scan_counts({"num_consts": 1, "num_carry": 2}) == {}
 
 
-def test_branches_by_platform_are_that_platforms():
+def test_branches_by_platform_are_those_of_the_platform():
     def function(x):
         return jax.lax.platform_dependent(x, tpu=jnp.sin, default=lambda x: jnp.cos(jnp.cos(x)))
 
@@ -97,21 +97,21 @@ def test_branches_by_platform_are_that_platforms():
     assert "sin" in names["tpu"] and names["gpu"].count("cos") == 2 and "cond" not in names["tpu"]
 
 
-# What is in memory
+# Liveness
 
 
-def test_products_are_written_and_what_is_computed_value_by_value_is_not():
+def test_products_are_written_and_elementwise_operations_are_not():
     x, w = ((1024, 1024), ((), ())), ((1024, 1024), ((), ()))
     size = 4 * 1024**2
     assert live(built(lambda x, w: jnp.sum(jnp.tanh(x) * 2 + w), x, w)) < size
     assert live(built(lambda x, w: (x @ w) @ w, x, w)) == 2 * size
     assert live(built(lambda x, w: jnp.tanh(x @ w) + 1, x, w)) == size
-    # Parts of a device, with both axes.
+    # Shards of a device, with both axes.
     x, w = ((1024, 1024), (("data",), ())), ((1024, 1024), ((), ("tensor",)))
     assert live(built(lambda x, w: x @ w, x, w)) == size // 8
 
 
-def test_a_loop_keeps_what_it_stacks_and_one_turns_own():
+def test_a_loop_needs_its_stacked_results_and_the_arrays_of_one_iteration():
     layers, rows, width = 6, 512, 1024
     one = 4 * rows * width
 
@@ -120,11 +120,11 @@ def test_a_loop_keeps_what_it_stacks_and_one_turns_own():
 
     graph = built(jax.grad(forward, argnums=1), ((rows, width), ((), ())), ((layers, width, width), ((), (), ())))
     kernels = 4 * layers * width**2
-    # Of each layer what it was given, and the cosine of its product; then the gradients of all kernels, and a few arrays of one layer.
+    # For each layer its input and the cosine of its product; then the gradients of all kernels, and a few arrays of one layer.
     assert 2 * layers * one + kernels <= live(graph) <= 2 * layers * one + kernels + 5 * one
 
 
-def test_rematerialised_layers_keep_their_inputs_alone():
+def test_rematerialised_layers_save_only_their_inputs():
     def kept(remat: str) -> int:
         config = small_configs.config(POINTS["gpt full"][0], model__remat=remat, mesh__fsdp=1, mesh__data=4)
         return memory.memory_model(build_experiment(config), place(4)).activations
@@ -132,17 +132,17 @@ def test_rematerialised_layers_keep_their_inputs_alone():
     config = POINTS["gpt full"][0]
     rows = config["data"]["batch_size"] // 4 * config["data"]["sequence_length"]
     inputs = config["model"]["layers"] * rows * config["model"]["width"] * 2
-    parameters = 2 * 12 * config["model"]["layers"] * config["model"]["width"] ** 2  # in bfloat16, what the loop is given
+    parameters = 2 * 12 * config["model"]["layers"] * config["model"]["width"] ** 2  # in bfloat16: the inputs of the loop
     assert kept("full") == pytest.approx(inputs + parameters, rel=0.2)
     assert kept("full") < kept("dots") < kept("none")
 
 
-def test_values_are_padded_to_tiles_in_the_order_that_pads_least():
+def test_values_are_padded_to_tiles_in_the_order_with_the_least_padding():
     def size(*shape, itemsize=4):
         return memory.bytes_of(shardings.Value(shape, itemsize, ((),) * len(shape)), {})
 
     assert size(1024, 1024) == 4 * 1024**2
-    assert size(1024, 64, 64) == 4 * 1024 * 64 * 64  # 1024 goes along the lanes
+    assert size(1024, 64, 64) == 4 * 1024 * 64 * 64  # 1024 along the lanes
     assert size(8, 100, 20000) == 4 * 8 * 100 * 20096  # the 8 along the rows
     assert size(16, 1000, 1000, itemsize=2) == 2 * 16 * 1000 * 1024
     assert size(1) == 4
@@ -163,7 +163,7 @@ def test_state_and_batch_are_those_of_the_arrays(name):
     assert found.total == sum(dataclasses.asdict(found).values())
 
 
-def test_accumulation_keeps_one_part_of_the_batch_at_a_time():
+def test_accumulation_needs_the_memory_of_one_microbatch():
     def model(accumulate: int) -> memory.MemoryEstimate:
         return memory.memory_model(build_experiment(small_configs.config(POINTS["gpt none"][0], training__accumulate=accumulate)), place(4))
 
@@ -172,7 +172,7 @@ def test_accumulation_keeps_one_part_of_the_batch_at_a_time():
     assert parts.activations + parts.logits < (whole.activations + whole.logits) / 2
 
 
-def test_offloaded_activations_take_no_room():
+def test_offloaded_activations_need_no_device_memory():
     base = POINTS["gpt full"][0]
     here = memory.memory_model(build_experiment(base), place(4))
     away = memory.memory_model(build_experiment(small_configs.config(base, model__offload=("input",))), place(4))

@@ -1,4 +1,4 @@
-"""`jaxmodels plan`: what is wrong is said before anything is compiled; figures add up; without a compiler, models answer."""
+"""`jaxmodels plan`: errors before compiling; consistent figures; the analytic models without a compiler."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def without_libtpu(monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """A config as a file, for the command line."""
+    """Write a config file for the command line."""
 
     def write(config):
         path = tmp_path / "config.json"
@@ -43,27 +43,27 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["--topology=v5p-1000"], "the nearest are v5p-896 and v5p-1024"),
         (["--topology=tpu7-8"], "Did you mean 'tpu7x-8'?"),
         (["--topology=2xv5e-4"], "--config.mesh.slices=2"),
-        (["--topology=v5e-4", "--config.mesh.data=3"], "one of these would do: --config.mesh.data=4"),
+        (["--topology=v5e-4", "--config.mesh.data=3"], "one of these fits: --config.mesh.data=4"),
         (["--topology=v5e-8", "--config.data.batch_size=12"], "config.data.batch_size=12 does not divide over 8 devices"),
-        (["--topology=v5e-4", "--write=x.py"], "--write is of --search"),
-        (["--topology=v5e-4", "--budget=60"], "--budget is of --search"),
+        (["--topology=v5e-4", "--write=x.py"], "--write needs --search"),
+        (["--topology=v5e-4", "--budget=60"], "--budget needs --search"),
         (["--topology=v5e-4", "--json=/no/such/x.json"], "--json=/no/such/x.json: there is no folder '/no/such'"),
         (["--topology=v5e-4", "--hlo=/"], "--hlo=/ is a folder"),
-        (["--topology=h100x8", "--save=x"], "--save=x: what is compiled for h100x8 without a GPU"),
+        (["--topology=h100x8", "--save=x"], "--save=x: a step compiled for h100x8 without a GPU"),
     ],
 )
-def test_what_is_wrong_is_said_and_ends_with_2(arguments, said, write, capsys, without_libtpu):
+def test_errors_end_with_status_2(arguments, expected, write, capsys, without_libtpu):
     assert cli.run(["plan", write(GPT), *arguments]) == 2
     output = capsys.readouterr()
-    assert said in output.err and output.err.count("\n") == 1 and not output.out
+    assert expected in output.err and output.err.count("\n") == 1 and not output.out
 
 
-def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, without_libtpu):
+def test_without_libtpu_the_plan_is_analytic_with_a_note(write, tmp_path, capsys, without_libtpu):
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(GPT), "--topology=v5e-4", f"--json={file}"]) == 0
     output = capsys.readouterr().out
@@ -72,11 +72,11 @@ def test_without_libtpu_the_models_answer_and_say_so(write, tmp_path, capsys, wi
     assert plan["method"] == plan["step_seconds_method"] == "analytic" and plan["fits"]
     assert plan["cycles"] is None and plan["compile_seconds"] is None
     check_sums(plan)
-    # 3 × 2 FLOPs for each weight and token, and attention's products.
+    # 3 × 2 FLOPs for each weight and token, and the products of attention.
     assert plan["model_flops_per_step"] == 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 16)
     attended = 3 * 16 * 16 * (2 * (2 * 12 * 16**2 + 16 * vocab()) + 2 * 2 * 2 * 16 * 17 // 2)
     assert plan["mfu_attended"] == pytest.approx(plan["mfu"] * attended / plan["model_flops_per_step"])
-    assert f"{plan['mfu_attended']:.1%} by those that masks leave" in output
+    assert f"{plan['mfu_attended']:.1%} without masked attention scores" in output
     assert [each["kind"] for each in plan["collectives"]] == ["all-reduce"]
 
 
@@ -85,7 +85,7 @@ def vocab() -> int:
 
 
 def check_sums(plan: dict) -> None:
-    """What follows from other figures does."""
+    """Check the figures that follow from others."""
     assert plan["peak_bytes_per_device"] == sum(plan["memory"].values()) > 0
     assert set(plan["parts"]) == set(PARTS) and plan["step_seconds"] == pytest.approx(sum(plan["parts"].values()))
     low, high = plan["step_seconds_range"]
@@ -113,33 +113,33 @@ def test_without_libtpu_there_is_no_program(name, write, tmp_path, capsys, witho
     assert "libtpu, the compiler for TPUs, is not installed" in capsys.readouterr().err
 
 
-def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change(write, tmp_path, capsys, without_libtpu):
+def test_the_error_of_a_step_that_does_not_fit_states_by_how_much_and_what_to_change(write, tmp_path, capsys, without_libtpu):
     file = tmp_path / "plan.json"
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4", f"--json={file}"]) == 1
-    said, page = capsys.readouterr().err, json.loads(file.read_text())
-    assert "does not fit v5e-4: it needs" in said and "a device has 16.91 GB" in said and "GB too few" in said
-    assert "the state alone" in said and "--config.mesh.fsdp" in said and "--search" in said
+    printed, page = capsys.readouterr().err, json.loads(file.read_text())
+    assert "does not fit v5e-4 according to the analytic model: it needs" in printed and "a device has 16.91 GB" in printed and "GB less" in printed
+    assert "the state alone" in printed and "--config.mesh.fsdp" in printed and "--search" in printed
     assert not page["fits"] and page["peak_bytes_per_device"] > page["device_bytes"]
 
 
 @pytest.mark.parametrize(
-    "changes, said, unsaid",
+    "changes, expected, unexpected",
     [
         ({}, ["--config.model.remat=full", "--config.training.accumulate=2", "--config.data.batch_size=8", "in place of mesh.data"], ["the state alone"]),
         ({"model__remat": "full"}, ["--config.training.accumulate=2"], ["remat"]),
         ({"mesh": {"data": 1, "fsdp": 4}, "training__accumulate": 16}, ["--config.data.batch_size=8"], ["mesh.data", "accumulate"]),
     ],
 )
-def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
+def test_only_possible_changes_are_suggested(changes, expected, unexpected):
     error = compiler.does_not_fit(
         build_experiment(small_configs.config(GPT, **changes)), topologies.parse("v5e-4"), 20 * 10**9, 16 * 10**9, 10**9, by="the compiler"
     )
-    assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB too few" in str(error) and error.exit_status == 1
-    assert all(each in str(error) for each in said) and not any(each in str(error) for each in unsaid)
+    assert "needs 20.00 GB and a device has 16.00 GB, 4.00 GB less" in str(error) and error.exit_status == 1
+    assert all(each in str(error) for each in expected) and not any(each in str(error) for each in unexpected)
 
 
 @pytest.mark.parametrize(
-    "said, needed",
+    "message, needed",
     [
         (
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by 8.75G.",
@@ -152,9 +152,9 @@ def test_what_to_change_is_what_can_be_changed(changes, said, unsaid):
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )
-def test_what_compilers_say_of_memory_is_understood(said, needed, monkeypatch):
+def test_memory_errors_of_compilers_are_parsed(message, needed, monkeypatch):
     def fail(*_):
-        raise jax.errors.JaxRuntimeError(said)
+        raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(compiler.DoesNotFit) as error:
         compile_with(fail, monkeypatch)
@@ -164,7 +164,7 @@ def test_what_compilers_say_of_memory_is_understood(said, needed, monkeypatch):
 
 
 def compile_with(compile_train_step, monkeypatch):
-    """Has `compile_step` go on with one of this process's devices as if it were a TPU, and another compiler."""
+    """Make `compile_step` use a device of this process as if it were a TPU, with another compiler."""
     monkeypatch.setattr(absent, "devices", lambda _: jax.devices()[:1])
     monkeypatch.setattr(compiler, "compile_train_step", compile_train_step)
     return compiler.compile_step(build_experiment(GPT), "v5e-1")
@@ -181,7 +181,7 @@ def test_another_failure_of_the_compiler_is_one_line_and_a_file(monkeypatch, tmp
     with pytest.raises(RunError) as error:
         compile_with(fail, monkeypatch)
     (line,) = str(error.value).splitlines()
-    assert line.startswith("the compiler failed for v5e-1: INTERNAL: Mosaic failed to compile. All it said is in /")
+    assert line.startswith("the compiler failed for v5e-1: INTERNAL: Mosaic failed to compile. Its whole output is in /")
     log = Path(line.rpartition(" is in ")[2].rstrip(".")).read_text()
     assert log.count("much more") == 50 and "Traceback" in log and "python_docs" in log
 
@@ -201,13 +201,13 @@ def test_a_program_that_jaxlib_cannot_read_comes_from_its_compiler(monkeypatch, 
     written = True
     step = compile_with(compile_train_step, monkeypatch)
     assert step.text == "HloModule the_step"
-    # It is no option of the step's.
+    # It is not an option of the step.
     assert step.record.options == {"other": 1} and step.experiment.config["compiler_options"] == {}
     written = False
     assert compile_with(compile_train_step, monkeypatch).text is None
 
 
-def test_a_program_that_nothing_reads_leaves_memory_of_the_compiler_and_time_of_the_model(monkeypatch, tmp_path, without_libtpu):
+def test_an_unreadable_program_has_the_compilers_memory_and_the_models_time(monkeypatch, tmp_path, without_libtpu):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
     plan = plan_lib.compiled_plan(build_experiment(GPT), topologies.parse("v5e-1"), dataclasses.replace(step, text=None))
     found = plan.to_json()
@@ -221,7 +221,7 @@ def compiled_function():
 
 
 @pytest.mark.parametrize("peak, total, shown", [(700, 900, 700), (900, 700, 700), (0, 700, 700)])
-def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations(peak, total, shown, monkeypatch):
+def test_the_peak_is_the_compilers_and_at_most_all_allocations(peak, total, shown, monkeypatch):
     step = compile_with(lambda *_: (compiled_function(), CompileRecord("train_step", 1.0, False)), monkeypatch)
     figures = types.SimpleNamespace(
         peak_memory_in_bytes=peak * 10**6, argument_size_in_bytes=0, output_size_in_bytes=0, temp_size_in_bytes=total * 10**6, alias_size_in_bytes=0
@@ -233,8 +233,8 @@ def test_the_peak_is_what_the_compiler_compares_and_no_more_than_all_allocations
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_what_a_search_found_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
-    """What it compiled is not compiled again; what the models alone have seen gets a plan. Strings stay strings: `none` is a policy."""
+def test_the_result_of_a_search_is_written(compiled, write, tmp_path, capsys, monkeypatch, without_libtpu):
+    """A compiled setting is not compiled again; a modelled one is planned. Strings stay strings: `none` is a policy."""
     best = search.Candidate({"model.remat": "none", "mesh.data": 1, "mesh.fsdp": 4}, state="compiled" if compiled else "modelled", memory=10**9, seconds=0.1)
     best.plan = {"step_seconds": 0.1, "peak_bytes_per_device": 10**9, "mfu": 0.5} if compiled else None
     found = search.SearchResult("v5e-4", [best], [], 1.0)
@@ -273,8 +273,8 @@ def test_of_the_compiler(name, mesh, write, tmp_path, capsys):
 
 
 @pytest.mark.tpu_compiler
-def test_of_the_compiler_what_does_not_fit(write, capsys):
+def test_of_the_compiler_for_a_step_that_does_not_fit(write, capsys):
     pytest.importorskip("libtpu")
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE)), "--topology=v5e-4"]) == 1
-    assert "does not fit v5e-4: it needs" in capsys.readouterr().err
+    assert "does not fit v5e-4 according to the compiler: it needs" in capsys.readouterr().err
     assert cli.run(["plan", write(small_configs.config(GPT, **LARGE, mesh={"data": 1, "fsdp": 16})), "--topology=v5e-16"]) == 0

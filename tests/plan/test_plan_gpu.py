@@ -1,4 +1,4 @@
-"""GPUs that are not here: a step's time from its shapes, and from an optimized program, against closed forms."""
+"""Absent GPUs: the time of a step from its shapes, and from an optimized program, against closed forms."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ from jaxmodels.plan.estimate import estimate
 
 H100, V5P = CHIPS["h100"], CHIPS["v5p"]
 AXES = ("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor")
-# Widths that every axis divides, and a vocabulary too small to count.
+# Widths that every axis divides, and a vocabulary with negligible work.
 WIDTH, LAYERS, TIME, BATCH = 32, 2, 16, 32
 GPT = small_configs.config(
     small_configs.GPT, model__width=WIDTH, model__heads=4, model__dropout=0.0, data__batch_size=BATCH, training__precision="bfloat16", optimizer__clip_norm=None
@@ -35,7 +35,7 @@ GPT = small_configs.config(
 
 
 def of_function(function, *args, chip=H100, mesh=None):
-    """The work of a function, its arguments whole on every device."""
+    """Return the work of a function with replicated arguments."""
     mesh = mesh or dict.fromkeys(AXES, 1)
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in args]
     graph = trace_lib.build(jax.make_jaxpr(function)(*args), [((),) * len(x.shape) for x in args], mesh, "tpu")
@@ -43,7 +43,7 @@ def of_function(function, *args, chip=H100, mesh=None):
 
 
 def of_step(experiment, devices: int) -> roofline.Work:
-    """The work of a device in a train step on GPUs."""
+    """Return the work of a device in a train step on GPUs."""
     step = roofline.trace(experiment, devices, H100)
     return roofline.graph_work(step.graph, step.mesh, H100)
 
@@ -53,7 +53,7 @@ def sizes(**axes) -> dict:
 
 
 def collectives(**mesh) -> dict[tuple[str, tuple[str, ...]], int]:
-    """Bytes of a GPT's step, by kind and axes, without those of a few values (norms, losses, biases)."""
+    """Return the bytes of collectives by kind and axes, without those of few values (norms, losses, biases)."""
     experiment = build_experiment(small_configs.config(GPT, mesh=sizes(data=1) | mesh))
     work = of_step(experiment, math.prod(mesh.values()))
     found: dict = {}
@@ -76,26 +76,29 @@ def test_time_of_a_lone_product_is_its_closed_form():
     assert wide.computing["matrix products"].low == pytest.approx(2 * flops / H100.flops_per_second)
 
 
-def test_what_is_computed_value_by_value_takes_the_bytes_it_reads_and_writes():
+def test_the_time_of_elementwise_operations_is_that_of_their_bytes():
     x = ((1 << 20, 8), jnp.float32)
     array = 4 * (8 << 20) / H100.memory_bandwidth
     work = of_function(lambda x, y: jnp.tanh(x * 2 + y) - 1, x, x)
     assert work.now == work.computing["other"].high == pytest.approx(3 * array)
-    # Two results that read the same read it once.
+    # Two results with the same operand read it once.
     assert of_function(lambda x: (jnp.exp(x), x + 1), x).now == pytest.approx(3 * array)
     assert of_function(lambda x: jax.lax.scan(lambda c, _: (c + 1, None), x, None, length=5)[0], x).now == pytest.approx(5 * 2 * array)
 
 
 @pytest.mark.parametrize("window, blocks, pairs", [(None, 10, 4096 * 4097 // 2), (1500, 9, 4096 * 1500 - 1500 * 1499 // 2)])
-def test_attention_takes_what_its_mask_leaves(window, blocks, pairs):
-    """Blocks of 1,024 on a TPU, of which each of 12 heads in 3 rows has 4 × 4; pairs of queries and keys on a GPU."""
+def test_attention_computes_only_unmasked_scores(window, blocks, pairs):
+    """On a TPU by blocks of 1,024: 4 × 4 for each of 12 heads in 3 rows. On a GPU by pairs of queries and keys."""
 
     def loss(q, k, v):
         return attend(q, k, v, causal=True, window=window, implementation="splash").astype(jnp.float32).sum()
 
     q, kv = ((3, 4096, 12, 128), jnp.bfloat16), ((3, 4096, 4, 128), jnp.bfloat16)
     heads, gradient = 3 * 12, jax.grad(loss, (0, 1, 2))
-    for chip, scores, products, kernels in ((V5P, heads * blocks * 1024**2, 2 + 3 + 4, 3), (H100, heads * pairs, 2 + 5, 2)):  # cuDNN's gradients are one kernel
+    for chip, scores, products, kernels in (
+        (V5P, heads * blocks * 1024**2, 2 + 3 + 4, 3),
+        (H100, heads * pairs, 2 + 5, 2),
+    ):  # cuDNN computes all gradients in one kernel
         forward, both = (of_function(function, q, kv, kv, chip=chip).computing["attention kernels"] for function in (loss, gradient))
         matrix, vector = 2 * scores * 128 / chip.flops_per_second, 12 * scores / chip.vector_rate
         assert forward.low == pytest.approx(max(2 * matrix, vector)) and forward.high == pytest.approx(2 * matrix + vector)
@@ -107,7 +110,7 @@ def test_attention_takes_what_its_mask_leaves(window, blocks, pairs):
     [GPT, small_configs.config(GPT, model__scan=True, training__accumulate=2), small_configs.CNN, small_configs.LSTM],
     ids=["gpt", "scan", "cnn", "lstm"],
 )
-def test_flops_are_those_that_are_counted(base):
+def test_flops_equal_counted_ones(base):
     experiment = build_experiment(base)
     work = of_step(experiment, 1)
     run = roofline.traceable(experiment, "gpu").on("tpu")
@@ -116,7 +119,7 @@ def test_flops_are_those_that_are_counted(base):
     assert work.flops == pytest.approx(counted) and counted > 0
 
 
-def test_parts_add_up_and_a_device_of_several_has_its_part():
+def test_shards_of_all_devices_add_up():
     one, many = (build_experiment(small_configs.config(GPT, mesh=sizes(data=n))) for n in (1, 8))
     found, on_tpu = (roofline.estimate_traced(roofline.trace(one, 1, place.chip), place) for place in (topologies.parse("h100x1"), topologies.parse("v5e:1x1")))
     parts = found.parts
@@ -130,24 +133,24 @@ def weights_of_blocks() -> int:
     return LAYERS * 12 * WIDTH**2
 
 
-def test_copies_of_a_model_add_up_its_gradients():
+def test_data_parallelism_reduces_gradients():
     found = collectives(data=4)
     assert set(found) == {("all-reduce", ("data",))}
     vocabulary = build_experiment(GPT).dataset.info["vocab_size"]
-    # In bfloat16, as products give them; the embedding, which is the output too, and is small here, in both ways; positions.
+    # In bfloat16, the type of products: the embedding, which is also the output and small here, in both uses; positions.
     low, high = 2 * weights_of_blocks(), 2 * weights_of_blocks() + 4 * 2 * (2 * vocabulary + TIME) * WIDTH
     assert low < found["all-reduce", ("data",)] <= high
 
 
-def test_shares_of_parameters_are_gathered_and_their_gradients_scattered():
+def test_fsdp_gathers_parameters_and_scatters_gradients():
     found = collectives(fsdp=4)
     assert {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))} <= set(found)
     assert found["reduce-scatter", ("fsdp",)] == pytest.approx(2 * weights_of_blocks(), rel=0.35)
-    # Once for the forward pass and once for the backward pass where the compiler has to; at least once.
+    # At least once; twice if the compiler gathers again for the backward pass.
     assert 2 * weights_of_blocks() <= found["all-gather", ("fsdp",)] <= 2 * 2 * weights_of_blocks() * 1.35
 
 
-def test_parts_of_heads_and_hidden_units_add_up_activations_four_times_a_layer():
+def test_tensor_parallelism_reduces_activations_four_times_a_layer():
     found = collectives(tensor=4)
     activations = 2 * BATCH * TIME * WIDTH
     blocks = 4 * LAYERS * activations
@@ -164,14 +167,14 @@ def test_networks_of_nodes_and_slices():
 
     assert seconds("all-reduce", ("data",), nodes) == pytest.approx(2 * 7 / 8 * size / H100.link_bandwidth)
     assert seconds("all-reduce", ("slices",), nodes) == pytest.approx(size / H100.network_bandwidth)
-    # A ring through both nodes goes through all adapters.
+    # A ring through both nodes uses all network adapters.
     assert seconds("all-reduce", ("slices", "data"), nodes) == pytest.approx(2 * 15 / 16 * size / (8 * H100.network_bandwidth))
     assert seconds("all-gather", ("slices",), slices) == pytest.approx(size / 2 / V5P.network_bandwidth)
     assert seconds("all-gather", ("data",), slices) == pytest.approx(7 / 8 * size / (3 * V5P.link_bandwidth))  # lines of two
     assert seconds("all-to-all", ("tensor",), nodes) == 0
 
 
-# An optimized program of the GPU compiler, cut down to one instruction of each kind.
+# An optimized program of the GPU compiler, reduced to one instruction of each kind.
 PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %added (a: bf16[], b: bf16[]) -> bf16[] {
@@ -252,14 +255,14 @@ def test_a_program_is_read_by_kernels():
     assert found.seconds == pytest.approx(sum(found.parts.values())) and found.cycles is None and found.notes == []
 
 
-def test_the_compilers_own_figures_of_products_count():
+def test_the_compilers_estimates_of_products_are_used():
     own = '{"end_to_end_cycles":0,"exec_time_us":250.5,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}'
     with_own, without = (estimate(PROGRAM.replace("COST", text), topologies.parse("h100x4"), sizes(data=2, tensor=2)) for text in (own, ""))
     product = cost.operation_seconds(H100, flops=2 * 4096 * 2048 * 8192, size=2 * (4096 * 2048 + 2048 * 8192 + 4096 * 8192)).mean
     assert with_own.parts["matrix products"] - without.parts["matrix products"] == pytest.approx(250.5e-6 - product)
 
 
-def test_gradients_of_convolutions_take_as_many_flops():
+def test_gradients_of_convolutions_have_as_many_flops():
     text = '%d = ({}, u8[0]{{0}}) custom-call(%a, %b), window={{size=3x3}}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{}"'
     image, kernel, output = (f"bf16[{shape}]{{3,2,1,0}}" for shape in ("8,16,16,32", "64,3,3,32", "8,16,16,64"))
     expected = 2 * 8 * 16 * 16 * 64 * 9 * 32
@@ -275,7 +278,7 @@ def test_gradients_of_convolutions_take_as_many_flops():
 KEYS = {"topology", "method", "step_seconds_method", "peak_bytes_per_device", "step_seconds", "cycles", "mfu", "model_flops_per_device", "collectives", "notes"}
 
 
-def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkeypatch, tmp_path):
+def test_without_the_compiler_the_plan_is_analytic_with_a_note(monkeypatch, tmp_path):
     monkeypatch.setattr(absent, "has_compiler", lambda platform: False)
     file, where = tmp_path / "plan.json", topologies.parse("2xh100x8")
     experiment = build_experiment(small_configs.config(GPT, mesh=sizes(slices=2, data=2, fsdp=4)))
@@ -289,7 +292,7 @@ def test_without_the_compiler_the_plan_is_the_analytic_models_and_says_so(monkey
     assert any("CUDA plugin" in note and "pip install" in note and plan_lib.MODELS_ARE_LOW in note for note in page["notes"])
 
 
-def test_a_step_that_fits_no_gpu_says_what_to_change(monkeypatch):
+def test_the_error_of_a_step_that_fits_no_gpu_states_what_to_change(monkeypatch):
     monkeypatch.setattr(absent, "has_compiler", lambda platform: False)
     tiny = dataclasses.replace(topologies.parse("h100x1"), chip=dataclasses.replace(H100, memory_bytes=2**16))
     with pytest.raises(compiler.DoesNotFit, match="does not fit h100x1.*Try ") as raised:
@@ -297,15 +300,15 @@ def test_a_step_that_fits_no_gpu_says_what_to_change(monkeypatch):
     assert raised.value.needed > raised.value.available == 2**16
 
 
-def test_a_step_that_needs_more_than_jax_takes_is_told_how_to_have_it():
-    room = topologies.parse("h100x8").chip.memory_per_device
-    assert not plan_lib.gpu_memory_notes(59 * 10**9, room)
-    (note,) = plan_lib.gpu_memory_notes(61 * 10**9, room)
+def test_a_step_that_needs_more_than_jax_allocates_has_a_note():
+    available = topologies.parse("h100x8").chip.memory_per_device
+    assert not plan_lib.gpu_memory_notes(59 * 10**9, available)
+    (note,) = plan_lib.gpu_memory_notes(61 * 10**9, available)
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in note
 
 
-def test_sums_of_what_all_devices_have_alike_need_no_network():
-    """As in the gradient of what is the same on all devices of an axis."""
+def test_sums_of_replicated_values_need_no_network():
+    """As in the gradient of an operand that is replicated along an axis."""
     mesh, where = sizes(data=2, tensor=2), jax.sharding.PartitionSpec
     devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(jax.sharding.AxisType.Auto,) * len(mesh))
 
@@ -320,7 +323,7 @@ def test_sums_of_what_all_devices_have_alike_need_no_network():
     assert (found.kind, found.axes, found.bytes) == ("all-reduce", ("data",), 4 * 4 * 4)
 
 
-def test_an_unknown_gpu_is_told_the_nearest():
+def test_the_error_of_an_unknown_gpu_names_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'h100x8'"):
         topologies.parse("h10x8")
     with pytest.raises(ConfigError, match="2xh100x8"):
@@ -347,13 +350,13 @@ def test_a_step_is_compiled_without_a_gpu(name):
     state = sum(mesh_lib.bytes_per_device(getattr(plan.step.shapes, part)) for part in ("params", "opt_state", "ema"))
     assert plan.peak > state and page["compiler_options"]["xla_gpu_enable_triton_gemm"] is False
     tiny = dataclasses.replace(where, chip=dataclasses.replace(where.chip, memory_bytes=2**16))
-    with pytest.raises(compiler.DoesNotFit, match="says the compiler"):
+    with pytest.raises(compiler.DoesNotFit, match="according to the compiler"):
         plan_lib.make_plan(experiment, tiny)
 
 
 @pytest.fixture(scope="module")
 def benchmark_script():
-    """`benchmarks/plan_gpu.py`, which runs whole on a GPU alone."""
+    """`benchmarks/plan_gpu.py`, which needs a GPU to run in full."""
     path = ROOT / "benchmarks" / "plan_gpu.py"
     spec = importlib.util.spec_from_file_location("plan_gpu", path)
     module = importlib.util.module_from_spec(spec)
@@ -362,7 +365,7 @@ def benchmark_script():
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_a_step_and_asks_for_its_plan(benchmark_script, capsys):
+def test_the_benchmark_runs_a_step_and_its_plan(benchmark_script, capsys):
     config = benchmark_script.CONFIGS["gpt2"] | {"model": {"name": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 16, "attention": "xla"}}
     config["data"] = config["data"] | {"vocab_size": 64, "sequence_length": 16, "batch_size": 4}
     measured = benchmark_script.measure(config, 2)
@@ -376,6 +379,6 @@ def test_the_benchmark_runs_a_step_and_asks_for_its_plan(benchmark_script, capsy
 
 
 @pytest.mark.parametrize("name", ["gpt2", "resnet50"])
-def test_the_benchmarks_configs_are_whole(benchmark_script, name):
+def test_the_configs_of_the_benchmark_build(benchmark_script, name):
     experiment = build_experiment(benchmark_script.CONFIGS[name])
     assert experiment.mesh.data == -1 and experiment.training.precision == "bfloat16"

@@ -1,4 +1,4 @@
-"""The search: which settings it looks at, which it compiles, how it ranks them and why, and what it writes."""
+"""The search: the settings that it models and compiles, their ranking with reasons, and its output."""
 
 import ast
 import collections
@@ -53,7 +53,7 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def settings(decoder):
-    """What the models say of a decoder's settings on four chips: asked once."""
+    """The modelled settings of a decoder on four chips, computed once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "VARIED", 1)
         patch.setattr(search, "MESHES", 8)
@@ -62,7 +62,7 @@ def settings(decoder):
 
 @pytest.fixture
 def modelled(settings, monkeypatch):
-    """The same, for tests of what comes after the models."""
+    """Copies of these, for tests of the compiler stage."""
     monkeypatch.setattr(search, "model_settings", lambda *_: (copy.deepcopy(settings), []))
     return settings
 
@@ -76,22 +76,22 @@ def test_products_are_all_ways_to_factor_a_number():
     assert set(found) == {(a, b, c) for a in range(1, 13) for b in range(1, 13) for c in (1, 2) if a * b * c == 12}
 
 
-def test_meshes_cover_the_devices_and_divide_what_they_cut(decoder):
+def test_meshes_cover_the_devices_and_divide_dimensions(decoder):
     found = [shape for shape, _ in candidates.meshes(decoder, EIGHT)]
     assert {"data": 8} in [{axis: n for axis, n in shape.items() if n > 1} for shape in found]
     for shape in found:
         assert list(shape) == [field.name for field in dataclasses.fields(mesh_lib.MeshSizes)] and math.prod(shape.values()) == 8
         assert 4 % shape["tensor"] == 0 and 4 % shape["pipeline"] == 0  # heads and layers
-        assert shape["context"] == shape["expert"] == 1  # rows are short, and there are no experts
+        assert shape["context"] == shape["expert"] == 1  # short rows, and no experts
         assert 32 % (shape["data"] * shape["fsdp"]) == 0
     assert {shape["tensor"] for shape in found} == {1, 2, 4} and {shape["pipeline"] for shape in found} == {1, 2, 4}
-    # The state of a device is the least where it is spread the most; what cuts the model least comes first.
+    # The most sharded mesh has the smallest state on a device; meshes with the fewest model shards come first.
     sizes = {tuple(shape.values()): state for shape, state in candidates.meshes(decoder, EIGHT)}
     assert sizes[1, 1, 1, 8, 1, 1, 1] < sizes[1, 1, 8, 1, 1, 1, 1] / 5
     assert found[0]["tensor"] * found[0]["pipeline"] == 1
 
 
-def test_meshes_are_of_what_the_model_has(decoder):
+def test_meshes_use_only_axes_of_the_model(decoder):
     def axes(config, place=EIGHT):
         return {axis for shape, _ in candidates.meshes(build_experiment(config), place) for axis, n in shape.items() if n > 1}
 
@@ -103,7 +103,7 @@ def test_meshes_are_of_what_the_model_has(decoder):
     assert all(shape["slices"] == 2 for shape, _ in candidates.meshes(decoder, topologies.parse("2xv5e:2x2")))
 
 
-def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
+def test_context_is_by_heads_if_these_divide(decoder):
     one = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
     heads = {"sharding.context": "heads"}
     assert [candidates.context_changes(decoder, one | mesh) for mesh in ({"context": 4}, {"context": 2, "tensor": 2})] == [heads, heads]
@@ -117,28 +117,28 @@ def test_parts_of_sequences_come_together_by_heads_where_they_divide(decoder):
     assert exchanged.seconds < gathered.seconds
 
 
-def test_accumulation_is_a_choice_where_the_loss_is_a_sum_over_rows(decoder):
+def test_accumulation_is_varied_if_the_loss_is_a_sum_over_rows(decoder):
     mesh = dict.fromkeys(("slices", "pipeline", "data", "fsdp", "expert", "context", "tensor"), 1)
     assert candidates.accumulations(decoder, mesh | {"data": 8}) == [1, 2, 4]  # of 4 rows a device
     assert candidates.accumulations(decoder, mesh | {"data": 4, "pipeline": 2}) == [1, 2, 4]
-    # Batch normalisation and a mixture's load are over all rows of a part.
+    # Batch normalisation and a mixture's load depend on all rows of a microbatch.
     assert candidates.accumulations(build_experiment(RESNET), mesh | {"data": 8}) == [2]
     assert candidates.accumulations(build_experiment(MIXTURE), mesh | {"data": 8}) == [1]
 
 
-def test_activations_to_keep_come_in_the_order_of_what_they_save_for_a_byte(decoder):
+def test_saved_activations_are_ordered_by_flops_per_byte(decoder):
     traced = roofline.trace(candidates.changed(decoder, {"model.remat": "full", "mesh.data": 8}), 8, EIGHT.chip)
-    lists = candidates.keep_lists(traced)
+    lists = candidates.saved_lists(traced)
     assert all(shorter == longer[:-1] for shorter, longer in zip(lists, lists[1:], strict=False))
     assert set(lists[-1]) == {"query", "key", "value", "attention", "middle", "up"}  # input, hidden: no product makes them
     policies = candidates.policies(decoder, traced)
     assert [p["model.remat"] for p in policies if not p["model.offload"]] == ["full", *lists, "dots_no_batch", "dots", "none"]
-    assert all(candidates.changed(decoder, policy) for policy in policies)  # all are values that the model takes
+    assert all(candidates.changed(decoder, policy) for policy in policies)  # the model accepts all values
     assert candidates.policies(build_experiment(RESNET), traced) == [{}]
 
 
 def test_a_candidate_computes_the_same_loss(decoder):
-    """What a search may change is how a step is computed: parameters, data and loss stay."""
+    """A search changes only how a step is computed: parameters, data and loss stay the same."""
     other = candidates.changed(decoder, {"mesh.data": 2, "mesh.fsdp": 4, "model.remat": ("query", "up"), "model.offload": (), "training.accumulate": 2})
     assert other.loading == decoder.loading and other.optimizer is decoder.optimizer and other.mesh.fsdp == 4 and other.training.accumulate == 2
     key, batch = jax.random.key(0), jax.tree.map(lambda s: jax.numpy.ones(s.shape, s.dtype), decoder.batch_shapes(4))
@@ -149,17 +149,17 @@ def test_a_candidate_computes_the_same_loss(decoder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-# The search, with a compiler of its own
+# The search, with a fake compiler
 
 
 class Compiler:
-    """Gives plans of times and sizes by rule, and remembers what it was asked."""
+    """A fake compiler: plans with times and sizes by rule; it records its calls."""
 
     def __init__(self, seconds=lambda changes: 1.0, size=lambda changes: 10**9, problem=lambda changes: None, takes=0.0):
-        self.seconds, self.size, self.problem, self.takes, self.asked = seconds, size, problem, takes, []
+        self.seconds, self.size, self.problem, self.takes, self.calls = seconds, size, problem, takes, []
 
     def process(self, command, log, seconds):
-        """In place of the process of `jaxmodels plan`."""
+        """Replaces the process of `jaxmodels plan`."""
         values = dict(argument.removeprefix("--config.").split("=", 1) for argument in command if argument.startswith("--config."))
         (output,) = (argument.removeprefix("--json=") for argument in command if argument.startswith("--json="))
         plan, _ = self({key: ast.literal_eval(text) for key, text in values.items()}, seconds)
@@ -167,7 +167,7 @@ class Compiler:
         return 0
 
     def __call__(self, changes, seconds):
-        self.asked.append(dict(changes))
+        self.calls.append(dict(changes))
         time.sleep(self.takes)
         if (problem := self.problem(changes)) is not None:
             return None, problem
@@ -177,13 +177,13 @@ class Compiler:
         return page | {"fits": size <= EIGHT.chip.memory_per_device}, ""
 
 
-def test_the_fastest_that_the_compiler_saw_wins_and_the_others_are_told_why(decoder, modelled):
+def test_the_fastest_compiled_setting_is_best_and_the_others_have_reasons(decoder, modelled):
     fastest = search.promising(modelled)[4].changes
     compiler = Compiler(seconds=lambda changes: 1.0 if changes == fastest else 1.25)
     found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
     assert found.best.changes == fastest and found.best.why == ""
-    assert compiler.asked[0]["mesh.data"] == 4 and any(each.own and each.plan for each in found.settings)  # the config's own, first
-    assert len(compiler.asked) <= search.COMPILED
+    assert compiler.calls[0]["mesh.data"] == 4 and any(each.own and each.plan for each in found.settings)  # the config's own, first
+    assert len(compiler.calls) <= search.COMPILED
     slower = [each for each in found.settings[1:] if each.plan]
     assert slower and all(each.why.startswith("25.0% slower: exposed collectives +250 ms") for each in slower)
     rest = [each for each in found.settings if each.state == "modelled"]
@@ -192,7 +192,7 @@ def test_the_fastest_that_the_compiler_saw_wins_and_the_others_are_told_why(deco
     assert order == sorted(order, reverse=True)
 
 
-def test_of_a_mesh_only_some_are_compiled(modelled):
+def test_few_settings_of_the_same_mesh_are_compiled(modelled):
     chosen = search.promising(modelled)
     of_mesh = collections.Counter(tuple(v for k, v in each.changes.items() if k.startswith("mesh.")) for each in chosen if not each.own)
     assert max(of_mesh.values()) == search.SAME and len(of_mesh) > 1
@@ -200,30 +200,30 @@ def test_of_a_mesh_only_some_are_compiled(modelled):
 
 
 @pytest.mark.slow
-def test_what_the_models_say_does_not_fit_is_not_compiled(decoder, monkeypatch):
+def test_settings_that_do_not_fit_by_the_model_are_not_compiled(decoder, monkeypatch):
     monkeypatch.setattr(search, "VARIED", 1)
     least = memory.memory_model(candidates.changed(decoder, {"mesh.data": 4, "model.remat": "full"}), FOUR).total
     place = dataclasses.replace(FOUR, chip=dataclasses.replace(FOUR.chip, memory_bytes=least))
     compiler = Compiler(size=lambda changes: 1)
     found = search.find(decoder, place, budget=300, run=compiler, workers=1)
     large = [each for each in found.settings if each.state == "too large"]
-    assert large and all("does not fit by" in each.why and "says the model" in each.why for each in large)
+    assert large and all("does not fit by" in each.why and "according to the model" in each.why for each in large)
     assert all(each.memory > least for each in large)
-    assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.asked)
+    assert all(each.own or each.memory <= search.MARGIN * least for each in found.settings if each.changes in compiler.calls)
 
 
-def test_what_the_compiler_says_does_not_fit_is_told_and_not_chosen(decoder, modelled):
+def test_settings_that_do_not_fit_by_the_compiler_are_reported_and_not_chosen(decoder, modelled):
     policy = search.promising(modelled)[1].changes["model.remat"]
     compiler = Compiler(size=lambda c: 40 * 10**9 if c["model.remat"] == policy else 10**9, seconds=lambda c: 1.0 if c["model.remat"] == policy else 2.0)
     found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
     assert found.best.changes["model.remat"] != policy and found.best.plan is not None
     over = (40 * 10**9 - FOUR.chip.memory_per_device) / 1e9
-    assert f"does not fit by {over:.1f} GB, says the compiler" in [each.why for each in found.settings if each.state == "too large"]
-    with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, takes 100.0 GB"):
+    assert f"does not fit by {over:.1f} GB, according to the compiler" in [each.why for each in found.settings if each.state == "too large"]
+    with pytest.raises(ConfigError, match="no setting fits a device's 16.9 GB; the nearest, data=8, needs 100.0 GB"):
         search.rank([search.Candidate({"mesh.data": 8}, state="too large", memory=10**11)], FOUR.chip.memory_per_device)
 
 
-def test_failures_and_lateness_are_told(decoder, modelled):
+def test_failures_and_timeouts_are_reported(decoder, modelled):
     broken, late = (search.promising(modelled)[i].changes for i in (1, 2))
     compiler = Compiler(problem=lambda c: {True: "the compiler broke"}.get(c == broken, search.OUT_OF_TIME if c == late else None))
     found = search.find(decoder, FOUR, budget=300, run=compiler, workers=2)
@@ -232,38 +232,38 @@ def test_failures_and_lateness_are_told(decoder, modelled):
     assert found.best.state == "compiled"
 
 
-def test_no_compilation_begins_that_would_not_end_in_time():
+def test_no_compilation_starts_that_would_end_too_late():
     compiler, notes = Compiler(takes=0.4), []
     settings = [search.Candidate({"mesh.data": n, "model.remat": "none"}, own=n == 1, seconds=1.0, memory=1) for n in range(1, 9)]
     started = time.monotonic()
     search.compile_promising(settings, compiler, 1, started + 1.0, notes)
-    assert time.monotonic() - started < 1.4 and 1 <= len(compiler.asked) <= 2
-    assert compiler.asked[0]["mesh.data"] == 1
-    assert notes == [f"{8 - len(compiler.asked)} promising settings were not compiled: the time was over (a larger --budget has room for them)"]
+    assert time.monotonic() - started < 1.4 and 1 <= len(compiler.calls) <= 2
+    assert compiler.calls[0]["mesh.data"] == 1
+    assert notes == [f"{8 - len(compiler.calls)} promising settings were not compiled within the budget; raise --budget to compile them"]
 
 
-def test_no_more_settings_are_modelled_than_there_is_time_for(decoder):
+def test_modelling_ends_with_its_time(decoder):
     settings, notes = search.model_settings(decoder, FOUR, time.monotonic())
     assert len(settings) == 1 and settings[0].own
-    assert any("the time for the models was over" in note for note in notes)
+    assert any("were not modelled within the budget" in note for note in notes)
 
 
-def test_without_a_compiler_the_models_rank_and_say_so(decoder, modelled):
+def test_without_a_compiler_the_ranking_is_the_models_with_a_note(decoder, modelled):
     found = search.find(decoder, FOUR, budget=300, run=None, workers=1)
-    assert "ranked by the analytic models" in found.notes[-1]
+    assert "the ranking is that of the analytic models" in found.notes[-1]
     seconds = [each.seconds for each in found.settings if each.state == "modelled"]
     assert seconds == sorted(seconds) and found.best.plan is None
     assert {each.changes["model.remat"] for each in found.settings} >= {"none", "full", "dots"}
-    # What is sent costs: cutting every matrix of so small a model is never the best.
+    # Collectives take time: sharding every matrix of so small a model is never the fastest.
     assert found.best.changes["mesh.tensor"] == 1
 
 
-def test_a_config_of_another_topology_is_searched_too(monkeypatch):
+def test_a_config_for_another_topology_can_be_searched(monkeypatch):
     monkeypatch.setattr(search, "MESHES", 1)
     monkeypatch.setattr(search, "VARIED", 0)
     found = search.find(build_experiment(small_configs.config(DECODER, mesh__fsdp=64, mesh__data=1)), FOUR, budget=300, run=None, workers=1)
     assert not any(each.own for each in found.settings)
-    assert any("the config's own setting is not among these" in note and "64 devices" in note for note in found.notes)
+    assert any("the config's own setting is not ranked" in note and "64 devices" in note for note in found.notes)
 
 
 # Files
@@ -277,27 +277,27 @@ def config_file(tmp_path):
     return file
 
 
-def test_a_second_search_is_the_first_again_and_says_so(config_file, modelled, monkeypatch):
+def test_a_second_search_is_read_from_the_cache(config_file, modelled, monkeypatch):
     compiler = Compiler(seconds=lambda c: 1.0 + c["mesh.tensor"] / 10)
     monkeypatch.setattr(absent, "has_compiler", lambda platform: True)
     monkeypatch.setattr(search, "run_process", compiler.process)
     first = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=200)
-    asked = len(compiler.asked)
+    calls = len(compiler.calls)
     again = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=100)
-    assert asked and len(compiler.asked) == asked and again.cached and not first.cached
+    assert calls and len(compiler.calls) == calls and again.cached and not first.cached
     assert again.settings == first.settings and again.seconds == first.seconds
     output = Console(width=200, record=True, quiet=True)
     plan_output.print_search(again, output)
-    # More time searches on, but compiles nothing again; another config or topology is another question.
+    # A larger budget continues the search without compiling again; another config or topology is another search.
     longer = search.search(str(config_file), {"optimizer.learning_rate": "0.01"}, "v5e:2x2", budget=300)
-    assert not longer.cached and len(compiler.asked) == asked
+    assert not longer.cached and len(compiler.calls) == calls
     search.search(str(config_file), {"optimizer.learning_rate": "0.02"}, "v5e:2x2", budget=200)
-    assert len(compiler.asked) > asked
+    assert len(compiler.calls) > calls
     json.dumps(first.to_json())
 
 
 @pytest.mark.parametrize("ending", ["py", "json"])
-def test_the_winner_is_a_config_that_loads_and_is_what_was_found(config_file, tmp_path, ending):
+def test_the_written_config_loads_and_equals_the_best_setting(config_file, tmp_path, ending):
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "training.accumulate": 2, "model.remat": ("query", "up"), "model.offload": ()}
     found = search.SearchResult("v5e:2x4", [search.Candidate(changes, seconds=0.1, memory=10**9)], [], 1.0)
     written = tmp_path / f"best.{ending}"
@@ -314,8 +314,8 @@ def test_the_winner_is_a_config_that_loads_and_is_what_was_found(config_file, tm
         plan_files.check_output(str(tmp_path / "nowhere" / "best.py"))
 
 
-def test_the_command_of_a_setting_ends_with_its_time_and_all_it_started(tmp_path, monkeypatch):
-    """The process that a setting is compiled in has a child, which outlives a plain kill."""
+def test_the_command_of_a_setting_and_its_children_end_at_the_time_limit(tmp_path, monkeypatch):
+    """The process that compiles a setting has a child, which would survive a kill of the process alone."""
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
     program.chmod(0o755)

@@ -1,8 +1,8 @@
-"""The train steps of large models, compiled for 64 TPU chips that are not here: they fit, and send what they should.
+"""The train steps of large models, compiled for 64 absent TPU chips: they fit, and have the expected collectives.
 
     JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 pytest -m tpu_compiler -n 0 -s tests/plan/test_tpu_compiler.py
 
-It needs `pip install 'jaxmodels[plan]'`, and prints a line of figures for each. The variable is JAX's own: the compiler then tries less
+It needs `pip install 'jaxmodels[plan]'`, and prints a line of figures for each. JAX defines the variable: with it the compiler optimizes less
 for speed and takes a third of the time, which changes the memory a little; without it, the programs are those of a real run.
 """
 
@@ -35,11 +35,11 @@ FULLY_SHARDED = ("gpt2_xl", "llama3_8b:64", "llama3_8b:tensor", "llama3_8b:128k"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between devices.
+    """A collective.
 
     Attributes:
       kind: `all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all` or `collective-permute`.
-      sizes: numbers of values of its results (of an all-reduce that a reduce-scatter is made of: before it is cut).
+      sizes: numbers of values of its results (for a reduce-scatter written as an all-reduce: before slicing).
       loop: whether it is in the body of a loop.
     """
 
@@ -50,14 +50,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What is said of one compiled step.
+    """Figures of one compiled step.
 
     Attributes:
-      memory: as `compiler.memory`.
+      memory: as `compiler.memory` returns.
       state: its bytes on a device.
       collectives: between two devices or more.
-      carried: of each loop how many arrays of which dimensions, in ascending order, it passes from one turn to the next.
-      matrices: of blocks, by path: shapes of what a device keeps, and of what it multiplies with, of all layers.
+      carried: for each loop, the number of carried arrays by their dimensions in ascending order.
+      matrices: of blocks, by path: the shapes that a device stores and those that it multiplies with, for all layers.
     """
 
     memory: dict
@@ -69,7 +69,7 @@ class Figures:
 
 @functools.cache
 def compiled(name: str, topology: str) -> Figures:
-    """Compiles the step of `configs/NAME.py[:VARIANT]`, and prints its line."""
+    """Compile the step of `configs/NAME.py[:VARIANT]`, and print its figures."""
     file, _, variant = name.partition(":")
     experiment = build_experiment(load_config(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else "")))
     step = compiler.compile_step(experiment, topology)
@@ -92,14 +92,14 @@ def compiled(name: str, topology: str) -> Figures:
 
 
 def multiplied(path: str, x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape of what a device multiplies with of a parameter: all but what the axes `tensor`, and of experts `expert`, take apart."""
+    """Return the shape of a parameter that a device multiplies with: sharded only over `tensor`, and for experts over `expert`."""
     apart = {"tensor"} | ({"expert"} if "/experts/" in path else set())
     spec = [(axes,) if isinstance(axes, str) else axes or () for axes in x.sharding.spec]
     return tuple(n // math.prod(x.sharding.mesh.shape[axis] for axis in apart & set(axes)) for n, axes in itertools.zip_longest(x.shape, spec, fillvalue=()))
 
 
 def shapes_of(types: str) -> list[tuple[int, ...]]:
-    """Of the arrays in the text of a type."""
+    """Return the sizes of the arrays in the text of a type."""
     shapes = re.findall(r"(?:bf16|f32|s32|u32|pred|s8|u8)\[([\d,]*)\]", types)
     return [tuple(int(n) for n in shape.split(",") if n) for shape in shapes]
 
@@ -112,7 +112,7 @@ def carried(program: str) -> list[collections.Counter]:
 
 
 def collectives(program: str) -> list[Collective]:
-    """Those of a TPU program as text."""
+    """Return the collectives of a TPU program's text."""
     computations, name = {}, None
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -133,7 +133,7 @@ def collectives(program: str) -> list[Collective]:
     for name, lines in computations.items():
         for line in lines:
             match = re.match(pattern, line)
-            # In a group of one device there is nothing to send.
+            # A group of one device sends nothing.
             if match is None or re.search(r"replica_groups=\{\{\d+\}[,}]", line):
                 continue
             # On TPUs a reduce-scatter may be a computation around an all-reduce.
@@ -147,18 +147,18 @@ def collectives(program: str) -> list[Collective]:
 def test_the_step_compiles_and_fits(name, topology):
     figures = compiled(name, topology)
     assert figures.memory["total"] < topologies.parse(topology).chip.memory_per_device
-    # What it is given is the state, in its shares, and a batch.
+    # The arguments are the sharded state and a batch.
     assert figures.state <= figures.memory["arguments"] < 1.1 * figures.state + 64e6
-    # The new state takes the old one's place.
+    # The new state replaces the old one in place.
     assert figures.memory["aliased"] >= 0.99 * figures.state
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", FULLY_SHARDED)
-def test_parameters_come_together_layer_by_layer_and_gradients_go_apart_likewise(name, topology):
-    """How, is the compiler's choice: it gathers as such, or as a sum of parts in zeros; and it scatters a sum as such, by passing parts
-    on beside a matrix product, or by making it whole and cutting the share out of it. Whichever it is, a loop that gives gradients
-    layer by layer carries, beside the shares of all parameters, as many shares of gradients, and never a stack of whole ones."""
+def test_parameters_are_gathered_layer_by_layer_and_gradients_scattered_likewise(name, topology):
+    """The compiler chooses how. It gathers by an all-gather, or by a sum of zero-padded shards. It scatters by a reduce-scatter, by sending
+    shards during a matrix product, or by an all-reduce and a slice. In each case a loop that returns gradients layer by layer carries the
+    shards of all parameters and as many shards of gradients, but no stack of unsharded ones."""
     figures = compiled(name, topology)
 
     def sizes(kind, loop):
@@ -176,6 +176,6 @@ def test_parameters_come_together_layer_by_layer_and_gradients_go_apart_likewise
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_goes_from_all_to_all_but_tokens_to_their_experts(name, topology):
+def test_only_tokens_of_experts_use_all_to_all(name, topology):
     found = [c for c in compiled(name, topology).collectives if "all-to-all" in c.kind]
     assert not found or name.startswith("mixtral"), found

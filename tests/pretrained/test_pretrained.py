@@ -1,4 +1,4 @@
-"""Pretrained weights in and out, against `transformers` on the same weights."""
+"""Import and export of pretrained weights, against `transformers` on the same weights."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from jaxmodels.pretrained.weights import load_model, resolve_options
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """name -> (folder of a pretrained model, the model), made once."""
+    """name -> (folder of a pretrained model, the model), created once."""
     made = {}
 
     def get(name):
@@ -58,7 +58,7 @@ def test_logits_are_those_of_transformers(folder, name):
 
 
 @pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "vit"))
-def test_stacked_layers_are_read_too(folder, name):
+def test_stacked_layers_are_read(folder, name):
     path, model = folder(name)
     arrays = random_pretrained.inputs(name)
     plain, stacked = load_model(f"hf:{path}"), load_model(f"hf:{path}", scan=True)
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_transformers(folder):
         for ours, other in pairs.items():
             expected = theirs[other].grad.numpy()
             expected = expected.T if ours.endswith("kernel") else expected
-            if name == "bert" and ours == "embed/embedding":  # `transformers` gives the row that pads no gradient
+            if name == "bert" and ours == "embed/embedding":  # the row of the padding token has no gradient in `transformers`
                 expected, gradients[ours] = expected[1:], gradients[ours][1:]
             assert np.abs(expected).max() > 1e-5
             np.testing.assert_allclose(gradients[ours], expected, rtol=1e-3, atol=2e-6, err_msg=f"{name} {ours}")
@@ -116,7 +116,7 @@ def test_bfloat16_and_other_types(folder, tmp_path):
 
 
 def test_weights_of_the_base_model_alone(folder, tmp_path):
-    """As GPT-2's are on the hub: without the prefix of the class with a head."""
+    """As for GPT-2 on the hub: without the prefix of the class with a head."""
     for name in ("gpt2", "bert_classes"):
         path, model = folder(name)
         model.base_model.save_pretrained(tmp_path / name)
@@ -131,7 +131,7 @@ def test_weights_of_the_base_model_alone(folder, tmp_path):
 
 
 def test_names_of_older_files(folder, tmp_path):
-    """gamma and beta of BERT's first conversion, and the copies and constants that older files hold."""
+    """gamma and beta of BERT's first conversion, and the copies and constants in older files."""
     path, model = folder("bert")
     old = tmp_path / "old"
     shutil.copytree(path, old)
@@ -167,7 +167,7 @@ def test_import_and_export_give_every_tensor_back(folder, tmp_path, name):
         np.testing.assert_array_equal(random_pretrained.logits(again.eval(), arrays), random_pretrained.logits(model, arrays))
 
 
-def test_a_model_that_needs_its_tokenizer_comes_back_with_it(tmp_path):
+def test_a_model_is_exported_with_its_tokenizer(tmp_path):
     """T5 and BERT's masked language model: every tensor, and every file of the tokenizer."""
     sizes = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
     models_there = {"t5": pretrained_folders.t5(tmp_path / "t5"), "bert": pretrained_folders.bert(tmp_path / "bert")}
@@ -198,13 +198,13 @@ def _train(tmp_path, config, data):
     return export_run(str(tmp_path / "run"), str(tmp_path / "out"))
 
 
-def test_what_was_trained_here_is_the_same_there(tmp_path):
-    """A decoder like Llama with stacked layers, and a classifier of texts without kinds of tokens: trained from nothing, exported."""
+def test_models_trained_here_are_the_same_in_transformers(tmp_path):
+    """A decoder like Llama with stacked layers, and a text classifier without token types: trained from random weights, exported."""
     check_trained_here(tmp_path, "llama", "encoder")
 
 
 @pytest.mark.slow
-def test_what_was_trained_here_is_the_same_there_of_more_kinds(tmp_path):
+def test_more_models_trained_here_are_the_same_in_transformers(tmp_path):
     """pytest -m slow tests/pretrained/test_pretrained.py: a decoder like GPT-2, and a ViT."""
     check_trained_here(tmp_path, "gpt", "vit")
 
@@ -258,7 +258,7 @@ def test_adapters_are_merged(folder, tmp_path):
     assert set(before) - same == {key for key in before if "q_proj" in key or "up_proj" in key or "embed_tokens" in key}
 
 
-def test_heads_that_are_not_there_are_made_anew_and_said(folder, tmp_path, capsys):
+def test_missing_heads_are_initialised_with_a_message(folder, tmp_path, capsys):
     path, _ = folder("bert")
     data = {"train": {"tokens": np.full((4, 8), 5, np.int32), "label": np.arange(4, dtype=np.int32) % 2}}
     config = {"init_from": f"hf:{path}", "task": "classify_text", "data": {"source": "arrays", "batch_size": 4}, "model": {"dropout": 0.0}}
@@ -275,7 +275,7 @@ def test_heads_that_are_not_there_are_made_anew_and_said(folder, tmp_path, capsy
     assert model.head.output.kernel.shape == (32, 2)
 
 
-def test_a_run_borrows_frozen_weights_and_notices_others_in_their_place(folder, tmp_path):
+def test_a_run_reads_frozen_weights_from_its_source_and_detects_a_change(folder, tmp_path):
     path = tmp_path / "published"
     shutil.copytree(folder("gpt2")[0], path)
     tokens = np.full((4, 9), 98, np.int32)
@@ -286,7 +286,7 @@ def test_a_run_borrows_frozen_weights_and_notices_others_in_their_place(folder, 
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     shutil.move(tmp_path / "run", moved / "run")
-    shutil.move(path, moved / "published")  # in the same place, seen from the run
+    shutil.move(path, moved / "published")  # at the same path relative to the run
     np.testing.assert_array_equal(jaxmodels.load(str(moved / "run")).predict({"tokens": tokens}), first)
     shutil.rmtree(moved / "published")
     shutil.copytree(folder("gpt2_untied_wide")[0], moved / "published")
@@ -294,8 +294,8 @@ def test_a_run_borrows_frozen_weights_and_notices_others_in_their_place(folder, 
         jaxmodels.load(str(moved / "run"))
 
 
-def test_every_device_reads_its_own_part(folder):
-    """Over eight devices, in shards: each part of a parameter is that part of the file."""
+def test_every_device_reads_only_its_shard(folder):
+    """Sharded over eight devices: each shard of a parameter equals that part of the file."""
     path, _ = folder("mixtral")
     code = f"""
         import jax, numpy as np
@@ -305,18 +305,18 @@ def test_every_device_reads_its_own_part(folder):
         section = published.model_section("hf:{path}") | {{"scan": True}}
         found = published.locate("hf:{path}", section, [])
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
-        asked = []
+        calls = []
         values = LazyParameter.values
-        LazyParameter.values = lambda self, ranges, dtype: asked.append(ranges) or values(self, ranges, dtype)
+        LazyParameter.values = lambda self, ranges, dtype: calls.append(ranges) or values(self, ranges, dtype)
         specs = {{"blocks/mlp/experts/up/kernel": P(None, "b", "a", None), "embed/embedding": P(None, "b")}}
         specs["blocks/attention/query/kernel"] = P("a", None, "b")
         for path, spec in specs.items():
             whole = found.arrays[path].values([(0, n) for n in found.arrays[path].shape], np.float32)
-            asked.clear()
+            calls.clear()
             array = found.arrays[path].read(np.float32, NamedSharding(mesh, spec))
             size = array.addressable_shards[0].data.size
-            assert len(asked) == whole.size // size, (path, asked)
-            assert all(np.prod([b - a for a, b in ranges]) == size for ranges in asked), (path, asked)
+            assert len(calls) == whole.size // size, (path, calls)
+            assert all(np.prod([b - a for a, b in ranges]) == size for ranges in calls), (path, calls)
             np.testing.assert_array_equal(np.asarray(array), whole)
         print("same")
     """
@@ -335,14 +335,14 @@ def test_every_device_reads_its_own_part(folder):
         ({"name": "lstm"}, "'lstm' has no equivalent in `transformers`"),
     ],
 )
-def test_what_transformers_has_not_is_refused(model, problem):
+def test_models_without_an_equivalent_in_transformers_are_errors(model, problem):
     model = {"name": model["name"]} | resolve_options(model["name"], {key: value for key, value in model.items() if key != "name"})
     with pytest.raises(ConfigError, match=problem):
         choose(model, {})
 
 
-def test_published_sizes_are_found_again():
-    """Every size of a published decoder and encoder here is what its architecture makes of it."""
+def test_published_sizes_survive_a_round_trip():
+    """Export and import of the config give every published size of decoders and encoders again."""
     published_as = {
         "gpt2": ("gpt2-xl",),
         "llama": ("llama2-7b", "llama3.1-8b", "llama3.2-1b"),
@@ -362,7 +362,7 @@ def test_published_sizes_are_found_again():
             assert choose({"name": name} | resolve_options(name, models.find(name)[1]), {})[0].name == architecture
 
 
-def test_config_says_what_a_config_json_decided(folder, tmp_path, jaxmodels_command):
+def test_config_shows_the_options_of_config_json(folder, tmp_path, jaxmodels_command):
     path, _ = folder("gpt2")
     config = {"init_from": f"hf:{path}", "model": {"dropout": 0.0}, "task": "language_model", "seed": 0}
     config["data"] = {"source": "python_docs", "sequence_length": 8, "batch_size": 2}
@@ -373,8 +373,8 @@ def test_config_says_what_a_config_json_decided(folder, tmp_path, jaxmodels_comm
     assert lines["model.dropout"].endswith("file") and lines["model.scan"].endswith("default")
 
 
-def test_a_model_of_the_hub_is_found_by_its_id(folder, tmp_path, monkeypatch):
-    """In the hub's own cache, where a download puts it: files are links to blobs outside of the snapshot's folder."""
+def test_a_model_in_the_hubs_cache_is_found_by_its_id(folder, tmp_path, monkeypatch):
+    """In the cache, files are links to blobs outside of the snapshot's folder."""
     from huggingface_hub import constants
 
     path, model = folder("gpt2")

@@ -1,4 +1,4 @@
-"""Pretrained models that are not what they say, or not what is known here: one clear error each, nothing half-written."""
+"""Invalid and unsupported pretrained models: one clear error each, and no incomplete output."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from jaxmodels.pretrained import safetensors
 from jaxmodels.pretrained.safetensors import ToWrite
 from jaxmodels.pretrained.weights import load_model, locate, model_section, resolve_options
 
-# architecture -> a published size of it, and options of its config.json whose other values change the result.
+# architecture -> one of its published sizes, and unsupported values of its config.json that would change the result.
 OTHER = {
     "bert": ("bert-base", {"position_embedding_type": "relative_key", "is_decoder": True, "hidden_act": "mish"}),
     "roberta": ("roberta-base", {"hidden_act": "relu", "add_cross_attention": True}),
@@ -39,7 +39,7 @@ REST = {"data": {"source": "arrays", "batch_size": 2}, "optimizer": {"name": "sg
 
 
 def written(path, name: str, **changes):
-    """A folder with the config.json of a published size, and no tensors."""
+    """Write a folder with the config.json of a published size, without tensors."""
     size, _ = OTHER[name]
     architecture = architecture_lib.load(name)
     values = architecture.config(resolve_options(architecture.model, models.find(size)[1])) | {"model_type": name, "vocab_size": 100}
@@ -50,7 +50,7 @@ def written(path, name: str, **changes):
 
 
 @pytest.mark.parametrize("name", architecture_lib.ARCHITECTURES)
-def test_options_that_change_the_result_are_refused_by_name(tmp_path, name):
+def test_options_that_change_the_result_are_errors_with_their_names(tmp_path, name):
     architecture, (_, other) = architecture_lib.load(name), OTHER[name]
     assert model_section(written(tmp_path / "good", name))["name"] == architecture.model
     for key, value in other.items():
@@ -78,7 +78,7 @@ def test_sizes_that_are_missing_or_no_config_at_all(tmp_path):
         model_section(reference)
 
 
-def test_an_architecture_that_is_not_known_is_refused_with_the_list(tmp_path):
+def test_the_error_of_an_unknown_architecture_lists_the_known_ones(tmp_path):
     with pytest.raises(ConfigError, match="model_type='lama' is not supported; there are bert, roberta, .*resnet.* Did you mean 'llama'") as error:
         model_section(written(tmp_path, "llama", model_type="lama"))
     assert all(name in str(error.value) for name in architecture_lib.ARCHITECTURES)
@@ -89,14 +89,14 @@ def test_an_architecture_that_is_not_known_is_refused_with_the_list(tmp_path):
 @pytest.mark.parametrize(
     "sizes", [{"hidden_size": "eight"}, {"num_attention_heads": 0}, {"hidden_size": None}, {"num_hidden_layers": -1}, {"num_attention_heads": 7}]
 )
-def test_sizes_that_make_no_model(tmp_path, sizes):
+def test_inconsistent_sizes(tmp_path, sizes):
     with pytest.raises(ConfigError) as error:
         load_model(written(tmp_path, "llama", **sizes))
     assert "\n" not in str(error.value)
 
 
-def test_names_that_mean_no_model(tmp_path):
-    """A hub id that is not here cannot be asked for without a network."""
+def test_names_without_a_model(tmp_path):
+    """A hub id that is not in the cache needs a network."""
     for reference, problem in {
         "hf:": "is named hf:FOLDER or hf:OWNER/NAME",
         f"hf:{tmp_path}/none": "there is no folder",
@@ -110,7 +110,7 @@ def test_names_that_mean_no_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A whole pretrained model, by our own export of a run."""
+    """A complete pretrained model, exported from a run."""
     place = tmp_path_factory.mktemp("llama")
     config = {"model": LLAMA, "task": {"name": "language_model", "sample_length": 0}} | REST
     return export_run(untrained_run(config, {"vocab_size": VOCABULARY}, place / "run"), str(place / "out"))
@@ -118,12 +118,12 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def copy(llama, tmp_path):
-    """Its folder, to be spoilt."""
+    """A copy of its folder, to be damaged."""
     return shutil.copytree(llama, tmp_path / "copy")
 
 
 def rewrite(folder, change):
-    """Its tensors, changed by a function of a dictionary of arrays."""
+    """Change its tensors with a function of a dictionary of arrays."""
     arrays = {name: np.array(x.view()) for name, x in safetensors.read_header(folder / "model.safetensors").items()}
     change(arrays)
     safetensors.write(folder / "model.safetensors", {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}, {})
@@ -166,27 +166,27 @@ def test_experts_that_differ_in_shape_are_refused(tmp_path):
     assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): their shapes must be equal" in str(error.value)
 
 
-def test_a_model_of_another_kind_than_the_published_one(copy):
+def test_a_model_of_another_kind_than_the_pretrained_one(copy):
     for model in ("bert-base", "lstm", "vit_b16"):
         with pytest.raises(ConfigError, match=f"config.model.name='{model}': .* is a llama; leave the name out"):
             locate(f"hf:{copy}", {"name": model} | models.find(model)[1], [])
 
 
-def test_a_folder_with_a_pickle_alone(copy):
+def test_a_folder_with_only_a_pickle(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="pytorch_model.bin, a pickle, which can execute code when loaded; only safetensors files are"):
         load_model(f"hf:{copy}")
 
 
 def with_tokenizer(folder):
-    """More tokens than the model has rows."""
+    """A tokenizer with more tokens than the model has rows."""
     tokenizer = tokenizer_folders.byte_level(["<|endoftext|>"])
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     return tokenizer_folders.write(folder, {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(settings)})
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(copy, tmp_path):
-    """Where the model is imported, and where a run starts from it."""
+    """An error when the model is imported, and when a run starts from it."""
     with_tokenizer(copy)
     from jaxmodels.inference.pretrained import import_run
 
@@ -200,7 +200,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(copy, tmp_path):
     [
         (lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1]), "is truncated"),
         (lambda path: rewrite(path, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
-        (lambda path: rewrite(path, lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)})), "shape differs: (8, 8) here, (6, 8) there"),
+        (lambda path: rewrite(path, lambda t: t.update({QUERY: np.zeros((8, 6), np.float32)})), "shape differs: (8, 8) in this model, (6, 8) in the other run"),
         (lambda path: (path / "config.json").write_text('{"model_type": "falcon"}'), "model_type='falcon' is not supported"),
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "a pickle"),
     ],
@@ -217,6 +217,6 @@ def test_commands_end_with_status_2_and_write_nothing(copy, tmp_path, capsys, mo
     commands.append(["generate", f"--workdir=hf:{copy}", "--prompt=a"])
     for command in commands:
         assert cli.run(command) == 2, command
-        said = capsys.readouterr().err
-        assert problem in said and said.startswith("jaxmodels: ") and "Traceback" not in said
+        printed = capsys.readouterr().err
+        assert problem in printed and printed.startswith("jaxmodels: ") and "Traceback" not in printed
         assert not (tmp_path / "run").exists()

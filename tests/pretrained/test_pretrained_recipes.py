@@ -1,4 +1,4 @@
-"""Fine-tuning pretrained weights: the losses are PyTorch's, and every recipe trains from a folder of random weights.
+"""Fine-tuning pretrained weights: losses equal PyTorch's, and every recipe trains from a folder with random weights.
 
 pytest tests/pretrained/test_pretrained_recipes.py -m slow     # the recipes that the default suite leaves out
 """
@@ -22,7 +22,7 @@ WORDS = " ".join(LINES).split()
 
 
 def write_data(folder, name: str) -> dict:
-    """Data of a recipe's kind in small; returns what of the config it changes."""
+    """Write small data of a recipe's kind; return the changes of the config."""
     draw = np.random.default_rng(0)
 
     def text(count):
@@ -82,7 +82,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded(name, tmp_path):
     assert len(losses) == 2 and np.isfinite(losses).all() and any(line["split"] == "validation" for line in lines)
     parent = json.loads((tmp_path / "run" / "manifest.json").read_text())["parents"][0]
     assert parent["run"] == f"hf:{folder}" and len(parent["taken"]) > 10
-    # What has no weights there is initialised anew: the new head of a fine-tuned encoder, the adapters.
+    # Parameters without pretrained weights are initialised: the new head of a fine-tuned encoder, the adapters.
     fresh = {"bert_hf_sst2": "head/output", "bert_hf_ner": "head/output", "llama_hf_sft_lora": "lora_", "vit_hf_cifar10": "output/"}.get(name)
     assert all(fresh and fresh in path for path in parent["initialised"]) and bool(parent["initialised"]) == bool(fresh)
     loaded = jaxmodels.load(run)
@@ -94,7 +94,7 @@ def test_a_recipe_trains_evaluates_and_is_loaded(name, tmp_path):
 
 
 def padded_rows(rows: int, length: int) -> dict[str, np.ndarray]:
-    """Tokens between [CLS] and [SEP], of many lengths, padded with -1, and labels."""
+    """Return tokens between [CLS] and [SEP], of different lengths, padded with -1, and labels."""
     draw = np.random.default_rng(1)
     tokens = np.full((rows, length), -1, np.int32)
     for row, size in zip(tokens, draw.integers(3, length + 1, rows), strict=True):
@@ -133,8 +133,8 @@ def test_ten_steps_from_imported_bert_are_those_of_pytorch(tmp_path):
     assert max(theirs) - min(theirs) > 0.05, "the losses differ from step to step"
 
 
-def test_images_are_those_of_the_published_preprocessor():
-    """What `task.resize`, `task.mean` and `task.std` make of an image is what `transformers` makes of it, to a step of its rounding to bytes."""
+def test_images_are_those_of_the_pretrained_preprocessor():
+    """`task.resize`, `task.mean` and `task.std` give the image of `transformers`, to a step of its rounding to bytes."""
     import jax
     import transformers
 

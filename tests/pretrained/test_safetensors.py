@@ -1,4 +1,4 @@
-"""The safetensors format against its own library, both ways, and every file that is not what it says."""
+"""Reading and writing the safetensors format, against its library; and invalid files."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SHAPES = {"matrix": (3, 5), "scalar": (), "empty": (0, 4), "long": (7,)}
 
 
 def raw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random bytes as an array of a type, with no bits that mean nothing."""
+    """Return random bytes as an array of a type, without unused bits."""
     dtype = DTYPES[name]
     values = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
     return (values.astype(np.float32) - 50.5).astype(dtype) if name[0] in "FB" and name != "BOOL" else values
@@ -49,7 +49,7 @@ def test_every_type_is_in_this_table():
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_tensors_of_a_type_go_both_ways(tmp_path, name):
+def test_tensors_of_a_type_are_read_and_written(tmp_path, name):
     ours = {key: raw(name, shape) for key, shape in SHAPES.items()}
     write(tmp_path / "ours", {key: to_write(x) for key, x in ours.items()}, {"format": "pt", "note": "ünïcode"})
     theirs = safetensors.torch.load_file(tmp_path / "ours")
@@ -66,7 +66,7 @@ def test_tensors_of_a_type_go_both_ways(tmp_path, name):
 
 
 def test_a_slice_reads_no_more_than_itself(tmp_path):
-    """Of a tensor of a tebibyte, most of it a hole in the file, single values."""
+    """Single values of a tensor of a tebibyte, most of which is a hole in the file."""
     rows, columns = 2**20, 2**18
     header = json.dumps({"large": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, rows * columns * 4]}}).encode()
     start = 8 + len(header)
@@ -80,7 +80,7 @@ def test_a_slice_reads_no_more_than_itself(tmp_path):
     assert view.T[5:7, 123_456:123_458].tolist() == [[1.5, 0], [2.5, 0]]
 
 
-def test_tensors_are_asked_for_one_at_a_time_and_a_file_is_whole_or_not_there(tmp_path):
+def test_tensors_are_requested_one_at_a_time_and_files_are_complete_or_absent(tmp_path):
     order = []
 
     def values(name, x):
@@ -144,19 +144,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, kind):
+def test_invalid_files_are_errors(tmp_path, kind):
     content, problem = BAD[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=problem) as error:
         read_header(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and "again" in str(error.value)
-    with pytest.raises(Exception):  # noqa: B017, PT011  the library does not read it either; what it raises is its own
+    with pytest.raises(Exception):  # noqa: B017, PT011  the library fails, too; the type of its error does not matter
         safetensors.torch.load_file(path)
 
 
 @pytest.mark.parametrize("cut", [1, 8, 100])
-def test_every_truncation_of_a_real_file_is_refused(tmp_path, cut):
+def test_every_truncation_of_a_file_is_an_error(tmp_path, cut):
     write(tmp_path / "whole", {"a": to_write(np.zeros((4, 8), np.float32)), "b": to_write(np.zeros(3, np.float32))}, {})
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-cut])
     with pytest.raises(ConfigError, match="is truncated|not a complete safetensors file"):

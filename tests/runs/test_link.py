@@ -1,4 +1,4 @@
-"""The link between runs: freezing, adapters, learning rates by path, lineage, and parents that stay."""
+"""The link between runs: freezing, adapters, learning rates by path, lineage, and protected parents."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def run(config, workdir, **options):
 
 
 def steps(config, count=2):
-    """The first state and the one after some steps."""
+    """Return the first state and the one after some steps."""
     experiment = build_experiment(config)
     first = jax.jit(experiment.init_function())(jax.random.key(0))
     batches = TrainingBatches(experiment.dataset.splits["train"], experiment.loading.batch_size, count, seed=0, shuffle=True)
@@ -58,7 +58,7 @@ def lora(parent, **changes):
     return small_configs.config(base, init_from=f"{parent}@20", **changes)
 
 
-def test_what_is_frozen_stays_and_the_rest_moves_as_if_nothing_were():
+def test_frozen_parameters_stay_and_the_others_train_as_without_freezing():
     sgd = small_configs.config(CNN, optimizer={"name": "sgd", "learning_rate": 0.1})
     _, whole = steps(sgd, 1)
     first, part = steps(small_configs.config(sgd, training__freeze=("convolutions", "output/bias")), 1)
@@ -70,10 +70,10 @@ def test_what_is_frozen_stays_and_the_rest_moves_as_if_nothing_were():
         assert (value != flatten(first.params)[path]).any()
     adam = small_configs.config(CNN, training__trainable=("output/",))
     moments = [x.shape for x in jax.tree.leaves(steps(adam)[1].opt_state) if x.ndim]
-    assert sorted(moments) == [(10,), (10,), (16, 10), (16, 10)]  # nothing is kept for what is frozen
+    assert sorted(moments) == [(10,), (10,), (16, 10), (16, 10)]  # no optimizer state for frozen parameters
 
 
-def test_frozen_batch_norms_keep_their_statistics():
+def test_frozen_batch_norms_do_not_update_statistics():
     c = small_configs.config(CNN, model={"name": "resnet18", "stem": "cifar"}, data__batch_size=4)
     c["training"]["trainable"] = ("output/",)
     first, after = steps(c, 1)
@@ -82,7 +82,7 @@ def test_frozen_batch_norms_keep_their_statistics():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_an_adapter_begins_as_nothing_and_merges_into_its_layer(scan):
+def test_an_adapter_starts_as_zero_and_merges_into_its_layer(scan):
     def make(rngs):
         return create("gpt", 11, context=4, layers=2, heads=1, width=4, scan=scan, rngs=rngs)
 
@@ -91,7 +91,7 @@ def test_an_adapter_begins_as_nothing_and_merges_into_its_layer(scan):
     add_lora(adapted, rank=2, alpha=6.0, targets=(r"blocks/.*up$", "^embed$"), rngs=nnx.Rngs(params=1))
     np.testing.assert_array_equal(adapted(tokens), plain(tokens))
     graph, params, stats = split(adapted)
-    # What is zero at first: B of linear layers, A of embeddings.
+    # Initially zero: B of linear layers, A of embeddings.
     flat = {path: 0.1 * jnp.ones_like(x) if path.endswith(("up/lora_b", "embed/lora_a")) else x for path, x in flatten(params).items()}
     assert sum(path.endswith("lora_a") for path in flat) == (2 if scan else 3)
     with_b = merge_model(graph, combine({}, flat), stats)(tokens)
@@ -101,7 +101,7 @@ def test_an_adapter_begins_as_nothing_and_merges_into_its_layer(scan):
     np.testing.assert_allclose(merge_model(split(plain)[0], combine({}, merged), stats)(tokens), with_b, rtol=2e-5, atol=2e-5)
 
 
-def test_a_lora_run_saves_only_what_it_trains_and_is_loaded_resumed_and_merged(parent, tmp_path):
+def test_a_lora_run_saves_only_trained_parameters_and_is_loaded_resumed_and_merged(parent, tmp_path):
     whole, cut = run(lora(parent), tmp_path / "whole"), tmp_path / "cut"
     manifest = RunFolder(tmp_path / "whole").manifest()
     assert manifest["parents"][0]["initialised"] == ["hidden/lora_a", "hidden/lora_b"] and len(manifest["parents"][0]["taken"]) == 8
@@ -111,7 +111,7 @@ def test_a_lora_run_saves_only_what_it_trains_and_is_loaded_resumed_and_merged(p
     saved = stored.shapes(20, "params", "frozen")
     stored.close()
     assert set(flatten(saved["params"])) == {"hidden/lora_a", "hidden/lora_b", "output/kernel", "output/bias"} and not saved["frozen"]
-    # Stopped half-way and taken up again: the frozen part is read from the parent.
+    # Stopped half-way and resumed: the frozen part is read from the parent.
     shutil.copytree(tmp_path / "whole", cut)
     shutil.rmtree(cut / "checkpoints" / "20")
     run(lora(parent), cut)
@@ -135,7 +135,7 @@ def test_a_lora_run_saves_only_what_it_trains_and_is_loaded_resumed_and_merged(p
         merge(str(tmp_path / "whole"), str(tmp_path / "merged"))
 
 
-def test_a_parent_is_found_where_it_was_or_beside_its_child_and_known_by_its_id(parent, tmp_path):
+def test_a_parent_is_found_by_absolute_or_relative_path_and_identified_by_its_id(parent, tmp_path):
     there = tmp_path / "there"
     shutil.copytree(parent, there / "parent")
     run(lora(there / "parent", training__steps=1), there / "child")
@@ -154,7 +154,7 @@ def test_a_parent_is_found_where_it_was_or_beside_its_child_and_known_by_its_id(
         jaxmodels.load(str(tmp_path / "moved" / "child"))
 
 
-def test_a_checkpoint_that_is_a_parent_is_never_deleted(tmp_path):
+def test_a_parents_checkpoint_is_never_deleted(tmp_path):
     folder = tmp_path / "parent"
     config = small_configs.config(CNN, training__steps=40, evaluation={}, checkpoint={"every": 10, "keep": 1})
     half = build_experiment(config)
@@ -186,7 +186,7 @@ def test_lineage_shows_the_whole_family(parent, tmp_path, jaxmodels_command):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_layers_learn_at_their_own_rates(scan):
+def test_layers_have_different_rates(scan):
     model = create("gpt", 11, context=4, layers=3, heads=1, width=4, scan=scan, rngs=nnx.Rngs(0))
     params = split(model)[1]
     factors = flatten(rate_factors(params, ((r"bias$", 2.0), ("up/", 3.0)), LayerDecay(rate=0.5)))
@@ -206,7 +206,7 @@ def test_rates_scale_updates():
     np.testing.assert_allclose(moved[1]["output/kernel"], moved[0]["output/kernel"], rtol=1e-3, atol=1e-7)
 
 
-def test_what_makes_no_sense_is_refused(parent, tmp_path):
+def test_inconsistent_configs_are_errors(parent, tmp_path):
     def error(config):
         with pytest.raises(ConfigError) as caught:
             run(config, tmp_path / "child")

@@ -18,7 +18,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders, copied to a place where the paths in their manifests do not hold."""
+    """Copy the folders to another place, where the paths in their manifests do not exist."""
     place = tmp_path_factory.mktemp("old")
     with tarfile.open(FIXTURE / "runs.tar.xz") as archive:
         archive.extractall(place, filter="data")
@@ -35,7 +35,7 @@ def kept(run):
 
 
 def stored(run, parts=("params", "ema")):
-    """Parameters of a run's last checkpoint by path, read by Orbax alone."""
+    """Return the parameters of a run's last checkpoint by path, read with Orbax only."""
     path = run / "checkpoints" / str(kept(run)[-1]) / "state"
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(path).item_metadata.tree
@@ -45,7 +45,7 @@ def stored(run, parts=("params", "ema")):
 
 
 def assert_close(found, expected, prefix):
-    """The arrays are those whose names begin with the prefix, and close to them."""
+    """Check that the arrays are those whose names begin with the prefix, with close values."""
     expected = {name.removeprefix(prefix + "/"): value for name, value in expected.items() if name.startswith(prefix + "/")}
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
@@ -79,7 +79,7 @@ def test_an_old_run_resumes_is_evaluated_and_generates(name, runs, expected, jax
     assert_lines_close([line for line in metrics if line["step"] > 20], values[name]["metrics"])
     assert kept(run) == values[name]["kept"]
     assert_close(stored(run), arrays, name)
-    if name != "sharded":  # evaluated and generated from like its twin `parent`
+    if name != "sharded":  # evaluation and generation as for its twin `parent`
         evaluated = json.loads(succeed(jaxmodels_command("evaluate", f"--workdir={run}@best", "--split=validation", f"--data_dir={runs}", "--json")))
         assert_lines_close([evaluated | {"split": ""}], [values[name]["evaluate"] | {"split": ""}])
         made = json.loads(succeed(jaxmodels_command("generate", f"--workdir={run}", "--prompt=one two", "--max_tokens=8", "--json")))
@@ -87,7 +87,7 @@ def test_an_old_run_resumes_is_evaluated_and_generates(name, runs, expected, jax
 
 
 def test_an_old_run_with_adapters_is_merged_and_exported(runs, expected, tmp_path, jaxmodels_command):
-    """The child is resumed to its end in a copy of its own, beside a parent that stays as it was."""
+    """The child is resumed to its end in a copy, next to an unchanged parent."""
     _, arrays = expected
     with tarfile.open(FIXTURE / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -102,7 +102,7 @@ def test_an_optimizer_that_needs_another_step_is_refused_with_its_reason(name, r
         resolve(small_configs.config(small_configs.CNN, optimizer={"name": name, "learning_rate": 0.1}))
 
 
-def test_an_optimizer_that_decays_all_parameters_does_not_take_patterns():
+def test_an_optimizer_that_decays_all_parameters_rejects_patterns():
     config = small_configs.config(small_configs.CNN, optimizer={"name": "novograd", "learning_rate": 0.1, "weight_decay": 0.1, "no_decay": ("output",)})
     with pytest.raises(ConfigError, match="no_decay: 'novograd' decays all parameters"):
         build_experiment(config)
@@ -124,7 +124,7 @@ def muon(scan, **keys):
     return flatten(params), flatten(updates)
 
 
-def test_muon_orthogonalizes_matrices_and_gives_the_rest_to_adam():
+def test_muon_orthogonalizes_matrices_and_adam_updates_the_rest():
     params, updates = muon(False)
     # Five Newton-Schulz steps bring singular values near 1 (Jordan et al. 2024: 0.7 to 1.2), times the rate and sqrt(wide / high).
     values = np.linalg.svd(updates["blocks/0/mlp/up/kernel"], compute_uv=False) / (0.1 * 2)
@@ -192,7 +192,7 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("own_optimizers", None)
 
 
-def test_a_function_of_ones_own_is_an_optimizer(own_module):
+def test_a_user_function_is_an_optimizer(own_module):
     own = {"name": f"{own_module}:momentum", "learning_rate": 0.1, "decay": 0.8, "nesterov": True, "weight_decay": 0.1}
     own |= {"schedule": {"name": f"{own_module}:staircase", "drops": (0.5, 0.75)}}
     config = resolve(small_configs.config(small_configs.CNN, optimizer=own))

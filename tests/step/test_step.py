@@ -20,7 +20,7 @@ from jaxmodels.tasks.language_model import LanguageModel
 
 
 def trained(config, steps=4, batches=None):
-    """The states and metrics after each of some steps."""
+    """Return the states and metrics after each of some steps."""
     experiment = build_experiment(config)
     state = jax.jit(experiment.init_function())(jax.random.key(0))
     source = batches or TrainingBatches(experiment.dataset.splits["train"], experiment.loading.batch_size, steps, seed=0, shuffle=True)
@@ -37,7 +37,7 @@ def assert_close(one, other, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
-def test_a_module_comes_back_from_its_parts_with_more_than_ten_layers():
+def test_a_module_with_more_than_ten_layers_survives_split_and_merge():
     model = create("gpt", 11, context=4, layers=12, heads=1, width=4, rngs=nnx.Rngs(0))
     for i, block in enumerate(model.blocks):
         block.mlp.up.bias[...] = jnp.full(16, float(i))
@@ -127,7 +127,7 @@ def test_dropout_differs_between_steps_and_is_the_same_again():
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_bfloat16_computes_in_half_and_keeps_whole():
+def test_bfloat16_computes_in_half_precision_with_float32_parameters():
     config = small_configs.config(small_configs.GPT, model__dropout=0.0)
     experiment, full = trained(config)
     half_experiment, half = trained(small_configs.config(config, training__precision="bfloat16"))
@@ -138,13 +138,13 @@ def test_bfloat16_computes_in_half_and_keeps_whole():
     np.testing.assert_allclose(one, other, rtol=0.02)
     shapes = half_experiment.state_shapes()
     jaxpr = jax.make_jaxpr(half_experiment.step_function())(shapes, half_experiment.batch_shapes(16), jax.random.key(0))
-    # Attention may sum its scores in float32; every product with a parameter, forward and backward, is in half.
+    # Attention may sum its scores in float32; every product with a parameter is in bfloat16, forward and backward.
     products = [types for types in matrix_products(jaxpr.jaxpr) if all(t.ndim <= 3 for t in types)]
     assert len(products) > 20 and all(t.dtype == jnp.bfloat16 for types in products for t in types)
 
 
 def matrix_products(jaxpr):
-    """The operand types of every dot_general, at any depth."""
+    """Return the operand types of every dot_general, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield [v.aval for v in equation.invars]
@@ -152,7 +152,7 @@ def matrix_products(jaxpr):
             yield from matrix_products(inner)
 
 
-def test_the_first_step_that_is_not_finite_is_remembered():
+def test_the_first_step_that_is_not_finite_is_recorded():
     config = small_configs.config(small_configs.CNN, optimizer={"name": "sgd", "learning_rate": 1e15})
     _, history = trained(config, 5)
     at = [int(state.diverged_at) for state, _ in history]

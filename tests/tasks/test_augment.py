@@ -1,4 +1,4 @@
-"""Augmentation on the device: closed forms, labels that follow the pixels, the same for the same key, none in evaluation."""
+"""Augmentation on the device: closed forms, labels mixed as the pixels, deterministic by key, off in evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_cutmix_pastes_a_rectangle_of_the_area_it_reports():
 
 @pytest.mark.parametrize(("mixup", "cutmix", "probability"), [(0.4, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 0.5), (1.0, 1.0, 0.0)])
 def test_the_share_that_mix_reports_is_the_share_of_the_pixels(mixup, cutmix, probability):
-    # Images of a constant one of two values: the mean of an image tells how much of it is its own.
+    # Constant images of one of two values: the mean of an image gives the share of its own pixels.
     B = 400
     image = jnp.broadcast_to((jnp.arange(B) % 2 * 1.0)[:, None, None, None], (B, 8, 8, 3))
     got, share = map(np.asarray, augment.mix(jax.random.key(0), image, mixup_alpha=mixup, cutmix_alpha=cutmix, probability=probability))
@@ -79,7 +79,7 @@ def test_the_share_that_mix_reports_is_the_share_of_the_pixels(mixup, cutmix, pr
 
 
 class Recorder(nnx.Module):
-    """Logits that are given, and the images it was called with."""
+    """A model that returns given logits and records its images."""
 
     def __init__(self, logits):
         self.logits, self.seen = jnp.asarray(logits), []
@@ -141,6 +141,6 @@ def test_images_are_normalised_by_channel_in_training_and_evaluation():
     ("options", "words"),
     [({"mean": (0.5,)}, "3 channels"), ({"std": (1.0, 0.0, 1.0)}, "above 0"), ({"mixup": -1.0}, "task.mixup"), ({"mix_probability": 1.5}, "0, 1")],
 )
-def test_options_that_make_no_sense_are_named(options, words):
+def test_wrong_options_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
         Classify(INFO, **options)

@@ -58,7 +58,7 @@ def test_no_number_beats_none_but_nan_beats_nothing():
 
 
 def by_hand(size):
-    """The draws of each row's key: seed, then the stream of evaluation, then the row's index."""
+    """Return the draws of each row's key: from the seed, then the stream of evaluation, then the row's index."""
     base = jax.random.fold_in(jax.random.key(own_tasks.CONFIG["seed"]), 3)
     return np.array([int(jax.random.randint(jax.random.fold_in(base, i), (), 0, 1000)) for i in range(size)])
 
@@ -92,7 +92,7 @@ def test_the_name_of_the_index_is_reserved():
         build_experiment(config(data={"source": "arrays", "batch_size": 8}, task__name="classify"), data=data)
 
 
-# A metric of one's own
+# A user's metric
 
 
 def test_a_metric_of_unknown_direction_is_refused_as_best():
@@ -112,7 +112,7 @@ def test_a_users_metric_picks_the_best_checkpoint_and_is_printed(tmp_path, capsy
     assert len(printed) == len(values) and all("within_two" in line and "accuracy" not in line for line in printed)
     # Samples: the text of `show` is in the run's samples, once an evaluation.
     assert (tmp_path / "x" / "samples.txt").read_text().count("0 1 2\n") == len(values)
-    # Predictions that are drawn: from the seed and the row's number.
+    # Sampled predictions depend on the seed and the row's index.
     run = jaxmodels.load(str(tmp_path / "x"))
     image = np.zeros((3, 8, 8, 1), np.float32)
     expected = [int(jax.random.bits(jax.random.fold_in(jax.random.key(4), i))) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Contrastive learning: what counts as a partner by hand, and that views of one image come together."""
+"""Contrastive learning: partners counted by hand, and embeddings of an image's views that become similar."""
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ class Flat(nnx.Module):
         return image.reshape(len(image), -1)
 
 
-def test_rows_of_weight_zero_are_nobodys_negative():
+def test_rows_of_weight_zero_are_not_negatives():
     task = Contrast(INFO, loss="info_nce", crop=0, brightness=0.5, temperature=0.5)  # brightness changes no cosine
     image = jax.random.normal(jax.random.key(0), (5, 4, 4, 1))
-    image = image.at[4].set(image[0])  # a copy: it would be found as often as the partner
+    image = image.at[4].set(image[0])  # a copy, which would be as similar as the partner
     batch = {"image": image, "weight": jnp.array([1.0, 1.0, 0.5, 1.0, 0.0])}
     total, weight, metrics = jax.jit(lambda batch: task.loss(Flat(), batch, nnx.Rngs(dropout=0)))(batch)
     flat = image[:4].reshape(4, -1)
@@ -33,7 +33,7 @@ def test_rows_of_weight_zero_are_nobodys_negative():
     assert metrics["accuracy"] == (3.5, 3.5)
 
 
-def test_views_differ_and_evaluation_repeats_its_own():
+def test_views_differ_and_those_of_evaluation_are_deterministic():
     task = Contrast(INFO, crop=1, flip=True, brightness=0.2, noise=0.1)
     batch = {"image": jax.random.uniform(jax.random.key(0), (3, 4, 4, 1)), "weight": jnp.ones(3)}
 
@@ -48,12 +48,12 @@ def test_views_differ_and_evaluation_repeats_its_own():
 
 
 @pytest.mark.parametrize(("options", "message"), [({"crop": 0}, "at least one of"), ({"temperature": 0.0}, "temperature"), ({"noise": -1.0}, "noise")])
-def test_options_that_make_no_sense(options, message):
+def test_wrong_options(options, message):
     with pytest.raises(ConfigError, match=message):
         Contrast(INFO, **options)
 
 
-def test_digits_come_together_by_what_they_are_without_labels():
+def test_digits_of_a_class_become_similar_without_labels():
     config = {
         "model": {"name": "cnn", "features": (8, 16), "hidden": 32},
         "task": {"name": "contrast", "width": 16, "crop": 1, "noise": 0.1, "temperature": 0.2},
@@ -68,7 +68,7 @@ def test_digits_come_together_by_what_they_are_without_labels():
 
     @jax.jit
     def judge(params, stats):
-        """How often a view finds its partner, and how often an image's nearest in the train split has its label."""
+        """Return how often a view's nearest is its partner, and how often an image's nearest in the train split has the same label."""
         model = merge(experiment.graph, params, stats)
         found = experiment.task.evaluate(model, test | {"weight": jnp.ones(256)}, jax.random.split(jax.random.key(0), 256))["accuracy"][0] / 256
         nearest = jnp.argmax(experiment.task.predict(model, test) @ experiment.task.predict(model, train).T, axis=1)

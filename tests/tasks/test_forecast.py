@@ -12,7 +12,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.models import create
 from jaxmodels.models.functional import split
-from jaxmodels.step.step import make_loss
+from jaxmodels.step.step import make_eval_step, make_loss
 from jaxmodels.tasks.forecast import Forecast
 
 HEADER = "date,a,b\n"
@@ -39,7 +39,7 @@ def test_windows_and_standardisation(table):
     train = get_batch(dataset.splits["train"], np.arange(22))
     np.testing.assert_allclose(train["past"][5], scaled[5:11], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(train["future"][21], scaled[27:30], rtol=1e-4, atol=1e-6)
-    # Validation and test forecast their own rows, all of them, from a past that may lie before.
+    # Validation and test forecast all their rows, from a past that may be in the split before.
     for name, first, last in (("validation", 30, 44), ("test", 44, 58)):
         part = get_batch(dataset.splits[name], np.arange(12))
         np.testing.assert_allclose(part["future"][0], scaled[first : first + 3], rtol=1e-4, atol=1e-6)
@@ -47,7 +47,7 @@ def test_windows_and_standardisation(table):
         np.testing.assert_allclose(part["future"][-1], scaled[last - 3 : last], rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_wrong_with_a_table_is_named(table, tmp_path):
+def test_errors_of_a_table_are_named(table, tmp_path):
     path, _ = table
 
     def error(text=None, **options):
@@ -103,7 +103,7 @@ def test_linear_forecast_is_dlinear_by_hand():
 
 
 @pytest.mark.parametrize("name", ["forecast_linear", "forecast_lstm", "forecast_transformer"])
-def test_variables_are_forecast_alone(name):
+def test_variables_are_forecast_independently(name):
     model = create(name, 40, 5, 3, rngs=nnx.Rngs(0))
     past = jax.random.normal(jax.random.key(0), (2, 40, 3))
     changed = past.at[:, :, 1].add(1.0)
@@ -120,7 +120,7 @@ def test_sizes_that_do_not_fit(name, options):
         create(name, 40, 5, 3, **options, rngs=nnx.Rngs(0))
 
 
-def test_a_forecast_experiment_builds_and_refuses_other_models(table):
+def test_a_forecast_experiment_builds_and_rejects_other_models(table):
     path, _ = table
     config = {
         "model": {"name": "forecast_linear"},
@@ -153,3 +153,43 @@ def test_targets_are_not_rounded_to_the_compute_dtype():
     total, (weight, metrics, _) = make_loss(task, graph, "bfloat16")(params, {}, stats, batch, jax.random.key(0))
     np.testing.assert_allclose([total, weight], [1.001**2 + 2.003**2, 2], rtol=1e-6)
     np.testing.assert_allclose(metrics["mae"][0], 3.004, rtol=1e-6)
+
+
+class LastRow(nnx.Module):
+    """Forecasts the last row of the past for every row of the horizon, in the dtype of its parameter; `inputs` are the dtypes it was called with."""
+
+    inputs = []
+
+    def __init__(self, lookback: int, horizon: int, variables: int, *, rngs: nnx.Rngs):
+        self.horizon, self.scale = horizon, nnx.Param(jnp.ones(()))
+
+    def __call__(self, past, *, rngs=None):
+        self.inputs.append(past.dtype)
+        return jnp.repeat(past[:, -1:], self.horizon, axis=1) * self.scale[...]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_instance_norm_has_float32_statistics(precision):
+    """Values of 300 ± 0.1: neighbouring values of bfloat16 differ by 2 there, so that mean and deviation would be lost."""
+    past = (300 + 0.1 * np.random.default_rng(0).normal(size=(4, 24, 3))).astype(np.float32)
+    future = np.full((4, 2, 3), 300, np.float32)
+    window = past.astype(np.float64)
+    mean, deviation = window.mean(1, keepdims=True), np.sqrt(window.var(1, keepdims=True) + 1e-5)
+    batch = {"past": jnp.asarray(past), "future": jnp.asarray(future), "weight": jnp.ones(4)}
+    task = Forecast({"lookback": 24, "horizon": 2, "variables": 3})
+
+    def mse(module):
+        graph, params, stats = split(module(24, 2, 3, rngs=nnx.Rngs(0)))
+        total, (weight, _, _) = make_loss(task, graph, precision)(params, {}, stats, batch, jax.random.key(0))
+        metrics, _ = make_eval_step(task, graph, precision)(params, stats, batch | {"index": jnp.arange(4)}, zeros, jax.random.key(0))
+        np.testing.assert_allclose(metrics["mse"][0] / metrics["mse"][1], total / weight, rtol=1e-5)
+        return float(total / weight)
+
+    zeros = {name: (jnp.zeros(()), jnp.zeros(())) for name in ("mse", "mae")}
+    # A forecast of 0 in units of the window is its mean.
+    np.testing.assert_allclose(mse(NoForecast), np.mean((mean - future) ** 2), rtol=5e-3)
+    # The model itself computes in the compute dtype: its input of about 1 is rounded by up to 2**-9 of it.
+    LastRow.inputs.clear()
+    normalised = (window[:, -1:] - mean) / deviation
+    np.testing.assert_allclose(mse(LastRow), np.mean((normalised * deviation + mean - future) ** 2), rtol=2e-2)
+    assert {dtype.name for dtype in LastRow.inputs} == {precision}

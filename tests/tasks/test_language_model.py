@@ -11,7 +11,7 @@ from jaxmodels.tokenizers.factory import make_tokenizer
 
 
 class Table(nnx.Module):
-    """Logits by the token read, and what it was given."""
+    """A model whose logits depend on the current token, and which records its inputs."""
 
     def __init__(self, size):
         self.table = nnx.Param(jax.random.normal(jax.random.key(0), (size, size)))
@@ -55,7 +55,7 @@ def test_without_segments_every_target_counts():
     np.testing.assert_allclose(total, by_hand(model, [(1, 2), (2, 3)]), rtol=1e-5)
 
 
-def test_a_model_that_cannot_tell_segments_apart_is_refused():
+def test_a_model_without_segments_is_an_error():
     batch = {"tokens": jnp.zeros((1, 3), int), "segments": jnp.zeros((1, 3), int), "weight": jnp.ones(1)}
     with pytest.raises(ValueError, match="Plain.*packing='contiguous'"):
         LanguageModel({"vocab_size": 6}).loss(Plain(6), batch, None)

@@ -48,7 +48,7 @@ def test_cross_entropy_and_focal_of_classes_and_of_distributions(smoothing):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_has_a_gradient_where_all_is_right(gamma):
+def test_focal_has_a_finite_gradient_at_probability_one(gamma):
     value, gradient = jax.value_and_grad(lambda x: losses.focal(x, jnp.array(0), gamma=gamma))(jnp.array([200.0, 0.0, -5.0]))
     assert value == 0 and np.isfinite(gradient).all()
 
@@ -92,7 +92,7 @@ def test_nt_xent_is_that_of_optax():
 
 
 @pytest.mark.parametrize("loss", [losses.info_nce, losses.nt_xent])
-def test_rows_that_are_not_real_are_nobodys_negative(loss):
+def test_padding_rows_are_not_negatives(loss):
     one, other = pairs()
     valid = jnp.arange(6) < 4
 
@@ -108,7 +108,7 @@ def test_rows_that_are_not_real_are_nobodys_negative(loss):
 
 
 class Fixed(nnx.Module):
-    """Says what it is told to."""
+    """A model with fixed outputs."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -117,7 +117,7 @@ class Fixed(nnx.Module):
         return self.answer
 
 
-def test_tasks_train_on_the_loss_they_are_asked_for():
+def test_tasks_train_on_the_configured_loss():
     weight, rngs = jnp.array([1.0, 0.5, 0.0]), nnx.Rngs(dropout=0)
     logits, label = jnp.asarray(RANDOM.normal(size=(3, 4)), jnp.float32), jnp.array([0, 3, 1])
     focal = losses.focal(logits, label, gamma=3.0, label_smoothing=0.1)
@@ -152,7 +152,7 @@ INFO = {
 
 
 @pytest.mark.parametrize("task", INFO)
-def test_a_loss_that_there_is_not_is_named_with_those_there_are(task):
+def test_the_error_of_an_unknown_loss_lists_the_known_ones(task):
     with pytest.raises(ConfigError) as caught:
         task(INFO[task], loss="hubr")
     table = {Contrast: losses.CONTRASTIVE, Forecast: losses.REGRESSION, RegressText: losses.REGRESSION}.get(task, losses.CLASSIFICATION)
@@ -160,7 +160,7 @@ def test_a_loss_that_there_is_not_is_named_with_those_there_are(task):
     assert all(name in str(caught.value) for name in (*table, "package.module:function"))
 
 
-def test_tasks_train_on_a_loss_of_ones_own():
+def test_tasks_train_on_a_user_loss():
     weight, rngs = jnp.array([1.0, 0.5, 0.0]), nnx.Rngs(dropout=0)
     logits, label = jnp.asarray(RANDOM.normal(size=(3, 4)), jnp.float32), jnp.array([0, 3, 1])
     batch = {"image": jnp.zeros((3, 2, 2, 1)), "tokens": jnp.zeros((3, 5), jnp.int32), "label": label, "weight": weight}
@@ -199,10 +199,10 @@ def test_a_function_with_another_signature_is_one_error(task, loss, message):
         task(INFO[task], loss=loss)
 
 
-def test_label_smoothing_needs_a_loss_that_takes_it():
+def test_label_smoothing_needs_a_loss_with_this_argument():
     with pytest.raises(ConfigError, match="label_smoothing=0.1: the loss 'own_losses:hinge' has no argument label_smoothing"):
         ClassifyText(INFO[ClassifyText], loss="own_losses:hinge", label_smoothing=0.1)
-    with pytest.raises(ConfigError, match=r"target \[..., C\]"):  # mixed labels are probabilities, which this one cannot index by
+    with pytest.raises(ConfigError, match=r"target \[..., C\]"):  # mixed labels are probabilities, which this loss cannot use as indices
         Classify(INFO[Classify], loss="own_losses:hinge", mixup=0.2)
 
 

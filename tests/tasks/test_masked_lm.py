@@ -1,4 +1,4 @@
-"""Masked language modelling: what is hidden, and that only hidden tokens are learned."""
+"""Masked language modelling: the selected tokens, and a loss of only these."""
 
 import functools
 import types
@@ -43,7 +43,7 @@ def hide(tokens, key=0, **options):
 
 
 def assert_share(hidden, eligible):
-    """15% of the tokens of each row, to the nearest whole number, at least one of a row that has any."""
+    """Return 15% of the tokens of each row, rounded, at least one for a row with tokens."""
     assert ((np.abs(hidden - 0.15 * eligible) <= 0.5 + 1e-5) | ((hidden == 1) & (eligible > 0))).all()
     assert (hidden[eligible > 0] > 0).all()
 
@@ -53,7 +53,7 @@ def batch_of(tokens):
 
 
 class Lookup:
-    """Logits that are the row of a table at the token shown."""
+    """A model whose logits are the row of a table for the input token."""
 
     def __init__(self, seed=0):
         self.table = jax.random.normal(jax.random.key(seed), (VOCAB, VOCAB))
@@ -90,14 +90,14 @@ def test_the_share_is_exact_and_padding_and_special_tokens_are_never_hidden():
         assert len(set(row[places])) == places.sum(), "a token is a target once"
 
 
-def test_of_the_hidden_80_10_10_percent_are_mask_other_and_same():
+def test_80_10_10_percent_of_hidden_tokens_are_mask_random_and_unchanged():
     tokens = np.tile(np.arange(4, VOCAB, dtype=np.int32), (200, 1))
     drawn = [hide(tokens, key) for key in range(5)]
     shown, positions, chosen = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     before, after = (np.take_along_axis(x, positions, 1)[chosen] for x in (np.tile(tokens, (5, 1)), shown))
     n = len(before)
     assert n == 1000 * round(0.15 * 96)
-    # A tenth of those drawn at random is any one of 96 tokens, its own included.
+    # A random token is any of 96 tokens, including the original one.
     expected = {"mask": 0.8, "same": 0.1 + 0.1 / 96, "other": 0.1 * 95 / 96}
     found = {"mask": after == MASK, "same": after == before, "other": (after != MASK) & (after != before)}
     for name, p in expected.items():
@@ -118,13 +118,13 @@ def test_shares_are_options():
     np.testing.assert_array_equal(shown, tokens)
 
 
-def test_training_draws_from_the_key_alone():
+def test_training_draws_depend_only_on_the_key():
     batch = batch_of(text_rows())
     first, again, other = (float(train(batch, seed)[0]) for seed in (0, 0, 1))
     assert first == again and first != other
 
 
-def test_evaluation_hides_the_same_whatever_the_batch_and_the_padding():
+def test_evaluation_hides_the_same_tokens_for_any_batch_and_padding():
     tokens = text_rows()
     whole, again, turned = (evaluate(batch_of(rows)) for rows in (tokens, tokens, tokens[::-1]))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
@@ -143,7 +143,7 @@ def test_rows_that_differ_are_hidden_differently():
     tokens = text_rows(rows=2000, length=12)
     tokens = np.unique(np.concatenate([tokens, np.roll(tokens, 1, axis=1), tokens[:, ::-1]]), axis=0)
     hashes = np.asarray(jax.jit(_row_hash)(tokens))
-    # So many of 2**32 numbers would hardly share one by chance.
+    # So many of 2**32 numbers are unlikely to repeat by chance.
     assert len(set(hashes.tolist())) >= len(tokens) - 2
     bits = (hashes[:, None] >> np.arange(32)) & 1
     assert abs(bits.mean(0) - 0.5).max() < 0.05
@@ -167,7 +167,7 @@ def test_the_loss_is_the_cross_entropy_of_hidden_tokens_only():
     assert make_task().summarize({"loss": np.log(7.0)})["perplexity"] == pytest.approx(7)
 
 
-def test_only_logits_of_hidden_places_have_gradients():
+def test_only_logits_of_hidden_positions_have_gradients():
     tokens = text_rows(rows=16)
 
     def loss(logits):
@@ -180,20 +180,20 @@ def test_only_logits_of_hidden_places_have_gradients():
     assert eligible[touched].all()
 
 
-def test_a_model_that_takes_positions_gives_the_same():
+def test_a_model_with_the_argument_positions_gives_the_same():
     batch = batch_of(text_rows())
     gathered = jax.jit(lambda: make_task().loss(LookupAtPositions(), batch, nnx.Rngs(dropout=jax.random.key(1))))()
     np.testing.assert_allclose(gathered[0], train(batch, 1)[0], rtol=1e-6)
 
 
-def test_rows_with_nothing_to_hide_weigh_nothing():
+def test_rows_with_nothing_to_hide_have_weight_0():
     tokens = np.full((200, 96), -1, np.int32)
     tokens[1, :2] = [1, 2]
     metrics = evaluate(batch_of(tokens))
     assert float(metrics["loss"][1]) == 0 and float(metrics["loss"][0]) == 0
 
 
-def test_rows_of_several_texts_need_a_model_that_tells_them_apart():
+def test_rows_of_several_texts_need_a_model_with_segments():
     seen = []
 
     def model(tokens, *, segments, rngs=None):
@@ -207,7 +207,7 @@ def test_rows_of_several_texts_need_a_model_that_tells_them_apart():
         jax.eval_shape(lambda batch: make_task().evaluate(Lookup(), batch, None), batch)
 
 
-def test_what_is_missing_is_said():
+def test_errors_name_what_is_missing():
     with pytest.raises(ConfigError, match="bpe:SIZE"):
         MaskedLM({"vocab_size": 10, "tokenizer": types.SimpleNamespace(special=lambda name: None)})
     with pytest.raises(ConfigError, match="source of text"):

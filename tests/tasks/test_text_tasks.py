@@ -1,4 +1,4 @@
-"""Tasks on text: losses and scores against what is known by hand."""
+"""Tasks on text: losses and scores against values computed by hand."""
 
 import datetime
 import itertools
@@ -108,7 +108,7 @@ def test_numbers_of_texts():
     assert task.score({"predicted": np.ones(3), "label": np.arange(3.0)}) == {"pearson": 0.0, "spearman": 0.0}
 
 
-def test_labels_stay_exact_where_the_model_computes_in_half_precision():
+def test_labels_stay_exact_under_bfloat16():
     task = RegressText({"vocab_size": 9})
     batch = {"tokens": jnp.zeros((1, 2), int), "label": jnp.array([1.001]), "weight": jnp.ones(1)}
     model = RecurrentEncoder(9, ("value", 1), width=2, rngs=nnx.Rngs(0))
@@ -119,7 +119,7 @@ def test_labels_stay_exact_where_the_model_computes_in_half_precision():
 
 
 class Words:
-    """Four special tokens, then these words."""
+    """A tokenizer of four special tokens and these words."""
 
     words = ("<unknown>", "<start>", "<end>", "<mask>", "the", "cat", "sat", "on", "mat")
     vocab_size = len(words)
@@ -141,9 +141,9 @@ def test_sequences_are_scored_as_texts():
     predicted = np.array([[the, cat, sat, on, the, mat, end, -1], [the, mat, end, -1, -1, -1, -1, -1], [the, mat, sat, on, the, mat, sat, on]])
     values = task.score({"predicted": predicted, "target": target})
     assert values["exact_match"] == pytest.approx(1 / 3)
-    # ROUGE-L: 1; one of two words each way; both words within eight.
+    # ROUGE-L: 1; one common word of two in both; both words within eight.
     assert values["rougeL"] == pytest.approx((1 + 1 / 2 + 2 * (2 / 8) * 1 / (2 / 8 + 1)) / 3)
-    # BLEU: matches of 1- to 4-grams over predicted ones, and no penalty, as more was predicted than there is.
+    # BLEU: matches of 1- to 4-grams over predicted ones, without a brevity penalty, because the predictions are longer.
     matches = [(6 + 1 + 2, 6 + 2 + 8), (5 + 0 + 1, 5 + 1 + 7), (4, 4 + 6), (3, 3 + 5)]
     assert values["bleu"] == pytest.approx(100 * np.prod([a / b for a, b in matches]) ** 0.25)
     assert task.text(predicted[1]) == "the mat"
@@ -151,7 +151,7 @@ def test_sequences_are_scored_as_texts():
         Seq2Seq(INFO, scores=("meteor",))
 
 
-def test_the_loss_of_a_target_is_of_what_follows_its_start():
+def test_the_loss_of_a_target_excludes_its_start_token():
     task = Seq2Seq({"vocab_size": 3, "tokenizer": Words()})
     logits = logits_of([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3]])
     batch = {"source": jnp.zeros((1, 2), int), "target": jnp.array([[1, 0, 2, -1]]), "weight": jnp.ones(1)}
@@ -205,6 +205,6 @@ def test_a_dates_experiment_decodes_what_it_predicts():
         (Seq2Seq, {"vocab_size": 3, "tokenizer": object()}, "start and end tokens"),
     ],
 )
-def test_what_a_task_misses_is_said(task, info, message):
+def test_errors_name_what_a_task_lacks(task, info, message):
     with pytest.raises(ConfigError, match=message):
         task(info)

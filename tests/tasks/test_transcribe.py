@@ -1,4 +1,4 @@
-"""Transcription of frames: decoding and scores by hand, the data against the digits it is made of, and that it learns."""
+"""Transcription of frames: decoding and scores by hand, the data against its digits, and a training run."""
 
 import difflib
 
@@ -20,8 +20,8 @@ from jaxmodels.tasks.transcribe import Transcribe, edit_distance
 INFO = {"frame_width": 2, "num_labels": 3}
 
 
-class Says(nnx.Module):
-    """Logits that make `classes` [B, T] the likeliest."""
+class FixedOutputs(nnx.Module):
+    """Return logits whose argmax is `classes`, [B, T]."""
 
     def __init__(self, classes):
         self.classes = jnp.asarray(classes)
@@ -30,16 +30,16 @@ class Says(nnx.Module):
         return 5.0 * jax.nn.one_hot(self.classes, 4)
 
 
-def test_repeats_and_blanks_are_left_out_and_padding_says_nothing():
+def test_repeats_blanks_and_padding_are_left_out():
     task = Transcribe(INFO)
-    says = Says([[0, 0, 3, 0, 1, 1, 2], [3, 2, 2, 3, 3, 1, 1]])
+    model = FixedOutputs([[0, 0, 3, 0, 1, 1, 2], [3, 2, 2, 3, 3, 1, 1]])
     target = jnp.array([[0, 0, 1, 2], [2, 1, -1, -1]])
     batch = {"frames": jnp.zeros((2, 7, 2)), "length": jnp.array([7, 5]), "target": target, "weight": jnp.array([1.0, 0.25])}
-    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(says, batch, None))(batch))
+    outputs = jax.device_get(jax.jit(lambda batch: task.outputs(model, batch, None))(batch))
     assert [row[row >= 0].tolist() for row in outputs["predicted"]] == [[0, 0, 1, 2], [2]]
     assert task.score(outputs) == {"label_error_rate": pytest.approx(1 / 6), "exact_match": 0.5}
-    total, weight, metrics = jax.jit(lambda batch: task.loss(says, batch, None))(batch)
-    by_row = losses.ctc(says(None), target, valid=jnp.arange(7) < jnp.array([[7], [5]]), blank=3)
+    total, weight, metrics = jax.jit(lambda batch: task.loss(model, batch, None))(batch)
+    by_row = losses.ctc(model(None), target, valid=jnp.arange(7) < jnp.array([[7], [5]]), blank=3)
     np.testing.assert_allclose([total, weight], [by_row[0] + by_row[1] / 4, 1.25], rtol=1e-6)
     assert metrics["loss"] == (total, weight)
 
@@ -49,7 +49,7 @@ def test_edit_distance():
     assert distance(b"kitten", b"sitting") == 3 and distance(b"flaw", b"lawn") == 2
     assert distance(b"", b"abc") == distance(b"abc", b"") == 3 and distance(b"abc", b"abc") == 0
     random = np.random.default_rng(0)
-    for _ in range(20):  # at least what sequences differ in length, at most what is not in their common blocks
+    for _ in range(20):  # at least the difference in length, at most the tokens outside of common blocks
         one, other = (bytes(random.integers(97, 100, random.integers(0, 9)).tolist()) for _ in range(2))
         kept = sum(block.size for block in difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks())
         assert abs(len(one) - len(other)) <= distance(one, other) == distance(other, one) <= len(one) + len(other) - 2 * kept
@@ -65,7 +65,7 @@ def test_lines_are_digits_of_their_split_side_by_side():
             assert line["frames"].shape == (33, 8) and not line["frames"][line["length"] :].any()
             start = 0
             for label in line["target"][line["target"] >= 0]:
-                # A digit's own first column may be empty, so what is known decides where it begins.
+                # The first column of a digit may be empty, so the known digit decides where it begins.
                 places = range(start, start + 4)
                 found = [at for at in places if (line["frames"][at : at + 8].tobytes(), label) in known]
                 assert found and not line["frames"][start : found[0]].any()
@@ -85,7 +85,7 @@ def test_padding_changes_nothing():
     assert np.ptp(one[valid]) > 0
 
 
-def test_it_learns_to_read():
+def test_a_model_learns_to_transcribe():
     config = {
         "model": {"name": "gru_frames", "width": 24},
         "task": {"name": "transcribe"},

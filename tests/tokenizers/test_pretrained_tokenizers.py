@@ -1,4 +1,4 @@
-"""Tokenizers of published models: the same ids as `transformers`, their files byte for byte, and what data sources do with them."""
+"""Tokenizers of pretrained models: the same ids as `transformers`, exact copies of their files, and their use in data sources."""
 
 import json
 
@@ -29,14 +29,14 @@ NAMES["gpt2"] = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 
 def vocabulary(tokenizer) -> dict:
-    """The files of a bare byte-level vocabulary."""
+    """Return the files of a byte-level vocabulary without special tokens."""
     model = json.loads(tokenizer.to_str())["model"]
     merges = "\n".join(" ".join(merge) for merge in model["merges"])
     return {"vocab.json": model["vocab"], "merges.txt": f"#version: 0.2\n{merges}\n"}
 
 
 def lines(tokenizer) -> str:
-    """`vocab.txt`."""
+    """Return the text of a `vocab.txt`."""
     return "\n".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)) + "\n"
 
 
@@ -50,7 +50,7 @@ def byte_level():
 
 
 CASES = {
-    # What lies in the folder, and the ids of unknown, start, end, mask, pad.
+    # Files of the folder, and the ids of unknown, start, end, mask, pad.
     "bert": (lambda: {"config.json": BERT, **saved(folders.wordpiece(), "bert")}, (1, 2, 3, 4, 0)),
     "bert-cased-settings": (
         lambda: {
@@ -87,10 +87,10 @@ CASES = {
 
 
 def same_as_sentencepiece(case: str, text: str) -> bool:
-    """Whether `transformers`, which makes a tokenizer of its own from a SentencePiece model, agrees with SentencePiece itself on a text."""
+    """Return whether `transformers`, which converts SentencePiece models, agrees with SentencePiece on a text."""
     if case == "t5-spiece.model":
-        return "</s>" not in text  # which SentencePiece keeps as text
-    return case != "llama-tokenizer.model" or not text.startswith(" ")  # of which it drops the first
+        return "</s>" not in text  # SentencePiece treats it as text
+    return case != "llama-tokenizer.model" or not text.startswith(" ")  # it drops the first
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,19 +110,19 @@ def test_ids_are_those_of_transformers(case, tmp_path):
         assert ours.encode(text).tolist() == again.encode(text).tolist() == plain, text
         assert ours.wrap(text)[0].tolist() == theirs(text, split_special_tokens=True)["input_ids"], text
         for length in (None, 7):
-            asked = {"truncation": True, "max_length": length} if length else {}
-            pair = theirs(text, "the cat sat", split_special_tokens=True, return_token_type_ids=True, **asked)
+            options = {"truncation": True, "max_length": length} if length else {}
+            pair = theirs(text, "the cat sat", split_special_tokens=True, return_token_type_ids=True, **options)
             tokens, types = ours.wrap(text, "the cat sat", length=length)
             if "model" in case and length:
                 assert len(tokens) <= length
-            elif case != "llama-tokenizer.model":  # whose type ids differ in the start of the second text; the model has no types
+            elif case != "llama-tokenizer.model":  # its type ids differ at the start of the second text; the model has no types
                 assert (tokens.tolist(), types.tolist()) == (pair["input_ids"], pair["token_type_ids"]), text
     if not case.endswith(".model"):
         marked = "The cat" + "".join(ours.special_names.values()) + " sat"
         assert ours.read(marked)[0].tolist() == theirs(marked, add_special_tokens=False)["input_ids"]
 
 
-def test_files_come_back_byte_for_byte_from_a_runs_own_json(tmp_path):
+def test_files_are_restored_byte_for_byte_from_a_runs_json(tmp_path):
     files = {
         "tokenizer.model": folders.sentencepiece_model("bpe"),
         "tokenizer_config.json": '{ "add_bos_token":\r\n true }',
@@ -147,8 +147,8 @@ def test_decoding_shows_special_tokens_and_nothing_for_rows_without_a_token(tmp_
     assert coder.decode([*coder.encode("the cat"), sentinel, 1]) == "the cat<extra_id_0></s>"
 
 
-def test_what_the_settings_add_to_the_vocabulary(tmp_path):
-    """A padding token that was added after training, in files beside tokenizer.json."""
+def test_tokens_that_the_settings_add_to_the_vocabulary(tmp_path):
+    """A padding token that was added after training, in files next to tokenizer.json."""
     import transformers
 
     number = byte_level().get_vocab_size()
@@ -182,7 +182,7 @@ def test_what_the_settings_add_to_the_vocabulary(tmp_path):
         ({"config.json": BERT, "vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, "tokenizer_config.json is not JSON"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, files, message):
+def test_errors_name_the_cause(tmp_path, files, message):
     with pytest.raises(ConfigError, match=message):
         make_tokenizer(f"hf:{write(tmp_path, files)}", (), None)
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back, JSON comes back, special tokens stay apart from text, what is wrong is named."""
+"""Tokenizers: round trips of text and JSON, special tokens that text cannot contain, and errors."""
 
 import collections
 import io
@@ -28,7 +28,7 @@ def sentencepiece_model():
 
 
 def random_texts(count=40):
-    """Unicode of all planes, without surrogates; a mix of ranges, white space and what looks like special tokens."""
+    """Return texts with Unicode of all planes, without surrogates: mixed ranges, white space, and text like special tokens."""
     draw = random.Random(0)
     pools = [lambda: chr(draw.randrange(32, 127)), lambda: draw.choice(" \n\t\r\u00a0\u200b"), lambda: draw.choice([*SPECIAL, "[MASK]", " the cat"])]
     pools += [lambda: chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)]))]
@@ -36,7 +36,7 @@ def random_texts(count=40):
 
 
 @pytest.mark.parametrize("spec", ["byte", "byte+special", "character", "character+special", "bpe:400"])
-def test_any_text_comes_back_and_json_is_the_same_tokenizer(spec):
+def test_any_text_survives_a_round_trip_and_json_gives_the_same_tokenizer(spec):
     texts = random_texts()
     coder = make_tokenizer(spec, texts if spec.startswith("character") else [TEXT], None)
     again = from_json(coder.to_json())
@@ -98,7 +98,7 @@ def test_unknown_characters_are_named_or_unknown():
 
 @pytest.mark.parametrize("spec", ["byte", "character", "word:5", "bpe:300"])
 @pytest.mark.parametrize("wrong", [-2, 10**6])
-def test_numbers_that_are_no_tokens(spec, wrong):
+def test_numbers_that_are_not_tokens(spec, wrong):
     with pytest.raises(ValueError, match=f"{wrong} is not a token"):
         make_tokenizer(spec, [TEXT], None).decode([0, wrong])
 
@@ -119,7 +119,7 @@ def test_files_and_runs(tmp_path, sentencepiece_model):
     assert again.to_json() == pieces.to_json()
 
 
-def test_published_names_of_special_tokens():
+def test_names_of_special_tokens_in_pretrained_models():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     bert = Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "cat": 4, "[": 5, "]": 6, "MASK": 7}, unk_token="[UNK]"))
@@ -137,17 +137,17 @@ def test_published_names_of_special_tokens():
     ("spec", "message"),
     [
         ("charcter", "did you mean 'character'"),
-        ("bpe:8k", "whole number from 260"),
-        ("bpe:100", "whole number from 260"),
-        ("word:0", "whole number from 1"),
+        ("bpe:8k", "whole number of at least 260"),
+        ("bpe:100", "whole number of at least 260"),
+        ("word:0", "whole number of at least 1"),
         ("nowhere.json", "no file nowhere.json nor .*nowhere.json"),
         ("broken.json", "broken.json is not a tokenizer"),
         ("other.json", "unknown kind of tokenizer None"),
         ("broken.model", "broken.model is not a SentencePiece model"),
-        ("empty", "holds no tokenizer.json"),
+        ("empty", "has no tokenizer.json"),
     ],
 )
-def test_specifications_that_are_wrong(spec, message, tmp_path):
+def test_wrong_specifications(spec, message, tmp_path):
     (tmp_path / "broken.json").write_text('{"model": {"type": "BPE"')
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
     (tmp_path / "broken.model").write_bytes(b"no model")
@@ -156,13 +156,13 @@ def test_specifications_that_are_wrong(spec, message, tmp_path):
         make_tokenizer(spec, [TEXT], str(tmp_path))
 
 
-def test_nothing_to_train_on():
+def test_empty_training_text():
     for spec in ("word:5", "character"):
         with pytest.raises(ConfigError, match="training text"):
             make_tokenizer(spec, ["", ""], None)
 
 
-def test_a_missing_package_says_how_to_get_it():
+def test_the_error_of_a_missing_package_states_how_to_install_it():
     with pytest.raises(ConfigError, match=r"no_such_package is required here and not installed.*pip install 'jaxmodels\[text\]'"):
         optional_import("no_such_package.inside", "text")
     assert optional_import("json", "text") is json
@@ -177,14 +177,14 @@ def test_the_command_trains_one_from_files(tmp_path, capsys):
     command = ["tokenizer", "--input=*.txt,b.jsonl", f"--data_dir={tmp_path}", "--size=300", f"--output={output}", "--text_column=body"]
     assert cli.run(command) == 2 and "b.jsonl, line 2: not JSON" in capsys.readouterr().err and not output.exists()
     assert cli.run([*command, "--on_bad_example=skip"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     coder = make_tokenizer(str(output), [], None)
     per_token = len(TEXT) / len(coder.encode(TEXT))
-    assert "300 tokens, from 2 documents in 2 files" in said and f"{per_token:.2f} characters a token" in said and "1 bad example" in said
+    assert "300 tokens, from 2 documents in 2 files" in printed and f"{per_token:.2f} characters a token" in printed and "1 bad example" in printed
     assert coder.to_json() == make_tokenizer("bpe:300", [TEXT, TEXT], None).to_json()
     assert cli.run(command) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.run([*command, "--overwrite", "--size=9"]) == 2 and "--size=9" in capsys.readouterr().err
-    assert cli.run([*command, "--overwrite", "--on_bad_example=skip", "--size=9000"]) == 0 and "9,000 were asked for" in capsys.readouterr().out
+    assert cli.run([*command, "--overwrite", "--on_bad_example=skip", "--size=9000"]) == 0 and "of the 9,000 requested" in capsys.readouterr().out
     assert cli.run(["tokenizer", "--input=no.txt", f"--output={tmp_path}/x"]) == 2 and "--input: there is no file no.txt" in capsys.readouterr().err
     assert cli.run([*command[:-2], f"--output={tmp_path}/a.txt/t.json", "--on_bad_example=skip", "--text_column=body"]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Callbacks: what they are called with, what they can ask for, their state over a resume, and their errors."""
+"""Callbacks: their arguments, their requests, their state over a resume, and their errors."""
 
 import io
 import json
@@ -20,7 +20,7 @@ CNN = small_configs.config(small_configs.CNN, training__steps=40)
 
 
 class Recorder(jaxmodels.Callback):
-    """Writes down each event; counts steps over resumes."""
+    """A callback that records each event and counts steps over resumes."""
 
     def __init__(self, limit: int = 1000):
         self.limit, self.events, self.steps = limit, [], 0
@@ -75,7 +75,7 @@ def test_callbacks_change_no_result(tmp_path):
 
 
 class StopAt(jaxmodels.Callback):
-    """Raises, as a signal does, after a step."""
+    """A callback that raises after a step, as a signal does."""
 
     def __init__(self, step):
         self.at = step
@@ -85,7 +85,7 @@ class StopAt(jaxmodels.Callback):
             raise Interrupted("SIGTERM")
 
 
-def test_state_rides_in_the_checkpoint(tmp_path):
+def test_state_is_saved_in_the_checkpoint(tmp_path):
     whole, cut = Recorder(), Recorder()
     run(CNN, tmp_path / "whole", callbacks=[whole])
     with pytest.raises(Interrupted):
@@ -98,7 +98,7 @@ def test_state_rides_in_the_checkpoint(tmp_path):
 
 
 class Asks(jaxmodels.Callback):
-    """Asks for a checkpoint at one step and for the end at another."""
+    """A callback that requests a checkpoint at one step and the end at another."""
 
     def __init__(self, save_at: int = 0, stop_at: int = 0):
         self.save_at, self.stop_at = save_at, stop_at
@@ -117,15 +117,15 @@ def test_a_callback_can_save_and_stop(tmp_path):
     asks = Asks(save_at=7, stop_at=23)
     result = run(config, tmp_path / "x", callbacks=[asks])
     assert result.step == 23 and "test" in result.metrics
-    assert any(name.startswith("7") for name in asks.saved)  # whole, or being written
-    # A checkpoint between two that are due is kept until the next one is written.
+    assert any(name.startswith("7") for name in asks.saved)  # complete, or being written
+    # A requested checkpoint between two scheduled ones is not deleted until the next one is written.
     assert os.listdir(tmp_path / "x" / "checkpoints") == ["23"]
     assert [line["step"] for line in RunFolder(tmp_path / "x").metrics("validation")] == [23]
     assert run(config, tmp_path / "x", callbacks=[Asks()]).step == 23  # it is finished
 
 
 class Broken(jaxmodels.Callback):
-    """Raises in one event."""
+    """A callback that raises in one event."""
 
     def __init__(self, event: str = "on_log"):
         def fail(*_):
@@ -138,16 +138,16 @@ class Broken(jaxmodels.Callback):
 def test_a_callback_that_raises_is_named_and_ends_the_run(tmp_path, event):
     with pytest.raises(RunError, match=f"test_callbacks:Broken failed in {event} at step .*no such luck"):
         run(CNN, tmp_path / "x", callbacks=[Broken(event)])
-    result = run(CNN, tmp_path / "x")  # goes on from what was saved
+    result = run(CNN, tmp_path / "x")  # resumes
     assert result.step == 40
 
 
-def test_on_error_continue_goes_on_without_the_callback(tmp_path):
+def test_on_error_continue_drops_the_callback(tmp_path):
     output = io.StringIO()
     experiment = build_experiment(small_configs.config(CNN, callbacks=({"name": "test_callbacks:Broken", "event": "on_step", "on_error": "continue"},)))
     result = trainer.train(experiment, str(tmp_path / "x"), console=Console(file=output, width=300))
     assert result.step == 40
-    assert output.getvalue().count("test_callbacks:Broken failed in on_step at step 1: ValueError: no such luck; the run goes on without it") == 1
+    assert output.getvalue().count("test_callbacks:Broken failed in on_step at step 1: ValueError: no such luck; training continues without it") == 1
     assert "test_callbacks:Broken" in RunFolder(tmp_path / "x").manifest()["fallbacks"][0]
 
 
@@ -169,13 +169,13 @@ def test_a_config_names_callbacks_with_their_keys(tmp_path):
         ({"name": "test_callbacks:Asks", "on_error": "ignore"}, "config.callbacks.0.on_error must be one of 'stop', 'continue'"),
     ],
 )
-def test_wrong_entries_are_refused_before_anything_starts(entry, message):
+def test_wrong_entries_are_errors_before_the_start(entry, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.").replace("?", r"\?")):
         resolve(small_configs.config(CNN, callbacks=(entry,)))
 
 
 @pytest.mark.parametrize("wrong", [object(), Recorder])
-def test_what_is_no_callback_is_refused(tmp_path, wrong):
-    with pytest.raises(ConfigError, match="is no callback|make an object of it"):
+def test_an_object_that_is_not_a_callback_is_an_error(tmp_path, wrong):
+    with pytest.raises(ConfigError, match="is not a callback|pass an instance"):
         run(CNN, tmp_path / "x", callbacks=[wrong])
     assert not (tmp_path / "x").exists()

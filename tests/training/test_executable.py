@@ -1,4 +1,4 @@
-"""Train steps compiled in one process and loaded by runs in another: the same runs, and what is refused."""
+"""Train steps compiled in one process and loaded in another: the same runs, and reasons not to load."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ ONE = small_configs.config(CONFIG, training__steps=1)  # with a constant learnin
 
 
 def save_elsewhere(config, folder, devices=1):
-    """In a process of its own."""
+    """Save the step of a config in a separate process."""
     file = Path(folder).with_suffix(".config.json")
     file.write_text(json.dumps(config))
     done = subprocess.run([sys.executable, HELPERS / "save_step.py", file, folder, str(devices)], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -48,14 +48,14 @@ def saved(tmp_path_factory):
 
 
 def run(config, workdir, plan=None):
-    """What a run printed, and its last start."""
+    """Return the output of a run, and its last start in the manifest."""
     output = io.StringIO()
     trainer.train(build_experiment(config), str(workdir), console=Console(file=output, width=400), **compare.for_training(plan))
     return output.getvalue(), RunFolder(workdir).manifest()["starts"][-1]
 
 
 def assert_same(one, other):
-    """Parameters, and lines of metrics but for times, to the bit."""
+    """Return the parameters, and the lines of metrics without times."""
     (params, lines), (other_params, other_lines) = final_state(one), final_state(other)
     assert params.keys() == other_params.keys()
     for name in params:
@@ -63,7 +63,7 @@ def assert_same(one, other):
     assert [(line["step"], line["split"], line["loss"]) for line in lines] == [(line["step"], line["split"], line["loss"]) for line in other_lines]
 
 
-def test_the_page_says_what_the_executable_is_of(saved):
+def test_the_page_describes_the_executable(saved):
     page = json.loads((saved / executable.PAGE).read_text())
     assert page["versions"] == {name: metadata.version(name) for name in ("jaxmodels", "jax", "jaxlib")}
     assert page["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1, "places": [[0, 0]]} and page["mesh"]["data"] == 1
@@ -79,12 +79,12 @@ def small_parameters():
     return jax.tree.leaves(build_experiment(CONFIG).state_shapes().params)
 
 
-def test_a_run_loads_it_and_is_the_same_to_the_bit(saved, tmp_path):
-    told, start = run(CONFIG, tmp_path / "loaded", saved)
-    assert f"train_step: loaded from {saved}" in told and "warning" not in told
+def test_a_run_that_loads_it_is_bitwise_equal(saved, tmp_path):
+    output, start = run(CONFIG, tmp_path / "loaded", saved)
+    assert f"train_step: loaded from {saved}" in output and "warning" not in output
     compiled = start["compiled"]["train_step"]
     assert compiled["loaded"] == str(saved) and "not_loaded" not in compiled and not RunFolder(tmp_path / "loaded").manifest()["fallbacks"]
-    told, start = run(CONFIG, tmp_path / "compiled")
+    output, start = run(CONFIG, tmp_path / "compiled")
     assert "loaded" not in start["compiled"]["train_step"]
     assert_same(tmp_path / "loaded", tmp_path / "compiled")
 
@@ -122,8 +122,8 @@ def test_two_processes_load_what_the_first_of_two_saved(tmp_path):
 
     def both(*command):
         pair = [subprocess.Popen([*map(str, command), *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for more in arguments]
-        told = [process.communicate(timeout=300)[0] for process in pair]
-        assert [process.returncode for process in pair] == [0, 0], told
+        output = [process.communicate(timeout=300)[0] for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], output
 
     arguments = [[coordinator, str(i)] for i in range(2)]
     both(sys.executable, HELPERS / "save_step.py", tmp_path / "c.json", tmp_path / "step", 1)
@@ -135,11 +135,11 @@ def test_two_processes_load_what_the_first_of_two_saved(tmp_path):
     assert_same(tmp_path / "loaded", tmp_path / "compiled")
 
 
-# What is refused: one line, the manifest, and a run that compiles as usual
+# Reasons not to load: one line, the manifest, and a run that compiles as usual
 
 
 def changed(saved, folder, **values):
-    """A copy of what was saved, with another page."""
+    """A copy of the saved step, with another page."""
     shutil.copytree(saved, folder)
     page = json.loads((folder / executable.PAGE).read_text())
     for key, value in values.items():
@@ -153,36 +153,39 @@ def changed(saved, folder, **values):
 
 
 def refused(config, workdir, plan):
-    """The reason that a run gave for not loading; it compiled and finished."""
-    told, start = run(config, workdir, plan)
+    """Return the reason of a run for not loading; it compiled and finished."""
+    output, start = run(config, workdir, plan)
     reason = start["compiled"]["train_step"]["not_loaded"]
     line = f"train_step: {plan} is not loaded: {reason}; the step is compiled instead"
-    assert told.count("warning: " + line) == 1 and line in RunFolder(workdir).manifest()["fallbacks"]
+    assert output.count("warning: " + line) == 1 and line in RunFolder(workdir).manifest()["fallbacks"]
     assert "loaded" not in start["compiled"]["train_step"] and RunFolder(workdir).metrics("train")
     return reason
 
 
 def reason_for(folder, config=ONE, program=None):
-    """Why a step would not be loaded here, without a run; None where nothing speaks against it."""
+    """Return why a step would not be loaded here, without a run; None if it would be loaded."""
     saved, config = executable.open_saved(folder), build_experiment(config).config
     return saved.load(None, program or saved.page["program"], {}, config, make_mesh(MeshSizes()))[1]
 
 
-def test_a_run_says_why_it_compiles(saved, tmp_path):
+def test_a_run_states_why_it_compiles(saved, tmp_path):
     folder = changed(saved, tmp_path / "changed", versions__jaxlib="0.9.1")
-    assert refused(ONE, tmp_path / "x", folder) == reason_for(folder) == f"jaxlib is 0.9.1 there, {jax.lib.__version__} here"
+    assert refused(ONE, tmp_path / "x", folder) == reason_for(folder) == f"jaxlib is 0.9.1 in the saved step, {jax.lib.__version__} here"
 
 
 @pytest.mark.parametrize(
     "page, reason",
     [
-        ({"versions__jaxlib": "0.9.1"}, f"jaxlib is 0.9.1 there, {jax.lib.__version__} here"),
-        ({"versions__libtpu": "0.0.1"}, "libtpu is 0.0.1 there, (absent) here"),
-        ({"devices__count": 64, "devices__kind": "v5p"}, "the devices' count is 64 there, 1 here; the devices' kind is v5p there, cpu here"),
-        ({"mesh__fsdp": 2}, "mesh.fsdp is 2 there, 1 here"),
-        ({"devices__places": [[1, 0]]}, "the devices lie in another order in the mesh, or have other numbers"),
-        ({"compiler_options": {"xla_cpu_enable_fast_math": True}}, "compiler option xla_cpu_enable_fast_math is True there, (absent) here"),
-        ({"program": "0" * 64}, "the step is another program, by the same config: code, or the data's shapes, have changed since"),
+        ({"versions__jaxlib": "0.9.1"}, f"jaxlib is 0.9.1 in the saved step, {jax.lib.__version__} here"),
+        ({"versions__libtpu": "0.0.1"}, "libtpu is 0.0.1 in the saved step, (absent) here"),
+        (
+            {"devices__count": 64, "devices__kind": "v5p"},
+            "the devices' count is 64 in the saved step, 1 here; the devices' kind is v5p in the saved step, cpu here",
+        ),
+        ({"mesh__fsdp": 2}, "mesh.fsdp is 2 in the saved step, 1 here"),
+        ({"devices__places": [[1, 0]]}, "the mesh has the devices in another order, or with other ids"),
+        ({"compiler_options": {"xla_cpu_enable_fast_math": True}}, "compiler option xla_cpu_enable_fast_math is True in the saved step, (absent) here"),
+        ({"program": "0" * 64}, "the config is the same, but the program of the step differs: code or shapes of the data have changed"),
     ],
 )
 def test_another_page(saved, tmp_path, page, reason):
@@ -193,9 +196,9 @@ def test_another_page(saved, tmp_path, page, reason):
 def test_another_config(saved):
     changes = {"model__width": 32, "training__accumulate": 4, "optimizer__learning_rate": 1e-3, "seed": 3}
     reasons = (
-        "config.model.width is 16 there, 32 here",
-        "config.optimizer.learning_rate is 0.003 there, 0.001 here",
-        "config.training.accumulate is 2 there, 4 here",
+        "config.model.width is 16 in the saved step, 32 here",
+        "config.optimizer.learning_rate is 0.003 in the saved step, 0.001 here",
+        "config.training.accumulate is 2 in the saved step, 4 here",
     )
     assert reason_for(saved, small_configs.config(ONE, **changes), program="0" * 64) == "; ".join(reasons)
 
@@ -205,30 +208,32 @@ def test_a_config_whose_step_is_the_same_loads(saved, tmp_path):
     assert run(config, tmp_path / "x", saved)[1]["compiled"]["train_step"]["loaded"] == str(saved)
 
 
-def test_a_file_that_was_cut_off(saved, tmp_path):
+def test_a_truncated_file(saved, tmp_path):
     folder = changed(saved, tmp_path / "cut")
     content = (folder / executable.PROGRAM).read_bytes()
     (folder / executable.PROGRAM).write_bytes(content[:-100])
     assert reason_for(folder) == "it cannot be read: executable.bin is not the file that executable.json describes"
 
 
-def test_a_file_that_is_no_executable(saved, tmp_path):
+def test_a_file_that_is_not_an_executable(saved, tmp_path):
     folder = changed(saved, tmp_path / "bad", executable={"bytes": 3, "sha256": hashlib.sha256(b"bad").hexdigest()})
     (folder / executable.PROGRAM).write_bytes(b"bad")
     assert refused(ONE, tmp_path / "x", folder).startswith("it cannot be read: ")
 
 
 def test_of_several_processes_all_load_it_or_none(saved, monkeypatch):
-    monkeypatch.setattr(executable.session, "gather", lambda name, value=None: [value, "jax is 1.0 there, 2.0 here"] if name == "executable" else [value])
+    monkeypatch.setattr(
+        executable.session, "gather", lambda name, value=None: [value, "jax is 1.0 in the saved step, 2.0 here"] if name == "executable" else [value]
+    )
     monkeypatch.setattr(executable.Saved, "_read", lambda self, *_: "loaded")
-    assert reason_for(saved) == "process 1: jax is 1.0 there, 2.0 here"
+    assert reason_for(saved) == "process 1: jax is 1.0 in the saved step, 2.0 here"
 
 
 def test_pmap_loads_nothing(saved, tmp_path):
     assert "config.partition is 'pmap'" in refused(small_configs.config(ONE, partition="pmap"), tmp_path / "x", saved)
 
 
-def test_a_folder_that_is_none_is_an_error_before_anything(saved, tmp_path):
+def test_an_invalid_folder_is_an_error_before_the_start(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     half = changed(saved, tmp_path / "half")
     (half / executable.PROGRAM).unlink()
@@ -238,7 +243,7 @@ def test_a_folder_that_is_none_is_an_error_before_anything(saved, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_saved_over_itself_and_where_nothing_can_be_written(tmp_path):
+def test_saving_over_an_older_step_and_into_a_folder_that_cannot_be_written(tmp_path):
     step = compiled_here(ONE)
     first = executable.save(step, tmp_path / "x", {})
     assert executable.save(step, tmp_path / "x", FIGURES)["program"] == first["program"]
@@ -250,7 +255,7 @@ def test_saved_over_itself_and_where_nothing_can_be_written(tmp_path):
 
 @pytest.mark.tpu_compiler
 def test_a_step_for_tpus(tmp_path):
-    """Bytes and a page come of it. That a TPU loads the bytes cannot be shown without one."""
+    """The executable and its page are written. Loading on a TPU cannot be tested without one."""
     from jaxmodels.plan import compiler
 
     step = compiler.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
@@ -262,6 +267,6 @@ def test_a_step_for_tpus(tmp_path):
     # Compiled again, it is the same program.
     again = compiler.compile_step(build_experiment(small_configs.config(CONFIG, mesh__fsdp=2)), "v5e:2x2")
     assert again.record.program == page["program"]
-    # And it is no step for a CPU.
-    reason = "the devices' count is 4 there, 1 here; the devices' kind is v5e there, cpu here; the devices' platform is tpu there, cpu here"
+    # A CPU does not load it.
+    reason = "the devices' count is 4 in the saved step, 1 here; the devices' kind is v5e in the saved step, cpu here; the devices' platform is tpu in the saved step, cpu here"
     assert refused(ONE, tmp_path / "x", tmp_path / "step") == reason

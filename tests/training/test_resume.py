@@ -1,4 +1,4 @@
-"""Exact resume: killed at any moment, the same command ends where an uninterrupted run ends, to the bit."""
+"""Exact resume: after a kill at any moment, the same command ends bitwise equal to an uninterrupted run."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def finish(process, status=0):
 
 
 def best_in_the_middle(name, **changes):
-    """A config whose learning rate rises until it destroys the model: the validation loss is best in the middle of 60 steps, as `whole` checks."""
+    """Write a config whose learning rate rises until training diverges: the validation loss is best in the middle of 60 steps, which `whole` checks."""
     return small_configs.config(
         small_configs.ALL[name],
         training={"steps": 60, "accumulate": 2, "ema": 0.9},
@@ -59,12 +59,12 @@ def best_in_the_middle(name, **changes):
 
 
 def kept(workdir):
-    """The steps whose checkpoints a run keeps."""
+    """Return the steps of a run's checkpoints."""
     return sorted(int(path.name) for path in RunFolder(workdir).checkpoints.iterdir() if path.name.isdigit())
 
 
 def summary(output, workdir):
-    """What a finished run printed at its end, without times and its own folder."""
+    """Return the final output of a finished run, without times and its folder."""
     output = re.sub(r"^(finished: step \d+ in ).*", r"\1TIME", output[output.index("finished: step") :])
     return output.replace(str(workdir), "RUN")
 
@@ -83,8 +83,8 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "lstm")), "gpt"])
 def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
-    # 1259 training digits in batches of 32 are 39.3 steps an epoch, so that a resume falls into the middle of one;
-    # checkpoints are close enough together that kills fall into saves as well.
+    # 1259 training digits in batches of 32 are 39.3 steps per epoch, so that a resume is in the middle of one;
+    # checkpoints are frequent enough that some kills are during a save.
     config = small_configs.config(best_in_the_middle(name), checkpoint__every=3)
     path = write_config(tmp_path, config)
     whole = finish(train(path, tmp_path / "whole"))
@@ -115,7 +115,7 @@ def _latest(checkpoints):
 
 
 def test_kill_in_the_middle_of_a_save_leaves_the_last_good_checkpoint(tmp_path):
-    # The process kills itself from inside the save: its folder is half-written then.
+    # The process kills itself during the save, when the folder is incomplete.
     config = small_configs.config(small_configs.CNN, training__accumulate=2, training__ema=0.9)
     path = write_config(tmp_path, config)
     finish(train(path, tmp_path / "whole"))
@@ -153,7 +153,7 @@ def test_sigterm_then_again_is_bitwise_equal(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_damaged_checkpoint_is_moved_aside_and_said(tmp_path):
+def test_a_damaged_checkpoint_is_moved_aside_with_a_warning(tmp_path):
     config = small_configs.config(small_configs.CNN, training__ema=0.9)
     path = write_config(tmp_path, config)
     finish(train(path, tmp_path / "run"))
@@ -176,10 +176,10 @@ def test_a_damaged_checkpoint_is_moved_aside_and_said(tmp_path):
 
 
 def train_here(monkeypatch, config, workdir, stop=None):
-    """Train in this process, which gets a signal when the line of metrics `stop`, (step, split), is written.
+    """Train in this process, and send it a signal when the line of metrics `stop`, (step, split), is written.
 
     Returns:
-      What a finished run prints at its end; None if it was stopped.
+      The final output of a finished run; None if it was stopped.
     """
     output = io.StringIO()
     experiment, console = build_experiment(config), Console(file=output, width=200)
@@ -203,7 +203,7 @@ def train_here(monkeypatch, config, workdir, stop=None):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Name of a family -> its uninterrupted run with the best checkpoint in the middle, what it printed at its end, and its best step."""
+    """Name of a model family -> its uninterrupted run with the best checkpoint in the middle, its final output, and its best step."""
     runs = {}
 
     def run(name):
@@ -220,7 +220,7 @@ def whole(tmp_path_factory):
     return run
 
 
-# The lines of metrics at which a run gets a signal: steps counted from the best one, or the last.
+# The lines of metrics at which a run gets a signal: steps relative to the best one, or the last.
 STOPS = {
     "before the best": [(-7, "train")],
     "at the best, before its evaluation": [(0, "train")],
@@ -234,7 +234,7 @@ QUICK = [("cnn", stops) for stops in STOPS] + [("gpt", "several")]
 
 
 @pytest.mark.parametrize("name, stops", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL_STOPS])
-def test_a_stopped_run_keeps_tests_and_prints_the_same(name, stops, whole, tmp_path, monkeypatch):
+def test_a_stopped_run_saves_tests_and_prints_the_same(name, stops, whole, tmp_path, monkeypatch):
     whole, printed, best = whole(name)
     config, workdir = best_in_the_middle(name), tmp_path / "stopped"
     for step, split in STOPS[stops]:
@@ -245,7 +245,7 @@ def test_a_stopped_run_keeps_tests_and_prints_the_same(name, stops, whole, tmp_p
 
 
 def test_a_best_checkpoint_between_two_scheduled_ones_is_kept(tmp_path, monkeypatch):
-    """Stopped while the best is the latest, and again after; checkpoints of stops do not push scheduled ones out."""
+    """Stopped while the best is the latest, and again later; checkpoints of stops do not replace scheduled ones."""
     config = small_configs.config(best_in_the_middle("cnn"), checkpoint__every=15, checkpoint__keep=3)
     printed = train_here(monkeypatch, config, tmp_path / "whole")
     assert kept(tmp_path / "whole") == [20, 30, 45, 60]
@@ -266,7 +266,7 @@ def test_killed_after_a_save_and_before_old_checkpoints_were_deleted(whole, tmp_
     assert train_here(monkeypatch, config, workdir) == printed
     for step in ("30", "34"):
         shutil.copytree(tmp_path / "before" / step, workdir / "checkpoints" / step)
-    shutil.rmtree(workdir / "checkpoints" / "30" / "progress")  # as a kill in the middle of deleting leaves it
+    shutil.rmtree(workdir / "checkpoints" / "30" / "progress")  # as after a kill during deletion
     assert train_here(monkeypatch, config, workdir) == printed
     assert_same(whole, workdir)
 
@@ -282,7 +282,7 @@ def test_resumed_from_before_a_damaged_checkpoint_a_finished_run_is_tested_again
     assert_same(whole, workdir)
 
 
-def test_a_run_that_lost_its_best_checkpoint_says_so_and_ends(whole, tmp_path, monkeypatch):
+def test_a_run_without_its_best_checkpoint_warns_and_ends(whole, tmp_path, monkeypatch):
     whole, printed, best = whole("cnn")
     assert best == 20
     config, workdir = best_in_the_middle("cnn"), tmp_path / "run"
@@ -292,20 +292,20 @@ def test_a_run_that_lost_its_best_checkpoint_says_so_and_ends(whole, tmp_path, m
     assert "tested: step" not in output and "test accuracy" in output and output != printed
     assert [line["step"] for line in RunFolder(workdir).metrics("test")] == [60]
     (warning,) = RunFolder(workdir).manifest()["fallbacks"]
-    assert re.search("the checkpoint of the best step, 20, is gone from .*: the latest, of step 60, is tested", warning)
+    assert re.search("the checkpoint of the best step 20 is missing in .*; testing the latest one, of step 60, instead", warning)
     for reference in (workdir, f"{workdir}@best"):
         with pytest.raises(ConfigError, match=r"the checkpoint of the best step 20 does not exist; it has steps \[50, 60\]"):
             jaxmodels.evaluate(str(reference))
     values = jaxmodels.evaluate(f"{workdir}@latest")
     assert values["step"] == 60 and values["loss"] == RunFolder(workdir).metrics("test")[0]["loss"]
     assert train_here(monkeypatch, config, workdir) == output
-    # A run that was tested before its best checkpoint went stays as it was tested.
+    # A run that was tested before its best checkpoint was deleted is not tested again.
     shutil.copytree(whole, tmp_path / "tested")
     shutil.rmtree(tmp_path / "tested" / "checkpoints" / "20")
     assert train_here(monkeypatch, config, tmp_path / "tested") == printed
 
 
-def test_best_where_nothing_was_evaluated_yet(tmp_path, monkeypatch):
+def test_best_before_the_first_evaluation(tmp_path, monkeypatch):
     train_here(monkeypatch, best_in_the_middle("cnn"), tmp_path / "run", (4, "train"))
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
     assert checkpoints.find(None) == 5

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: saved, status 75, wherever the run is."""
+"""SIGTERM and SIGINT save the run and end with status 75 in every phase."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_while_waiting_for_data(tmp_path):
     process = start(hanging("training_hangs", evaluation__every=None), tmp_path / "x", tmp_path)
     metrics = tmp_path / "x" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 10' in metrics.read_text(), process)
-    time.sleep(1)  # it hangs by now
+    time.sleep(1)  # it waits by now
     errors = stop(process)
     assert "SIGTERM: saved" in errors
     (saved,) = [int(p.name) for p in (tmp_path / "x" / "checkpoints").iterdir()]
@@ -64,7 +64,7 @@ def test_while_waiting_for_data(tmp_path):
     assert again.returncode == 0 and f"checkpoints/{saved}" in output, errors
 
 
-def test_while_evaluating_and_the_evaluation_is_made_up_for(tmp_path):
+def test_while_evaluating_and_the_resumed_run_evaluates(tmp_path):
     (tmp_path / "hang").write_text("")
     config = hanging("evaluation_hangs")
     process = start(config, tmp_path / "x", tmp_path)
@@ -85,7 +85,7 @@ def _reached(workdir):
 
 @pytest.mark.parametrize("name", ["init", "train_step", pytest.param("eval_step", marks=pytest.mark.slow), "sample"])
 def test_while_compiling(name, tmp_path):
-    # Compiled code cannot be interrupted: the stand-in holds its thread as a long compilation does.
+    # Compiled code cannot be interrupted: the replacement blocks its thread, as a long compilation does.
     prelude = f"""
 import time, pathlib
 from jaxmodels.training import compile, evaluation, initialize, samples, trainer
@@ -110,17 +110,17 @@ trainer.compile_train_step = slow_step
     errors = stop(process)
     steps = {"init": [], "train_step": ["0"], "eval_step": ["7"], "sample": ["7"]}[name]
     assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == steps
-    assert ("before anything was trained" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
+    assert ("stopped before the first training step" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
     again = start(config, tmp_path / "x", tmp_path)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
-    # What was cut off is done again, and once.
+    # The interrupted work is done again, once.
     assert [line["step"] for line in RunFolder(tmp_path / "x").metrics("validation")] == [7, 14, 20]
     assert (tmp_path / "x" / "samples.txt").read_text().count("--- step") == 3
 
 
 def test_while_importing(tmp_path):
-    # From the first line of the command on; the interpreter's own start is before that.
+    # From the first line of the command on; the start of the interpreter is before that.
     prelude = f"""
 import builtins, pathlib
 original = builtins.__import__
@@ -145,8 +145,8 @@ def test_previous_handlers_come_back(tmp_path):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_stop_that_python_dropped_is_made_up_for():
-    """What a handler raises inside a callback of the garbage collector, Python reports and drops."""
+def test_a_stop_that_python_dropped_is_raised_again():
+    """Python reports and drops an exception that a handler raises inside a callback of the garbage collector."""
     with StopSignals() as stop:
         with pytest.raises(Interrupted, match="SIGTERM"), stop.may_raise():
             dropped(stop)

@@ -1,4 +1,4 @@
-"""Trackers: what they write, what they do about a disk or a network that fails, and what they go on with after a resume."""
+"""Trackers: their output, failures of disk and network, and resuming."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ PARENTS = [{"run": "runs/parent", "id": "abc", "step": 7, "taken": ["a", "b"]}]
 
 
 class FakeRun:
-    """A run that records what callbacks ask of it."""
+    """A run that records the requests of callbacks."""
 
     def __init__(self, path, step=0):
         self.folder = RunFolder(path)
@@ -187,7 +187,7 @@ def test_files_of_metrics_and_media(tmp_path):
 
 
 def test_a_figure_is_drawn_when_it_is_shown(tmp_path):
-    """The thread of a tracker may get to it after the caller has closed it."""
+    """The thread of a tracker may handle the figure after the caller has closed it."""
     drawn = []
 
     class Figure:
@@ -235,7 +235,7 @@ def test_images_in_bfloat16():
 
 
 def test_files_rewind_on_resume(tmp_path):
-    """A run that is killed after step 30, with its latest checkpoint at step 20, and goes on, ends with the files of a run that never stopped."""
+    """A run that is killed after step 30, with its latest checkpoint at step 20, and resumed, ends with the files of an uninterrupted run."""
     entries, image = ["jsonl", "csv"], np.zeros((2, 2, 1), np.uint8)
 
     def train(run, started, steps):
@@ -273,7 +273,7 @@ def test_overwrite_deletes_what_trackers_wrote(tmp_path):
 
 
 def events(folder):
-    """Events of all files in a folder, in order. The framing is TFRecord's: length, its checksum, the record, its checksum."""
+    """Return the events of all files in a folder, in order. The framing is TFRecord's: length, its checksum, the record, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -299,7 +299,7 @@ def test_tensorboard_events(tmp_path):
     each(started, "on_end", run, object())
     found = events(tmp_path / "tensorboard")
     assert not run.warnings and [event.file_version for event in found if event.file_version] == ["brain.Event:2"] * 2
-    assert [event.step for event in found if event.HasField("session_log")] == [1, 6]  # from where on TensorBoard hides what is older
+    assert [event.step for event in found if event.HasField("session_log")] == [1, 6]  # from this step on TensorBoard hides older events
     values = {(value.tag, event.step): value for event in found for value in event.summary.value}
     assert values["train/loss", 5].simple_value == 0.5 and values["validation/loss", 7].simple_value == 0.25
     shown = values["image", 5].image
@@ -313,14 +313,14 @@ def test_tensorboard_events(tmp_path):
 # Threads
 
 
-def test_calls_arrive_in_order_and_as_they_were(tmp_path):
+def test_calls_arrive_in_order_and_unchanged(tmp_path):
     run, tracker = FakeRun(tmp_path), Slow()
     wrapped = Background("mine", tracker)
     wrapped.on_start(run)
     values, image = {"loss": 1.0}, np.zeros((2, 2, 3), np.uint8)
     wrapped.on_log(run, 1, values)
     wrapped.on_media(run, 1, "x", image, "images")
-    values["loss"], image[:] = 9.0, 255  # the caller goes on, before the thread gets to it
+    values["loss"], image[:] = 9.0, 255  # the caller continues before the thread handles it
     wrapped.on_log(run, 2, values)
     tracker.released.set()
     wrapped.on_end(run, None)
@@ -348,7 +348,7 @@ def test_a_blocked_tracker_delays_nothing(tmp_path, monkeypatch):
     at_end = [w for w in run.warnings[len(before) :] if "'a'" in w]
     assert at_end == ["tracker 'a' did not finish in time; 22 calls were not written", "tracker 'a': 80 calls were dropped in all"]
     blocked.released.set(), other.released.set()
-    assert blocked.ended.wait(10) and len(blocked.calls) == 22  # what was queued arrives once it can, in order
+    assert blocked.ended.wait(10) and len(blocked.calls) == 22  # queued calls arrive later, in order
     assert [step for step, _ in blocked.calls[1:-1]] == list(range(20))
 
 
@@ -367,7 +367,7 @@ def test_media_in_the_queue_are_bounded_by_their_size(tmp_path, monkeypatch):
     assert run.warnings[-1] == "tracker 'mine': 2 calls were dropped in all"
 
 
-def test_a_call_that_takes_long_is_reported_once(tmp_path, monkeypatch):
+def test_a_slow_call_is_reported_once(tmp_path, monkeypatch):
     monkeypatch.setattr(background_lib, "BLOCKED_SECONDS", 0.05)
     run, tracker = FakeRun(tmp_path), Slow()
     wrapped = Background("mine", tracker)
@@ -383,7 +383,7 @@ def test_a_call_that_takes_long_is_reported_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)])
-def test_a_tracker_that_raises_is_reported_once_and_off(tmp_path, error):
+def test_a_tracker_that_raises_is_reported_once_and_dropped(tmp_path, error):
     class Failing(Recorder):
         def on_log(self, run, step, values):
             super().on_log(run, step, values)
@@ -398,10 +398,10 @@ def test_a_tracker_that_raises_is_reported_once_and_off(tmp_path, error):
         wrapped.on_log(run, step, {})
     wrapped.on_end(run, object())
     assert tracker.calls == ["start", (1, {})]
-    assert run.warnings == [f"tracker 'mine' failed in on_log ({type(error).__name__}: {error}); training goes on without it"]
+    assert run.warnings == [f"tracker 'mine' failed in on_log ({type(error).__name__}: {error}); training continues without it"]
 
 
-def test_a_run_speaks_in_the_thread_of_the_loop(tmp_path):
+def test_messages_of_trackers_are_passed_on_in_the_loops_thread(tmp_path):
     """The manifest has one writer."""
 
     class Speaking(Callback):
@@ -442,7 +442,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_turns_tensorboard_off(tmp_path, small_disk):
+def test_a_full_disk_drops_tensorboard(tmp_path, small_disk):
     run, started = start(tmp_path / "run", ["jsonl", "tensorboard"])
     for step in range(500):  # 50 kB of events
         each(started, "on_log", run, step, {f"metric{i}": 1.0 for i in range(5)})
@@ -457,7 +457,7 @@ def test_a_full_disk_turns_tensorboard_off(tmp_path, small_disk):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Time for a busy machine: a first start of MLflow makes a database."""
+    """Raise the time limits for a busy machine: the first start of MLflow creates a database."""
     monkeypatch.setattr(background_lib, "STOP_SECONDS", 120.0)
     monkeypatch.setattr(background_lib, "END_SECONDS", 120.0)
 
@@ -485,7 +485,7 @@ def train_in_two_starts(folder, entry):
 
 
 def silent_server():
-    """A socket that accepts connections and never answers: an outage at its worst."""
+    """A socket that accepts connections and never answers: the worst case of an outage."""
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
     server.listen(50)
@@ -493,7 +493,7 @@ def silent_server():
 
 
 def wandb_records(path):
-    """Records of a .wandb file: after 7 bytes, LevelDB's log format with fragments in blocks of 32 KiB."""
+    """Return the records of a .wandb file: after 7 bytes, LevelDB's log format with fragments in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, parts, records = path.read_bytes(), 7, b"", []
@@ -505,7 +505,7 @@ def wandb_records(path):
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last fragment
+        if kind in (1, 4):  # a whole record, or its last fragment
             records.append(Record.FromString(parts))
             parts = b""
     return records

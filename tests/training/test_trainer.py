@@ -1,4 +1,4 @@
-"""The loop: what it writes, keeps, survives, and refuses."""
+"""The training loop: its output, its checkpoints, failures, and errors."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def result_vocabulary(config):
     return build_experiment(config).dataset.info["vocab_size"]
 
 
-def test_again_is_the_same_and_other_seeds_are_not(tmp_path):
+def test_runs_are_deterministic_and_differ_by_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(small_configs.config(small_configs.CNN, seed=seed, training__steps=20), tmp_path / name)
     losses = [[line["loss"] for line in lines(tmp_path / name)] for name in "abc"]
@@ -87,8 +87,8 @@ def test_a_finished_run_trains_no_more(tmp_path):
     assert RunFolder(tmp_path / "x").manifest()["starts"][1]["compiled"] == {}
 
 
-def test_best_is_kept_and_tested_and_patience_ends_the_run(tmp_path):
-    # A learning rate that jumps to far too much after the warm-up: the loss is best early.
+def test_the_best_checkpoint_is_kept_and_tested_and_patience_ends_the_run(tmp_path):
+    # The learning rate becomes far too large after the warm-up: the loss is best early.
     config = small_configs.config(
         small_configs.CNN,
         training__steps=400,
@@ -117,7 +117,7 @@ def test_higher_is_better_for_accuracy(tmp_path):
     assert result.evaluated_step == next(step for step, value in values.items() if value == best)
 
 
-def test_a_metric_the_task_does_not_have_is_refused(tmp_path):
+def test_a_metric_that_the_task_lacks_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="has no metric 'f1'"):
         run(small_configs.config(small_configs.CNN, training__steps=10, checkpoint__best="f1"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -126,20 +126,20 @@ def test_a_metric_the_task_does_not_have_is_refused(tmp_path):
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     config = small_configs.config(small_configs.CNN)
     images = np.zeros((64, 8, 8, 1), np.float32)
-    images[40:] = np.nan  # unshuffled batches of 8: step 6 is the first to see one
+    images[40:] = np.nan  # unshuffled batches of 8: step 6 is the first with one
     data = {"train": {"image": images, "label": np.arange(64) % 10}}
     config |= {"data": {"source": "arrays", "batch_size": 8, "shuffle": False}, "checkpoint": {"every": 2}, "evaluation": {}}
     with pytest.raises(Diverged, match="diverged at step 6.*latest good checkpoint is step 4") as caught:
         run(config, tmp_path / "x", data=data)
     assert caught.value.step == 6 and caught.value.exit_status == 3
     assert max(map(int, os.listdir(tmp_path / "x" / "checkpoints"))) == 4
-    # Again from step 4: the same end, and the checkpoint still there.
+    # Again from step 4: the same end, and the checkpoint is not deleted.
     with pytest.raises(Diverged, match="step 6"):
         run(config, tmp_path / "x", data=data)
     assert max(map(int, os.listdir(tmp_path / "x" / "checkpoints"))) == 4
 
 
-def test_a_failing_logger_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
+def test_a_failing_logger_is_reported_once_and_does_not_stop_the_run(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk is full")
 
@@ -164,7 +164,7 @@ def test_the_result_does_not_depend_on_the_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError("full"), UnicodeEncodeError("ascii", "x", 0, 1, "no"), SystemExit(1)])
-def test_a_terminal_that_fails_stops_nothing(tmp_path, error):
+def test_a_failing_terminal_does_not_stop_the_run(tmp_path, error):
     class Broken(io.StringIO):
         def write(self, *_):
             raise error
@@ -206,7 +206,7 @@ def test_steps_that_log_nothing_read_nothing_back(tmp_path, monkeypatch):
         reads.clear()
         run(small_configs.config(config, log__every=every), tmp_path / str(every))
         counts.append(len(reads))
-    # Two lines more: five metrics of two numbers each are read for each, and nothing for the other 198 steps.
+    # Two more lines: for each, five metrics of two numbers are read, and nothing for the other 198 steps.
     assert 0 < counts[1] - counts[0] <= 2 * 12
     assert counts[0] < 100
 
@@ -232,7 +232,7 @@ def test_one_compilation_per_function_and_none_on_the_second_start(tmp_path, mon
     assert lines(tmp_path / "x", "train")[-1]["loss"] == lines(tmp_path / "y", "train")[-1]["loss"]
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_recorded(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_and_recorded(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
     run(small_configs.config(small_configs.CNN, training__steps=5), tmp_path / "x")
@@ -242,7 +242,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_recorded(tmp_path, monkeypat
 # The folder
 
 
-def test_another_config_is_refused_and_overwrite_is_the_only_way_past(tmp_path):
+def test_another_config_is_an_error_without_overwrite(tmp_path):
     config = small_configs.config(small_configs.CNN, training__steps=10)
     run(config, tmp_path / "x")
     (tmp_path / "x" / "notes.txt").write_text("mine")
@@ -250,15 +250,15 @@ def test_another_config_is_refused_and_overwrite_is_the_only_way_past(tmp_path):
     other = small_configs.config(config, optimizer__learning_rate=0.5, model__hidden=8)
     with pytest.raises(ConfigError) as caught:
         run(other, tmp_path / "x")
-    assert "model.hidden: 16 there, 8 now" in str(caught.value) and "optimizer.learning_rate: 0.003 there, 0.5 now" in str(caught.value)
+    assert "model.hidden: 16 in the run, 8 now" in str(caught.value) and "optimizer.learning_rate: 0.003 in the run, 0.5 now" in str(caught.value)
     assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
-    run(small_configs.config(config, data__threads=2), tmp_path / "x")  # how it runs may change
+    run(small_configs.config(config, data__threads=2), tmp_path / "x")  # how it executes may change
     run(other, tmp_path / "x", overwrite=True)
     assert lines(tmp_path / "x")[0]["loss"] != json.loads(before.splitlines()[0])["loss"]
     assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
 
 
-def test_changed_data_is_refused(tmp_path):
+def test_changed_data_is_an_error(tmp_path):
     def data(n):
         return {"train": {"image": np.zeros((n, 8, 8, 1), np.float32), "label": np.arange(n) % 10}}
 
@@ -271,7 +271,7 @@ def test_changed_data_is_refused(tmp_path):
             run(config, tmp_path / "x", data=other)
 
 
-def test_overwrite_touches_nothing_when_the_new_run_is_refused(tmp_path):
+def test_overwrite_deletes_nothing_if_the_new_run_is_an_error(tmp_path):
     config = small_configs.config(small_configs.CNN, training__steps=10)
     run(config, tmp_path / "x")
     with pytest.raises(ConfigError):
@@ -284,7 +284,7 @@ def test_overwrite_touches_nothing_when_the_new_run_is_refused(tmp_path):
 # Weights from another run
 
 
-def test_init_from_takes_weights_says_so_and_records_the_parent(tmp_path):
+def test_init_from_reads_weights_with_a_message_and_records_the_parent(tmp_path):
     parent = small_configs.config(small_configs.CNN, training__steps=20, training__ema=0.5, checkpoint={"every": 10, "best": "loss"})
     run(parent, tmp_path / "parent")
     output = io.StringIO()
@@ -301,7 +301,7 @@ def test_init_from_takes_weights_says_so_and_records_the_parent(tmp_path):
     assert (models[0].output.kernel[...] != models[1].output.kernel[...]).any()
 
 
-def test_init_from_refuses_what_does_not_fit(tmp_path):
+def test_init_from_with_other_shapes_is_an_error(tmp_path):
     run(small_configs.config(small_configs.CNN, training__steps=10), tmp_path / "parent")
 
     def error(**changes):
@@ -312,7 +312,7 @@ def test_init_from_refuses_what_does_not_fit(tmp_path):
 
     parent = str(tmp_path / "parent")
     message = error(init_from=parent, model__hidden=8)
-    assert "hidden/kernel: shape differs: (32, 8) here, (32, 16) there" in message and "init_from.skip" in message
+    assert "hidden/kernel: shape differs: (32, 8) in this model, (32, 16) in the other run" in message and "init_from.skip" in message
     message = error(init_from=parent, model__features=(4, 8, 8))
     assert "convolutions/2/kernel (3, 3, 8, 8): not in the other run" in message
     assert "has no checkpoint '7'; it has steps" in error(init_from=parent + "@7")
@@ -361,7 +361,7 @@ def test_a_checkpoint_being_replaced_when_the_run_was_killed_is_restored(tmp_pat
 # Loading a run back
 
 
-def test_evaluation_takes_the_run_as_it_was_trained_and_refuses_other_data(tmp_path):
+def test_evaluation_uses_the_runs_config_and_rejects_other_data(tmp_path):
     def config(text):
         (tmp_path / "x.txt").write_text(text * 300)
         return small_configs.config(small_configs.GPT, data__source=f"text:{tmp_path}/x.txt", data__eval_batch_size=16, training__steps=3)
@@ -373,7 +373,7 @@ def test_evaluation_takes_the_run_as_it_was_trained_and_refuses_other_data(tmp_p
     images, labels = np.zeros((40, 8, 8, 1), np.float32), np.arange(40) % 4
     arrays = small_configs.config(small_configs.CNN, training__steps=3, data={"source": "arrays", "batch_size": 8}, evaluation={})
     run(arrays, tmp_path / "y", data={"train": {"image": images, "label": labels}})
-    # Fewer classes, and no train split: still this run's model.
+    # Fewer classes, and no train split: the model is still that of the run.
     values = jaxmodels.evaluate(str(tmp_path / "y"), data={"test": {"image": images[:5], "label": labels[:5] % 2}})
     assert 0 <= values["accuracy"] <= 1
     with pytest.raises(ConfigError, match="image_shape"):
@@ -382,7 +382,7 @@ def test_evaluation_takes_the_run_as_it_was_trained_and_refuses_other_data(tmp_p
         jaxmodels.evaluate(str(tmp_path / "y"), data={"test": {"image": images, "label": np.arange(40) % 10}})
 
 
-def test_a_damaged_checkpoint_cannot_be_evaluated_and_says_so(tmp_path):
+def test_evaluating_a_damaged_checkpoint_is_an_error(tmp_path):
     run(small_configs.config(small_configs.CNN, training__steps=5), tmp_path / "x")
     (tmp_path / "x" / "checkpoints" / "5" / "state" / "_METADATA").unlink()
     with pytest.raises(jaxmodels.errors.RunError, match="checkpoints/5 cannot be read"):
@@ -430,7 +430,7 @@ def test_checkpoints_of_a_run_open_read_only(tmp_path):
 
 
 def test_a_run_imports_no_other_framework(tmp_path):
-    """Two seconds at each start, where PyTorch happens to be installed."""
+    """Importing PyTorch, if installed, would take two seconds at each start."""
     code = (
         "import sys, jaxmodels, small_configs; "
         f"jaxmodels.train(small_configs.config(small_configs.CNN, training__steps=2, log__tensorboard=True), {str(tmp_path / 'x')!r}, quiet=True); "

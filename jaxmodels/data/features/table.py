@@ -15,7 +15,7 @@ BY_ARRAY = {array: feature for feature in FEATURES for array in feature.arrays} 
 
 
 def choose(keys: Mapping[str, Any]) -> list[Feature]:
-    """Return the features that the keys of a section of rows name: those whose column is set, or else one text; and a label beside."""
+    """Return the features that the keys of a section of rows name: those whose column is set, or one text if none is; and a label."""
 
     def named(*columns: str) -> bool:
         return any(keys[column] is not None for column in columns)

@@ -72,7 +72,7 @@ class Tokenized(Feature):
         except ValueError as error:
             raise Problem(f"{error}.") from error
         if len(tokens) == 0:
-            raise Problem("the tokenizer makes no token of the text.")
+            raise Problem("the tokenizer returns no token for the text.")
         return tokens
 
     def check_lengths(self, *lengths: tuple[int, int]) -> None:
@@ -234,6 +234,7 @@ class Tags(Tokenized):
         self._numbers = {tag: i for i, tag in enumerate(sorted({tag for row in rows for tag in row.values[self.tags_column]}))}
 
     def check_known(self, row):
+        """Raise Problem for a tag that no training row has."""
         for i, tag in enumerate(row.values[self.tags_column]):
             if tag not in self._numbers:
                 raise Problem(f"the tag {tag!r} is not in train, which has {', '.join(self._numbers)}.{config_lib.suggest(tag, self._numbers)}", _part(row, i))
@@ -267,7 +268,7 @@ class Tags(Tokenized):
             if len(pieces) == 0 and unknown is not None:
                 pieces = np.array([unknown], np.int32)
             if len(pieces) == 0:
-                raise Problem(f"the tokenizer makes no token of the word {text!r}.")
+                raise Problem(f"the tokenizer returns no token for the word {text!r}.")
             blank = text[0] == " " and len(pieces) > 1 and not self.coder.decode(pieces[:1]).strip()
             self._pieces[text] = pieces, int(blank)
         return self._pieces[text]

@@ -45,7 +45,7 @@ def chat(
 
     A line has `messages`, [{"role": …, "content": …}, …], where roles are `system` (first, if present), `user` and `assistant` in turn, and
     `tool`, which answers the assistant; or `prompt` and `completion`, both texts or both lists of messages; or `conversations`,
-    [{"from": "human", "value": …}, …]. `tools` beside them is passed to the template.
+    [{"from": "human", "value": …}, …]. A key `tools` next to it is passed to the template.
 
     Examples: `tokens` int32 [T + 1], `counts` bool [T + 1], whether a token counts in the loss, and with `packing='examples'` also
     `segments` int32 [T + 1]; padded with -1. A conversation is never split over two rows.
@@ -148,7 +148,7 @@ def _conversation(where: str, line: str) -> Row:
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict]:
-    """Return the messages of a row in any of its forms; Problem says what is wrong."""
+    """Return the messages of a row in any of its forms; raise Problem with the reason if it has none."""
     if "messages" in row:
         return _list(row, "messages")
     if "conversations" in row:
@@ -188,7 +188,7 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
             raise Problem(f"message {number} of {role!r} has {'no content' if content is None else f'the content {content!r}'}, not a text.")
         before = role
     if all(message["role"] != "assistant" for message in messages):
-        raise Problem("the assistant says nothing: there is no answer to learn.")
+        raise Problem("the conversation has no assistant message, so it has no answer to train on.")
 
 
 class _Encoder:
@@ -210,13 +210,13 @@ class _Encoder:
         tokens, offsets = self.tokenizer.read(text)
         counts = np.ones(len(tokens), bool) if self.loss == "all" else in_spans(offsets, spans)
         if not counts[1:].any():
-            raise Problem("the chat template marks nothing as the assistant's.")
+            raise Problem("the chat template marks no text as the assistant's.")
         if len(tokens) > self.length + 1:
             if not self.truncate:
                 raise Problem(f"{len(tokens)} tokens, where {self.length + 1} fit; raise data.sequence_length, or cut with data.truncate=true.")
             if not counts[1 : self.length + 1].any():
                 raise Problem(
-                    f"no answer begins in the first {self.length + 1} of its {len(tokens)} tokens: nothing is left to learn; raise data.sequence_length."
+                    f"no answer begins in the first {self.length + 1} of its {len(tokens)} tokens, so none of them would count in the loss; raise data.sequence_length."
                 )
             self.cut += 1
         return tokens[: self.length + 1], counts[: self.length + 1]
@@ -227,7 +227,7 @@ class _Encoder:
             content = message.get("content") or ""
             forged = next((token for token in (*self.special, OPEN, CLOSE) if token and token in content), None)
             if forged is not None:
-                raise Problem(f"message {number} holds {forged!r}, a special token of the tokenizer, which would be read as the end or beginning of a turn.")
+                raise Problem(f"message {number} contains {forged!r}, a special token of the tokenizer, which would be read as the end or beginning of a turn.")
             if not is_utf8(content):
                 raise Problem(f"message {number} is not UTF-8.")
 
@@ -240,7 +240,7 @@ class _Encoder:
 
 
 def in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens lie in any span, from the first token of a span to its last: bool [tokens].
+    """Return which tokens are in any span, from the first token of a span to its last: bool [tokens].
 
     Args:
       offsets: int [tokens, 2], the characters of each token: from, to.

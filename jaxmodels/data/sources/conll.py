@@ -12,7 +12,7 @@ from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Untokenized
 from jaxmodels.data.sources.rows import lines
 
-_DOCUMENT = "-DOCSTART-"  # a line of its own between documents
+_DOCUMENT = "-DOCSTART-"  # a separate line between documents
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -36,7 +36,7 @@ def digits(*, split_seed: int = 0) -> Dataset:
 
 
 def digit_lines(*, longest: int = 6, examples: int = 8000, held_out: int = 500, split_seed: int = 0) -> Dataset:
-    """Make up lines of handwritten digits, read column by column, whose alignment is not given; always the same.
+    """Generate lines of handwritten digits, read column by column, without alignment; deterministic.
 
     A line's digits are drawn from those of its split, with 0 to 3 empty columns between them.
 

@@ -43,6 +43,7 @@ class TableRows:
         return Row(f"{self.where}, row {index}", {column: _named(record[column], self.classes.get(column)) for column in self.columns})
 
     def cheap(self, columns: Sequence[str]) -> list[Row]:
+        """Return the rows with only some columns, without decoding the others."""
         return list(TableRows(self.table, columns, self.where))
 
     def fingerprint(self, indices: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:

@@ -39,7 +39,7 @@ class ClassFolders:
 
 @takes(Image, Holdout, without=("image_column",), required=("size",))
 def images(path: str, data_dir: str | None, **keys: Any) -> Dataset:
-    """Read images in folders: `PATH/train/CLASS/*`, with `validation` (or `valid`, `val`, `dev`) and `test` beside, or `PATH/CLASS/*`.
+    """Read images in folders: `PATH/train/CLASS/*`, with the folders `validation` (or `valid`, `val`, `dev`) and `test` next to it, or `PATH/CLASS/*`.
 
     Every file in the folder of a class and in the folders below is an image of it, except files whose name begins with a dot.
     Classes are the names of the folders, sorted.

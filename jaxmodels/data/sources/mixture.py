@@ -160,7 +160,7 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
             kind = {key: (np.shape(value), str(np.asarray(value).dtype)) for key, value in source[0].items()}
             kinds.setdefault(str(sorted(kind.items())), f"{kind} in {split} of {name!r}")
     if len(kinds) > 1:
-        raise ConfigError(f"config.data.sources: examples are {' and '.join(list(kinds.values())[:2])}; those of a mixture must be alike.")
+        raise ConfigError(f"config.data.sources: examples are {' and '.join(list(kinds.values())[:2])}; the parts of a mixture must have the same arrays.")
 
 
 class _Joined:
@@ -198,6 +198,7 @@ class Concatenation(_Joined):
         return int(self.sizes.sum())
 
     def locate(self, indices):
+        """Return the parts of examples and their indices in them, both int [n]."""
         ends = np.cumsum(self.sizes)
         which = np.searchsorted(ends, indices, side="right")
         return which, indices - (ends - self.sizes)[which]
@@ -242,6 +243,7 @@ class Mixture(_Joined):
         return (turns * self.quotas + np.bincount(self.which[:rest], minlength=len(self.quotas))).tolist()
 
     def locate(self, indices):
+        """Return the parts of examples and their indices in them, both int [n], without a search."""
         turns, rest = np.divmod(indices, self.period)
         which = self.which[rest]
         return which, (turns * self.quotas[which] + self.ranks[rest]) % self.sizes[which]

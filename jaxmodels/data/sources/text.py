@@ -107,7 +107,7 @@ class Corpus:
         notes, fallbacks, done = [], [], None
         if key is not None:
             done, problem = tokens_lib.read_cache(key)
-            notes += [f"warning: {problem}; it is made anew"] if problem else []
+            notes += [f"warning: {problem}; it is written again"] if problem else []
             notes += [f"{done.size:,} tokens read from {tokens_lib.entry(key)}"] if done else []
         if done is None:
             skipping = Skipping(self.options.on_bad_example)
@@ -121,7 +121,7 @@ class Corpus:
                     notes.append(f"{done.size:,} tokens written to {tokens_lib.entry(key)}: the next start reads them")
                 except OSError as error:
                     fix = "set JAXMODELS_CACHE_DIR to a folder that can be written"
-                    fallbacks.append(f"no cache of tokens ({error}): every start tokenizes anew; {fix}")
+                    fallbacks.append(f"no cache of tokens ({error}): every start tokenizes again; {fix}")
             done = done or tokens_lib.tokenize(texts, coder, header)
         splits = {split: self._examples(split, *part) for split, part in done.splits.items()}
         if self.text.packing == "examples":

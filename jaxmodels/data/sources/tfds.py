@@ -76,7 +76,7 @@ def tfds(
     features = builder.info.features
     arrays = [Array(column=name, shape=kind.shape, dtype=np.dtype(kind.np_dtype)) for name, kind in features.items() if _is_numeric(kind)]
     try:
-        rows = {ours: SplitRows(builder.as_data_source(theirs), f"{folder} {theirs}") for ours, theirs in splits.items()}
+        rows = {name: SplitRows(builder.as_data_source(split), f"{folder} {split}") for name, split in splits.items()}
     except NotImplementedError as error:
         raise ConfigError(f"config.data.source: {folder} allows no random access. {_how_to_prepare(name, data_dir)}") from error
     except (KeyError, ValueError) as error:

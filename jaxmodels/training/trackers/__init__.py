@@ -5,7 +5,7 @@ A config lists them, by name or as a dict of a name and keys:
     log.trackers = ("jsonl", "tensorboard", {"name": "wandb", "project": "digits"}, "my_project.hooks:Slack")
 
 A tracker's keys are the keyword-only parameters of its class. It overrides `on_start`, `on_log`, `on_evaluate`, `on_media`, `on_save` and
-`on_end` of `Callback` as needed and must not change the values that it is given. By default its methods run in a thread of their own
+`on_end` of `Callback` as needed and must not change the values that it is given. By default its methods run in a separate thread
 (see `background.Background`); a class with `background = False` runs in the training loop. An exception turns the tracker off, never the run.
 A tracker that has not finished at the time limit is left behind; its method `abandon`, if any, ends what would keep the process from exiting.
 """
@@ -77,5 +77,5 @@ def _make(where: str, name: str, keys: Mapping[str, Any]) -> Any:
     if not inspect.isclass(constructor):
         raise ConfigError(f"config.{where}: {name!r} is not a class.")
     tracker = constructor(**config_lib.check_section(where, keys, config_lib.fields(constructor), f"tracker {name!r}"))
-    tracker.on_error = "continue"  # whatever a class says: an outage of a tracker never ends a run
+    tracker.on_error = "continue"  # overrides the class: an outage of a tracker never ends a run
     return tracker

@@ -1,4 +1,4 @@
-"""Run a tracker in a thread of its own, so that a slow or blocked one never delays the training loop."""
+"""Run a tracker in a separate thread, so that a slow or blocked one never delays the training loop."""
 
 import collections
 import dataclasses
@@ -67,7 +67,7 @@ class Group:
 class Background(Callback):
     """A callback that queues its calls for a tracker in a thread.
 
-    `on_step`, `state` and `restore` are not passed on: a tracker gets no device values, and keeps what it needs in the run folder.
+    `on_step`, `state` and `restore` are not passed on: a tracker gets no device values, and stores its state in the run folder.
     """
 
     on_error = "continue"
@@ -77,7 +77,7 @@ class Background(Callback):
         Args:
           name: of the tracker, for messages.
           tracker: an object with some methods of `Callback`.
-          group: trackers that end within one time limit; one of its own unless given.
+          group: trackers that end within one time limit; a separate one unless given.
         """
         self.name = name
         self._tracker = tracker
@@ -169,7 +169,7 @@ class Background(Callback):
         return TrackerRun(run.experiment, run.folder, run.step, run.resumed, self._messages)
 
     def _report(self, run: Any) -> None:
-        """Pass on what the thread has to say; report a failure, or a call that blocks, once."""
+        """Pass on the messages of the thread; report a failure, or a call that blocks, once."""
         while self._messages:
             method, content = self._messages.popleft()
             getattr(run, method)(content)
@@ -177,11 +177,11 @@ class Background(Callback):
             self._failure_reported = True
             method, error = self._failure
             text = " ".join(str(error).split())[:300]
-            run.warn(f"tracker {self.name!r} failed in {method} ({type(error).__name__}: {text}); training goes on without it")
+            run.warn(f"tracker {self.name!r} failed in {method} ({type(error).__name__}: {text}); training continues without it")
         since = self._busy_since
         if since is not None and time.monotonic() - since > BLOCKED_SECONDS and not self._blocked_reported:
             self._blocked_reported = True
-            run.warn(f"tracker {self.name!r} has been blocked for {time.monotonic() - since:.0f} s; training goes on, and its calls are queued")
+            run.warn(f"tracker {self.name!r} has been blocked for {time.monotonic() - since:.0f} s; training continues, and its calls are queued")
 
     # The thread's side
 

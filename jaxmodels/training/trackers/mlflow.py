@@ -22,7 +22,7 @@ _BATCH = 100  # params in one request, at most; metrics may be more
 class Mlflow(Callback):
     """Write to one MLflow run: config as params, parents as a tag, media as artifacts.
 
-    The run is found by its tag `jaxmodels.run`, the id in the manifest, so every start of a run goes on with the same MLflow run. After a
+    The run is found by its tag `jaxmodels.run`, the id in the manifest, so every start of a run continues the same MLflow run. After a
     resume, lines since the checkpoint are logged again, with the same values at the same steps.
     """
 

@@ -106,7 +106,7 @@ class Wandb(Callback):
         process = self._wandb.setup().assert_service()._proc
         if process is not None:  # None: a service that W&B did not start
             process._process.kill()
-            with contextlib.suppress(ConnectionError):  # it removes the hook, then fails to say goodbye
+            with contextlib.suppress(ConnectionError):  # it removes the hook, then fails to notify the service
                 self._wandb.teardown()
 
 
