@@ -97,9 +97,7 @@ class TransformerForecast(nnx.Module):
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
-        options = {"norm": "layer", "epsilon": 1e-5, "post_norm": False, "activation": "gelu", "bias": True}
-        options |= {"mlp_width": mlp_width, "causal": False, "dropout": dropout, "layers": layers}
-        self.blocks = nnx.List([Block(width, heads, **options, rngs=rngs) for _ in range(layers)])
+        self.blocks = nnx.List([Block(width, heads, mlp_width=mlp_width, causal=False, dropout=dropout, layers=layers, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.output = nnx.Linear(self.patches.count * width, horizon, rngs=rngs)
         self.dropout = dropout

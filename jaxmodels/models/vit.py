@@ -38,7 +38,7 @@ class VisionBlock(Block):
     """A Transformer block with stochastic depth."""
 
     def __init__(self, width: int, heads: int, *, stochastic_depth: float, rngs: nnx.Rngs, **options):
-        super().__init__(width, heads, causal=False, norm="layer", post_norm=False, activation="gelu_exact", bias=True, rngs=rngs, **options)
+        super().__init__(width, heads, causal=False, activation="gelu_exact", rngs=rngs, **options)
         self.rate = stochastic_depth
 
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
