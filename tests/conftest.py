@@ -5,8 +5,13 @@ import tempfile
 import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside TFDS's lazy imports that would fail too
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-cache-")
-os.environ["JAXMODELS_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmodels-test-tokens-")
+# Compiling takes most of the time. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run with XLA's full optimizations.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the processes of a run of the tests share what they compile
+# The process that starts the tests makes the caches; its workers share them.
+CACHES = {} if "PYTEST_XDIST_WORKER" in os.environ else {"JAX_COMPILATION_CACHE_DIR": "programs", "JAXMODELS_CACHE_DIR": "tokens"}
+for variable, name in CACHES.items():
+    os.environ[variable] = tempfile.mkdtemp(prefix=f"jaxmodels-test-{name}-")
 
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
@@ -20,8 +25,8 @@ HELPERS = ROOT / "tests" / "helpers"
 
 
 def pytest_unconfigure(config):
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAXMODELS_CACHE_DIR"):
-        shutil.rmtree(os.environ[name], ignore_errors=True)
+    for variable in CACHES:
+        shutil.rmtree(os.environ[variable], ignore_errors=True)
 
 
 @pytest.fixture
