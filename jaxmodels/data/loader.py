@@ -26,6 +26,7 @@ Batch = dict[str, np.ndarray]
 
 _BLOCK = 4096  # positions whose permutation is computed at once
 _CLOSE_SECONDS = 5.0  # for worker processes to end by themselves
+_KILLED_SECONDS = 1.0  # for what they leave to be cleared up, after they are killed
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -217,7 +218,7 @@ def _start_worker(_index: int, _count: int) -> None:
 class Stream:
     """Iterator over the batches of `read_ahead`.
 
-    As a context manager it ends what reads ahead. After an error or a signal it does so by force and without waiting: a reader may hang
+    As a context manager it ends what reads ahead. After an error or a signal it does so by force and hardly waits: a reader may hang
     for ever, and the state of the run has to be saved.
     """
 
@@ -257,6 +258,7 @@ class Stream:
                 child.kill()  # also ends a process that is stopped
         if seconds <= 0:
             closing.start()
+        closing.join(_KILLED_SECONDS)
 
 
 class DeviceFeed:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import multiprocessing
 import os
 import sys
@@ -134,9 +133,7 @@ class Watchdog:
     def report(self) -> tuple[str, str]:
         """Print the stacks of all threads on standard error; return what the run waits for, and a sentence about it."""
         what, where = waits_for(self._thread)
-        printing = threading.Thread(target=lambda: faulthandler.dump_traceback(2, all_threads=True), daemon=True)
-        printing.start()
-        printing.join(_PRINT_SECONDS)
+        _print(lambda: os.write(2, stacks().encode(errors="replace")))
         return what, f"it waits for {what}{f' in {where}' if where else ''}; the stacks of all threads are above"
 
     def _tell_member(self) -> None:
@@ -185,11 +182,36 @@ def waits_for(thread: int | None) -> tuple[str, str]:
     return what or "something else", where
 
 
-def end_process(reason: str) -> None:
-    """Print a reason, kill worker processes, and end this process with status 1 without waiting for anything."""
-    printing = threading.Thread(target=say, args=(reason,), daemon=True)
+def stacks() -> str:
+    """Return the stacks of all threads, without reading files: these may be on the disk that hangs.
+
+    Not `faulthandler`, which holds the interpreter's lock while it writes: a pipe that nobody reads would then block the watchdog too.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"Thread {names.get(ident, ident)}, most recent call first:")
+        while frame is not None:
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
+            frame = frame.f_back
+    return "\n".join(lines) + "\n"
+
+
+def _print(write: Callable[[], object]) -> None:
+    """Run a function that writes to standard error, and wait for it for a while."""
+
+    def attempt():
+        with contextlib.suppress(OSError):
+            write()
+
+    printing = threading.Thread(target=attempt, daemon=True)
     printing.start()
     printing.join(_PRINT_SECONDS)
+
+
+def end_process(reason: str) -> None:
+    """Print a reason, kill worker processes, and end this process with status 1 without waiting for anything."""
+    _print(lambda: say(reason))
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(1)

@@ -128,7 +128,7 @@ def test_what_is_waited_for(tmp_path, monkeypatch):
     from jaxmodels.step import metrics
 
     monkeypatch.setattr(mesh.jax, "device_put", lambda *_: released.wait())
-    monkeypatch.setattr(metrics.jax, "device_get", lambda *_: released.wait())
+    monkeypatch.setattr(metrics.jax, "device_get", lambda *_: (released.wait(), {})[1])
     what, where = blocked(lambda: metrics.values({"loss": (np.float32(1), np.float32(1))}))
     assert what == "the device" and "jaxmodels/step/metrics.py" in where
     released.set()
@@ -155,10 +155,10 @@ def test_a_reader_that_hangs_ends_the_process_with_the_stacks(tmp_path):
     workers = [pid for pid in children(process.pid) if is_worker(pid)]
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert "for 6 s the run has not completed a step (--stall_limit): it waits for data in " in errors.splitlines()[-1]
+    assert "for 6 s the run has not completed a step (--stall_limit): it waits for data in " in errors
     (saved,) = [int(path.name) for path in (tmp_path / "x" / "checkpoints").iterdir()]
-    assert saved >= 20 and errors.rstrip().endswith(f"saved {tmp_path}/x/checkpoints/{saved}. The same command goes on from there.")
-    assert 'File "' in errors and "in __next__" in errors and errors.count("hread 0x") > 1
+    assert saved >= 15 and f"saved {tmp_path}/x/checkpoints/{saved}. The same command goes on from there.\n" in errors
+    assert "Thread MainThread, most recent call first:" in errors and "Thread watchdog," in errors and "in __next__" in errors
     assert not any(map(is_alive, workers))
     os.remove(tmp_path / "hang")
     again = start(config, tmp_path / "x", tmp_path)
