@@ -61,7 +61,7 @@ class Limits:
 
 
 _OPTIONS = {"step": "--stall_limit", "setup": "--setup_limit", "save": "--save_limit"}
-_DONE = {"step": "has completed a step", "setup": "has restored, initialised or compiled what it began to", "save": "has saved"}
+_DONE = {"step": "has completed a step", "setup": "has finished restoring, initialising or compiling", "save": "has finished saving"}
 
 
 class Watchdog:

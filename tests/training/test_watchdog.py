@@ -120,7 +120,6 @@ def test_what_is_waited_for(tmp_path, monkeypatch):
     for threads in (0, 2):
         what, where = blocked(lambda threads=threads: next(loader.DeviceFeed(loader.read_ahead(batches, threads=threads, workers=0, buffer=2), np.asarray)))
         assert what == "data" and "jaxmodels/data/" in where
-    monkeypatch.setattr(loader.DeviceFeed, "__next__", lambda self: (released.wait(), None)[1])
     monkeypatch.setattr(os, "replace", lambda *_: released.wait())
     what, where = blocked(lambda: RunFolder(tmp_path).update_manifest(x=1))
     assert what == "the disk" and "jaxmodels/runs/folder.py" in where
