@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the same names as in _HOME
     from jaxmodels.inference.load import load as load
     from jaxmodels.inference.run import Run as Run
     from jaxmodels.training.callback import Callback as Callback
-    from jaxmodels.training.trainer import Result as Result
+    from jaxmodels.training.result import Result as Result
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOME = {
     "load": "jaxmodels.inference.load",
     "Run": "jaxmodels.inference.run",
     "Callback": "jaxmodels.training.callback",
-    "Result": "jaxmodels.training.trainer",
+    "Result": "jaxmodels.training.result",
     "ConfigError": "jaxmodels.errors",
     "Diverged": "jaxmodels.errors",
     "Interrupted": "jaxmodels.errors",

@@ -9,6 +9,7 @@ from jaxmodels.experiment.build import Arrays, build_experiment
 from jaxmodels.hardware.malloc import tune_malloc
 from jaxmodels.training import trainer
 from jaxmodels.training.compare import for_training
+from jaxmodels.training.result import Result
 
 if TYPE_CHECKING:
     from jaxmodels.plan.plan import Plan
@@ -24,7 +25,7 @@ def train(
     plan: str | None = None,
     callbacks: Sequence[Any] = (),
     quiet: bool = False,
-) -> trainer.Result:
+) -> Result:
     """Train a config in a folder, or resume the run of this config in it.
 
     For the whole process it sets JAX's compilation cache (`training.compile`) and the allocator's reuse of freed memory (`hardware.malloc`).

@@ -61,3 +61,15 @@ def published(tmp_path_factory):
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 12 kB."""
+    folder = tmp_path / "run" / "tensorboard"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

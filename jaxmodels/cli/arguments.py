@@ -22,6 +22,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def signals(text: str) -> tuple[str, ...]:
+    """Parse names of signals, with or without `SIG`."""
+    from jaxmodels.training.signals import OTHERS
+
+    names = tuple(f"SIG{name.strip().upper().removeprefix('SIG')}" for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in OTHERS:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(OTHERS)}")
+    return names
+
+
 def add_command(commands, name: str, function: Callable, summary: str) -> argparse.ArgumentParser:
     """Add a command.
 
@@ -67,7 +78,31 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process", metavar="I", help="index of this process, from 0")
     group.add_argument("--start_limit", type=seconds, default=300.0, metavar="SECONDS", help="time in which all processes must start (default: 300)")
     group.add_argument("--hang_limit", type=seconds, default=30.0, metavar="SECONDS", help="silence of a process that ends the run (default: 30)")
-    group.add_argument("--stall_limit", type=seconds, default=1800.0, metavar="SECONDS", help="time without a training step that ends the run (default: 1800)")
+    group.add_argument(
+        "--stall_limit",
+        type=seconds,
+        default=1800.0,
+        metavar="SECONDS",
+        help="time without a training step that ends the run, also of one process (default: 1800)",
+    )
+
+
+def add_guards(parser: argparse.ArgumentParser) -> None:
+    """Add what ends a run that hangs, and the signals that stop it; `guards` reads them."""
+    group = parser.add_argument_group("hangs and signals", "beside --stall_limit")
+    text = "time in which restoring, initialising and compiling must each end (default: 7200)"
+    group.add_argument("--setup_limit", type=seconds, default=7200.0, metavar="SECONDS", help=text)
+    group.add_argument("--save_limit", type=seconds, default=3600.0, metavar="SECONDS", help="time in which saving must end (default: 3600)")
+    text = "signals treated as SIGTERM unless ignored, as under nohup (default: SIGHUP,SIGUSR1; empty for none)"
+    group.add_argument("--stop_signals", type=signals, default=("SIGHUP", "SIGUSR1"), metavar="NAME,…", help=text)
+
+
+def guards(options):
+    """Return the StopSignals of a run, with its watchdog."""
+    from jaxmodels.training.signals import StopSignals
+    from jaxmodels.training.watchdog import Limits, Watchdog
+
+    return StopSignals(options.stop_signals, Watchdog(Limits(options.stall_limit, options.setup_limit, options.save_limit)))
 
 
 def load(options, overrides):
@@ -136,5 +171,5 @@ def _resolved(config) -> dict:
 
 def _same_arguments(options) -> dict:
     """Return the arguments that must be equal in all processes of a run."""
-    names = ("command", "workdir", "overwrite", "plan", "split", "cpu_devices", "hang_limit", "stall_limit")
+    names = ("command", "workdir", "overwrite", "plan", "split", "cpu_devices", "hang_limit", "stall_limit", "setup_limit", "save_limit")
     return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}

@@ -1,13 +1,18 @@
 """The command line. Commands import JAX when they run, so that help is instant."""
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
+import time
 
 from jaxmodels.cli import config, data, evaluate, generate, plan, runs, train
 
 # The order in which help lists the commands.
 _COMMANDS = (train, evaluate, plan, generate, data, config, runs)
+
+_EXIT_SECONDS = 10.0
 
 DESCRIPTION = """\
 Train Flax models with Optax from one config file.
@@ -41,7 +46,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit with its status."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    status = 1
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+    finally:
+        threading.Thread(target=_end_hanging_exit, args=(status,), daemon=True).start()
+    sys.exit(status)
+
+
+def _end_hanging_exit(status: int) -> None:
+    """End the process if its exit does not: Python waits for the threads of readers, and one may hang in a read for ever."""
+    time.sleep(_EXIT_SECONDS)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def run(argv: list[str]) -> int:
@@ -58,6 +77,7 @@ def run(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     try:
+        _check_encoding(argv)
         status = options.function(options, overrides) or 0
         session.finish()
         return status
@@ -73,6 +93,18 @@ def run(argv: list[str]) -> int:
     except BaseException as error:
         session.leave(error)
         raise
+
+
+def _check_encoding(argv: list[str]) -> None:
+    """Raise ConfigError for an argument that is not UTF-8: JSON files and the libraries that write arrays could not hold it."""
+    from jaxmodels.errors import ConfigError
+
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise ConfigError(f"{shown} is not valid UTF-8. Rename the file or folder, or give it a second name (a symbolic link) in UTF-8.") from None
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict]:

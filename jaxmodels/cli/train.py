@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxmodels.cli.arguments import add_command, add_config, add_machine, find_processes, join, load
+from jaxmodels.cli.arguments import add_command, add_config, add_guards, add_machine, find_processes, guards, join, load
 
 
 def add(commands) -> None:
@@ -16,27 +16,27 @@ def add(commands) -> None:
     parser.add_argument("--plan", metavar="PATH", help=plan)
     parser.add_argument("--dry_run", action="store_true", help="print config, parameters, memory and FLOPs, and exit")
     add_machine(parser)
+    add_guards(parser)
 
 
 def run_train(options, overrides):
     """Train, and print a summary."""
-    experiment, console = _prepare(options, overrides)
+    experiment, console, planned = _prepare(options, overrides)
     if experiment is None:
         return
     from jaxmodels.config import split_spec
     from jaxmodels.distributed import session
     from jaxmodels.training import summary, trainer
-    from jaxmodels.training.compare import for_training
 
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
     workdir = options.workdir or os.path.join("runs", name)
-    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, **for_training(options.plan))
+    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, stop=guards(options), **planned)
     if session.is_first():
         summary.print_summary(result, experiment, console)
 
 
 def _prepare(options, overrides):
-    """Return the experiment and the console; None for the experiment after a dry run."""
+    """Return the experiment, the console and what a saved plan adds to training; None for the experiment after a dry run."""
     from jaxmodels.distributed import session
     from jaxmodels.errors import Interrupted
     from jaxmodels.hardware.malloc import tune_malloc
@@ -46,20 +46,21 @@ def _prepare(options, overrides):
     processes = None if options.dry_run else find_processes(options)
     try:
         # Signals are handled from here on: the imports and the data take seconds.
-        with StopSignals() as stop, stop.may_raise():
+        with StopSignals(options.stop_signals) as stop, stop.may_raise():
             from rich.console import Console
 
             config = join(options, processes, lambda: load(options, overrides))
             from jaxmodels.experiment.build import build_experiment
             from jaxmodels.experiment.dry_run import print_dry_run
-            from jaxmodels.training import trainer  # noqa: F401  imported while signals are handled
+            from jaxmodels.training import summary, trainer  # noqa: F401  imported while signals are handled
+            from jaxmodels.training.compare import for_training
 
             with session.first_goes_first("data"):  # process 0 fills the caches for the others
                 experiment = build_experiment(config, data_dir=options.data_dir)
             console = Console()
             if options.dry_run:
                 print_dry_run(experiment, console if sys.stdout.isatty() else Console(width=200))
-                return None, console
-            return experiment, console
+                return None, console, {}
+            return experiment, console, for_training(options.plan)
     except Interrupted as error:
         raise Interrupted(f"{error}: stopped before training. Run the same command again to start.") from None

@@ -6,6 +6,10 @@ The batch of step s is a pure function of (seed, s), so a resumed run starts rea
 import collections
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,11 +18,15 @@ import numpy as np
 from absl import flags
 
 from jaxmodels.data.rand_augment import RandAugment
-from jaxmodels.data.source import DataSource, get_batch
+from jaxmodels.data.reading import ReadError, read
+from jaxmodels.data.source import DataSource
+from jaxmodels.errors import RunError
 
 Batch = dict[str, np.ndarray]
 
 _BLOCK = 4096  # positions whose permutation is computed at once
+_CLOSE_SECONDS = 5.0  # for worker processes to end by themselves
+_KILLED_SECONDS = 1.0  # for what they leave to be cleared up, after they are killed
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -77,6 +85,7 @@ class TrainingBatches:
         shuffle: bool,
         rows: np.ndarray | None = None,
         transform: Callable[[Batch, np.ndarray], Batch] | None = None,
+        name: str = "the data",
     ):
         """
         Args:
@@ -87,8 +96,9 @@ class TrainingBatches:
           shuffle: whether each epoch has its own order; otherwise the source's order.
           rows: indices of the rows of the global batch that this process reads, increasing; all by default.
           transform: function of a batch and the positions of its rows in the sequence of all epochs, int [rows]; must be pure.
+          name: of source and split, for errors.
         """
-        self.source, self.batch_size, self.steps, self.transform = source, batch_size, steps, transform
+        self.source, self.batch_size, self.steps, self.transform, self.name = source, batch_size, steps, transform, name
         self.seed, self.shuffle = seed, shuffle
         self.rows = np.arange(batch_size) if rows is None else rows
         self._block = functools.lru_cache(maxsize=8)(self._compute_block)
@@ -106,7 +116,7 @@ class TrainingBatches:
     def __getitem__(self, step: int) -> Batch:
         start = step * self.batch_size
         first, last = start + self.rows[0], start + self.rows[-1]
-        batch = get_batch(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]])
+        batch = read(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]], self.name)
         if self.transform is not None:
             batch = self.transform(batch, start + self.rows)
         return _weighted(batch, np.ones(len(self.rows), np.float32))
@@ -139,8 +149,8 @@ class EvaluationBatches:
     A batch also has an array `index`, int32 [B]: each row's index in the split.
     """
 
-    def __init__(self, source: DataSource, batch_size: int, *, rows: np.ndarray | None = None):
-        self.source, self.batch_size = source, batch_size
+    def __init__(self, source: DataSource, batch_size: int, *, rows: np.ndarray | None = None, name: str = "the data"):
+        self.source, self.batch_size, self.name = source, batch_size, name
         self.rows = np.arange(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
@@ -149,7 +159,7 @@ class EvaluationBatches:
     def __getitem__(self, number: int) -> Batch:
         rows = number * self.batch_size + self.rows
         real = rows < len(self.source)
-        batch = _weighted(get_batch(self.source, np.where(real, rows, 0)), real.astype(np.float32))
+        batch = _weighted(read(self.source, np.where(real, rows, 0), self.name), real.astype(np.float32))
         return batch | {"index": rows.astype(np.int32)}
 
 
@@ -167,8 +177,10 @@ def _weighted(batch: Batch, real: np.ndarray) -> Batch:
     return batch | {"weight": weight}
 
 
-def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, workers: int, buffer: int) -> Iterator[Batch]:
+def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, workers: int, buffer: int) -> "Stream":
     """Return an iterator over batches from number `start` on, in order, read ahead with Grain.
+
+    It is a context manager that ends its threads and processes.
 
     Args:
       batches: random access by number.
@@ -186,8 +198,67 @@ def read_ahead(batches: Sequence[Batch], *, start: int = 0, threads: int, worker
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's processes read absl flags, which only absl programs parse
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)))
-    return iter(stream)
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)), worker_init_fn=_start_worker
+        )
+    return Stream(stream, workers)
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """Prepare a worker process. It ends with the training process, also when that is killed: Grain's own end needs a living parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the training process decides when to stop reading
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class Stream:
+    """Iterator over the batches of `read_ahead`.
+
+    As a context manager it ends what reads ahead. After an error or a signal it does so by force and hardly waits: a reader may hang
+    for ever, and the state of the run has to be saved.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, workers: int):
+        self._workers = workers
+        self._before = {child.pid for child in multiprocessing.active_children()} if workers else set()
+        self._iterator = iter(dataset)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._iterator)
+        except (StopIteration, RunError):
+            raise
+        except Exception as error:  # of Grain itself, such as the death of a worker process
+            raise ReadError(f"the data cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}.") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(_CLOSE_SECONDS if kind is None else 0.0)
+
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """End threads and worker processes. Worker processes that have not ended after `seconds` are killed."""
+        if not self._workers:
+            self._iterator.close()  # threads end by themselves after what they read now
+            return
+        closing = threading.Thread(target=self._iterator.close, daemon=True)
+        if seconds > 0:
+            closing.start()
+            closing.join(seconds)
+        for child in multiprocessing.active_children():
+            if child.pid not in self._before and child.name.startswith("grain-"):
+                child.kill()  # also ends a process that is stopped
+        if seconds <= 0:
+            closing.start()
+        closing.join(_KILLED_SECONDS)
 
 
 class DeviceFeed:

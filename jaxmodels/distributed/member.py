@@ -35,6 +35,7 @@ class Member:
     Attributes:
       hosts: host names of all processes.
       agreed: whether this process has stopped at the common check.
+      report: called before this process ends because no process makes progress; prints the stacks and returns what this one waits for.
     """
 
     def __init__(self, processes, connections, hosts, *, hang_limit, stall_limit, leave: Callable[[int, str], None] | None = None):
@@ -46,7 +47,10 @@ class Member:
         """
         self.processes, self.hosts, self.agreed = processes, hosts, False
         self._index, self._connections, self._leave = processes.index, connections, leave or self._leave_process
-        self._hang_limit, self._stall_limit = hang_limit, stall_limit
+        self.report = lambda: ""
+        self._hang_limit = hang_limit
+        self._moved = (0, time.monotonic())  # sum of the checks of all processes, and the time of its last change
+        self.set_limit(stall_limit)
         self._turn = max(min(0.2, hang_limit / 10), processes.count / 1000)  # seconds; process 0 then receives at most 1000 requests per second
         self._changed = threading.Condition()
         self._store: Any = None
@@ -59,7 +63,6 @@ class Member:
         self._alarmed = self._ending = self._over = False
         self._said_bye, self._gone = set(), set()
         self._beats: dict[int, tuple[list, float]] = {}  # watched process -> its latest [heartbeat, checks], and the time of the last change
-        self._moved = (0, time.monotonic())  # sum of the checks of all processes, and the time of its last change
         threading.Thread(target=self._watch, daemon=True).start()
 
     def start(self, store: Any) -> None:
@@ -85,6 +88,17 @@ class Member:
     def request_stop(self, name: str) -> None:
         """Request a common stop because of a signal of this name; safe in a signal handler."""
         self._signal = name
+
+    def set_limit(self, seconds: float, done: str = "has completed a step", option: str = "--stall_limit") -> None:
+        """Set the seconds without a check of any process after which the run ends, counted from now; process 0 applies its own.
+
+        Args:
+          seconds: the limit.
+          done: what no process has done when they are over, for the message.
+          option: the command line option that sets the limit; that of steps does not apply before the first check.
+        """
+        self._limit = seconds, done, option
+        self._moved = (self._moved[0], time.monotonic())
 
     def gather(self, name: str, value: Any = None) -> list:
         """Return the values of all processes in order, once all have called this with the same name; `value` is a JSON value."""
@@ -172,24 +186,25 @@ class Member:
             if not (self._over or index in self._said_bye):
                 self._alarm(f"{self._name(index)} {what}")
 
-    def _alarm(self, problem: str) -> None:
+    def _alarm(self, problem: str, stalled: bool = False) -> None:
         """In process 0, which watches all others, end all processes; in others, which watch only process 0, end this process."""
-        alarm = [1, f"{problem}; this process ends. The same command resumes from the last checkpoint.", 0.0]
+        alarm = [1, f"{problem}; this process ends. The same command resumes from the last checkpoint.", 0.0, stalled]
         if self._index == 0 and self._store:
             self._set("news/alarm", alarm)
         else:
             self._end(*alarm)
 
     def _check_progress(self, now: float) -> None:
-        """End all processes if none has passed a check within `stall_limit`; name those with the fewest checks."""
+        """End all processes if none has passed a check within the limit; name those with the fewest checks."""
+        limit, done, option = self._limit
         checks = {index: beat[1] for index, (beat, _) in list(self._beats.items()) if index not in self._gone | self._said_bye}
         if sum(checks.values()) != self._moved[0]:
             self._moved = (sum(checks.values()), now)
-        elif any(checks.values()) and now - self._moved[1] > self._stall_limit:
+        elif (any(checks.values()) or option != "--stall_limit") and now - self._moved[1] > limit:
             self._moved = (self._moved[0], math.inf)
             behind = [self._name(index) for index in checks if checks[index] == min(checks.values())]
             who = f"{listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(checks) else "all are at the same step"
-            self._alarm(f"no process has completed a step for {self._stall_limit:g} s (--stall_limit); {who}")
+            self._alarm(f"no process {done} for {limit:g} s ({option}); {who}", stalled=True)
 
     # Thread 2: key–value store
 
@@ -242,19 +257,21 @@ class Member:
 
     # Ending this process
 
-    def _end(self, status: int, reason: str, grace: float = 0.0) -> None:
-        """End this process from a thread, unless it ends by itself within `grace` seconds."""
+    def _end(self, status: int, reason: str, grace: float = 0.0, stalled: bool = False) -> None:
+        """End this process from a thread, unless it ends by itself within `grace` seconds; if `stalled`, say where it is first."""
         with self._changed:
             again, self._alarmed = self._alarmed, True
             self._changed.notify_all()
             if again or self._changed.wait_for(lambda: self._ending, grace):
                 return
+        if stalled and (waits := self.report()):
+            say(f"{self._name(self._index)}: {waits}")
         self._leave(status, reason)
 
     def _leave_process(self, status: int, reason: str) -> None:
         say(reason)
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.kill()  # a signal that it could handle does not reach a process that is stopped
         self.wait_for_others()
         os._exit(status)
 

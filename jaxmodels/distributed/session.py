@@ -175,7 +175,7 @@ def leave(error: BaseException) -> None:
         say(reason)
     _member.bye(status, reason, agreed=isinstance(error, Interrupted) and _member.agreed)
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # a signal that it could handle does not reach a process that is stopped
     _member.wait_for_others()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

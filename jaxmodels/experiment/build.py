@@ -14,6 +14,7 @@ from jaxmodels.data import registry as data_lib
 from jaxmodels.data.loader import Loading
 from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.source import CachedSource, Dataset
+from jaxmodels.errors import RunError
 from jaxmodels.experiment.checks import agreed_info, check_fit, check_skip, check_train_split, check_trained, is_trained
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
@@ -125,8 +126,11 @@ def _without_name(section: dict) -> dict:
 def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None) -> Dataset:
     shared = config_lib.fields(Loading)
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
-    dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
-    return dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
+    try:
+        dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+        return dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
+    except OSError as error:
+        raise RunError(f"config.data.source={section['source']!r} cannot be opened: {type(error).__name__}: {error}.") from error
 
 
 def _with_pretrained_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:

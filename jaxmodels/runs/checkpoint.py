@@ -75,12 +75,13 @@ class Checkpoints:
           folder: the folder `checkpoints` of the run.
           keep: number of latest checkpoints to preserve, in addition to the best one.
           every: steps between scheduled checkpoints. Others count towards `keep` only while they are the latest.
-          parents: returns the steps that other runs started from; these are never deleted.
+          parents: returns the steps that other runs started from; these are never deleted, nor are folders of steps that are symbolic links.
           save_frozen: whether to save frozen parameters; False if a parent run has them.
           read_only: never write or delete.
           at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
         """
-        self.folder, self._policy = folder, _Preserved(keep, every, parents)
+        self.folder = folder
+        self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
         self._left_out = () if save_frozen else ("frozen",)
         if not read_only:
             self._restore_replaced()
@@ -98,6 +99,10 @@ class Checkpoints:
 
     def _as_dict(self, state: TrainState) -> dict:
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in self._left_out}
+
+    def _linked(self) -> set[int]:
+        """Return the steps whose folders are symbolic links: somebody put them elsewhere, and Orbax cannot delete a link."""
+        return {int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_symlink()}
 
     def steps(self) -> list[int]:
         """Return the steps that have a complete checkpoint, in ascending order."""
@@ -126,7 +131,7 @@ class Checkpoints:
         if replaces:
             self._manager.wait_until_finished()
             if session.is_first():
-                shutil.rmtree(replaced)
+                _delete(replaced)
 
     def _saved(self, parts: dict) -> ocp.args.PyTreeSave:
         if self._at_once is None:
@@ -140,7 +145,7 @@ class Checkpoints:
         with session.first_goes_first("restore replaced"):
             for replaced in self.folder.glob("replaced-*") if session.is_first() else ():
                 place = self.folder / replaced.name.removeprefix("replaced-")
-                shutil.rmtree(replaced) if place.exists() else replaced.rename(place)
+                _delete(replaced) if place.exists() else replaced.rename(place)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
         """Return the state at a step, each array with the sharding of its shape, and the progress.
@@ -305,6 +310,11 @@ class _Preserved(ocp.checkpoint_managers.PreservationPolicy):
 
 def _restore_args(shapes: Any, **options) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), **options)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, or the symbolic link in its place."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,16 @@ class RunFolder:
     """The folder of one run. The constructor reads and writes nothing."""
 
     def __init__(self, path: str | os.PathLike):
+        """
+        Raises:
+          ConfigError: the absolute path is not valid UTF-8, which manifests and the libraries that write arrays need.
+        """
         self.path = Path(path).absolute()
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(self.path).decode(errors="backslashreplace")
+            raise ConfigError(f"the path of the run folder, {shown}, is not valid UTF-8. Choose another --workdir, or rename that folder.") from None
         self.config_file = self.path / "config.json"
         self.manifest_file = self.path / "manifest.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -241,7 +250,8 @@ def _plain(value):
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    # A name of a file that is not UTF-8 becomes an escape, which JSON reads as the same name.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,5 @@
 """Evaluation of a split: metrics are summed on the devices over every example once; scores are computed on the host."""
 
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from jaxmodels.data.source import DataSource
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.step import metrics as metrics_lib
+from jaxmodels.training.batches import name_of
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.signals import StopSignals
 
@@ -37,13 +37,14 @@ class Evaluator:
         started = time.perf_counter()
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
         size = self.experiment.eval_batch_size
-        batches = loader.EvaluationBatches(source, size, rows=mesh_lib.local_rows(sharding, size))
+        split = next((name for name, part in self.experiment.dataset.splits.items() if part is source), "evaluated")
+        batches = loader.EvaluationBatches(source, size, rows=mesh_lib.local_rows(sharding, size), name=name_of(self.experiment, split))
         if self._step is None:
             self._step, self._sums, record = self.stop.run(self._compile, params, stats)
             self.on_compile(record)
         sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
         rows = _Rows()
-        with contextlib.closing(loader.read_ahead(batches, **self.experiment.reading(source))) as stream:
+        with loader.read_ahead(batches, **self.experiment.reading(source)) as stream:
             feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, size))
             while True:
                 with self.stop.may_raise():

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.training.result import Result
 from jaxmodels.training.terminal import format_duration
-from jaxmodels.training.trainer import Result
 
 
 def print_summary(result: Result, experiment: Experiment, console: Console) -> None:

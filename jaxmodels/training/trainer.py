@@ -1,18 +1,19 @@
 """The training loop: batch, step, callbacks, log, evaluate, save."""
 
-import contextlib
 import dataclasses
-import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from jaxmodels.data import loader
-from jaxmodels.errors import Diverged, Interrupted
+from jaxmodels.data.reading import ReadError
+from jaxmodels.data.skipping import BadExample
+from jaxmodels.distributed import session
+from jaxmodels.errors import Diverged, Interrupted, RunError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.hardware import compiler_options
+from jaxmodels.hardware.malloc import short_collections
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.runs import shared_folder
@@ -22,35 +23,18 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training import hooks as hooks_lib
 from jaxmodels.training import initialize
+from jaxmodels.training.batches import training_batches
 from jaxmodels.training.clock import Clock
 from jaxmodels.training.compile import compile_train_step, own_device, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.manifest import Manifest
 from jaxmodels.training.preflight import check_run_folder
+from jaxmodels.training.result import Result
 from jaxmodels.training.samples import Samples
 from jaxmodels.training.signals import StopSignals
 from jaxmodels.training.terminal import Terminal
 from jaxmodels.training.throughput import Throughput
 from jaxmodels.training.trackers import make_trackers
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-      workdir: the run's folder.
-      step: the last step trained.
-      evaluated_step: the step whose weights were tested: the best if one is tracked, else the last.
-      metrics: the final ones by split: `result.metrics["test"]["accuracy"]`.
-      seconds: spent training, over all starts.
-    """
-
-    workdir: str
-    step: int
-    evaluated_step: int
-    metrics: Mapping[str, Mapping[str, float]]
-    seconds: float
 
 
 def train(
@@ -61,6 +45,7 @@ def train(
     callbacks: Sequence[Any] = (),
     executable: Any = None,
     console: Console | None = None,
+    stop: StopSignals | None = None,
 ) -> Result:
     """Train an experiment in a run folder, from where its run stands to its end.
 
@@ -71,16 +56,18 @@ def train(
       callbacks: called in addition to those of the config; see `training.callback`.
       executable: a compiled train step to load instead of compiling, where it is of the same program; see `training.executable.Saved`.
       console: where to print.
+      stop: the signals that stop the run, and its watchdog; SIGTERM and SIGINT, and no watchdog, by default.
 
     Raises:
       ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide over the devices.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
-      Interrupted: SIGTERM or SIGINT; everything is saved.
+      Interrupted: a signal; everything is saved.
+      ReadError, BadExample: an example cannot be read; everything is saved.
     """
     folder = RunFolder(workdir)
     callbacks = [*map(hooks_lib.check_callback, callbacks), *hooks_lib.make_callbacks(experiment.config["callbacks"])]
     changed = check_run_folder(experiment, folder, overwrite)
-    with StopSignals() as stop:
+    with stop or StopSignals() as stop:
         trainer = Trainer(experiment, folder, stop, console or Console(), callbacks, executable)
         shared_folder.begin(folder, experiment.config, clear=overwrite)  # after all that could have refused the new run
         for key, (there, here) in changed.items():
@@ -88,7 +75,17 @@ def train(
         try:
             return trainer.run()
         except Interrupted:
-            raise Interrupted(trainer.save_after_signal(stop.received)) from None
+            if stop.watchdog.reason:
+                raise RunError(f"{stop.watchdog.reason}. {trainer.save_now()}") from None
+            raise Interrupted(f"{stop.received}: {trainer.save_now()}") from None
+        except (ReadError, BadExample):
+            if session.current() is not None:  # several processes save together, and the others wait elsewhere
+                raise
+            saved = trainer.save_now()
+            if stop.received:  # the signal ended the processes that were reading, too
+                raise Interrupted(f"{stop.received}: {saved}") from None
+            trainer.terminal.say(saved)
+            raise
         finally:
             trainer.close()
 
@@ -169,10 +166,10 @@ class Trainer:
             self._save(step)
         if step == total or self.progress.finished:
             return
-        train_step, stream, feed = self._compile_step(), *self._open_stream(step)
+        train_step, stream, feed = self._compile_step(), *training_batches(self.experiment, self.mesh, step)
         self.clock = Clock(step, self.progress.seconds)
         metrics = None
-        with contextlib.closing(stream), _short_collections():
+        with stream, short_collections():
             while step < total and not self.progress.finished:
                 with self.stop.may_raise(), self.clock.waiting(metrics):
                     batch = next(feed)
@@ -192,30 +189,6 @@ class Trainer:
                     self._flush()
                     self._evaluate_and_save(step, asked_to_save, asked_to_stop)
         self._flush()
-
-    def _open_stream(self, step: int) -> tuple[Any, Any]:
-        """Return the stream of training batches from `step` on, to be closed, and the iterator that places them on the devices."""
-        experiment, source = self.experiment, self.experiment.dataset.splits["train"]
-        sharding = mesh_lib.batch_sharding(self.mesh)
-        batches = loader.TrainingBatches(
-            source,
-            experiment.loading.batch_size,
-            experiment.steps,
-            seed=experiment.config["seed"],
-            shuffle=experiment.loading.shuffle,
-            rows=mesh_lib.local_rows(sharding, experiment.loading.batch_size),
-            transform=experiment.transform,
-        )
-        stream = loader.read_ahead(batches, start=step, **experiment.reading(source))
-        return stream, loader.DeviceFeed(stream, lambda batch: self._place(batch, sharding))
-
-    def _place(self, batch, sharding):
-        """Put a batch on the devices; for pmap with a leading device dimension."""
-        size = self.experiment.loading.batch_size
-        if self.experiment.layout.axis:
-            rows, size = size // self.mesh.size, self.mesh.size
-            batch = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
-        return mesh_lib.place(batch, sharding, size)
 
     def _compile_step(self):
         arguments = (self.experiment, self.mesh, self.shapes, self.state, self.step_key, self.executable)
@@ -269,7 +242,12 @@ class Trainer:
         self.hooks.dispatch("on_save", step)
         seconds = self.clock.total() if self.clock is not None else self.progress.seconds
         self.progress = dataclasses.replace(self.progress, seconds=seconds, callbacks=self.hooks.states())
-        self.checkpoints.save(self.state, self.progress)
+        with self.stop.watchdog.phase("save"):
+            self.checkpoints.save(self.state, self.progress)
+
+    def _wait_for_save(self) -> None:
+        with self.stop.watchdog.phase("save"):
+            self.checkpoints.wait()
 
     # Metrics
 
@@ -292,7 +270,7 @@ class Trainer:
 
     def _raise_if_diverged(self, at: int) -> None:
         if at:
-            self.checkpoints.wait()
+            self._wait_for_save()
             good = self.checkpoints.steps()
             where = f"the latest good checkpoint is step {good[-1]}" if good else "no checkpoint was written before"
             raise Diverged(
@@ -302,21 +280,21 @@ class Trainer:
 
     # The end
 
-    def save_after_signal(self, signal_name: str) -> str:
-        """Save the state after a signal. Return the message to end with."""
+    def save_now(self) -> str:
+        """Save the state after a signal or an error outside the step. Return the message to end with."""
         if self.state is None:
-            return f"{signal_name}: stopped before the first training step. The same command starts it again."
+            return "stopped before the first training step. The same command starts it again."
         self._flush()
         step = int(self.state.step)
         if step not in self.checkpoints.steps():
             self._save(step)
-        self.checkpoints.wait()
-        return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
+        self._wait_for_save()
+        return f"saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
 
     def _finish(self) -> Result:
         """Test the best weights, or the last, once. Return the result."""
         step = int(self.state.step)
-        self.checkpoints.wait()
+        self._wait_for_save()
         source = self.experiment.dataset.splits.get("test")
         tested = next((at for at, split, _ in self.lines if split == "test"), None)
         if tested is None:
@@ -345,15 +323,5 @@ class Trainer:
             self.hooks.end(self._result)
         finally:
             if self.checkpoints is not None:
-                self.checkpoints.close()
-
-
-@contextlib.contextmanager
-def _short_collections():
-    """Keep Python's garbage collector off the objects that exist now: compiling leaves many, and a pass over them stops the loop for 0.2 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+                with self.stop.watchdog.phase("save"):
+                    self.checkpoints.close()

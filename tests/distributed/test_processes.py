@@ -465,8 +465,11 @@ def test_a_silent_process_is_treated_as_failed(victim):
         crowd.wait_for_left(victim)
 
 
-def test_a_hanging_main_thread_ends_the_run_after_the_limit():
+def test_a_hanging_main_thread_ends_the_run_after_the_limit(capfd):
     crowd = everybody(3, stall_limit=3.0)
+    reported = []
+    for index, member in crowd.members.items():
+        member.report = lambda index=index: reported.append(index) or "it waits for data"
     time.sleep(4)
     assert not crowd.left, "before the first step there is no limit, because compiling may take long"
     for member in crowd.members.values():
@@ -479,6 +482,22 @@ def test_a_hanging_main_thread_ends_the_run_after_the_limit():
         assert reason.startswith(
             f"no process has completed a step for 3 s (--stall_limit); process 1 ({socket.gethostname()}) is behind the others; this process ends."
         )
+    assert sorted(reported) == [0, 1, 2]  # each prints where it is
+    said = capfd.readouterr().err
+    assert f"jaxmodels: process 1 ({socket.gethostname()}): it waits for data\n" in said
+
+
+def test_a_phase_has_a_limit_of_its_own():
+    crowd = everybody(2, stall_limit=60.0)
+    first = crowd.members[0]
+    first.set_limit(2.0, "has saved", "--save_limit")  # process 0 is at the same place as the others
+    time.sleep(1)
+    first.set_limit(60.0)
+    time.sleep(2)
+    assert not crowd.left
+    first.set_limit(1.0, "has restored", "--setup_limit")  # also before the first step
+    crowd.wait_for_left(0, 1)
+    assert all(reason.startswith("no process has restored for 1 s (--setup_limit); all are at the same step") for _, reason in crowd.left.values())
 
 
 def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():

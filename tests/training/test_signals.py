@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT save the run and end with status 75 in every phase."""
+"""Signals save the run and end it with status 75 in every phase."""
 
 import contextlib
-import json
+import importlib
 import os
 import signal
 import subprocess
@@ -11,36 +11,12 @@ import time
 
 import pytest
 import small_configs
-from conftest import HELPERS, ROOT
+from conftest import ROOT
+from run_processes import children, is_alive, is_worker, start, stop, wait_for
 
 from jaxmodels.errors import Interrupted
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training.signals import StopSignals
-
-
-def start(config, workdir, tmp_path, prelude=""):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
-    program = f"{prelude}\nfrom jaxmodels.cli import main as cli\ncli.main(['train', '--config={path}', '--workdir={workdir}'])"
-    environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(HELPERS), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def stop(process, number=signal.SIGTERM):
-    sent = time.monotonic()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert time.monotonic() - sent < 30, "a stop must not wait for what it interrupts"
-    return errors
 
 
 def hanging(source, **changes):
@@ -62,6 +38,47 @@ def test_while_waiting_for_data(tmp_path):
     again = start(hanging("training_hangs", evaluation__every=None), tmp_path / "x", tmp_path)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0 and f"checkpoints/{saved}" in output, errors
+
+
+def test_while_worker_processes_hang_and_are_stopped(tmp_path):
+    """One worker hangs in a read and the other is stopped, so neither ends by itself or by a signal that it could handle."""
+    (tmp_path / "hang").write_text("")
+    config = hanging("training_hangs", evaluation__every=None, data__workers=2, data__buffer=2, checkpoint__every=1000)
+    process = start(config, tmp_path / "x", tmp_path)
+    metrics = tmp_path / "x" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 30' in metrics.read_text(), process)
+    workers = [pid for pid in children(process.pid) if is_worker(pid)]
+    assert len(workers) == 2
+    time.sleep(1)  # it hangs by now
+    os.kill(workers[0], signal.SIGSTOP)
+    errors = stop(process, within=10)
+    (saved,) = [int(p.name) for p in (tmp_path / "x" / "checkpoints").iterdir()]
+    assert 30 <= saved <= 40 and f"SIGTERM: saved {tmp_path}/x/checkpoints/{saved}" in errors
+    assert not any(map(is_alive, workers))
+
+
+def test_worker_processes_end_with_a_process_that_is_killed(tmp_path):
+    program = """
+import hanging_source, time
+from jaxmodels.data import loader
+if __name__ == "__main__":
+    batches = loader.TrainingBatches(hanging_source.Hanging(100, 10**9), 2, 40, seed=0, shuffle=False)
+    stream = loader.read_ahead(batches, threads=0, workers=1, buffer=1)
+    print(next(stream)["label"].tolist(), flush=True)
+    time.sleep(300)
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
+    process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "[0, 1]\n"
+    workers = [pid for pid in children(process.pid) if is_worker(pid)]
+    assert workers
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < end, "a worker is left behind"
+        time.sleep(0.05)
 
 
 def test_while_evaluating_and_the_resumed_run_evaluates(tmp_path):
@@ -107,7 +124,7 @@ trainer.compile_train_step = slow_step
     config = small_configs.config(small_configs.GPT, task__sample_length=5, training__steps=20, evaluation__every=7, checkpoint__every=1000)
     process = start(config, tmp_path / "x", tmp_path, prelude)
     wait_for((tmp_path / "compiling").exists, process)
-    errors = stop(process)
+    errors = stop(process, {"train_step": signal.SIGHUP, "sample": signal.SIGUSR1}.get(name, signal.SIGTERM))
     steps = {"init": [], "train_step": ["0"], "eval_step": ["7"], "sample": ["7"]}[name]
     assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == steps
     assert ("stopped before the first training step" if name == "init" else f"saved {tmp_path}/x/checkpoints/{steps[0]}") in errors
@@ -128,13 +145,69 @@ def slow(name, *args, **options):
     if name == "jax" and not pathlib.Path({str(tmp_path / "importing")!r}).exists():
         pathlib.Path({str(tmp_path / "importing")!r}).write_text("")
         import time
-        time.sleep(20)
+        time.sleep(3)
     return original(name, *args, **options)
 builtins.__import__ = slow
 """
     process = start(small_configs.CNN, tmp_path / "x", tmp_path, prelude)
     wait_for((tmp_path / "importing").exists, process)
     assert "stopped before training" in stop(process)
+
+
+def test_an_import_is_not_interrupted(tmp_path, monkeypatch):
+    """The import of a C extension turns an exception into an ImportError: the stop comes after it, and does not wait for what follows."""
+    (tmp_path / "like_an_extension.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('initialization failed') from error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    began = time.monotonic()
+    with StopSignals() as stop, pytest.raises(Interrupted, match="SIGTERM"), stop.may_raise():
+        importlib.import_module("like_an_extension")
+        time.sleep(60)
+    assert "like_an_extension" in sys.modules and time.monotonic() - began < 30
+    time.sleep(0.3)  # a signal that were sent again now would end this process
+
+
+def test_a_signal_at_the_end_of_an_import_does_not_come_twice(tmp_path, monkeypatch):
+    (tmp_path / "signalled.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nfor _ in range(10): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with StopSignals() as stop, pytest.raises(Interrupted, match="SIGTERM"), stop.may_raise():
+        importlib.import_module("signalled")
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_other_signals_stop_a_run_by_option(name):
+    number = getattr(signal, name)
+    with StopSignals([name]) as stop, pytest.raises(Interrupted, match=name), stop.may_raise():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert signal.getsignal(number) is signal.SIG_DFL
+    mine = lambda *_: None
+    for present in (signal.SIG_IGN, mine):  # as under nohup; of a callback
+        signal.signal(number, present)
+        try:
+            with StopSignals([name]):
+                assert signal.getsignal(number) is present
+        finally:
+            signal.signal(number, signal.SIG_DFL)
+    with StopSignals():
+        assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_the_option_names_signals(capsys):
+    from jaxmodels.cli import main as cli
+
+    parse = lambda text: cli.parser().parse_args(["train", "--config=x.py", *text]).stop_signals
+    assert parse([]) == ("SIGHUP", "SIGUSR1") and parse(["--stop_signals="]) == () and parse(["--stop_signals=usr2,SIGHUP"]) == ("SIGUSR2", "SIGHUP")
+    with pytest.raises(SystemExit):
+        parse(["--stop_signals=KILL"])
+    assert "SIGKILL is none of SIGHUP" in capsys.readouterr().err
 
 
 def test_previous_handlers_come_back(tmp_path):

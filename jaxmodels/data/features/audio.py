@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmodels.data.features.base import Column, Feature, Problem
 from jaxmodels.data.features.image import opened
+from jaxmodels.data.reading import is_unavailable
 from jaxmodels.errors import ConfigError
 
 _TYPES = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # by bytes of a sample
@@ -47,6 +48,8 @@ class Audio(Feature):
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  what `wave` raises depends on where the file is broken
+            if is_unavailable(error):
+                raise
             raise Problem(f"cannot be decoded as WAV audio: {error or 'the file ends early'}.") from error
         if rate != self.sample_rate:
             raise Problem(f"the sample rate is {rate} Hz, not data.sample_rate={self.sample_rate}; resample the file.")

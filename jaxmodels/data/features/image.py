@@ -12,6 +12,7 @@ from PIL import ImageOps
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Problem, Row, counts
+from jaxmodels.data.reading import is_unavailable
 from jaxmodels.errors import ConfigError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -53,6 +54,8 @@ class Image(Feature):
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the file is broken
+            if is_unavailable(error):
+                raise
             raise Problem(f"cannot be decoded as an image: {error}.") from error
 
     def blank(self):

@@ -34,7 +34,9 @@ class ClassFolders:
     def fingerprint(self, indices: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
         """Return a checksum of names, sizes in bytes and classes; the contents are not read."""
         paths = (self.files[i][0] for i in indices)
-        return zlib.crc32("\n".join(f"{os.path.basename(p)} {os.path.getsize(p)} {c}" for p, c in zip(paths, arrays["label"], strict=True)).encode())
+        return zlib.crc32(
+            "\n".join(f"{os.path.basename(p)} {os.path.getsize(p)} {c}" for p, c in zip(paths, arrays["label"], strict=True)).encode(errors="surrogateescape")
+        )
 
 
 @takes(Image, Holdout, without=("image_column",), required=("size",))

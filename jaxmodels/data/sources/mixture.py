@@ -55,11 +55,11 @@ def _mixed(parts: Mapping[str, Mapping], datasets: Mapping[str, Dataset]) -> Dat
     if untrained:
         raise ConfigError(f"config.data.sources.{untrained[0]}: {parts[untrained[0]]['source']!r} has no train split.")
     _check_alike(datasets)
-    train = Mixture([dataset.splits["train"] for dataset in datasets.values()], [parts[name]["weight"] for name in datasets])
+    train = Mixture([dataset.splits["train"] for dataset in datasets.values()], [parts[name]["weight"] for name in datasets], names=tuple(datasets))
     splits = {"train": train}
     for split in ("validation", "test"):
-        found = [dataset.splits[split] for dataset in datasets.values() if split in dataset.splits]
-        splits |= {split: Concatenation(found)} if found else {}
+        found = {name: dataset.splits[split] for name, dataset in datasets.items() if split in dataset.splits}
+        splits |= {split: Concatenation(list(found.values()), names=tuple(found))} if found else {}
     counted = zip(datasets, train.counts, train.parts, strict=True)
     shares = ", ".join(f"{name} {count / len(train):.1%} ({count / len(part):.2f} times each)" for name, count, part in counted)
     notes = [f"{name}: {note}" for name, dataset in datasets.items() for note in dataset.notes]
@@ -166,8 +166,13 @@ def _check_alike(datasets: Mapping[str, Dataset]) -> None:
 class _Joined:
     """Several sources as one. A subclass defines `locate(indices)`: the part and the example in it, two int [n]."""
 
-    def __init__(self, parts: Sequence[DataSource]):
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[DataSource], names: Sequence[str] = ()):
+        """
+        Args:
+          parts: at least one.
+          names: of the parts, for errors.
+        """
+        self.parts, self.names = list(parts), tuple(names)
         self.sizes = np.array([len(part) for part in parts])
         self.in_memory = all(getattr(part, "in_memory", False) for part in parts)
 
@@ -211,13 +216,14 @@ class Mixture(_Joined):
     been seen whole; parts that end earlier start again.
     """
 
-    def __init__(self, parts: Sequence[DataSource], weights: Sequence[float]):
+    def __init__(self, parts: Sequence[DataSource], weights: Sequence[float], names: Sequence[str] = ()):
         """
         Args:
           parts: at least one.
           weights: relative, each above 0.
+          names: of the parts, for errors.
         """
-        super().__init__(parts)
+        super().__init__(parts, names)
         exact = np.array(weights, np.float64) / np.sum(weights) * PERIOD
         self.quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
         for number in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, PERIOD - self.quotas.sum())]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmodels.data.features.array import Array
 from jaxmodels.data.features.base import Row
+from jaxmodels.data.reading import is_unavailable
 from jaxmodels.data.rows import Holdout, open_on_read
 from jaxmodels.data.skipping import Policy
 from jaxmodels.data.source import Dataset
@@ -35,6 +36,8 @@ class SplitRows:
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the record is broken
+            if is_unavailable(error):
+                raise
             return Row(where, problem=f"cannot be decoded: {error}.")
 
 
