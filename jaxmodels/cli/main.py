@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 
-from jaxmodels.cli import config, data, evaluate, generate, plan, runs, train
+from jaxmodels.cli import checkpoint, config, data, evaluate, generate, plan, runs, train
 
 # The order in which help lists the commands.
-_COMMANDS = (train, evaluate, plan, generate, data, config, runs)
+_COMMANDS = (train, evaluate, plan, generate, data, config, runs, checkpoint)
 
 DESCRIPTION = """\
 Train Flax models with Optax from one config file.
@@ -23,6 +23,7 @@ Train Flax models with Optax from one config file.
   jaxmodels merge --workdir=runs/lora --output=runs/merged
   jaxmodels import hf:DIR_OR_ID runs/pretrained
   jaxmodels export runs/cnn_digits DIR
+  jaxmodels checkpoint verify runs/cnn_digits
 
 --config.SECTION.KEY=VALUE overrides a value of the config; jaxmodels config --explain KEY explains a key.
 Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.

@@ -1,8 +1,9 @@
 """The record of a run in `manifest.json`: versions, devices, data, compilations, and every fallback."""
 
+import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +29,7 @@ class Manifest:
           active: whether this is the first process; others record nothing.
         """
         self._folder, self._say, self._active = folder, say, active
+        self._failed = False
 
     def warn(self, message: str) -> None:
         """Print a warning, and record it as a fallback."""
@@ -37,14 +39,26 @@ class Manifest:
     def fallback(self, message: str) -> None:
         """Record a fallback: a slower or less exact path that was used."""
         if self._active:
-            self._folder.add_to_manifest("fallbacks", message)
+            with self._may_fail():
+                self._folder.add_to_manifest("fallbacks", message)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Set keys in the entry of this start."""
         if self._active and values:
             starts = self._folder.manifest()["starts"]
             starts[-1] |= values
-            self._folder.update_manifest(starts=starts)
+            with self._may_fail():
+                self._folder.update_manifest(starts=starts)
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Go on where the file cannot be written, such as on a full disk; say so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self._say(f"warning: {self._folder.manifest_file} cannot be written ({error.strerror}): training goes on without it", style="yellow")
 
     def compiled(self, record: CompileRecord, executable: Any = None) -> None:
         """Print and record the compilation of a function; `executable` is the saved one that was requested, if any."""

@@ -21,7 +21,7 @@ from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training import hooks as hooks_lib
-from jaxmodels.training import initialize
+from jaxmodels.training import initialize, saving
 from jaxmodels.training.clock import Clock
 from jaxmodels.training.compile import compile_train_step, own_device, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator
@@ -117,6 +117,7 @@ class Trainer:
             experiment, folder, self.mesh, [Throughput(), *callbacks], outputs, say=self.terminal.say, warn=self.manifest.warn, record=self.manifest.record
         )
         self.checkpoints: Checkpoints | None = None
+        self.saver: saving.Saver | None = None
         self.state = None
         self.progress = Progress()
         self.clock: Clock | None = None
@@ -139,14 +140,7 @@ class Trainer:
 
     def _start(self) -> int:
         """Initialise or restore the state; start the callbacks. Returns the step."""
-        options = self.experiment.checkpoint
-        self.checkpoints = Checkpoints(
-            self.folder.checkpoints,
-            keep=options.keep,
-            every=options.every,
-            parents=lambda: {child["step"] for child in self.folder.children()},
-            save_frozen=not self.experiment.frozen_in_parent,
-        )
+        self.checkpoints, self.saver = saving.open_checkpoints(self.experiment, self.folder, self.shapes, self.terminal.say)
         self.state, self.progress, lines, record = self.stop.run(initialize.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key)
         for line in lines:
             self.terminal.say(line, style="yellow" if line.startswith("warning") else None)
@@ -188,6 +182,7 @@ class Trainer:
                 self.stop.check()
                 boundary = self._evaluation_due(step) or step % save_every == 0
                 asked_to_save, asked_to_stop = self.hooks.requests(agree=log_due or boundary)
+                asked_to_save = (log_due and self.saver.is_due()) or asked_to_save
                 if boundary or asked_to_save or asked_to_stop:
                     self._flush()
                     self._evaluate_and_save(step, asked_to_save, asked_to_stop)
@@ -269,7 +264,7 @@ class Trainer:
         self.hooks.dispatch("on_save", step)
         seconds = self.clock.total() if self.clock is not None else self.progress.seconds
         self.progress = dataclasses.replace(self.progress, seconds=seconds, callbacks=self.hooks.states())
-        self.checkpoints.save(self.state, self.progress)
+        self.saver.save(self.state, self.progress)
 
     # Metrics
 
@@ -292,7 +287,7 @@ class Trainer:
 
     def _raise_if_diverged(self, at: int) -> None:
         if at:
-            self.checkpoints.wait()
+            self.saver.settle()
             good = self.checkpoints.steps()
             where = f"the latest good checkpoint is step {good[-1]}" if good else "no checkpoint was written before"
             raise Diverged(
@@ -309,19 +304,17 @@ class Trainer:
             return f"{signal_name}: stopped before anything was trained. {again}"
         self._flush()
         step = int(self.state.step)
-        if step not in self.checkpoints.steps():
-            self._save(step)
-        self.checkpoints.wait()
+        self.saver.finish(step, lambda: self._save(step), attempts=3)
         return f"{signal_name}: saved {self.checkpoints.folder / str(step)}. {again}"
 
     def _finish(self) -> Result:
         """Test the best weights, or the last, once. Returns the result."""
         step = int(self.state.step)
-        self.checkpoints.wait()
+        self.saver.finish(step, lambda: self._save(step), attempts=5)
         source = self.experiment.dataset.splits.get("test")
         tested = next((at for at, split, _ in self.lines if split == "test"), None)
         if tested is None:
-            tested = self._step_to_test(step)
+            tested = saving.step_to_test(self.progress, self.checkpoints, step, self.manifest.warn)
             if source is not None:
                 params, stats = self.state.weights, self.state.stats
                 if tested != step:
@@ -331,22 +324,13 @@ class Trainer:
         final = {split: values for at, split, values in self.lines if split != "validation" or at == tested}
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
 
-    def _step_to_test(self, latest: int) -> int:
-        """Return the best step, or the latest where none is tracked or where the best one's checkpoint is gone, which is a warning."""
-        best = self.progress.best_step
-        if best is None or best in self.checkpoints.steps():
-            return latest if best is None else best
-        folder = self.checkpoints.folder
-        self.manifest.warn(f"the checkpoint of the best step, {best}, is gone from {folder}: the latest, of step {latest}, is tested in its place")
-        return latest
-
     def close(self) -> None:
         """End callbacks, trackers and threads, after the last save is finished."""
         try:
             self.hooks.end(self._result)
         finally:
-            if self.checkpoints is not None:
-                self.checkpoints.close()
+            if self.saver is not None:
+                self.saver.close()
 
 
 @contextlib.contextmanager
