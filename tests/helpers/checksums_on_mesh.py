@@ -2,16 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
 from jaxmodels.parallel.mesh import simulate_devices
-
-simulate_devices(8)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
-
-from jaxmodels.runs import checksums  # noqa: E402
+from jaxmodels.runs import checksums
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -29,6 +26,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+    simulate_devices(8)
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     layouts = {
         "one device": lambda _: SingleDeviceSharding(jax.devices()[3]),
