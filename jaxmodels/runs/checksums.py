@@ -4,7 +4,9 @@ The checksum of an array is the sum modulo 2^32 of a hash of each element's bits
 one element is always found; a change of several is missed with probability 2^-32. A sum does not depend on its order: each device sums its own shard.
 """
 
+import concurrent.futures
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +17,10 @@ import orbax.checkpoint as ocp
 
 from jaxmodels.errors import RunError
 
-_ON_HOST = 1 << 16  # elements: up to here NumPy takes less time than compiling, once for each shape
+_SMALL = 1 << 16  # elements: up to here NumPy takes less time than compiling, once for each shape
+_BLOCK = 1 << 15  # elements that NumPy hashes at a time, so that they stay in the cache
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: indices that are near become keys that are far apart
+_FACTORS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
 
 class Damaged(RunError):
@@ -32,8 +36,8 @@ def of(tree: Any) -> dict[str, str]:
       tree: nested dictionaries, tuples and dataclasses of arrays, of which each process has its shards.
     """
     arrays = {path: _data(x) for path, x in flatten(tree).items()}
-    sums = jax.device_get({path: _sum(x, _dtype(x)) for path, x in arrays.items()})
-    return {path: f"{_dtype(x)}:{int(sums[path]):08x}" for path, x in arrays.items()}
+    sums = _sums({path: (x, _dtype(x)) for path, x in arrays.items()})
+    return {path: f"{_dtype(x)}:{sums[path]:08x}" for path, x in arrays.items()}
 
 
 def check(tree: Any, stored: Mapping[str, str]) -> list[str]:
@@ -48,8 +52,8 @@ def check(tree: Any, stored: Mapping[str, str]) -> list[str]:
     arrays = {path: _data(x) for path, x in flatten(tree).items() if isinstance(x, jax.Array | np.ndarray)}
     saved = {path: stored[path].rpartition(":") for path in arrays if path in stored}
     same = {path: x for path, x in arrays.items() if path in saved and saved[path][0] in (_dtype(x), "bfloat16" if _dtype(x) == "float32" else None)}
-    sums = jax.device_get({path: _sum(x, saved[path][0]) for path, x in same.items()})
-    return [path for path in arrays if path not in saved or (path in sums and f"{int(sums[path]):08x}" != saved[path][2])]
+    sums = _sums({path: (x, saved[path][0]) for path, x in same.items()})
+    return [path for path in arrays if path not in saved or (path in sums and f"{sums[path]:08x}" != saved[path][2])]
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -72,36 +76,73 @@ def _dtype(x: Any) -> str:
     return np.dtype(x.dtype).name if hasattr(x, "dtype") else np.asarray(x).dtype.name
 
 
-def _sum(x: Any, dtype: str) -> Any:
-    """Return the checksum of `x` as if it were of `dtype`: a scalar on the devices of `x`, or of NumPy."""
-    if not isinstance(x, jax.Array) or (x.size <= _ON_HOST and (x.is_fully_addressable or x.is_fully_replicated)):
-        return _hash(np.asarray(x), dtype, np)
-    sharding = x.sharding
+def _sums(arrays: Mapping[str, tuple[Any, str]]) -> dict[str, int]:
+    """Return the checksum of each array as if it were of a type: path -> (array, name of the type)."""
+    on_host = {path for path, (x, _) in arrays.items() if _on_host(x)}
+    # In one order in all processes, since arrays that are sharded over processes are summed together.
+    started = {path: _compiled(dtype, _replicated(x.sharding))(x) for path, (x, dtype) in arrays.items() if path not in on_host}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda path: _hash_on_host(_as_numpy(arrays[path][0]), arrays[path][1]), on_host)
+        sums = dict(zip(on_host, found, strict=True))
+    return sums | {path: int(x) for path, x in jax.device_get(started).items()}
+
+
+def _as_numpy(x: Any) -> np.ndarray:
+    """Return the values, on a CPU without copying; the array itself gets no reference to them, which would keep a step from reusing its memory."""
+    return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+
+
+def _on_host(x: Any) -> bool:
+    """Return whether NumPy computes the checksum: of arrays that are small, or that a single CPU holds, where it takes half the time of XLA."""
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_replicated and (x.size <= _SMALL or next(iter(x.sharding.device_set)).platform == "cpu")
+
+
+def _replicated(sharding: Any) -> Any:
+    """Return the sharding of a result that every process can read; None where the compiler decides."""
     if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        sharding = None
-    return _compiled(dtype, sharding)(x)
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding if isinstance(sharding, jax.sharding.SingleDeviceSharding) else None
 
 
 @functools.cache
 def _compiled(dtype: str, sharding: Any):
-    return jax.jit(lambda x: _hash(x, dtype, jnp), out_shardings=sharding)
+    return jax.jit(lambda x: _hash(x, dtype), out_shardings=sharding)
 
 
-def _hash(x: Any, dtype: str, xp: Any) -> Any:
-    """Return the sum of the hashes of all elements, uint32; `xp` is NumPy or `jax.numpy`."""
-    bits = _bits(x, dtype, xp)
-    key, stride = xp.uint32(0), 1
+def _hash(x: jax.Array, dtype: str) -> jax.Array:
+    """Return the sum of the hashes of all elements, uint32."""
+    bits = _bits(x, dtype, jnp)
+    key, stride = jnp.uint32(0), 1
     for axis in reversed(range(bits.ndim)):
-        indices = xp.arange(bits.shape[axis], dtype=xp.uint32) * xp.uint32(stride * _GOLDEN % 2**32)
+        indices = jnp.arange(bits.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride * _GOLDEN % 2**32)
         key = key + indices.reshape(-1, *[1] * (bits.ndim - 1 - axis))
         stride *= bits.shape[axis]
-    # The finaliser of MurmurHash3.
     h = bits + key
-    h = (h ^ (h >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
-    return xp.sum(h ^ (h >> xp.uint32(16)), dtype=xp.uint32)
+    for shift, factor in zip((16, 13), _FACTORS, strict=True):
+        h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return jnp.sum(h ^ (h >> jnp.uint32(16)), dtype=jnp.uint32)
+
+
+def _hash_on_host(x: np.ndarray, dtype: str) -> int:
+    """Return the same as `_hash`, block by block and in place."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    keys, total, first = np.arange(2 * _BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN), 0, 0
+    h, shifted = np.empty(2 * _BLOCK, np.uint32), np.empty(2 * _BLOCK, np.uint32)
+    for start in range(0, flat.size, _BLOCK):
+        bits = _bits(flat[start : start + _BLOCK], dtype, np).reshape(-1)
+        a, b = h[: bits.size], shifted[: bits.size]
+        np.add(bits, keys[: bits.size], out=a)
+        a += np.uint32(first * _GOLDEN % 2**32)
+        for shift, factor in zip((16, 13), _FACTORS, strict=True):
+            np.right_shift(a, np.uint32(shift), out=b)
+            a ^= b
+            a *= np.uint32(factor)
+        np.right_shift(a, np.uint32(16), out=b)
+        a ^= b
+        total, first = total + int(a.sum(dtype=np.uint32)), first + bits.size
+    return total % 2**32
 
 
 def _bits(x: Any, dtype: str, xp: Any) -> Any:

@@ -1,14 +1,18 @@
 """The disk of a run folder: its room for checkpoints, and what to say when a save fails."""
 
+import contextlib
 import errno
 import logging
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxmodels.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -27,6 +31,15 @@ def reason(error: BaseException, folder: Path) -> str:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+@contextlib.contextmanager
+def must_write(folder: Path) -> Iterator[None]:
+    """Turn an error of the operating system, while files of a run are written, into a RunError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {reason(error, folder)}. No checkpoint was changed; the same command goes on when it can be.") from error
 
 
 def room(folder: Path, state: Any, keep: int) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ import jax
 
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import pipeline
+from jaxmodels.runs import disk
 from jaxmodels.runs.folder import RunFolder, now
 from jaxmodels.step.state import TrainState
 from jaxmodels.training.compile import CompileRecord
@@ -97,20 +98,21 @@ class Manifest:
             start["pipeline"] = {"stages": stages, "microbatches": microbatches, "bubble": pipeline.bubble(stages, microbatches)}
             self._say(f"pipeline: {pipeline.describe(stages, microbatches)}", style="dim")
         manifest = self._folder.manifest()
-        self._folder.update_manifest(
-            parameters=trained + frozen,
-            trained_parameters=trained,
-            steps=experiment.steps,
-            data=describe_data(experiment),
-            info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
-            skipped_examples=dict(experiment.dataset.skipped),
-            parents=manifest.get("parents", []),
-            fallbacks=manifest.get("fallbacks", []),
-            starts=[*manifest.get("starts", []), start],
-        )
         tokenizer = experiment.dataset.info.get("tokenizer")
-        if tokenizer is not None:
-            self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
+        with disk.must_write(self._folder.path):
+            self._folder.update_manifest(
+                parameters=trained + frozen,
+                trained_parameters=trained,
+                steps=experiment.steps,
+                data=describe_data(experiment),
+                info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
+                skipped_examples=dict(experiment.dataset.skipped),
+                parents=manifest.get("parents", []),
+                fallbacks=manifest.get("fallbacks", []),
+                starts=[*manifest.get("starts", []), start],
+            )
+            if tokenizer is not None:
+                self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
         share = f", {trained:,} of them trained ({trained / (trained + frozen):.2%})" if frozen else ""
         self._say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self._folder.path}")
 

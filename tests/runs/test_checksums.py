@@ -59,8 +59,10 @@ def test_the_checksum_is_that_of_the_bits_by_numpy_and_compiled(dtype, monkeypat
     x = some(dtype)
     words = {"x": f"{dtype}:{expected(x):08x}"}
     assert checksums.of({"x": x}) == words
+    monkeypatch.setattr(checksums, "_BLOCK", 7)
+    assert checksums.of({"x": x}) == words
     if x.dtype.itemsize < 8 or dtype == "complex64":
-        monkeypatch.setattr(checksums, "_ON_HOST", 0)
+        monkeypatch.setattr(checksums, "_on_host", lambda x: False)
         assert checksums.of({"x": jnp.asarray(x)}) == words
 
 
@@ -97,6 +99,13 @@ def test_random_keys_and_other_types():
     assert checksums.check({"x": wide.astype(np.float16)}, whole) == []
     # A part of the arrays; an array that was not there.
     assert checksums.check({}, whole) == [] and checksums.check({"y": wide}, whole) == ["y"]
+
+
+def test_a_step_still_reuses_the_memory_of_the_state():
+    x = jax.block_until_ready(jnp.arange(100_000.0))
+    place = x.unsafe_buffer_pointer()
+    checksums.of({"x": x})
+    assert jax.jit(lambda x: x + 1, donate_argnums=0)(x).unsafe_buffer_pointer() == place
 
 
 def test_checksums_do_not_depend_on_the_mesh():

@@ -17,7 +17,7 @@ import small_configs
 from rich.console import Console
 from run_state import final_state
 
-from jaxmodels.errors import Interrupted
+from jaxmodels.errors import Interrupted, RunError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.runs import disk
 from jaxmodels.runs.checkpoint import Checkpoints, SaveFailed
@@ -290,3 +290,17 @@ def test_a_manifest_that_cannot_be_written_stops_nothing(tmp_path, whole, monkey
     printed = train(CONFIG, tmp_path / "x", Warns())
     assert "something at step 5" in printed and printed.count("manifest.json cannot be written (No space left on device)") == 1
     assert_same(whole, tmp_path / "x")
+
+
+def test_a_start_on_a_full_disk_is_an_error_of_one_line(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "x")
+
+    def replace(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+    before = final_state(whole)[1]
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(RunError, match=r"/x cannot be written: No space left on device \([\d.]+ \w+ free\)\. No checkpoint was changed") as error:
+        train(CONFIG, tmp_path / "x")
+    assert error.value.exit_status == 1 and final_state(tmp_path / "x")[1] == before
+    assert not list((tmp_path / "x").glob("*.tmp"))
