@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 
-from jaxmodels.cli import config, data, evaluate, generate, plan, runs, train
+from jaxmodels.cli import checkpoint, config, data, evaluate, generate, plan, runs, train
 
 # The order in which help lists the commands.
-_COMMANDS = (train, evaluate, plan, generate, data, config, runs)
+_COMMANDS = (train, evaluate, plan, generate, data, config, runs, checkpoint)
 
 _EXIT_SECONDS = 10.0
 
@@ -28,6 +28,7 @@ Train Flax models with Optax from one config file.
   jaxmodels merge --workdir=runs/lora --output=runs/merged
   jaxmodels import hf:DIR_OR_ID runs/pretrained
   jaxmodels export runs/cnn_digits DIR
+  jaxmodels checkpoint verify runs/cnn_digits
 
 --config.SECTION.KEY=VALUE overrides a value of the config; jaxmodels config --explain KEY explains a key.
 Exit status: 0 finished, 1 failed, 2 bad config or usage, 3 diverged, 75 stopped by a signal after saving.

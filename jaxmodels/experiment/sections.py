@@ -65,11 +65,13 @@ class Checkpointing:
       keep: number of latest checkpoints to keep, of those at multiples of `every` and the very latest.
       best: name of a metric of the task on the validation split; the checkpoint with its best value is kept too, and is evaluated on the test
         split at the end. None keeps only recent checkpoints.
+      checksums: save a checksum of each array, and verify it when the array is restored. False saves that time, for very large states.
     """
 
     every: int = 1000
     keep: int = 2
     best: str | None = None
+    checksums: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,7 @@ MACHINE_KEYS = (
     "data.buffer",
     "data.memory_gb",
     "compiler_options",
+    "checkpoint.checksums",
     "log.trackers",
 )
 

@@ -1,9 +1,10 @@
 """Checkpoints of a run, saved with Orbax: asynchronous and atomic; the latest and the best are preserved."""
 
 import dataclasses
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,19 @@ import orbax.checkpoint as ocp
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.runs import checksums as checksums_lib
+from jaxmodels.runs import disk
+from jaxmodels.runs.checksums import Damaged
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.progress import Progress, from_page, to_page
 from jaxmodels.step.state import TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """The progress of a run, saved in each checkpoint next to the arrays.
-
-    Attributes:
-      evaluated_at: the last evaluated step.
-      best: best value so far of the metric `checkpoint.best`.
-      best_step: the step of `best`.
-      without_improvement: number of evaluations since `best_step`.
-      finished: whether training is complete.
-      seconds: training time, over all starts.
-      callbacks: state of each callback, by its name.
-    """
-
-    evaluated_at: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    without_improvement: int = 0
-    finished: bool = False
-    seconds: float = 0.0
-    callbacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def after(self, step: int, value: float, better: bool, patience: int | None) -> "Progress":
-        """Return the progress after an evaluation.
-
-        Args:
-          step: the evaluated step.
-          value: value of the metric that selects the best checkpoint.
-          better: whether it is better than the best so far.
-          patience: evaluations without improvement after which the run is finished; None for no limit.
-        """
-        if better:
-            return dataclasses.replace(self, best=value, best_step=step, without_improvement=0)
-        without = self.without_improvement + 1
-        return dataclasses.replace(self, without_improvement=without, finished=self.finished or (patience is not None and without >= patience))
-
-
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of Orbax's folders until a checkpoint is whole
 _CHUNK = 1 << 25  # bytes; chunk size of arrays when `at_once` limits the bytes in flight
+
+
+class SaveFailed(RunError):
+    """A checkpoint could not be saved. Earlier ones are whole."""
 
 
 class Checkpoints:
@@ -67,6 +39,7 @@ class Checkpoints:
         every: int = 1,
         parents: Callable[[], set[int]] = set,
         save_frozen: bool = True,
+        checksums: bool = True,
         read_only: bool = False,
         at_once: int | None = None,
     ):
@@ -77,14 +50,18 @@ class Checkpoints:
           every: steps between scheduled checkpoints. Others count towards `keep` only while they are the latest.
           parents: returns the steps that other runs started from; these are never deleted, nor are folders of steps that are symbolic links.
           save_frozen: whether to save frozen parameters; False if a parent run has them.
+          checksums: whether to save checksums of the arrays, and to verify those that are restored.
           read_only: never write or delete.
           at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
         """
         self.folder = folder
         self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
         self._left_out = () if save_frozen else ("frozen",)
+        self._checksums, self._saving = checksums, None
         if not read_only:
-            self._restore_replaced()
+            disk.hide_tracebacks()  # `SaveFailed` says the same in one line
+            with session.first_goes_first("clean up"):
+                self._clean_up()
         self._at_once = at_once
         gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # Orbax rejects an array of exactly the limit
         self._manager = ocp.CheckpointManager(
@@ -97,7 +74,8 @@ class Checkpoints:
             item_handlers={"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=gigabytes), "progress": ocp.JsonCheckpointHandler()},
         )
 
-    def _as_dict(self, state: TrainState) -> dict:
+    def saved_parts(self, state: TrainState) -> dict:
+        """Return the parts of a state, or of its shapes, that a checkpoint holds."""
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in self._left_out}
 
     def _linked(self) -> set[int]:
@@ -109,29 +87,59 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Start saving a state as the checkpoint of its step. The state may be donated as soon as this returns."""
-        step = int(state.step)
+        """Start saving a state as the checkpoint of its step. The state may be donated as soon as this returns.
+
+        Raises:
+          SaveFailed: this save failed at once, or the one before it failed.
+        """
+        self.wait()
+        step, parts = int(state.step), self.saved_parts(state)
+        page = to_page(progress, checksums_lib.of(parts) if self._checksums else None)
         replaced, replaces = self.folder / f"replaced-{step}", step in self.steps()
         if replaces:
             # Move the old checkpoint aside until the new one is complete: it may be the only one.
-            self._manager.wait_until_finished()
             with session.first_goes_first("replace"):
                 if session.is_first():
                     (self.folder / str(step)).rename(replaced)
             self._manager.reload()
         self._policy.best_step = progress.best_step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=self._saved(self._as_dict(state)),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-            force=True,
-        )
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(state=self._saved(parts), progress=ocp.args.JsonSave(page)), force=True)
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise self._failed(error) from error
         if replaces:
-            self._manager.wait_until_finished()
+            self.wait()
             if session.is_first():
                 _delete(replaced)
+
+    def saving(self) -> bool:
+        """Return whether a checkpoint is being saved in the background. False does not say that it was saved: `wait` does."""
+        return self._saving is not None and self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk.
+
+        Raises:
+          SaveFailed: it failed. Raised once.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise self._failed(error) from error
+        self._saving = None
+
+    def _failed(self, error: Exception) -> SaveFailed:
+        """Remove what a failed save left, and return the error to raise."""
+        step, self._saving = self._saving, None
+        reason = disk.reason(error, self.folder)  # before its files are removed, which may leave free space
+        if session.is_first():
+            self._clean_up()
+        # Orbax counts the failed step as saved, and steps that it would have deleted as deleted.
+        self._manager.reload()
+        return SaveFailed(f"checkpoint {self.folder / str(step)} could not be saved: {reason}")
 
     def _saved(self, parts: dict) -> ocp.args.PyTreeSave:
         if self._at_once is None:
@@ -140,23 +148,37 @@ class Checkpoints:
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), parts)
         return ocp.args.PyTreeSave(parts, chunks, ocdbt_target_data_file_size=4 * _CHUNK)
 
-    def _restore_replaced(self) -> None:
-        """Restore checkpoints whose replacement was interrupted by the end of the process; delete those that were replaced."""
-        with session.first_goes_first("restore replaced"):
-            for replaced in self.folder.glob("replaced-*") if session.is_first() else ():
-                place = self.folder / replaced.name.removeprefix("replaced-")
-                _delete(replaced) if place.exists() else replaced.rename(place)
+    def _clean_up(self) -> None:
+        """Restore checkpoints whose replacement was interrupted; delete those that were replaced, and the files of unfinished saves."""
+        for replaced in self.folder.glob("replaced-*"):
+            place = self.folder / replaced.name.removeprefix("replaced-")
+            _delete(replaced) if place.exists() else replaced.rename(place)
+        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
         """Return the state at a step, each array with the sharding of its shape, and the progress.
 
         Parts that are not saved stay shapes.
+
+        Raises:
+          Damaged: arrays or the progress differ from what was saved.
         """
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=_restore_args(self._as_dict(shapes)), progress=ocp.args.JsonRestore()),
-        )
-        return shapes.replace(**items.state), Progress(**items.progress)
+        progress, checksums = self._page(step)
+        items = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(self.saved_parts(shapes))))
+        self._verify(step, items.state, checksums)
+        return shapes.replace(**items.state), progress
+
+    def _page(self, step: int) -> tuple[Progress, dict[str, str] | None]:
+        """Return the progress and the checksums that were saved at a step."""
+        return from_page(self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+
+    def _verify(self, step: int, arrays: Any, checksums: Mapping[str, str] | None) -> None:
+        """Raise Damaged if arrays differ from their checksums."""
+        bad = checksums_lib.check(arrays, checksums) if self._checksums and checksums is not None else []
+        if bad:
+            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more arrays" if len(bad) > 3 else "")
+            raise Damaged(f"{shown}: values differ from the saved checksums")
 
     def restore_latest(self, shapes: TrainState) -> tuple[TrainState, Progress, list[str]] | None:
         """Return the latest readable checkpoint; None if there is no checkpoint.
@@ -169,8 +191,11 @@ class Checkpoints:
         """
         problems = []
         for step in reversed(session.gather("steps", self.steps())[0]):
+            restored, damage = None, None
             try:
-                state, progress = self.restore(step, shapes)
+                restored = self.restore(step, shapes)
+            except Damaged as error:
+                damage = str(error)
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
                 if session.current() is not None:
                     # Other processes may have read their shards and wait in Orbax, so all cannot switch to an older checkpoint.
@@ -178,10 +203,16 @@ class Checkpoints:
                         f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}. If its files are damaged, move this "
                         "folder out of checkpoints/; the same command then resumes from the previous checkpoint."
                     ) from error
-                problems.append((step, f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}"))
+                damage = _first_line(error)
+            # All have read their shards by now; one may have found damage where the others found none.
+            damage = next((found for found in session.gather("damage", damage) if found), None)
+            if damage is not None:
+                problems.append((step, f"checkpoint {self.folder / str(step)} cannot be read: {damage}"))
                 continue
-            for bad, _ in problems:
-                (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
+            state, progress = restored
+            with session.first_goes_first("move aside"):
+                for bad, _ in problems if session.is_first() else ():
+                    (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
             self._policy.best_step = progress.best_step
             self._delete_old()
             return state, progress, [message for _, message in problems]
@@ -202,16 +233,13 @@ class Checkpoints:
     def progress(self, step: int) -> Progress:
         """Return the progress stored at a step; RunError if it cannot be read."""
         try:
-            return Progress(**self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+            return self._page(step)[0]
         except Exception as error:  # Orbax raises many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def shapes(self, step: int, *parts: str) -> dict:
         """Return the shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) saved at a step; RunError if they cannot be read."""
-        try:
-            tree = self._manager.item_metadata(step).state.tree
-        except Exception as error:  # Orbax raises many types for a damaged file
-            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
+        tree = self._tree(step)
         as_shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
         return {part: jax.tree.map(as_shape, tree.get(part) or {}) for part in parts}
 
@@ -223,8 +251,61 @@ class Checkpoints:
         """
         args = _restore_args(dict(shapes), partial_restore=True)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+            _, checksums = self._page(step)
+            found = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+            self._verify(step, found, checksums)
+            return found
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
+
+    def check(self, step: int, at_once: int) -> Iterator[tuple[str, int, str | None]]:
+        """Read every array of a step, and compare it with its checksum if it has one.
+
+        Args:
+          step: of the checkpoint.
+          at_once: bytes of arrays to hold in memory, or one array if that is larger.
+
+        Yields:
+          The path, the bytes and the problem of each array; None for no problem.
+
+        Raises:
+          RunError: the progress, or the list of the arrays, cannot be read.
+        """
+        checksums, tree = self.checksums(step), self._tree(step)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+        sizes = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in checksums_lib.flatten(shapes).items()}
+
+        def problems(paths: Collection[str]) -> dict[str, str | None]:
+            chosen = checksums_lib.map_with_paths(lambda path, x: x if path in paths else ocp.PLACEHOLDER, shapes)
+            try:
+                found = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(chosen))).state
+            except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+                if len(paths) > 1:
+                    return {path: problem for one in paths for path, problem in problems([one]).items()}
+                return dict.fromkeys(paths, _first_line(error))
+            bad = checksums_lib.check(found, checksums) if checksums is not None else ()
+            return {path: "values differ from the saved checksum" if path in bad else None for path in paths}
+
+        group: list[str] = []
+        for path in [*sizes, None]:
+            if group and (path is None or sum(sizes[p] for p in group) + sizes[path] > at_once):
+                yield from ((p, sizes[p], problem) for p, problem in problems(group).items())
+                group = []
+            group += [path] if path is not None else []
+
+    def checksums(self, step: int) -> dict[str, str] | None:
+        """Return the checksums saved at a step; None if none were. RunError if its progress cannot be read."""
+        try:
+            return self._page(step)[1]
+        except Exception as error:  # Orbax raises many types for a damaged file
+            raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
+
+    def _tree(self, step: int) -> Any:
+        """Return the shapes of all arrays saved at a step; RunError if they cannot be read."""
+        try:
+            return self._manager.item_metadata(step).state.tree
+        except Exception as error:  # Orbax raises many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
     def find(self, which: str | None) -> int:
@@ -254,13 +335,12 @@ class Checkpoints:
             return int(which)
         raise ConfigError(f"{run} has no checkpoint {which!r}; it has steps {steps}; best and latest are also allowed.")
 
-    def wait(self) -> None:
-        """Wait until the last save is on disk; raise its error if it failed."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Wait for the last save, and stop Orbax's threads."""
-        self._manager.close()
+        """Wait for the last save, and stop Orbax's threads. Raises SaveFailed if the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def parse_run(reference: str) -> tuple[str, str | None]:
@@ -319,4 +399,6 @@ def _delete(folder: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
+    if isinstance(error, RunError):
+        return str(error)
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

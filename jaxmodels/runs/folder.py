@@ -12,7 +12,9 @@ media/          images, figures and audio
 metrics.csv, wandb/, mlruns/    of the trackers csv, wandb and mlflow
 """
 
+import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -188,9 +190,17 @@ class RunFolder:
         ]
 
     def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(_metrics_line({"step": step, "split": split} | dict(values)))
+        """Append a line to `metrics.jsonl`; on an OSError, no part of it."""
+        line = _metrics_line({"step": step, "split": split} | dict(values)).encode()
+        with open(self.metrics_file, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
 
     def rewind(self, step: int, evaluated_at: int, finished: bool) -> None:
         """Drop the lines and samples that a run resumed from `step` will write again.
@@ -250,12 +260,16 @@ def _plain(value):
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    # A name of a file that is not UTF-8 becomes an escape, which JSON reads as the same name.
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        # A name of a file that is not UTF-8 becomes an escape, which JSON reads as the same name.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk, its bytes are missed elsewhere
+        raise
 
 
 def now() -> str:

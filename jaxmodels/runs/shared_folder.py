@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import RunError
+from jaxmodels.runs import disk
 from jaxmodels.runs.checkpoint import Progress
 from jaxmodels.runs.folder import RunFolder
 
@@ -26,10 +27,11 @@ def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> None:
     session.barrier("checked")
     run = None
     if session.is_first():
-        if clear:
-            folder.clear()
-        folder.write_config(config)
-        run = folder.identify()
+        with disk.must_write(folder.path):
+            if clear:
+                folder.clear()
+            folder.write_config(config)
+            run = folder.identify()
     run = session.gather("run", run)[0]
     end = time.monotonic() + _SEEN_SECONDS
     while not (seen := folder.manifest().get("id") == run) and time.monotonic() < end:
@@ -46,5 +48,6 @@ def rewind(folder: RunFolder, step: int, progress: Progress) -> list[dict]:
     """Remove metrics after the checkpoint (see `RunFolder.rewind`); return the others, in every process."""
     with session.first_goes_first("rewind"):
         if session.is_first():
-            folder.rewind(step, progress.evaluated_at, progress.finished)
+            with disk.must_write(folder.path):
+                folder.rewind(step, progress.evaluated_at, progress.finished)
         return folder.metrics()

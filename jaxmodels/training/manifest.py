@@ -1,8 +1,9 @@
 """The record of a run in `manifest.json`: versions, devices, data, compilations, and every fallback."""
 
+import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import pipeline
+from jaxmodels.runs import disk
 from jaxmodels.runs.folder import RunFolder, now
 from jaxmodels.step.state import TrainState
 from jaxmodels.training.compile import CompileRecord
@@ -28,6 +30,7 @@ class Manifest:
           active: whether this is the first process; others record nothing.
         """
         self._folder, self._say, self._active = folder, say, active
+        self._failed = False
 
     def warn(self, message: str) -> None:
         """Print a warning, and record it as a fallback."""
@@ -37,14 +40,26 @@ class Manifest:
     def fallback(self, message: str) -> None:
         """Record a fallback: a slower or less exact path that was used."""
         if self._active:
-            self._folder.add_to_manifest("fallbacks", message)
+            with self._may_fail():
+                self._folder.add_to_manifest("fallbacks", message)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Set keys in the entry of this start."""
         if self._active and values:
             starts = self._folder.manifest()["starts"]
             starts[-1] |= values
-            self._folder.update_manifest(starts=starts)
+            with self._may_fail():
+                self._folder.update_manifest(starts=starts)
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Go on where the file cannot be written, such as on a full disk; say so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self._say(f"warning: {self._folder.manifest_file} cannot be written ({error.strerror}): training goes on without it", style="yellow")
 
     def compiled(self, record: CompileRecord, executable: Any = None) -> None:
         """Print and record the compilation of a function; `executable` is the saved one that was requested, if any."""
@@ -83,20 +98,21 @@ class Manifest:
             start["pipeline"] = {"stages": stages, "microbatches": microbatches, "bubble": pipeline.bubble(stages, microbatches)}
             self._say(f"pipeline: {pipeline.describe(stages, microbatches)}", style="dim")
         manifest = self._folder.manifest()
-        self._folder.update_manifest(
-            parameters=trained + frozen,
-            trained_parameters=trained,
-            steps=experiment.steps,
-            data=describe_data(experiment),
-            info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
-            skipped_examples=dict(experiment.dataset.skipped),
-            parents=manifest.get("parents", []),
-            fallbacks=manifest.get("fallbacks", []),
-            starts=[*manifest.get("starts", []), start],
-        )
         tokenizer = experiment.dataset.info.get("tokenizer")
-        if tokenizer is not None:
-            self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
+        with disk.must_write(self._folder.path):
+            self._folder.update_manifest(
+                parameters=trained + frozen,
+                trained_parameters=trained,
+                steps=experiment.steps,
+                data=describe_data(experiment),
+                info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
+                skipped_examples=dict(experiment.dataset.skipped),
+                parents=manifest.get("parents", []),
+                fallbacks=manifest.get("fallbacks", []),
+                starts=[*manifest.get("starts", []), start],
+            )
+            if tokenizer is not None:
+                self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
         share = f", {trained:,} of them trained ({trained / (trained + frozen):.2%})" if frozen else ""
         self._say(f"{trained + frozen:,} parameters{share} on {start['devices']}; run folder {self._folder.path}")
 

@@ -22,7 +22,7 @@ from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training import hooks as hooks_lib
-from jaxmodels.training import initialize
+from jaxmodels.training import initialize, saving
 from jaxmodels.training.batches import training_batches
 from jaxmodels.training.clock import Clock
 from jaxmodels.training.compile import compile_train_step, own_device, use_persistent_cache
@@ -114,6 +114,7 @@ class Trainer:
             experiment, folder, self.mesh, [Throughput(), *callbacks], outputs, say=self.terminal.say, warn=self.manifest.warn, record=self.manifest.record
         )
         self.checkpoints: Checkpoints | None = None
+        self.saver: saving.Saver | None = None
         self.state = None
         self.progress = Progress()
         self.clock: Clock | None = None
@@ -136,14 +137,7 @@ class Trainer:
 
     def _start(self) -> int:
         """Initialise or restore the state; start the callbacks. Returns the step."""
-        options = self.experiment.checkpoint
-        self.checkpoints = Checkpoints(
-            self.folder.checkpoints,
-            keep=options.keep,
-            every=options.every,
-            parents=lambda: {child["step"] for child in self.folder.children()},
-            save_frozen=not self.experiment.frozen_in_parent,
-        )
+        self.checkpoints, self.saver = saving.open_checkpoints(self.experiment, self.folder, self.shapes, self.terminal.say, self.stop.watchdog)
         self.state, self.progress, lines, record = self.stop.run(initialize.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key)
         for line in lines:
             self.terminal.say(line, style="yellow" if line.startswith("warning") else None)
@@ -185,6 +179,7 @@ class Trainer:
                 self.stop.check()
                 boundary = self._evaluation_due(step) or step % save_every == 0
                 asked_to_save, asked_to_stop = self.hooks.requests(agree=log_due or boundary)
+                asked_to_save = (log_due and self.saver.is_due()) or asked_to_save
                 if boundary or asked_to_save or asked_to_stop:
                     self._flush()
                     self._evaluate_and_save(step, asked_to_save, asked_to_stop)
@@ -242,12 +237,7 @@ class Trainer:
         self.hooks.dispatch("on_save", step)
         seconds = self.clock.total() if self.clock is not None else self.progress.seconds
         self.progress = dataclasses.replace(self.progress, seconds=seconds, callbacks=self.hooks.states())
-        with self.stop.watchdog.phase("save"):
-            self.checkpoints.save(self.state, self.progress)
-
-    def _wait_for_save(self) -> None:
-        with self.stop.watchdog.phase("save"):
-            self.checkpoints.wait()
+        self.saver.save(self.state, self.progress)
 
     # Metrics
 
@@ -270,7 +260,7 @@ class Trainer:
 
     def _raise_if_diverged(self, at: int) -> None:
         if at:
-            self._wait_for_save()
+            self.saver.settle()
             good = self.checkpoints.steps()
             where = f"the latest good checkpoint is step {good[-1]}" if good else "no checkpoint was written before"
             raise Diverged(
@@ -286,19 +276,17 @@ class Trainer:
             return "stopped before the first training step. The same command starts it again."
         self._flush()
         step = int(self.state.step)
-        if step not in self.checkpoints.steps():
-            self._save(step)
-        self._wait_for_save()
+        self.saver.finish(step, lambda: self._save(step), attempts=3)
         return f"saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
 
     def _finish(self) -> Result:
         """Test the best weights, or the last, once. Return the result."""
         step = int(self.state.step)
-        self._wait_for_save()
+        self.saver.finish(step, lambda: self._save(step), attempts=5)
         source = self.experiment.dataset.splits.get("test")
         tested = next((at for at, split, _ in self.lines if split == "test"), None)
         if tested is None:
-            tested = self._step_to_test(step)
+            tested = saving.step_to_test(self.progress, self.checkpoints, step, self.manifest.warn)
             if source is not None:
                 params, stats = self.state.weights, self.state.stats
                 if tested != step:
@@ -308,20 +296,10 @@ class Trainer:
         final = {split: values for at, split, values in self.lines if split != "validation" or at == tested}
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
 
-    def _step_to_test(self, latest: int) -> int:
-        """Return the best step; the latest if none is tracked, or, with a warning, if the checkpoint of the best step is missing."""
-        best = self.progress.best_step
-        if best is None or best in self.checkpoints.steps():
-            return latest if best is None else best
-        folder = self.checkpoints.folder
-        self.manifest.warn(f"the checkpoint of the best step {best} is missing in {folder}; testing the latest one, of step {latest}, instead")
-        return latest
-
     def close(self) -> None:
         """End callbacks, trackers and threads, after the last save is finished."""
         try:
             self.hooks.end(self._result)
         finally:
-            if self.checkpoints is not None:
-                with self.stop.watchdog.phase("save"):
-                    self.checkpoints.close()
+            if self.saver is not None:
+                self.saver.close()

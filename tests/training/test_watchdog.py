@@ -156,7 +156,7 @@ def test_a_reader_that_hangs_ends_the_process_with_the_stacks(tmp_path):
     assert process.returncode == 1, errors
     assert "for 6 s the run has not completed a step (--stall_limit): it waits for data in " in errors
     (saved,) = [int(path.name) for path in (tmp_path / "x" / "checkpoints").iterdir()]
-    assert saved >= 15 and f"saved {tmp_path}/x/checkpoints/{saved}. The same command goes on from there.\n" in errors
+    assert saved >= 15 and f"saved {tmp_path}/x/checkpoints/{saved}. The same command resumes the run.\n" in errors
     assert "Thread MainThread, most recent call first:" in errors and "Thread watchdog," in errors and "in __next__" in errors
     assert not any(map(is_alive, workers))
     os.remove(tmp_path / "hang")

@@ -9,18 +9,48 @@ from jaxmodels.training.trackers import media as media_lib
 
 
 class JsonLines(Callback):
-    """Append metrics to `metrics.jsonl`, one object a line. In the training loop: a resumed run needs each line before its checkpoint."""
+    """Append metrics to `metrics.jsonl`, one object a line. In the training loop: a resumed run needs each line before its checkpoint.
+
+    While the file cannot be written, lines wait in memory, in their order.
+    """
 
     name = "jsonl"
     background = False
     on_error = "continue"
 
+    def __init__(self):
+        self._waiting, self._failed = [], False
+
     def on_log(self, run: Any, step: int, values: Mapping[str, float]) -> None:
-        run.folder.add_metrics(step, "train", values)
+        self._add(run, step, "train", values)
 
     def on_evaluate(self, run: Any, step: int, split: str, values: Mapping[str, float]) -> None:
         if values:  # empty where the data has no such split
-            run.folder.add_metrics(step, split, values)
+            self._add(run, step, split, values)
+
+    def _add(self, run: Any, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._waiting.append((step, split, dict(values)))
+        self._write(run)
+
+    def _write(self, run: Any) -> None:
+        try:
+            while self._waiting:
+                run.folder.add_metrics(*self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                run.warn(f"{run.folder.metrics_file} cannot be written ({error.strerror}): training goes on; its lines are kept, and written when it can be")
+            return
+        if self._failed:
+            self._failed = False
+            run.say(f"{run.folder.metrics_file} is written again, with all lines")
+
+    def on_end(self, run: Any, result: Any) -> None:
+        if self._waiting:
+            self._write(run)
+        if self._waiting:
+            run.warn(f"{run.folder.metrics_file} lacks the last {len(self._waiting)} lines, from step {self._waiting[0][0]} on")
 
 
 class MediaFiles(Callback):
