@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.training import hooks as hooks_lib
 from jaxmodels.training import initialize
-from jaxmodels.training.clock import Clock
+from jaxmodels.training.clock import Clock, short_collections
 from jaxmodels.training.compile import compile_train_step, own_device, use_persistent_cache
 from jaxmodels.training.evaluation import Evaluator
 from jaxmodels.training.manifest import Manifest
@@ -74,15 +73,18 @@ def train(
 
     Raises:
       ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide over the devices.
+      RunError: another start is training in this folder.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: SIGTERM or SIGINT; everything is saved.
     """
     folder = RunFolder(workdir)
     callbacks = [*map(hooks_lib.check_callback, callbacks), *hooks_lib.make_callbacks(experiment.config["callbacks"])]
-    changed = check_run_folder(experiment, folder, overwrite)
-    with StopSignals() as stop:
-        trainer = Trainer(experiment, folder, stop, console or Console(), callbacks, executable)
-        shared_folder.begin(folder, experiment.config, clear=overwrite)  # after all that could have refused the new run
+    console = console or Console()
+    with StopSignals() as stop, shared_folder.locked(folder, stop, console.print) as lock:
+        changed = check_run_folder(experiment, folder, overwrite)
+        trainer = Trainer(experiment, folder, stop, console, [lock, *callbacks], executable)
+        for problem in shared_folder.begin(folder, experiment.config, clear=overwrite):  # after all that could have refused the new run
+            trainer.manifest.warn(problem)
         for key, (there, here) in changed.items():
             trainer.terminal.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
         try:
@@ -172,7 +174,7 @@ class Trainer:
         train_step, stream, feed = self._compile_step(), *self._open_stream(step)
         self.clock = Clock(step, self.progress.seconds)
         metrics = None
-        with contextlib.closing(stream), _short_collections():
+        with contextlib.closing(stream), short_collections():
             while step < total and not self.progress.finished:
                 with self.stop.may_raise(), self.clock.waiting(metrics):
                     batch = next(feed)
@@ -347,14 +349,3 @@ class Trainer:
         finally:
             if self.checkpoints is not None:
                 self.checkpoints.close()
-
-
-@contextlib.contextmanager
-def _short_collections():
-    """Keep Python's garbage collector off the objects that exist now: compiling leaves many, and a pass over them stops the loop for 0.2 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
