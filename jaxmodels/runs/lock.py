@@ -43,8 +43,7 @@ class RunLock:
         """
         self.lost: str | None = None
         self._folder, self._beat_seconds, self._silent_seconds = folder, beat_seconds, silent_seconds
-        self._me = this_process(folder.path)
-        self._file = LockFile(folder.lock_file, self._me.token)
+        self._take_token()
         self._seen: list[bytes] = []
         self._unchanged, self._looked = 0.0, 0.0
         self._beats, self._end = 0, threading.Event()
@@ -59,6 +58,8 @@ class RunLock:
           RunError: the lock belongs to a start that is running.
         """
         self._make_folder()
+        lock_file.own_tokens.discard(self._me.token)
+        self._take_token()  # one that no claim of an earlier attempt has
         lock_file.own_tokens.add(self._me.token)
         again = f"waiting for {self._folder.lock_file}"
         try:
@@ -72,6 +73,10 @@ class RunLock:
             return again
         except OSError as error:
             raise RunError(f"{self._folder.lock_file} cannot be read or written: {error.strerror}. Check the file system and the file's owner.") from error
+
+    def _take_token(self) -> None:
+        self._me = this_process(self._folder.path)
+        self._file = LockFile(self._folder.lock_file, self._me.token)
 
     def _judge(self, seen: list[bytes]) -> str | None:
         """Refuse, wait for, or take over a lock that is there."""

@@ -104,7 +104,8 @@ def is_alive(owner: Owner, path: Path) -> bool | None:
     if owner.pid <= 0 or (owner.host, owner.boot, owner.pid_namespace) != _machine():
         return None
     if owner.pid == os.getpid() and owner.started == _start_time(owner.pid):
-        return owner.token in own_tokens
+        if owner.token not in own_tokens:
+            return False
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
@@ -133,10 +134,15 @@ class LockFile:
     def read(self) -> list[bytes]:
         """Return the contents of the lock and of the claims on it, the last of which decides; empty if there is no lock."""
         chain: list[bytes] = []
+        tokens: set[str] = set()
         content = _read(self.path)
         while content is not None:
             chain.append(content)
-            content = _read(self._claim(Owner.decode(content).token))
+            token = Owner.decode(content).token
+            if token in tokens:  # an owner claims its own lock to remove it
+                break
+            tokens.add(token)
+            content = _read(self._claim(token))
         return chain
 
     def create(self, content: bytes) -> bool:
@@ -160,7 +166,11 @@ class LockFile:
             if self.read()[:-1] != seen:
                 return False
             temporary, descriptor = self._temporary(content)
-            os.replace(temporary, self.path)
+            try:
+                os.replace(temporary, self.path)
+            except OSError:
+                os.close(descriptor)
+                raise
             self._own(descriptor)
             return True
         except FileNotFoundError:

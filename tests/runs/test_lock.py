@@ -228,6 +228,29 @@ def test_of_many_that_take_over_one_wins(folder, dead, chain):
         assert names(folder) == []
 
 
+def test_a_copy_of_a_folder_whose_owner_lives_is_taken_after_the_limit(folder, tmp_path):
+    lock = take(folder)
+    (tmp_path / "copy").mkdir()
+    copy = RunFolder(tmp_path / "copy")
+    copy.lock_file.write_bytes(folder.lock_file.read_bytes())
+    other = RunLock(copy, silent_seconds=0.3)
+    assert until_held(other)[0] >= 0.3
+    other.release()
+    lock.release()
+
+
+def test_an_owner_that_claims_its_own_lock_to_remove_it_is_waited_for(folder):
+    owner = write_lock(folder, host="elsewhere", pid=12)
+    claim = folder.path / f"lock-{owner.token}.claim"
+    claim.write_bytes(owner.encode(8))
+    lock = RunLock(folder)
+    assert "waiting for a sign of life" in lock.attempt()
+    folder.lock_file.unlink()
+    claim.unlink()
+    assert lock.attempt() is None
+    lock.release()
+
+
 def test_file_systems_without_hard_links(folder, monkeypatch, dead):
     def link(*_):
         raise PermissionError(1, "Operation not permitted")
