@@ -16,7 +16,7 @@ from jaxmodels.hardware.topologies import Topology
 from jaxmodels.plan.compiler import DoesNotFit
 from jaxmodels.plan.plan import Plan, make_plan
 from jaxmodels.plan.search import SearchResult
-from jaxmodels.runs.folder import write_json
+from jaxmodels.runs.json_files import write_json
 from jaxmodels.training import executable
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmodels.errors import ConfigError, Interrupted
 from jaxmodels.experiment.build import Arrays, build_experiment
-from jaxmodels.inference.load import fitting_mesh, portable_config, trained_info_of
+from jaxmodels.inference.load import fitting_mesh, portable_config, trained_info_of, with_own_tokenizer
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.runs import weights as weights_lib
@@ -30,7 +30,8 @@ def evaluate(run: str, *, split: str = "test", data: Arrays | None = None, data_
     located = weights_lib.locate(run)
     folder = located.folder
     try:
-        experiment = build_experiment(portable_config(folder.config()), data_dir=data_dir, data=data, trained_info=trained_info_of(folder))
+        config = with_own_tokenizer(portable_config(folder.config()), folder, data_dir)
+        experiment = build_experiment(config, data_dir=data_dir, data=data, trained_info=trained_info_of(folder))
         if split not in experiment.dataset.splits:
             raise ConfigError(f"--split={split}: the data of {folder.path} has {', '.join(experiment.dataset.splits)}.")
         # Use all devices, whatever their number in training. Padding to a multiple of the devices can make a batch larger than configured.

@@ -1,6 +1,7 @@
 """Open a run or pretrained weights, and load the model."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -104,11 +105,23 @@ def portable_config(config: dict) -> dict:
     return config | {"model": model}
 
 
+def with_own_tokenizer(config: dict, folder: RunFolder, data_dir: str | None) -> dict:
+    """Return the config with the run's own copy of its tokenizer if `data.tokenizer` names a file that is gone: the run may have been moved."""
+    spec = config["data"].get("tokenizer")
+    if not isinstance(spec, str) or not tokenizers.is_path(spec) or not folder.tokenizer_file.is_file():
+        return config
+    if any(os.path.exists(os.path.join(place, spec)) for place in ("", data_dir or os.environ.get("JAXMODELS_DATA_DIR", ""))):
+        return config
+    return config | {"data": dict(config["data"]) | {"tokenizer": str(folder.path)}}
+
+
 def trained_info_of(folder: RunFolder) -> dict[str, Any]:
     """Return the description of the data set that the run was trained on, with the run's own tokenizer."""
     info = folder.manifest().get("info")
     if info is None:
-        raise ConfigError(f"{folder.manifest_file} is missing or has no `info` of the data set: the run cannot be loaded.")
+        damaged = folder.damaged_manifest()
+        state = f"is damaged ({damaged})" if damaged else "is missing or has no `info` of the data set"
+        raise ConfigError(f"{folder.manifest_file} {state}: the run cannot be loaded. Restore the file, or resume the run, which writes it anew.")
     if folder.tokenizer_file.is_file():
         info["tokenizer"] = tokenizers.from_json(folder.tokenizer_file.read_text(encoding="utf-8"))
     return info

@@ -4,17 +4,17 @@ config.json     the resolved config
 manifest.json   versions, devices, parents, fallbacks, one entry per start
 metrics.jsonl   one JSON object per line
 children.jsonl  runs initialised from this one
+lock.json       the process that trains here, while it does; see `runs.lock`
 samples.txt     generated text
 tokenizer.json  of a text run
 checkpoints/    Orbax, one folder per step
 tensorboard/    event files
 media/          images, figures and audio
+damaged/        damaged lines and files, set aside by `runs.repair`
 metrics.csv, wandb/, mlruns/    of the trackers csv, wandb and mlflow
 """
 
-import contextlib
 import datetime
-import errno
 import json
 import math
 import os
@@ -28,10 +28,11 @@ from typing import Any
 
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
+from jaxmodels.runs.json_files import append_line, read_json, read_lines, replace, write_json
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 _TRACKERS = ("tensorboard", "metrics.csv", "media", "wandb", "mlruns")
-OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", *_TRACKERS)
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", "damaged", *_TRACKERS)
 
 
 class RunFolder:
@@ -54,6 +55,7 @@ class RunFolder:
         self.children_file = self.path / "children.jsonl"
         self.samples_file = self.path / "samples.txt"
         self.tokenizer_file = self.path / "tokenizer.json"
+        self.lock_file = self.path / "lock.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 
@@ -136,8 +138,24 @@ class RunFolder:
     # The manifest
 
     def manifest(self) -> dict:
-        """Return the manifest; empty if there is none."""
-        return read_json(self.manifest_file) if self.manifest_file.is_file() else {}
+        """Return the manifest without damaged entries; empty if there is none, or if it cannot be read."""
+        return self._read_manifest()[0]
+
+    def damaged_manifest(self) -> str | None:
+        """Return what is damaged in the manifest; None if it is missing or whole."""
+        return self._read_manifest()[1]
+
+    def _read_manifest(self) -> tuple[dict, str | None]:
+        if not self.manifest_file.is_file():
+            return {}, None
+        try:
+            values = read_json(self.manifest_file)
+        except ConfigError:
+            return {}, "it is no JSON"
+        if not isinstance(values, dict):
+            return {}, "it holds no JSON object"
+        bad = [key for key, is_valid in _MANIFEST.items() if key in values and not is_valid(values[key])]
+        return {key: value for key, value in values.items() if key not in bad}, f"its {', '.join(bad)} cannot be used" if bad else None
 
     def update_manifest(self, **values) -> None:
         """Set top-level keys of the manifest."""
@@ -160,14 +178,11 @@ class RunFolder:
     def add_child(self, child: Mapping[str, Any]) -> None:
         """Append to `children.jsonl`: `run`, `id`, the `step` it was initialised from, and `needed`, whether it reads weights from this run."""
         if child not in self.children():
-            # A new line, also after a truncated one.
-            cut = self.children_file.is_file() and not self.children_file.read_bytes().endswith(b"\n")
-            with open(self.children_file, "a", encoding="utf-8") as file:
-                file.write("\n" * cut + json.dumps(dict(child)) + "\n")
+            append_line(self.children_file, json.dumps(dict(child)))
 
     def children(self) -> list[dict]:
-        """Return the lines of `children.jsonl`, without truncated ones."""
-        return _json_lines(self.children_file, skip_invalid=True)
+        """Return the lines of `children.jsonl`, without damaged ones."""
+        return read_lines(self.children_file, _is_child)[0]
 
     def find_child(self, line: Mapping[str, Any]) -> "RunFolder | None":
         """Return the run of a line of `children.jsonl`, at its absolute or relative path; None if it is at neither."""
@@ -182,25 +197,20 @@ class RunFolder:
     # Metrics
 
     def metrics(self, split: str | None = None) -> list[dict]:
-        """Return the lines of `metrics.jsonl`, of one split if given, without a truncated last line."""
+        """Return the lines of `metrics.jsonl`, of one split if given, without damaged ones."""
         return [
             {key: float(value) if value in _NOT_FINITE else value for key, value in line.items()}
-            for line in _json_lines(self.metrics_file)
+            for line in read_lines(self.metrics_file, _is_metrics)[0]
             if split in (None, line["split"])
         ]
 
+    def damaged_metrics(self) -> dict[int, bytes]:
+        """Return the damaged lines of `metrics.jsonl`, by number; not a truncated last line."""
+        return read_lines(self.metrics_file, _is_metrics)[1]
+
     def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`; on an OSError, no part of it."""
-        line = _metrics_line({"step": step, "split": split} | dict(values)).encode()
-        with open(self.metrics_file, "ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(end)
-                raise
+        append_line(self.metrics_file, self.metrics_line({"step": step, "split": split} | dict(values)).rstrip("\n"))
 
     def rewind(self, step: int, evaluated_at: int, finished: bool) -> None:
         """Drop the lines and samples that a run resumed from `step` will write again.
@@ -213,63 +223,42 @@ class RunFolder:
         until = {"validation": evaluated_at, "test": step if finished else -1}
         remaining = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
         if self.metrics_file.is_file():
-            _replace(self.metrics_file, "".join(map(_metrics_line, remaining)))
+            replace(self.metrics_file, "".join(map(self.metrics_line, remaining)))
         if self.samples_file.is_file():
             text = self.samples_file.read_text(encoding="utf-8", errors="replace")
             samples = re.finditer(r"(?ms)^--- step (\d+) ---$.*?(?=^--- step \d+ ---$|\Z)", text)
-            _replace(self.samples_file, "".join(sample[0] for sample in samples if int(sample[1]) <= evaluated_at))
+            replace(self.samples_file, "".join(sample[0] for sample in samples if int(sample[1]) <= evaluated_at))
+
+    @staticmethod
+    def metrics_line(line: Mapping) -> str:
+        """Return a line of `metrics.jsonl`; numbers that are not finite become strings, since JSON cannot represent them."""
+        odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+        return json.dumps(dict(line) | odd) + "\n"
 
 
-def _metrics_line(line: Mapping) -> str:
-    """Return a line of JSON; numbers that are not finite become strings, since JSON cannot represent them."""
-    odd = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-    return json.dumps(dict(line) | odd) + "\n"
+def _is_metrics(line: Mapping) -> bool:
+    """Return whether an object is a line of `metrics.jsonl`: a step, a split, and numbers."""
+    values = (value for key, value in line.items() if key not in ("step", "split"))
+    whole = isinstance(line.get("step"), int) and isinstance(line.get("split"), str)
+    return whole and all(isinstance(value, (int, float)) or value in _NOT_FINITE for value in values)
 
 
-def _json_lines(path: Path, *, skip_invalid: bool = False) -> list[dict]:
-    """Parse JSON lines up to the first invalid (truncated) one; with `skip_invalid`, skip invalid ones."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if not skip_invalid:
-                break
-    return lines
+def _is_child(line: Mapping) -> bool:
+    """Return whether an object is a line of `children.jsonl`."""
+    return isinstance(line.get("run"), str) and isinstance(line.get("step"), int) and {"id", "needed"} <= line.keys()
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; ConfigError if it is invalid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
-
-
-def write_json(path: Path, values: Mapping) -> None:
-    """Write a JSON file atomically."""
-    _replace(path, json.dumps(values, indent=2, default=_plain, ensure_ascii=False) + "\n")
-
-
-def _plain(value):
-    """Convert NumPy's numbers and arrays to Python's."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{value!r} cannot be written as JSON")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # A name of a file that is not UTF-8 becomes an escape, which JSON reads as the same name.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk, its bytes are missed elsewhere
-        raise
+# The keys of a manifest that the package reads back, and whether a value is one.
+_is_list = lambda value: isinstance(value, list)
+_is_object = lambda value: isinstance(value, dict)
+_MANIFEST = {
+    "id": lambda value: isinstance(value, str),
+    "info": _is_object,
+    "data": _is_object,
+    "fallbacks": _is_list,
+    "starts": lambda value: _is_list(value) and all(map(_is_object, value)),
+    "parents": lambda value: _is_list(value) and all(_is_object(entry) and isinstance(entry.get("run"), str) and "step" in entry for entry in value),
+}
 
 
 def now() -> str:

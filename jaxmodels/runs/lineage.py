@@ -1,6 +1,8 @@
 """The lineage of a run: its ancestors and descendants."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.tree import Tree
@@ -34,10 +36,12 @@ def lineage(run: str) -> dict[str, Any]:
         if is_pretrained(entry["run"]):
             below["taken_from"] = {"step": 0} | (_counts(RunFolder(below["run"]).manifest()["parents"][0]) if below["here"] else {})
             return {"run": entry["run"], "id": entry["id"], "here": True, "model": entry["model_type"], "metrics": {}, "children": [below]}
-        parent = RunFolder(entry["run"])
-        here = parent.manifest().get("id") == entry.get("id") and parent.config_file.is_file()
-        above = _node(parent, None) if here else {"run": entry["run"], "id": entry.get("id"), "here": False}
         own = RunFolder(below["run"]).manifest()["parents"][0] if below["here"] else entry  # the copy of an ancestor's entry has no counts
+        places = [Path(entry["run"])] + ([Path(below["run"]) / own["relative"]] if "relative" in own else [])  # the second if both were moved
+        parents = (RunFolder(os.path.normpath(place)) for place in places)
+        parent = next((p for p in parents if p.config_file.is_file() and p.manifest().get("id") == entry.get("id")), None)
+        here = parent is not None
+        above = _node(parent, None) if here else {"run": entry["run"], "id": entry.get("id"), "here": False}
         below["taken_from"] = {"step": own["step"]} | _counts(own)
         siblings = _children(parent, {above["id"], below["id"]}) if here else []
         above["children"] = [*siblings, below]

@@ -11,6 +11,7 @@ from jaxmodels.models.lora import Lora, merge_adapters
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import OURS, RunFolder
+from jaxmodels.runs.lock import held
 from jaxmodels.step.state import TrainState
 
 
@@ -78,15 +79,16 @@ def write_run(folder: RunFolder, config: Mapping, params: dict, stats: dict, ste
     """
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(jnp.int32(step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder.checkpoints, at_once=max(x.nbytes for x in (*params.values(), *stats.values())))
-    try:
-        checkpoints.save(state, Progress(evaluated_at=step, finished=True))
-    finally:
-        checkpoints.close()
-    if tokenizer is not None:
-        folder.tokenizer_file.write_text(tokenizer, encoding="utf-8")
-    count = sum(x.size for x in params.values())
-    folder.update_manifest(parameters=count, info={key: value for key, value in info.items() if key != "tokenizer"}, parents=parents)
-    folder.identify()
-    folder.write_config(config)
+    with held(folder):
+        new_folder(str(folder.path))  # again: another process may have written a run since
+        checkpoints = Checkpoints(folder.checkpoints, at_once=max(x.nbytes for x in (*params.values(), *stats.values())))
+        try:
+            checkpoints.save(state, Progress(evaluated_at=step, finished=True))
+        finally:
+            checkpoints.close()
+        if tokenizer is not None:
+            folder.tokenizer_file.write_text(tokenizer, encoding="utf-8")
+        count = sum(x.size for x in params.values())
+        folder.update_manifest(parameters=count, info={key: value for key, value in info.items() if key != "tokenizer"}, parents=parents)
+        folder.identify()
+        folder.write_config(config)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,15 @@ def read(arrays: Mapping[str, Stored | LazyParameter], shapes: Mapping[str, jax.
     return {path: result[path] for path in shapes}
 
 
+def check_complete(located: Located, paths: Iterable[str]) -> None:
+    """Raise ConfigError if arrays are neither in a run nor in the parents that its manifest names."""
+    if missing := [path for path in paths if path not in located.arrays]:
+        raise ConfigError(
+            f"{located.name} does not hold {missing[0]}, and its manifest.json names no run that does. Restore manifest.json; "
+            "one that was damaged is in the run's folder damaged/."
+        )
+
+
 def read_model(located: Located, params: Any, stats: Any) -> tuple[dict, dict]:
     """Read all parameters and statistics of a model.
 
@@ -186,7 +195,11 @@ def read_model(located: Located, params: Any, stats: Any) -> tuple[dict, dict]:
 
     Returns:
       The parameters and the statistics, nested.
+
+    Raises:
+      ConfigError: the run lacks an array of the model.
     """
+    check_complete(located, flatten(params) | flatten(stats))
     found = read(located.arrays, flatten(params) | flatten(stats))
     return tuple(unflatten({path: found[path] for path in flatten(tree)}) for tree in (params, stats))
 

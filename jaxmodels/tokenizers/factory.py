@@ -64,6 +64,11 @@ def is_trained(spec: str | Tokenizer) -> bool:
     return isinstance(spec, str) and re.fullmatch(r"character(\+special)?|(word|word-lower|bpe):.*", spec) is not None
 
 
+def is_path(spec: str) -> bool:
+    """Whether a specification names a file or a run's folder."""
+    return not (is_trained(spec) or spec in FORMS or spec.startswith("hf:"))
+
+
 def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
     form, _, number = spec.partition(":")
     smallest = SMALLEST_BPE if form == "bpe" else 1

@@ -24,7 +24,8 @@ from jaxmodels import config as config_lib
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.hardware.chips import chip_of
-from jaxmodels.runs.folder import now, write_json
+from jaxmodels.runs.folder import now
+from jaxmodels.runs.json_files import write_json
 
 PAGE, PROGRAM = "executable.json", "executable.bin"
 

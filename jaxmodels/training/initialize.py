@@ -71,6 +71,7 @@ def _without(state: TrainState, paths: set[str]) -> TrainState:
 def _read_frozen(folder: RunFolder, step: int, shapes: TrainState) -> dict:
     """Read the frozen parameters, which this run does not save, from the parent run."""
     located = weights_lib.locate(f"{folder.path}@{step}")
+    weights_lib.check_complete(located, flatten(shapes.frozen))
     return unflatten(weights_lib.read(located.arrays, flatten(shapes.frozen)))
 
 

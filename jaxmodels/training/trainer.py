@@ -60,16 +60,19 @@ def train(
 
     Raises:
       ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide over the devices.
+      RunError: another start is training in this folder.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: a signal; everything is saved.
       ReadError, BadExample: an example cannot be read; everything is saved.
     """
     folder = RunFolder(workdir)
     callbacks = [*map(hooks_lib.check_callback, callbacks), *hooks_lib.make_callbacks(experiment.config["callbacks"])]
-    changed = check_run_folder(experiment, folder, overwrite)
-    with stop or StopSignals() as stop:
-        trainer = Trainer(experiment, folder, stop, console or Console(), callbacks, executable)
-        shared_folder.begin(folder, experiment.config, clear=overwrite)  # after all that could have refused the new run
+    console = console or Console()
+    with stop or StopSignals() as stop, shared_folder.locked(folder, stop, console.print) as lock:
+        changed = check_run_folder(experiment, folder, overwrite)
+        trainer = Trainer(experiment, folder, stop, console, [lock, *callbacks], executable)
+        for problem in shared_folder.begin(folder, experiment.config, clear=overwrite):  # after all that could have refused the new run
+            trainer.manifest.warn(problem)
         for key, (there, here) in changed.items():
             trainer.terminal.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
         try:

@@ -212,6 +212,26 @@ def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_start_of_two_processes_is_refused_in_both(tmp_path):
+    """The first process of the run holds the lock for both; it is removed at a stop."""
+    config = CONFIG | {"training": {"steps": 100_000}}
+    run, other = Run(tmp_path, config), Run(tmp_path, config, "other")
+    other.workdir = run.workdir
+    run.start(2, 1).wait_for_step(10)
+    owner = json.loads((run.workdir / "lock.json").read_text())["pid"]
+    assert owner == run.pid(0)
+    other.start(2, 1, "--overwrite")
+    output = other.end(1)
+    assert f"is in use by process {owner} on" in output and "Traceback" not in str(other.said()), other.said()
+    assert all(f"is in use by process {owner} on" in said for said in other.said().values())
+    os.kill(run.pid(1), signal.SIGTERM)
+    run.end(75)
+    assert not (run.workdir / "lock.json").exists()
+    starts = RunFolder(run.workdir).manifest()["starts"]
+    assert len(starts) == 1
+
+
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_command):
     run = Run(tmp_path, small_configs.config(CONFIG, data__source="recording_sources:failing"), "failing").start(2, 1)
     run.end(1)

@@ -24,7 +24,8 @@ import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
-from jaxmodels.runs.folder import RunFolder, write_json
+from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.json_files import write_json
 from jaxmodels.training import compare, executable, trainer
 
 CONFIG = small_configs.config(small_configs.GPT, training__steps=12, training__accumulate=2, training__ema=0.9, evaluation={}, log__every=4)
