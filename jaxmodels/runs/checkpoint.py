@@ -106,7 +106,7 @@ class Checkpoints:
         if replaces:
             self.wait()
             if session.is_first():
-                shutil.rmtree(replaced)
+                shutil.rmtree(replaced, ignore_errors=True)  # it may be gone: `wait` cleans up after a failed save
 
     def saving(self) -> bool:
         """Return whether a checkpoint is being saved in the background. False does not say that it was saved: `wait` does."""
