@@ -57,7 +57,7 @@ class Checkpoints:
         self.folder = folder
         self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
         self._left_out = () if save_frozen else ("frozen",)
-        self._checksums, self._saving = checksums, None
+        self._checksums, self._saving, self._littered = checksums, None, False
         if not read_only:
             disk.hide_tracebacks()  # `SaveFailed` says the same in one line
             with session.first_goes_first("clean up"):
@@ -111,7 +111,8 @@ class Checkpoints:
         if replaces:
             self.wait()
             if session.is_first():
-                _delete(replaced)
+                if replaced.exists():  # else `wait` has cleaned up after a failed save
+                    _delete(replaced)
 
     def saving(self) -> bool:
         """Return whether a checkpoint is being saved in the background. False does not say that it was saved: `wait` does."""
@@ -130,10 +131,13 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failed(error) from error
         self._saving = None
+        if self._littered and session.is_first():
+            self._clean_up()  # again: writes of the failed save may have ended after it did
+        self._littered = False
 
     def _failed(self, error: Exception) -> SaveFailed:
         """Remove what a failed save left, and return the error to raise."""
-        step, self._saving = self._saving, None
+        step, self._saving, self._littered = self._saving, None, True
         reason = disk.reason(error, self.folder)  # before its files are removed, which may leave free space
         if session.is_first():
             self._clean_up()
