@@ -29,6 +29,7 @@ def runs(tmp_path_factory):
 def full_optimizations(monkeypatch):
     """Compile as the earlier version did. Adam amplifies other roundings in parameters whose gradients are rounding errors."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.fixture(scope="module")
