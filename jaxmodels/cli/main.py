@@ -46,12 +46,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command and exit with its status."""
+    """Run one command and exit with its status.
+
+    Args:
+      argv: arguments; by default those of the process, which then ends in any case.
+    """
     status = 1
     try:
         status = run(sys.argv[1:] if argv is None else argv)
     finally:
-        threading.Thread(target=_end_hanging_exit, args=(status,), daemon=True).start()
+        if argv is None:  # a program that passes arguments may go on after SystemExit
+            threading.Thread(target=_end_hanging_exit, args=(status,), daemon=True).start()
     sys.exit(status)
 
 
