@@ -16,7 +16,7 @@ def start(config, workdir, tmp_path, prelude="", *arguments):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     command = ["train", f"--config={path}", f"--workdir={workdir}", *arguments]
-    program = f"{prelude}\nimport sys\nfrom jaxmodels.cli import main as cli\nif __name__ == '__main__':\n    sys.argv[1:] = {command}\n    cli.main()"
+    program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup\n{prelude}\nimport sys\nfrom jaxmodels.cli import main as cli\nif __name__ == '__main__':\n    sys.argv[1:] = {command}\n    cli.main()"
     environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(HELPERS), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -184,6 +184,7 @@ def test_a_signal_at_the_end_of_an_import_does_not_come_twice(tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_other_signals_stop_a_run_by_option(name):
     number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # it is ignored where the tests run under nohup
     with StopSignals([name]) as stop, pytest.raises(Interrupted, match=name), stop.may_raise():
         os.kill(os.getpid(), number)
         time.sleep(5)

@@ -20,6 +20,7 @@ from PIL import Image
 
 import jaxmodels
 from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.build import build_experiment
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import trackers
 from jaxmodels.training.callback import Callback
@@ -423,12 +424,17 @@ def test_messages_of_trackers_are_passed_on_in_the_loops_thread(tmp_path):
 
 def test_a_process_exits_while_a_tracker_hangs(tmp_path):
     program = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import threading, test_trackers as t\n"
+        "import sys; sys.path[:0] = sys.argv[2:]; import threading, test_trackers as t\n"
         "t.background_lib.STOP_SECONDS = 0.2\n"
         "run, tracker = t.FakeRun(sys.argv[1]), t.Slow(); wrapped = t.Background('mine', tracker)\n"
         "wrapped.on_start(run); wrapped.on_log(run, 1, {}); wrapped.on_end(run, None); print(run.warnings)"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, os.path.dirname(__file__)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, os.path.dirname(__file__), os.path.dirname(small_configs.__file__)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "did not finish in time; 3 calls were not written" in done.stdout, done.stderr
 
 
@@ -446,6 +452,7 @@ def test_a_full_disk_of_tensorboard_does_not_stop_training(tmp_path, small_disk)
     """`log.every=1` on a file system of 12 kB: tensorboardX's own writer blocked the loop for ever."""
     config = small_configs.config(small_configs.CNN, training__steps=500, evaluation__every=None, checkpoint__every=1000, log__every=1)
     config["data"]["batch_size"] = 8
+    RunFolder(tmp_path / "run").write_config(build_experiment(config).config)  # a folder with a part of a run and no config is refused
     done = []
     training = threading.Thread(target=lambda: done.append(jaxmodels.train(config, str(tmp_path / "run"), quiet=True)), daemon=True)
     training.start()
@@ -568,7 +575,7 @@ def test_a_server_that_never_answers_delays_neither_loop_nor_exit(tmp_path, name
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
     entry = {"wandb": {"name": "wandb", "mode": "online"}, "mlflow": {"name": "mlflow", "tracking_uri": url}}[name]
     program = (
-        "import sys, time; sys.path.insert(0, sys.argv[2]); import test_trackers as t\n"
+        "import sys, time; sys.path[:0] = sys.argv[2:]; import test_trackers as t\n"
         "t.background_lib.STOP_SECONDS = 1.0\n"
         f"run, started = t.start(sys.argv[1], ['jsonl', {entry}]); begin = time.monotonic()\n"
         "for step in range(100): t.each(started, 'on_log', run, step, {'loss': 1.0})\n"
@@ -576,7 +583,7 @@ def test_a_server_that_never_answers_delays_neither_loop_nor_exit(tmp_path, name
         "time.sleep(2); t.each(started, 'on_end', run, None); print(run.warnings)"
     )
     variables = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", program, tmp_path, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", program, tmp_path, os.path.dirname(__file__), os.path.dirname(small_configs.__file__)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables)  # W&B's own time limit is 90 s, MLflow's 120 s
     server.close()
     assert done.returncode == 0 and "did not finish in time; 102 calls were not written" in done.stdout, done.stderr

@@ -122,7 +122,7 @@ def test_what_is_waited_for(tmp_path, monkeypatch):
         assert what == "data" and "jaxmodels/data/" in where
     monkeypatch.setattr(os, "replace", lambda *_: released.wait())
     what, where = blocked(lambda: RunFolder(tmp_path).update_manifest(x=1))
-    assert what == "the disk" and "jaxmodels/runs/folder.py" in where
+    assert what == "the disk" and "jaxmodels/runs/json_files.py" in where
     from jaxmodels.parallel import mesh
     from jaxmodels.step import metrics
 
