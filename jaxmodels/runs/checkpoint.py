@@ -58,8 +58,8 @@ class Checkpoints:
         self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
         self._left_out = () if save_frozen else ("frozen",)
         self._checksums, self._saving, self._littered = checksums, None, False
+        disk.quiet_orbax()
         if not read_only:
-            disk.hide_tracebacks()  # `SaveFailed` says the same in one line
             with session.first_goes_first("clean up"):
                 self._clean_up()
         self._at_once = at_once
@@ -353,11 +353,11 @@ def parse_run(reference: str) -> tuple[str, str | None]:
     return (match[1], match[2]) if match else (reference, None)
 
 
-def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
-    """Return the folder of `RUN[@WHICH]`, its checkpoints (read-only; the caller closes them) and the step.
+def open_checkpoints(reference: str) -> tuple[RunFolder, Checkpoints, str | None]:
+    """Return the folder of `RUN[@WHICH]`, its checkpoints (read-only; the caller closes them) and WHICH, None if absent.
 
     Raises:
-      ConfigError: no such run, or no such checkpoint in it.
+      ConfigError: no such run, or no checkpoint in it.
     """
     path, which = parse_run(reference)
     folder = RunFolder(path)
@@ -365,7 +365,16 @@ def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
     # Check before opening a checkpoint manager: Orbax initialises the JAX backend.
     if not any(path.name.isdigit() for path in folder.checkpoints.glob("*")):
         raise ConfigError(f"{folder.path} has no checkpoint yet.")
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    return folder, Checkpoints(folder.checkpoints, read_only=True), which
+
+
+def open_run(reference: str) -> tuple[RunFolder, Checkpoints, int]:
+    """Return the folder of `RUN[@WHICH]`, its checkpoints (read-only; the caller closes them) and the step.
+
+    Raises:
+      ConfigError: no such run, or no such checkpoint in it.
+    """
+    folder, checkpoints, which = open_checkpoints(reference)
     return folder, checkpoints, checkpoints.find(which)
 
 

@@ -72,10 +72,11 @@ def in_words(size: float) -> str:
     return f"{size / unit:.1f} {name}"
 
 
-def hide_tracebacks() -> None:
-    """Keep Orbax from printing the traceback of each save that fails, several times over; its callers get the error."""
-    logging.getLogger("absl").addFilter(_is_no_traceback)
+def quiet_orbax() -> None:
+    """Keep Orbax from printing the traceback of each save that fails, whose callers get the error, and that a folder is opened read-only, as asked."""
+    logging.getLogger("absl").addFilter(_is_news)
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+def _is_news(record: logging.LogRecord) -> bool:
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not (of_orbax and (record.exc_info or "read only" in str(record.msg) or "read_only" in str(record.msg)))

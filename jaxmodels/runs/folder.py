@@ -111,15 +111,19 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raise ConfigError if the folder cannot be created or written."""
-        place = self.path
-        try:
-            while not place.exists() and not place.is_symlink():
-                place = place.parent
-            if not place.is_dir():
-                raise ConfigError(f"--workdir={self.path}: {place} is not a folder.")
-            tempfile.TemporaryFile(dir=place).close()
-        except OSError as error:
-            raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
+        for last in (False, False, True):
+            place = self.path
+            try:
+                while not place.exists() and not place.is_symlink():
+                    place = place.parent
+                if not place.is_dir():
+                    raise ConfigError(f"--workdir={self.path}: {place} is not a folder.")
+                tempfile.TemporaryFile(dir=place).close()
+                return
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and not last and not place.is_symlink():
+                    continue  # another start, which was refused, has deleted its empty folder in between
+                raise ConfigError(f"--workdir={self.path}: {place} cannot be written ({error.strerror}). Choose another folder.") from error
 
     def clear(self) -> None:
         """Delete the files of the run, and no other file in the folder."""

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxmodels.errors import ConfigError, RunError
-from jaxmodels.runs.checkpoint import Checkpoints, parse_run
-from jaxmodels.runs.folder import RunFolder
+from jaxmodels.errors import RunError
+from jaxmodels.runs.checkpoint import Checkpoints, open_checkpoints
 
 _AT_ONCE = 1 << 28  # bytes
 
@@ -35,13 +34,7 @@ def verify(run: str) -> Iterator[Verdict]:
     Raises:
       ConfigError: no such run, or no such checkpoint in it.
     """
-    path, which = parse_run(run)
-    folder = RunFolder(path)
-    folder.config()
-    # Check before opening a checkpoint manager: Orbax initialises the JAX backend.
-    if not any(path.name.isdigit() for path in folder.checkpoints.glob("*")):
-        raise ConfigError(f"{folder.path} has no checkpoint yet.")
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    folder, checkpoints, which = open_checkpoints(run)
     try:
         for step in checkpoints.steps() if which is None else [checkpoints.find(which)]:
             verdict = _verify_step(checkpoints, step)

@@ -16,10 +16,12 @@ import pytest
 import small_configs
 from conftest import HELPERS, ROOT
 from rich.console import Console
+from run_processes import wait_for
 
 import jaxmodels
 from jaxmodels.errors import ConfigError, Interrupted, RunError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.runs import folder as folder_lib
 from jaxmodels.runs import lock as lock_lib
 from jaxmodels.runs import lock_file, shared_folder
 from jaxmodels.runs.folder import RunFolder
@@ -116,7 +118,9 @@ def test_a_process_that_ended_and_was_not_waited_for_is_dead(folder):
     process.stdin.close()
     while lock_file._start_time(process.pid):
         time.sleep(0.01)
-    take(folder).release()
+    lock = take(folder)
+    assert json.loads(folder.lock_file.read_bytes())["pid"] == os.getpid()
+    lock.release()
     process.wait()
 
 
@@ -316,6 +320,22 @@ def test_processes_are_never_inside_together(tmp_path, kills):
     assert not os.path.exists(tmp_path / "x") or os.listdir(tmp_path / "x") == []
 
 
+def test_a_folder_that_another_start_deletes_is_made_again(tmp_path, monkeypatch):
+    """A start that was refused deletes its empty folder, which may be between this one's look at the folder and its use of it."""
+    folder, make, deleted = RunFolder(tmp_path / "x"), folder_lib.tempfile.TemporaryFile, []
+    folder.path.mkdir()
+
+    def temporary_file(dir):
+        if not deleted:
+            deleted.append(dir)
+            dir.rmdir()
+        return make(dir=dir)
+
+    monkeypatch.setattr(folder_lib.tempfile, "TemporaryFile", temporary_file)
+    take(folder).release()
+    assert deleted == [folder.path]
+
+
 # Runs
 
 
@@ -336,14 +356,6 @@ def start(config, workdir, tmp_path, *extra, prelude=""):
 def contents(workdir):
     """Every file of a folder, without the lock."""
     return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock.json"}
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 # The callback of the owner waits at step 15 while the file of this name exists.
