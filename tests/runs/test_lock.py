@@ -296,7 +296,7 @@ def test_a_folder_that_was_made_for_a_refused_start_is_deleted(tmp_path):
         RunLock(RunFolder(tmp_path / "file" / "x")).attempt()
 
 
-@pytest.mark.parametrize("kills", [0, 20])
+@pytest.mark.parametrize("kills", [0, pytest.param(20, marks=pytest.mark.slow)])
 def test_processes_are_never_inside_together(tmp_path, kills):
     """Processes that take and release one lock, some of them killed at random moments."""
     program = [sys.executable, HELPERS / "lock_rounds.py", tmp_path / "x", "4"]
