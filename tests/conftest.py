@@ -5,6 +5,8 @@ import tempfile
 import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside TFDS's lazy imports that would fail too
 from importlib import metadata
 
+import warm_python
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the time. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run with XLA's full optimizations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -16,9 +18,9 @@ CACHES = {} if "PYTEST_XDIST_WORKER" in os.environ else {"JAX_COMPILATION_CACHE_
 for variable, name in CACHES.items():
     os.environ[variable] = tempfile.mkdtemp(prefix=f"jaxmodels-test-{name}-")
 
+import gc  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
-import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -32,12 +34,20 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ[variable], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_collections():
+    """Keep Python's garbage collector off what earlier modules have left: JAX's caches are millions of objects, and passes over them took 40% of the time."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def jaxmodels_command():
     """Runs `python -m jaxmodels ARGS` from the repository; returns the finished process."""
 
     def run(*args, **options):
-        return subprocess.run([sys.executable, "-m", "jaxmodels", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+        return warm_python.run(["-m", "jaxmodels", *args], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
     return run
 

@@ -4,12 +4,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import ROOT
 
 import jaxmodels
@@ -77,7 +76,7 @@ def test_every_config_has_a_row_of_results():
 def test_the_python_of_the_readme_runs(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     os.symlink(ROOT / "configs", tmp_path / "configs")
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = warm_python.run(["-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0.8
 
@@ -107,7 +106,7 @@ def test_first_model_from_arrays_to_predictions(tmp_path):
             program, *arguments = shlex.split(command)
             assert program == "python"
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-            done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            done = warm_python.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, (command, done.stderr)
             outputs[command] = done.stdout
     assert "stripes:StripeNet" in outputs["python -m jaxmodels config --config=config.py"]

@@ -4,6 +4,7 @@ The keys of the sections `model`, `task`, `data` and `optimizer` depend on a nam
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -283,6 +284,7 @@ def _optax_groups(word: str) -> list[Group]:
     return [Group("optimizer", tuple(some), summary, (key,)) for key, some in names.items()]
 
 
+@functools.cache
 def _optax_keys(name: str) -> tuple[Key, ...]:
     meanings = docstring_entries(optimizer.find(name).__doc__)
     arguments = optimizer.own_arguments(name).items()

@@ -23,10 +23,15 @@ def tune_malloc() -> None:
 
 @contextlib.contextmanager
 def short_collections():
-    """Keep Python's garbage collector off the objects that exist now: compiling leaves many, and a pass over them stops the loop for 0.2 s."""
+    """Keep Python's garbage collector off the objects that exist now: compiling leaves many, and a pass over them stops the loop for 0.2 s.
+
+    Objects that the program has frozen itself stay frozen.
+    """
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()

@@ -4,13 +4,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 
 import jaxmodels
 from jaxmodels.data import tokens
@@ -336,7 +336,7 @@ print(dataset.splits["train"].fingerprint(), len(dataset.splits["train"]), datas
 def child(folder, extra=""):
     environment = os.environ | {"JAXMODELS_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parent.parent)}
     code = CHILD.format(extra=extra, options={"sequence_length": 8, "tokenizer": "bpe:300"})
-    return subprocess.Popen([sys.executable, "-c", code, str(folder / "long.txt")], env=environment, stdout=subprocess.PIPE, text=True)
+    return warm_python.Popen(["-c", code, str(folder / "long.txt")], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_at_once(cached):

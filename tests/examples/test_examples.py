@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import ROOT
 from flax import nnx
 
@@ -44,8 +44,8 @@ def test_all_of_them_train_from_the_command_line(tmp_path):
     for name in FILES:
         shutil.copy(HERE / name, tmp_path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "jaxmodels", "train", "--config=own_config.py", "--workdir=run"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["-m", "jaxmodels", "train", "--config=own_config.py", "--workdir=run"]
+    done = warm_python.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "stopping early: top_k is above 0.97" in done.stdout and re.search(r"validation +loss [\d.]+ +top_k", done.stdout)
     folder = RunFolder(tmp_path / "run")

@@ -3,11 +3,10 @@
 import contextlib
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import warm_python
 from conftest import HELPERS
 from random_models import run_of
 
@@ -93,7 +92,7 @@ def test_a_seq2seq_run_generates_its_predictions(tmp_path):
 def test_eight_devices_generate_the_same_texts_as_one(kinds, names, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     runs = [run_of(tmp_path / name, SPREAD[name][0], {"name": SPREAD[name][1]}, LETTERS, mesh=mesh) for name in names]
-    done = subprocess.run([sys.executable, HELPERS / "generate_on_mesh.py", kinds, *runs], capture_output=True, text=True, timeout=600)
+    done = warm_python.run([HELPERS / "generate_on_mesh.py", kinds, *runs], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     prompts = ["abc", "the cat sat on the", "x"]
     for name, path, result in zip(names, runs, json.loads(done.stdout), strict=True):

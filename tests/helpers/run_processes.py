@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import warm_python
 from conftest import HELPERS, ROOT
 
 
@@ -18,7 +18,7 @@ def start(config, workdir, tmp_path, prelude="", *arguments):
     command = ["train", f"--config={path}", f"--workdir={workdir}", *arguments]
     program = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup\n{prelude}\nimport sys\nfrom jaxmodels.cli import main as cli\nif __name__ == '__main__':\n    sys.argv[1:] = {command}\n    cli.main()"
     environment = os.environ | {"HANG_FILE": str(tmp_path / "hang"), "PYTHONPATH": str(HELPERS), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm_python.Popen(["-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, process, seconds=120):

@@ -1,10 +1,9 @@
 """A mixture of experts on eight simulated devices: values and gradients of one device, and only the necessary collectives."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import warm_python
 from conftest import HELPERS
 
 MESHES = ["expert and data", "expert, fsdp and tensor", "context and expert", "data"]
@@ -13,7 +12,7 @@ WIDTH = 8
 
 
 def run(*activations):
-    done = subprocess.run([sys.executable, HELPERS / "experts_on_mesh.py", *activations], capture_output=True, text=True, timeout=600)
+    done = warm_python.run([HELPERS / "experts_on_mesh.py", *activations], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

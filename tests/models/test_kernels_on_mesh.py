@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import warm_python
 from conftest import HELPERS
 from jax.sharding import AbstractMesh, AxisType
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    done = subprocess.run([sys.executable, HELPERS / "kernels_on_mesh.py"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = warm_python.run([HELPERS / "kernels_on_mesh.py"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS
 
 from jaxmodels.errors import ConfigError
@@ -24,7 +23,7 @@ SCANNED = small_configs.config(small_configs.GPT, model__scan=True, model__layer
 def pipelined(*arguments: str) -> dict:
     """Return the output of train_in_stages.py on eight simulated devices."""
     script = HELPERS / "train_in_stages.py"
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=600)
+    done = warm_python.run([script, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

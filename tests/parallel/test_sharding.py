@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_python
 from conftest import HELPERS
 from train_on_mesh import MODELS
 
@@ -28,8 +27,8 @@ def spread(tmp_path: Path, cases: list[dict], devices: int) -> list:
     folder = tmp_path / str(devices)
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, HELPERS / "train_on_mesh.py", str(devices), folder / "cases.json", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    command = [HELPERS / "train_on_mesh.py", str(devices), folder / "cases.json", folder]
+    done = warm_python.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nvoluntary full rematerialization" not in done.stderr, done.stderr[-3000:]
     read = [folder / f"{i}" for i in range(len(cases))]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -14,6 +12,7 @@ import pytest
 import random_pretrained
 import torch
 import transformers
+import warm_python
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -321,7 +320,7 @@ def test_every_device_reads_only_its_shard(folder):
         print("same")
     """
     code = "from jaxmodels.parallel.mesh import simulate_devices; simulate_devices(8)\n" + textwrap.dedent(code)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = warm_python.run(["-c", code], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "same", result.stderr
 
 

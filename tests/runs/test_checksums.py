@@ -4,8 +4,6 @@ import collections
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import checksums_on_mesh
 import jax
@@ -14,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS
 from run_state import final_state
 
@@ -109,7 +108,7 @@ def test_a_step_still_reuses_the_memory_of_the_state():
 
 
 def test_checksums_do_not_depend_on_the_mesh():
-    done = subprocess.run([sys.executable, "checksums_on_mesh.py"], cwd=HELPERS, capture_output=True, text=True, timeout=300)
+    done = warm_python.run(["checksums_on_mesh.py"], cwd=HELPERS, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     here = checksums.of(checksums_on_mesh.arrays())

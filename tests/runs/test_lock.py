@@ -14,6 +14,7 @@ import time
 
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS, ROOT
 from rich.console import Console
 from run_processes import wait_for
@@ -299,9 +300,9 @@ def test_a_folder_that_was_made_for_a_refused_start_is_deleted(tmp_path):
 @pytest.mark.parametrize("kills", [0, pytest.param(20, marks=pytest.mark.slow)])
 def test_processes_are_never_inside_together(tmp_path, kills):
     """Processes that take and release one lock, some of them killed at random moments."""
-    program = [sys.executable, HELPERS / "lock_rounds.py", tmp_path / "x", "4"]
+    program = [HELPERS / "lock_rounds.py", tmp_path / "x", "4"]
     generator = random.Random(kills)
-    start = lambda seed: subprocess.Popen([*map(str, program), str(seed)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = lambda seed: warm_python.Popen([*program, seed], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     processes = [start(seed) for seed in range(3)]
     done = []
     time.sleep(1.0)
@@ -350,7 +351,7 @@ def start(config, workdir, tmp_path, *extra, prelude=""):
     path.write_text(json.dumps(config))
     arguments = ["train", f"--config={path}", f"--workdir={workdir}", *extra]
     program = f"{prelude}\nfrom jaxmodels.cli import main as cli\ncli.main({arguments!r})"
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm_python.Popen(["-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def contents(workdir):

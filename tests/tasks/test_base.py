@@ -1,14 +1,13 @@
 """The base class of tasks: what is required, row keys, a user's own metric, directions and samples."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import own_tasks
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS, ROOT
 from rich.console import Console
 
@@ -76,7 +75,7 @@ def test_draws_depend_on_the_row_alone(batch_size, drawn):
 
 
 def test_draws_are_the_same_over_eight_devices(drawn):
-    done = subprocess.run([sys.executable, HELPERS / "own_tasks.py", "8", "32"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm_python.run([HELPERS / "own_tasks.py", "8", "32"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["devices"] == 8

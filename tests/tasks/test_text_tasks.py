@@ -3,14 +3,13 @@
 import datetime
 import itertools
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_model
 import pytest
+import warm_python
 from conftest import HELPERS, ROOT
 from flax import nnx
 
@@ -40,7 +39,7 @@ def test_entities_are_scored_over_all_rows_on_one_device_and_on_two():
     assert values["precision"] == pytest.approx(4 / 5) and values["recall"] == pytest.approx(4 / 6)
     assert values["f1"] == pytest.approx(2 * 4 / (5 + 6))
     assert values["accuracy"] == pytest.approx(18 / 20)
-    done = subprocess.run([sys.executable, HELPERS / "oracle_model.py", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm_python.run([HELPERS / "oracle_model.py", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.splitlines()[-1])
     assert two.pop("devices") == 2

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS, ROOT
 from rich.console import Console
 from run_state import final_state
@@ -36,7 +37,7 @@ def save_elsewhere(config, folder, devices=1):
     """Save the step of a config in a separate process."""
     file = Path(folder).with_suffix(".config.json")
     file.write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, HELPERS / "save_step.py", file, folder, str(devices)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm_python.run([HELPERS / "save_step.py", file, folder, str(devices)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

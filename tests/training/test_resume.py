@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import ROOT
 from rich.console import Console
 from run_state import final_state
@@ -35,8 +35,8 @@ def write_config(tmp_path, config):
 
 
 def train(path, workdir, *extra):
-    command = [sys.executable, "-m", "jaxmodels", "train", f"--config={path}", f"--workdir={workdir}", *extra]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["-m", "jaxmodels", "train", f"--config={path}", f"--workdir={workdir}", *extra]
+    return warm_python.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, status=0):
@@ -132,7 +132,7 @@ async def save(self, directory, *args, **kwargs):
 PyTreeCheckpointHandler.async_save = save
 cli.main(["train", "--config={path}", "--workdir={tmp_path / "killed"}"])
 """
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = warm_python.run(["-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert _latest(tmp_path / "killed" / "checkpoints") == 20
     assert "checkpoints/20" in finish(train(path, tmp_path / "killed"))

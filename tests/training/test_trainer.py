@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import small_configs
+import warm_python
 from conftest import HELPERS
 from jax._src import array as jax_array
 from rich.console import Console
@@ -436,6 +435,6 @@ def test_a_run_imports_no_other_framework(tmp_path):
         f"jaxmodels.train(small_configs.config(small_configs.CNN, training__steps=2, log__tensorboard=True), {str(tmp_path / 'x')!r}, quiet=True); "
         "print([name for name in ('torch', 'tensorflow', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HELPERS, timeout=300)
+    done = warm_python.run(["-c", code], capture_output=True, text=True, cwd=HELPERS, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
     assert list((tmp_path / "x" / "tensorboard").iterdir())
