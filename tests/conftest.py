@@ -21,12 +21,14 @@ for variable, name in CACHES.items():
 import gc  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 HELPERS = ROOT / "tests" / "helpers"
+MOST_MEMORY = 2_500_000_000  # bytes of a process; then JAX forgets what it compiled
 
 
 def pytest_unconfigure(config):
@@ -36,10 +38,21 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections():
-    """Keep Python's garbage collector off what earlier modules have left: JAX's caches are millions of objects, and passes over them took 40% of the time."""
+    """Keep Python's garbage collector off what earlier modules left: JAX's caches hold millions of objects, and passes over them took 40% of the time."""
     yield
+    if _memory() > MOST_MEMORY:
+        sys.modules["jax"].clear_caches()
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def _memory() -> int:
+    """Return the bytes of memory of this process; 0 where there is no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.fixture

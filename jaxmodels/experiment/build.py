@@ -57,7 +57,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     steps = training.steps or max(1, round(training.epochs * len(dataset.splits.get("train", [])) / loading.batch_size))
     options, own = optimizer.from_section(c["optimizer"])
     with as_config_error("config.model"):
-        params = jax.eval_shape(lambda: functional.split(build(nnx.Rngs(params=0)))[1])
+        params = jax.eval_shape(lambda: functional.split(build(functional.new_rngs(params=0)))[1])
     shapes = {path: x.shape for path, x in functional.flatten(params).items()}
     check_stages(shapes, c["mesh"]["pipeline"], Sharding(**c["sharding"]))
     check_patterns(shapes, Sharding(**c["sharding"]))

@@ -96,7 +96,7 @@ class Experiment:
 
     @functools.cached_property
     def _graph_and_kernels(self):
-        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        model = nnx.eval_shape(lambda: self.build(functional.new_rngs(params=0)))
         dtype, kernels = functional.DTYPES[self.training.precision], {}
         with as_config_error("config.model.attention"):
             kernels["attention"] = attention.resolve_implementation(model, self.platform, dtype, self.layout)

@@ -74,7 +74,7 @@ def open_run(run: str) -> Opened:
         folder = RunFolder(parse_run(run)[0])
         config, info = portable_config(folder.config()), trained_info_of(folder)
     task, build = build_model(config, info)
-    model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: build(functional.new_rngs(params=0)))
     _, params, stats = functional.split(model)
     if is_pretrained(run):
         located = weights_lib.locate_whole(run, config["model"], functional.flatten(params) | functional.flatten(stats))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_model
 from jaxmodels.experiment.sections import resolve
-from jaxmodels.models.functional import flatten, split
+from jaxmodels.models.functional import flatten, new_rngs, split
 from jaxmodels.pretrained import folder as folder_lib
 from jaxmodels.pretrained import weights as pretrained_lib
 from jaxmodels.runs import weights as weights_lib
@@ -74,7 +74,7 @@ def import_run(reference: str, output: str) -> RunFolder:
     folder = new_folder(output)
     config, info = pretrained_config(reference)
     _, build = build_model(config, info)
-    _, params, stats = split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))
+    _, params, stats = split(nnx.eval_shape(lambda: build(new_rngs(params=0))))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes: dict[str, Mapping] = {"params": flatten(params), "stats": flatten(stats)}
     located = weights_lib.locate_whole(reference, config["model"], shapes["params"] | shapes["stats"])

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Attention, Implementation
+from jaxmodels.models.functional import new_rngs
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, dropout
 from jaxmodels.models.remat import Remat
 from jaxmodels.parallel.layout import constrain, row_major
@@ -240,7 +241,7 @@ def apply_blocks(
     def apply(x_BTD, block_state, key, shared, graphdef):
         block = nnx.merge(graphdef, block_state)
         x_BTD = checkpoint_name(row_major(x_BTD), "input")
-        result = block(x_BTD, None if key is None else nnx.Rngs(dropout=key), **shared)
+        result = block(x_BTD, None if key is None else new_rngs(dropout=key), **shared)
         return result if isinstance(result, tuple) else (result, {})
 
     apply = remat_lib.checkpointed(apply, remat, offload, scan=scan, static_argnums=4)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -69,10 +70,35 @@ def _seed(graph: Graph, key: jax.Array) -> dict:
     return traverse_util.unflatten_dict(flat)
 
 
+class _HostCount(nnx.RngCount):
+    """The count of a random stream as a NumPy scalar."""
+
+    def __getitem__(self, index):
+        return self.get_value() if index is ... else super().__getitem__(index)
+
+    def __setitem__(self, index, value):
+        if index is ...:
+            self.set_value(value)
+        else:
+            super().__setitem__(index, value)
+
+
+def new_rngs(*default: jax.Array | int, **keys: jax.Array | int) -> nnx.Rngs:
+    """Return `nnx.Rngs(*default, **keys)`, whose streams count their draws on the host.
+
+    The keys drawn are the same. A count in an array is traced, and NNX compares the shardings of its old and new value; for tracers, which have
+    none, JAX then searches the whole trace so far. The time to trace the initialisation of GPT-2 large fell from 6.6 s to 0.8 s.
+    """
+    rngs = nnx.Rngs(*default, **keys)
+    for _, stream in rngs.items():
+        stream.count = _HostCount(np.uint32(0), tag=stream.tag)
+    return rngs
+
+
 def with_default_stream(rngs: nnx.Rngs) -> nnx.Rngs:
     """Return generators with the stream `params` of `rngs`, and a default stream for other names that a constructor may request."""
     key = rngs.params.key[...]
-    return nnx.Rngs(jax.random.fold_in(key, 1), params=key)
+    return new_rngs(jax.random.fold_in(key, 1), params=key)
 
 
 def accept_rngs(model: nnx.Module) -> nnx.Module:
@@ -152,7 +178,7 @@ def training_model(graph: Graph, params: dict, stats: dict, key: jax.Array) -> n
       graph, params, stats: as `split` returns.
       key: of the step; seeds the module's random streams.
     """
-    # Apart from the draws of `nnx.Rngs(dropout=key)`, which folds small counts into the key.
+    # Apart from the draws of `new_rngs(dropout=key)`, which folds small counts into the key.
     model = merge(graph, params, stats, jax.random.fold_in(key, 2**31))
     model.train()
     return model

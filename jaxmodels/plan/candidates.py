@@ -14,6 +14,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_model
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.sections import Training, resolve
+from jaxmodels.models.functional import new_rngs
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
 from jaxmodels.parallel.mesh import MeshSizes
@@ -164,7 +165,7 @@ def accumulations(experiment: Experiment, mesh: Mapping[str, int]) -> list[int]:
     Batch normalisation, the load of a mixture and contrastive losses depend on all rows of a microbatch. With them only the config's number is returned.
     """
     own = experiment.training.accumulate
-    model = nnx.eval_shape(lambda: experiment.build(nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: experiment.build(new_rngs(params=0)))
     normalised = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model))
     if normalised or experiment.config["model"].get("moe") or experiment.task.across_rows:
         return [own]

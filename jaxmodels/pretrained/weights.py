@@ -14,6 +14,7 @@ from flax import nnx
 from jaxmodels import config as config_lib
 from jaxmodels import models
 from jaxmodels.errors import ConfigError
+from jaxmodels.models.functional import new_rngs
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import folder as folder_lib
@@ -177,7 +178,7 @@ def load_model(reference: str, *arguments: Any, dtype: Any = np.float32, **optio
     constructor, _ = models.find(architecture.model)
     given = arguments or pretrained_arguments(folder, architecture)
     keywords = {key: value for key, value in section.items() if key != "name"}
-    abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=new_rngs(0)))
     graph, state = nnx.split(abstract)
     flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     pretrained = locate(reference, section, flat)

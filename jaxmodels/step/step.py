@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxmodels.models.functional import DTYPES, cast, combine, evaluation_model, flatten, partition, split, training_model
+from jaxmodels.models.functional import DTYPES, cast, combine, evaluation_model, flatten, new_rngs, partition, split, training_model
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.step import metrics as metrics_lib
 from jaxmodels.step.gradients import GradientFunction, place
@@ -57,7 +57,7 @@ def make_init(
     """
 
     def init(key: jax.Array) -> TrainState:
-        _, params, stats = split(build(nnx.Rngs(params=key)))
+        _, params, stats = split(build(new_rngs(params=key)))
         params, frozen = partition(params, trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -94,7 +94,7 @@ def make_loss(task: Task, graph, precision: str) -> Callable:
         _hold_frozen_norms(model, params, frozen)
         _normalise_over_devices(model)
         inputs = _inputs(task, batch, dtype)
-        total, weight, metrics = task.loss(model, inputs, nnx.Rngs(dropout=key))
+        total, weight, metrics = task.loss(model, inputs, new_rngs(dropout=key))
         return total, (weight, metrics, split(model)[2])
 
     return loss

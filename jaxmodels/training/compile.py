@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxmodels.hardware import compiler_options
 from jaxmodels.models.convolution import Conv
+from jaxmodels.models.functional import new_rngs
 from jaxmodels.parallel import mesh as mesh_lib
 
 
@@ -171,6 +172,6 @@ def compile_train_step(experiment: Any, mesh: jax.sharding.Mesh, shapes: Any, st
 
 def convolutional(build: Callable[[nnx.Rngs], nnx.Module]) -> bool:
     """Return whether convolution kernels are most of a model's parameters."""
-    model = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: build(new_rngs(params=0)))
     kernels = sum(math.prod(module.kernel.shape) for _, module in nnx.iter_modules(model) if isinstance(module, (nnx.Conv, Conv)))
     return 2 * kernels > sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
