@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import recording_sources
 import small_configs
+import warm_python
 from conftest import HELPERS, ROOT
 from ports import free_port
 from run_state import final_state
@@ -56,10 +57,12 @@ class Run:
             "JAXMODELS": f"{sys.executable} -m jaxmodels",
         }
         command = [LOCAL, "-n", str(processes), f"--cpu_devices={devices}", f"--logs={self.logs}", "--"]
-        if not processes:
-            command = [sys.executable, "-m", "jaxmodels", "train", f"--cpu_devices={devices}"]
-        command += [f"--config={self.config}", f"--workdir={self.workdir}", *args]
-        self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = [f"--config={self.config}", f"--workdir={self.workdir}", *args]
+        options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        if processes:
+            self.process = subprocess.Popen(list(map(str, [*command, *run])), **options)
+        else:
+            self.process = warm_python.Popen(["-m", "jaxmodels", "train", f"--cpu_devices={devices}", *run], **options)
         return self
 
     def end(self, status=0, seconds=550):
@@ -124,6 +127,7 @@ def test_two_processes_equal_one(tmp_path):
     assert "step" not in log["process-1.log"] and "initialised" not in log["process-1.log"]
 
 
+@pytest.mark.slow
 def test_pmap_in_two_processes(tmp_path):
     config = small_configs.config(CONFIG, model__dropout=0.0, training__steps=10, evaluation__every=10)
     one, two = Run(tmp_path, config, "one"), Run(tmp_path, config | {"partition": "pmap"}, "two")

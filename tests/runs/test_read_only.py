@@ -70,38 +70,42 @@ def read_everything(place, output):
     return found
 
 
-def test_reading_changes_nothing(family, tmp_path):
+@pytest.fixture(scope="module")
+def found(family, tmp_path_factory):
+    """What is read from the family, while nothing in its folder changes."""
     before = state(family)
-    read_everything(family, tmp_path)
-    assert state(family) == before
+    found = read_everything(family, tmp_path_factory.mktemp("read"))
+    assert state(family) == before, "reading changes nothing"
+    return found
+
+
+def test_reading_changes_nothing(found):
+    assert found["child lineage"] == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_run_is_read(family, tmp_path):
+def test_a_read_only_run_is_read(family, found, tmp_path):
     shutil.copytree(family, tmp_path / "shared")
     paths = [tmp_path / "shared", *(tmp_path / "shared").rglob("*")]
     for path in paths:
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        found = read_everything(tmp_path / "shared", tmp_path)
+        assert read_everything(tmp_path / "shared", tmp_path) == found
     finally:
         for path in paths:
             path.chmod(0o755 if path.is_dir() else 0o644)
-    assert found == read_everything(family, tmp_path / "again")
 
 
-def test_a_moved_family_is_read(family, tmp_path):
+def test_a_moved_family_is_read(family, found, tmp_path):
     place = tmp_path / "one"
     shutil.copytree(family, place)
     for file in place.rglob("*.json*"):  # as if it had been trained there
         if file.name in ("config.json", "manifest.json", "children.jsonl"):
             file.write_text(file.read_text().replace(str(family), str(place)))
-    before = read_everything(place, tmp_path / "before")
-    assert before["child lineage"] == 2
     merge(str(place / "child"), str(place / "merged"))
     merged = jaxmodels.evaluate(str(place / "merged"), split="validation")
     place.rename(tmp_path / "two")
-    assert read_everything(tmp_path / "two", tmp_path / "after") == before
+    assert read_everything(tmp_path / "two", tmp_path / "after") == found
     assert jaxmodels.evaluate(str(tmp_path / "two" / "merged"), split="validation")["loss"] == merged["loss"]
 
 
