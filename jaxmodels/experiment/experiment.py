@@ -185,6 +185,10 @@ class Experiment:
 
     def state_shapes(self) -> state.TrainState:
         """Return the shapes of the train state."""
+        return self._state_shapes
+
+    @functools.cached_property
+    def _state_shapes(self) -> state.TrainState:
         return jax.eval_shape(lambda: self.init_function()(jax.random.key(0)))
 
     @property
