@@ -7,13 +7,13 @@ from flax import nnx
 
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.models import create
-from jaxmodels.models.functional import flatten, merge, split
+from jaxmodels.models.functional import flatten, merge, new_rngs, split
 from jaxmodels.runs.merge import new_folder, write_run
 
 
 def drawn(name: str, *args, scale: float = 0.5, seed: int = 1, **options) -> nnx.Module:
     """Return a model with all parameters drawn by NumPy, without compilation. A large `scale` avoids near ties of logits."""
-    graph, params, stats = split(nnx.eval_shape(lambda: create(name, *args, rngs=nnx.Rngs(0), **options)))
+    graph, params, stats = split(nnx.eval_shape(lambda: create(name, *args, rngs=new_rngs(0), **options)))
     rng = np.random.default_rng(seed)
     return merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, scale, p.shape), p.dtype), params), stats)
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxmodels.experiment.build import build_experiment, build_model
 from jaxmodels.experiment.sections import resolve
-from jaxmodels.models.functional import flatten, split
+from jaxmodels.models.functional import flatten, new_rngs, split
 from jaxmodels.parallel import mesh, sharding
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
@@ -19,7 +19,7 @@ def untrained_run(config: dict, info: dict, path) -> str:
     """Write the folder of a finished run with random parameters and statistics; return its path. `info` describes its data set."""
     resolved = resolve(config)
     _, build = build_model(resolved, info)
-    params, stats = (flatten(tree) for tree in split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))))[1:])
+    params, stats = (flatten(tree) for tree in split(nnx.eval_shape(lambda: build(new_rngs(params=0))))[1:])
     random = np.random.default_rng(0)
     params = {name: jnp.asarray(0.2 * random.standard_normal(x.shape, np.float32)) for name, x in params.items()}
     stats = {name: jnp.asarray(random.uniform(0.5, 1.5, x.shape).astype(np.float32)) for name, x in stats.items()}

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.dry_run import active_parameters
 from jaxmodels.models import create, find, grouped, moe
-from jaxmodels.models.functional import merge, split
+from jaxmodels.models.functional import merge, new_rngs, split
 from jaxmodels.models.moe import MoE
 from jaxmodels.models.transformer import Decoder
 from jaxmodels.tasks.language_model import LanguageModel
@@ -256,7 +256,7 @@ def test_wrong_options_are_named(options, message):
     [("mixtral-8x7b", 32000, 46_702_792_704, 12.9e9), ("qwen3-30b-a3b", 151936, 30_532_122_624, 3.3e9)],
 )
 def test_sizes_are_the_published_ones(name, vocab_size, parameters, active):
-    params = split(nnx.eval_shape(lambda: create(name, vocab_size, scan=True, rngs=nnx.Rngs(0))))[1]
+    params = split(nnx.eval_shape(lambda: create(name, vocab_size, scan=True, rngs=new_rngs(0))))[1]
     assert sum(x.size for x in jax.tree.leaves(params)) == parameters
     assert abs(active_parameters(params, find(name)[1]) - active) < 0.06e9
 
@@ -267,8 +267,8 @@ SMALL |= {"mlp_width": 8, "moe": {"experts": 4, "top_k": 2}}
 
 def test_a_decoder_of_experts_scanned_and_rematerialised_is_one_function():
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11).at[1, 5:].set(-1)
-    graph, _, stats = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, rngs=nnx.Rngs(0))))
-    scanned, shapes, _ = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, scan=True, remat="full", rngs=nnx.Rngs(0))))
+    graph, _, stats = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, rngs=new_rngs(0))))
+    scanned, shapes, _ = split(nnx.eval_shape(lambda: Decoder(11, **SMALL, scan=True, remat="full", rngs=new_rngs(0))))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 0.3, jnp.float32), shapes)
     assert set(params["blocks"]["mlp"]) == {"router", "experts"}

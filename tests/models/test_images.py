@@ -10,14 +10,14 @@ from scipy.special import erf, softmax
 
 from jaxmodels.models import create
 from jaxmodels.models.convnext import ConvNeXtBlock
-from jaxmodels.models.functional import merge, split
+from jaxmodels.models.functional import merge, new_rngs, split
 from jaxmodels.models.layers import stochastic_depth
 from jaxmodels.models.vit import sincos
 
 
 def drawn(make, *args, **options):
     """Return a model with random parameters, because initial zeros and ones hide errors. NumPy draws them, without compilation."""
-    graph, params, stats = split(nnx.eval_shape(lambda: make(*args, **options, rngs=nnx.Rngs(0))))
+    graph, params, stats = split(nnx.eval_shape(lambda: make(*args, **options, rngs=new_rngs(0))))
     generator = np.random.default_rng(0)
     return merge(graph, jax.tree.map(lambda x: jnp.asarray(generator.normal(0, 0.3, x.shape), x.dtype), params), stats)
 
@@ -44,7 +44,7 @@ def normal(*shape):
 )
 def test_sizes_have_the_published_parameter_counts(name, parameters):
     options = {"scan": True} if name.startswith("vit") else {}
-    shapes = nnx.eval_shape(lambda: create(name, (224, 224, 3), 1000, rngs=nnx.Rngs(0), **options))
+    shapes = nnx.eval_shape(lambda: create(name, (224, 224, 3), 1000, rngs=new_rngs(0), **options))
     assert sum(x.size for x in jax.tree.leaves(split(shapes)[1])) == parameters
 
 
@@ -173,4 +173,4 @@ def test_convnext_halves_by_stage_and_skips_blocks_more_often_later():
 )
 def test_sizes_that_do_not_fit_are_named(name, options, words):
     with pytest.raises(ValueError, match=words):
-        nnx.eval_shape(lambda: create(name, (16, 16, 3), 5, **options, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: create(name, (16, 16, 3), 5, **options, rngs=new_rngs(0)))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmodels.models import create
 from jaxmodels.models.cnn import CNN
-from jaxmodels.models.functional import merge, split
+from jaxmodels.models.functional import merge, new_rngs, split
 from jaxmodels.models.layers import dropout, max_pool_2x2
 from jaxmodels.models.rnn import GRU, LSTM, RecurrentLM
 from jaxmodels.models.transformer import Decoder
@@ -27,7 +27,7 @@ def count(model):
 @pytest.mark.parametrize("scan", [False, True])
 def test_gpt2_sizes_have_the_published_parameter_counts(name, parameters, scan):
     # Published: the sizes of the checkpoints of Radford et al. 2019 with tied embeddings.
-    assert count(nnx.eval_shape(lambda: create(name, 50257, scan=scan, rngs=nnx.Rngs(0)))) == parameters
+    assert count(nnx.eval_shape(lambda: create(name, 50257, scan=scan, rngs=new_rngs(0)))) == parameters
 
 
 def test_cnn_is_two_convolutions_two_poolings_and_two_dense_layers():

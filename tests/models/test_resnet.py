@@ -7,19 +7,19 @@ import pytest
 from flax import nnx
 
 from jaxmodels.models import create
-from jaxmodels.models.functional import merge, split
+from jaxmodels.models.functional import merge, new_rngs, split
 from jaxmodels.models.resnet import ConvNorm
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032), ("resnet101", 44_549_160)])
 def test_sizes_have_the_published_parameter_counts(name, parameters):
-    model = nnx.eval_shape(lambda: create(name, (224, 224, 3), 1000, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: create(name, (224, 224, 3), 1000, rngs=new_rngs(0)))
     assert sum(x.size for x in jax.tree.leaves(split(model)[1])) == parameters
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_resolution_by_stage(stem):
-    model = nnx.eval_shape(lambda: create("resnet50", (64, 64, 3), 7, stem=stem, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: create("resnet50", (64, 64, 3), 7, stem=stem, rngs=new_rngs(0)))
     graph, params, stats = split(model)
 
     def sizes(params, stats):
