@@ -140,7 +140,7 @@ cli.main(["train", "--config={path}", "--workdir={tmp_path / "killed"}"])
 
 
 def test_sigterm_then_again_is_bitwise_equal(tmp_path):
-    config = small_configs.config(small_configs.GPT, training__ema=0.9, training__steps=400, checkpoint__every=1000, log__every=1)
+    config = small_configs.config(small_configs.GPT, training__ema=0.9, training__steps=200, checkpoint__every=1000, log__every=1)
     path = write_config(tmp_path, config)
     finish(train(path, tmp_path / "whole"))
     process = train(path, tmp_path / "stopped")
