@@ -5,8 +5,6 @@ import tempfile
 import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside TFDS's lazy imports that would fail too
 from importlib import metadata
 
-import warm_python
-
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the time. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 the tests run with XLA's full optimizations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -25,6 +23,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import warm_python  # noqa: E402  it notes the variables above
 
 ROOT = Path(__file__).parent.parent
 HELPERS = ROOT / "tests" / "helpers"

@@ -1,12 +1,13 @@
 """Start Python programs in processes that have imported JAX and jaxmodels already: to import them takes two seconds of every start.
 
 A server, one for each process of pytest, imports them once and forks a process for each start; it has touched no device. The processes become
-children of pytest: they are waited for, get signals and end as any others. On other systems than Linux, programs start as usual.
+children of pytest: they are waited for, get signals and end as any others. Programs with other settings of JAX, and on other systems than Linux, start
+as usual.
 
     process = warm_python.Popen(["-m", "jaxmodels", "train", ...], stdout=PIPE, text=True)      # python -m jaxmodels train ...
     done = warm_python.run(["-c", program], capture_output=True, text=True)
 
-Use subprocess for a program that must see the imports, sets variables of JAX, or is one of several that share a service of JAX.
+Use subprocess for a program that must see the imports.
 """
 
 import atexit
@@ -26,10 +27,18 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-IMPORTS = ("jaxmodels.cli.train", "jaxmodels.api", "jaxmodels.training.trainer", "jaxmodels.inference.run", "tensorboardX", "grain", "rich.console")
+IMPORTS = ("jaxmodels.cli.train", "jaxmodels.api", "jaxmodels.training.trainer", "jaxmodels.inference.run", "grain", "rich.console")
 OPTIONS = {"cwd", "env", "stdin", "stdout", "stderr", "text"}
 SET_CHILD_SUBREAPER = 36  # of prctl.h
 LOCK = threading.Lock()
+
+
+def _read_on_import(environment) -> dict[str, str]:
+    """Return the variables that JAX reads when it is imported."""
+    return {name: value for name, value in environment.items() if name.startswith("JAX_")}
+
+
+SETTINGS = _read_on_import(os.environ)  # of the server: tests import this module before they change variables
 
 
 def run(arguments, *, capture_output=False, timeout=None, **options):
@@ -58,9 +67,9 @@ class Popen(subprocess.Popen):
             """Start the program, after the pipes were made."""
             pipes = others[:6]  # two ends each for the standard input, output and error; -1 for a stream that is pytest's
             environment = {name: str(value) for name, value in (os.environ if env is None else env).items()}
-            for name in environment.keys() | os.environ.keys():
-                if name.startswith("JAX_"):
-                    assert environment.get(name) == os.environ.get(name), f"{name} is read when JAX is imported: use subprocess"
+            if _read_on_import(environment) != SETTINGS:
+                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *others)
+                return
             start = json.dumps({"arguments": args[1:], "cwd": str(cwd or os.getcwd()), "environment": environment}).encode()
             streams = [number if end == -1 else end for number, end in enumerate((pipes[0], pipes[3], pipes[5]))]
             with LOCK:
@@ -78,7 +87,12 @@ def _server() -> socket.socket:
     ctypes.CDLL(None, use_errno=True).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # the parent of processes whose own parent has ended
     ours, theirs = socket.socketpair()
     with theirs:
-        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT)
+        subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | SETTINGS,
+        )
     atexit.register(ours.close)
     return ours
 

@@ -14,6 +14,8 @@ FIXTURE = ROOT / "tests" / "fixtures" / "old_run"
 TIMES = {"seconds", "steps_per_second", "examples_per_second", "data_wait"}
 # Structure must be equal. Numbers are float32 on a CPU; 15 steps of another compiler version may round differently.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+# The gradient of a key's bias is zero, but for rounding, which Adam amplifies to steps of the learning rate: another on each kind of CPU.
+ROUNDING = "attention/key/bias"
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,6 @@ def runs(tmp_path_factory):
     with tarfile.open(FIXTURE / "runs.tar.xz") as archive:
         archive.extractall(place, filter="data")
     return place
-
-
-@pytest.fixture(autouse=True)
-def full_optimizations(monkeypatch):
-    """Compile as the earlier version did. Adam amplifies other roundings in parameters whose gradients are rounding errors."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,8 @@ def assert_close(found, expected, prefix):
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
-        np.testing.assert_allclose(found[name], value, **TOLERANCE, err_msg=f"{prefix}: {name}")
+        tolerance = {"atol": 0.05} if name.endswith(ROUNDING) else TOLERANCE
+        np.testing.assert_allclose(found[name], value, **tolerance, err_msg=f"{prefix}: {name}")
 
 
 def assert_lines_close(found, expected):
