@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import access
 from jaxmodels.data.keys import Keys
 from jaxmodels.errors import ConfigError
 
@@ -23,7 +24,7 @@ def find_folder(path: str, data_dir: str | None) -> str:
 
 
 def _places(path: str, data_dir: str | None) -> list[str]:
-    return [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) else [])
+    return [path] + ([os.path.join(data_dir, path)] if data_dir and not os.path.isabs(path) and not access.is_remote(path) else [])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class SplitFiles(Keys):
 
 def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
     places = _places(path, data_dir)
-    folder = next((place for place in places if os.path.isdir(place)), None)
+    folder = next((place for place in places if access.is_folder(place)), None)
     if folder is not None:
         found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}
     elif "{split}" in path:
@@ -126,14 +127,14 @@ def _only(by_name: Mapping[str, list[str]], split: str, where: str) -> list[str]
 
 
 def _glob(pattern: str) -> list[str]:
-    if os.path.isfile(pattern):  # a name may hold characters that a pattern reads otherwise
+    if access.is_file(pattern):  # a name may hold characters that a pattern reads otherwise
         return [pattern]
-    return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+    return access.glob(pattern)
 
 
 def _nothing(path: str, places: list[str], folder: str | None, extensions: tuple[str, ...]) -> str:
     if folder is not None:
-        names = sorted(os.listdir(folder))
+        names = access.names(folder)
         hint = config_lib.suggest("train" + extensions[0], names)
         return (
             f"config.data.source: {folder} has no train{extensions[0]}, but {', '.join(names[:8]) or 'nothing'}.{hint} "

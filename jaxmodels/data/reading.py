@@ -62,7 +62,7 @@ def read(source: DataSource, indices: np.ndarray, name: str) -> dict[str, np.nda
             if seconds is None:
                 raise _read_error(source, indices, name, error, f" Tried {attempt} times in {sum(RETRY_SECONDS):g} s.") from error
             if attempt == 1:
-                _say(f"warning: {name}: {_describe(error)}; trying again")
+                say(f"warning: {name}: {_describe(error)}; trying again")
             time.sleep(seconds)
         except Exception as error:
             raise _read_error(source, indices, name, error) from error
@@ -103,7 +103,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Print a line on standard error from any thread or worker process, without Python's stream locks."""
     with contextlib.suppress(OSError, ValueError):
         os.write(2, f"jaxmodels: {line}\n".encode(errors="replace"))

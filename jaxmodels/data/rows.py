@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.text import Tokenized
+from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.keys import Keys
 from jaxmodels.data.skipping import BadExample, Forgiving, Policy, Skipping
 from jaxmodels.data.source import Arrays, Dataset, Untokenized, fingerprint
@@ -48,17 +49,6 @@ class Holdout(Keys):
     def __post_init__(self):
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"config.data.holdout must be at least 0 and below 1, got {self.holdout}.")
-
-
-def hold_out(items: Sequence, share: float) -> tuple[list, list]:
-    """Divide a list by a fixed draw, keeping its order: the rest, and `share` of it (at least one item).
-
-    Drawn, not cut off the end: files are often sorted by label.
-    """
-    # Raw bits of a bit generator are the same in every numpy version; its permutations need not be.
-    order = np.argsort(np.random.PCG64(0).random_raw(len(items)), kind="stable")
-    held = set(order[: max(1, round(share * len(items)))].tolist())
-    return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
 
 
 def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequence[Feature], options: Holdout, data_dir: str | None) -> Dataset | Untokenized:
@@ -135,13 +125,14 @@ def _encoded(splits, features: Sequence[Feature], options: Holdout, before: Call
     before(rows)
     arrays, notes = {}, []
     for split, part in rows.items():
-        examples = encode_all(split, part, functools.partial(_encode, features=features), skipping)
+        examples = encode_all(split, part, functools.partial(encode, features=features), skipping)
         arrays[split] = Arrays({key: np.stack([example[key] for example in examples]) for key in examples[0]})
         notes += filter(None, (feature.note(split, len(examples)) for feature in features))
-    return Dataset(arrays, _info(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
+    return Dataset(arrays, info_of(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
 
 
-def _encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:
+def encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:
+    """Return the arrays of a row; raise Problem if a feature cannot encode it."""
     return {name: array for feature in features for name, array in feature.encode(row).items()}
 
 
@@ -157,7 +148,8 @@ def encode_all(split: str, rows: Sequence[Row], encode: Callable[[Row], Any], sk
     return examples
 
 
-def _info(features: Sequence[Feature]) -> dict[str, Any]:
+def info_of(features: Sequence[Feature]) -> dict[str, Any]:
+    """Return the entries of `Dataset.info` of features."""
     return {key: value for feature in features for key, value in feature.info().items()}
 
 
@@ -195,7 +187,7 @@ class DecodedRows:
         row = self.rows[int(self.indices[index])]
         try:
             check(row, self.features)
-            decoded = _encode(row, self.features)
+            decoded = encode(row, self.features)
         except Problem as problem:
             raise BadExample(problem.where or row.where, str(problem)) from problem
         return decoded | {name: array[index] for name, array in self.arrays.items()}
@@ -223,7 +215,7 @@ def open_on_read(splits: Mapping[str, Rows], features: Sequence[Feature], option
     parts = {split: (rows, range(len(rows))) for split, rows in splits.items()}
     cheap = {split: _cheap(rows, eager) for split, rows in splits.items()} if eager else {}
     for feature in eager:
-        feature.fit([row for row in cheap["train"] if _is_usable(row, eager)])
+        feature.fit([row for row in cheap["train"] if is_usable(row, eager)])
     if "validation" not in parts and options.holdout:
         train = parts["train"][0]
         parts["train"], parts["validation"] = ((train, part) for part in hold_out(range(len(train)), options.holdout))
@@ -236,7 +228,7 @@ def open_on_read(splits: Mapping[str, Rows], features: Sequence[Feature], option
             raise BadExample(*next(iter(problems.values())))
         source = DecodedRows(rows, np.array(numbers, np.int32), late, arrays, problems)
         opened[split] = source if blank is None else Forgiving(source, blank)
-    return Dataset(opened, _info(features))
+    return Dataset(opened, info_of(features))
 
 
 def _cheap(rows: Rows, features: Sequence[Feature]) -> Rows:
@@ -244,7 +236,8 @@ def _cheap(rows: Rows, features: Sequence[Feature]) -> Rows:
     return rows.cheap([column for feature in features for column in feature.columns().values()]) if hasattr(rows, "cheap") else rows
 
 
-def _is_usable(row: Row, features: Sequence[Feature]) -> bool:
+def is_usable(row: Row, features: Sequence[Feature]) -> bool:
+    """Whether a row can be used to fit features."""
     try:
         check(row, features)
     except Problem:
@@ -259,7 +252,7 @@ def _encode_now(rows: Sequence[Row], features: Sequence[Feature]) -> tuple[dict[
     for i, row in enumerate(rows):
         try:
             check(row, features)
-            examples.append(_encode(row, features))
+            examples.append(encode(row, features))
         except Problem as problem:
             problems[i] = problem.where or row.where, str(problem)
             examples.append(missing)

@@ -4,15 +4,11 @@ The cache is the folder `JAXMODELS_CACHE_DIR`, by default `~/.cache/jaxmodels`. 
 inputs: `header.json`, `tokenizer.json`, and for each split its tokens and the ends of its documents.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,13 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmodels.data import cache
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
 from jaxmodels.tokenizers.factory import from_json
 
 VERSION = 2
-_BLOCK = 1 << 24  # bytes read at once for a checksum
-_ABANDONED = 24 * 3600  # seconds after which a half-written entry counts as abandoned
 
 
 class Piece(NamedTuple):
@@ -140,17 +135,6 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarr
 # The cache
 
 
-def cache_folder() -> Path:
-    """Return the folder of the cache."""
-    own = os.environ.get("JAXMODELS_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
-
-
-def cache_key(*parts: Any) -> str:
-    """Return a checksum of JSON values."""
-    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:32]
-
-
 @functools.lru_cache(maxsize=4096)
 def _digest(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as file:
@@ -177,29 +161,21 @@ def read_cache(key: str) -> tuple[TokenizedTexts | None, str | None]:
 def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> TokenizedTexts:
     """Tokenize into the cache.
 
-    The entry is written under another name and renamed when it is complete, so that a process that is killed leaves no partial entry;
-    if several processes write the same entry at once, one wins, and all read the same tokens.
-
     Raises:
       OSError: the folder cannot be written.
     """
     folder = entry(key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    temporary = _new_folder(folder)
-    try:
+
+    def fill(temporary: Path) -> TokenizedTexts:
         _fill(temporary, texts, tokenizer, header)
-        # Opened before it is renamed: mapped files stay valid if another process replaces the entry.
-        result = _open(temporary, folder)
-        _publish(temporary, folder, key)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return result
+        return _open(temporary, folder)  # before it is renamed: mapped files stay valid if another process replaces the entry
+
+    return cache.write(folder, fill, lambda: read_cache(key)[0] is not None)
 
 
 def entry(key: str) -> Path:
     """Return the folder of an entry."""
-    return cache_folder() / "tokens" / key
+    return cache.cache_folder() / "tokens" / key
 
 
 def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> None:
@@ -214,10 +190,10 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
                 size += len(tokens)
                 ends.append(size)
         np.array(ends, np.int64).tofile(folder / f"{split}.ends")
-        checksums = [_checksum(folder / f"{split}.{kind}") for kind in ("tokens", "ends")]
+        checksums = [cache.checksum(folder / f"{split}.{kind}") for kind in ("tokens", "ends")]
         described[split] = {"tokens": size, "documents": len(ends), "crc32": checksums}
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    checksum = _checksum(folder / "tokenizer.json")
+    checksum = cache.checksum(folder / "tokenizer.json")
     values = {"dtype": dtype.str, "tokenizer": checksum, "splits": described, "texts": dict(header)}
     (folder / "header.json").write_text(json.dumps(values), encoding="utf-8")
 
@@ -232,14 +208,14 @@ def _open(folder: Path, final: Path) -> TokenizedTexts:
     splits = {}
     for split, described in header["splits"].items():
         files = [folder / f"{split}.{kind}" for kind in ("tokens", "ends")]
-        if [_checksum(file) for file in files] != described["crc32"]:
+        if [cache.checksum(file) for file in files] != described["crc32"]:
             raise ValueError(f"the checksum of {split} is not the recorded one")
         values = _mapped(files[0], header["dtype"], described["tokens"])
         ends = np.fromfile(files[1], np.int64)
         if len(ends) != described["documents"]:
             raise ValueError(f"{files[1].name} has {len(ends)} documents, not {described['documents']}")
         splits[split] = (Tokens(values, path=final / files[0].name, checksum=described["crc32"][0]), ends)
-    if _checksum(folder / "tokenizer.json") != header["tokenizer"]:
+    if cache.checksum(folder / "tokenizer.json") != header["tokenizer"]:
         raise ValueError("the checksum of the tokenizer is not the recorded one")
     tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     return TokenizedTexts(splits, tokenizer, header["texts"])
@@ -249,45 +225,3 @@ def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     if size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r", shape=(size,))
-
-
-def _checksum(path: Path) -> int:
-    """Return the CRC-32 of a file."""
-    result = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            result = zlib.crc32(block, result)
-    return result
-
-
-def _new_folder(folder: Path) -> Path:
-    """Make a folder of this process next to an entry."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    return temporary
-
-
-def _publish(temporary: Path, folder: Path, key: str) -> None:
-    """Rename a complete entry, unless another process has completed it first."""
-    with contextlib.suppress(OSError):
-        os.rename(temporary, folder)
-        return
-    if read_cache(key)[0] is not None:
-        return  # another process completed it first
-    aside = _new_folder(folder)  # for a damaged entry of that name
-    with contextlib.suppress(OSError):  # another process may have done the same
-        os.rename(folder, aside / "damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.rename(temporary, folder)
-        return
-    if read_cache(key)[0] is None:
-        raise OSError(f"{folder} cannot be replaced")
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the partial entries of processes that died."""
-    for path in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)

@@ -325,7 +325,7 @@ CHILD = """
 import sys, time
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.sources import text
-from jaxmodels.data import tokens
+from jaxmodels.data import cache, tokens
 text.CACHE_FROM = 0
 {extra}
 dataset = open_dataset("text:" + sys.argv[1], {options!r}, None)
@@ -343,12 +343,12 @@ def test_two_processes_at_once(cached):
     (cached / "long.txt").write_text("the cat sat on the mat\n" * 2000)
     # Each process writes its entry, and waits with renaming it until the other has written its own.
     wait = """
-publish = tokens._publish
-def together(temporary, folder, key):
-    while len([t for t in folder.parent.glob("*.tmp")] + [f for f in folder.parent.glob(key) if f.exists()]) < 2:
+publish = cache._publish
+def together(temporary, folder, is_whole):
+    while len([t for t in folder.parent.glob("*.tmp")] + [f for f in [folder] if f.exists()]) < 2:
         time.sleep(0.01)
-    publish(temporary, folder, key)
-tokens._publish = together
+    publish(temporary, folder, is_whole)
+cache._publish = together
 """
     processes = [child(cached, wait) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -359,8 +359,8 @@ tokens._publish = together
 
 def test_a_killed_build_leaves_no_readable_entry(cached):
     (cached / "long.txt").write_text("the cat sat on the mat\n" * 2000)
-    for place in ("_checksum", "_publish"):  # with half of the descriptions written; with all written, but not renamed yet
-        killed = child(cached, f"import os, signal\ntokens.{place} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)")
+    for place in ("checksum", "_publish"):  # with half of the descriptions written; with all written, but not renamed yet
+        killed = child(cached, f"import os, signal\ncache.{place} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)")
         killed.communicate(timeout=120)
         assert killed.returncode == -signal.SIGKILL
     left = list((cached / "cache" / "tokens").iterdir())

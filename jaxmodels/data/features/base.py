@@ -62,6 +62,12 @@ class Feature(Keys):
     def fit(self, rows: Sequence[Row]) -> None:
         """Derive what `encode` needs, such as the class names, from the training rows."""
 
+    def state(self) -> Any:
+        """Return what `fit` derived, as JSON values, so that rows with an index are fitted once; None if `fit` is to be called at each start."""
+
+    def restore(self, state: Any) -> None:
+        """Set what `state` returned, in place of a call of `fit`."""
+
     def check_known(self, row: Row) -> None:
         """Raise Problem if a row has names that the training rows lack. Called after `fit`, before a tokenizer is trained."""
 
@@ -92,6 +98,18 @@ class Feature(Keys):
     def describe(columns: Mapping[str, np.ndarray], info: Mapping) -> dict[str, Any]:
         """Return statistics of the feature's arrays, stacked over the examples of a split."""
         return {}
+
+
+class Names:
+    """Mixin of features whose values are names, which `fit` numbers from 0 in `_numbers`."""
+
+    _numbers: dict[str, int]
+
+    def state(self):
+        return list(self._numbers)
+
+    def restore(self, state):
+        self._numbers = {name: i for i, name in enumerate(state)}
 
 
 def padded(values: np.ndarray, length: int) -> np.ndarray:

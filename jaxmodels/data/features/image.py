@@ -11,7 +11,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.features.base import Column, Feature, Problem, Row, counts
+from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
 from jaxmodels.data.reading import is_unavailable
 from jaxmodels.errors import ConfigError
 
@@ -101,7 +101,7 @@ def to_array(image: PillowImage.Image, size: tuple[int, int], channels: int, fit
 
 
 @dataclasses.dataclass(kw_only=True)
-class Boxes(Feature):
+class Boxes(Names, Feature):
     """Boxes with a class each: `boxes` float32 [N, 4] and `box_labels` int32 [N], padded with -1.
 
     A box is (left, top, right, bottom) in fractions of the width and height, so that it fits an image that is stretched.

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.features.base import Column, Feature, Problem, Row, counts
+from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
 from jaxmodels.errors import ConfigError
 
 
 @dataclasses.dataclass(kw_only=True)
-class Label(Feature):
+class Label(Names, Feature):
     """A class: `label` int32.
 
     Attributes:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.features.base import Column, Feature, Problem, Row, counts, padded
+from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts, padded
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer, frame
 
 TEXTS = ("tokens", "source", "target")
 _BINS = 8
+_WORDS = 100_000  # whose tokens are remembered
 _SHOWN = 300  # characters of a text
 
 
@@ -88,6 +89,10 @@ class Tokenized(Feature):
         """Return tokens between the tokenizer's special tokens, int32 [T], cut and padded."""
         return padded(np.concatenate([self._before, tokens[: self.max_tokens], self._after]), self.sequence_length)
 
+    def blank_tokens(self) -> np.ndarray:
+        """Return the tokens of a row that is left out, int32 [T]: one token, because attention over padding alone is not finite."""
+        return padded(np.zeros(1, np.int32), self.sequence_length)
+
     @staticmethod
     def show(name, example, info):
         tokenizer = info.get("tokenizer")
@@ -136,6 +141,9 @@ class Text(Tokenized):
         self.check_lengths((len(tokens), self.max_tokens))
         return {"tokens": self.framed(tokens)}
 
+    def blank(self):
+        return {"tokens": self.blank_tokens()}
+
 
 @dataclasses.dataclass(kw_only=True)
 class Pair(Tokenized):
@@ -182,9 +190,12 @@ class Pair(Tokenized):
         self.check_lengths((len(source), self.max_tokens), (len(target), self._length - 1))
         return {"source": self.framed(source), "target": padded(np.concatenate([[self._start], target[: self._length - 1], [self._end]]), self._length + 1)}
 
+    def blank(self):
+        return {"source": self.blank_tokens(), "target": padded(np.array([self._start, self._end], np.int32), self._length + 1)}
+
 
 @dataclasses.dataclass(kw_only=True)
-class Tags(Tokenized):
+class Tags(Names, Tokenized):
     """Words with a tag each: `tokens` int32 [T] and `tags` int32 [T], a word's tag at its first token that is not white space, -1 elsewhere.
 
     Words are tokenized as in running text, with a space before all but the first. Special tokens that the tokenizer adds have no tag.
@@ -257,9 +268,13 @@ class Tags(Tokenized):
         tags = np.array([-1] * len(self._before) + tags[: self.max_tokens], np.int32)
         return {"tokens": self.framed(tokens), "tags": padded(tags, self.sequence_length)}
 
+    def blank(self):
+        return {"tokens": self.blank_tokens(), "tags": padded(np.zeros(0, np.int32), self.sequence_length)}
+
     def _word(self, text: str) -> tuple[np.ndarray, int]:
         """Return a word's tokens, and the index of the first that is not white space."""
-        if text not in self._pieces:
+        found = self._pieces.get(text)
+        if found is None:
             try:
                 pieces = self.coder.encode(text)
             except ValueError as error:
@@ -270,8 +285,11 @@ class Tags(Tokenized):
             if len(pieces) == 0:
                 raise Problem(f"the tokenizer returns no token for the word {text!r}.")
             blank = text[0] == " " and len(pieces) > 1 and not self.coder.decode(pieces[:1]).strip()
-            self._pieces[text] = pieces, int(blank)
-        return self._pieces[text]
+            found = pieces, int(blank)
+            if len(self._pieces) >= _WORDS:
+                self._pieces = {}
+            self._pieces[text] = found
+        return found
 
     @staticmethod
     def show(name, example, info):

@@ -10,9 +10,10 @@ from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Problem, Row, padded
 from jaxmodels.data.features.text import is_utf8
 from jaxmodels.data.files import find_files
+from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.keys import takes
 from jaxmodels.data.packing import Packed
-from jaxmodels.data.rows import Holdout, encode_all, hold_out
+from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
 from jaxmodels.data.source import Arrays, Dataset, find_file
 from jaxmodels.data.sources.rows import json_object, lines

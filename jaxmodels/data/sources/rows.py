@@ -3,22 +3,30 @@
 import csv
 import dataclasses
 import functools
+import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels.data.access import is_remote
+from jaxmodels.data.compressed import SUFFIXES, codec_of
 from jaxmodels.data.features.base import Column, Row
 from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.files import SplitFiles
+from jaxmodels.data.groups import GroupCache, GroupKeys
+from jaxmodels.data.indexed import open_indexed
 from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import FileRows, Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized
+from jaxmodels.data.sources.row_index import RecordRows, open_records, without_end
 from jaxmodels.errors import ConfigError
 
 # A text is read unless the column of another feature is named, so that no feature's key is required.
 OPTIONAL = ("sequence_length", "tokenizer")
+INDEXED_FROM = 64 << 20  # bytes of files whose rows are found by an index
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,7 +40,48 @@ class Header(Keys):
     header: bool
 
 
-@takes(Header, *FEATURES, SplitFiles, Holdout, optional=OPTIONAL, header=False, text_column=0, label_column=1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Indexing(Keys):
+    """Keys of files of rows.
+
+    Attributes:
+      indexed: whether rows stay in their files, are found by an index and are encoded when they are read; otherwise all are encoded at the start.
+        By default, if the files have 64 MiB, or one is compressed or remote.
+    """
+
+    indexed: bool | None = None
+
+    def applies(self, files: Mapping[str, list[str]]) -> bool:
+        """Return whether the rows of these files are found by an index."""
+        paths = [path for part in files.values() for path in part]
+        needed = next((path for path in paths if is_remote(path) or codec_of(path)), None)
+        if self.indexed is False and needed is not None:
+            raise ConfigError(
+                f"config.data.indexed must not be false: {needed} is {'remote' if is_remote(needed) else 'compressed'}, and can only be read by an index."
+            )
+        return bool(self.indexed or needed) or (self.indexed is None and sum(map(os.path.getsize, paths)) >= INDEXED_FROM)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """How a format is read.
+
+    Attributes:
+      extensions: of its files.
+      read: (path, key -> column) -> all rows of a file.
+      records: how rows are divided, see `open_records`.
+      fields: text of a record -> its fields, or what is wrong; None for JSON.
+      header: whether the first record names the columns.
+    """
+
+    extensions: tuple[str, ...]
+    read: Callable[[str, Mapping], Iterator[Row]]
+    records: str
+    fields: Callable[[str], list[str] | str] | None = None
+    header: bool = False
+
+
+@takes(Header, *FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, header=False, text_column=0, label_column=1)
 def tsv(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read tab-separated files: a row a line, no quoting, UTF-8.
 
@@ -45,10 +94,11 @@ def tsv(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     Raises:
       ConfigError: no such file or column; with `on_bad_example='error'` also a bad row, by file and line.
     """
-    return _open(path, data_dir, keys, (".tsv",), functools.partial(_read_table, records=_tsv_records, header=keys["header"]))
+    read = functools.partial(_read_table, records=_tsv_records, header=keys["header"])
+    return _open(path, data_dir, keys, _Format((".tsv",), read, "lines", tsv_fields, keys["header"]))
 
 
-@takes(Header, *FEATURES, SplitFiles, Holdout, optional=OPTIONAL, header=True, text_column="text", label_column="label")
+@takes(Header, *FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, header=True, text_column="text", label_column="label")
 def csv_rows(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read comma-separated files (RFC 4180: quoted values may hold commas, quotes and line breaks).
 
@@ -56,10 +106,11 @@ def csv_rows(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokeni
       path: as of `tsv`, with the extension `.csv`.
       data_dir: the data directory.
     """
-    return _open(path, data_dir, keys, (".csv",), functools.partial(_read_table, records=_csv_records, header=keys["header"]))
+    read = functools.partial(_read_table, records=_csv_records, header=keys["header"])
+    return _open(path, data_dir, keys, _Format((".csv",), read, "csv", csv_fields, keys["header"]))
 
 
-@takes(*FEATURES, SplitFiles, Holdout, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
+@takes(*FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
 def jsonl(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read files with a JSON object in each line; columns are its keys.
 
@@ -67,19 +118,30 @@ def jsonl(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized
       path: as of `tsv`, with the extension `.jsonl` or `.ndjson`.
       data_dir: the data directory.
     """
-    return _open(path, data_dir, keys, (".jsonl", ".ndjson"), read_jsonl)
+    return _open(path, data_dir, keys, _Format((".jsonl", ".ndjson"), read_jsonl, "lines"))
 
 
-def _open(path: str, data_dir: str | None, keys: Mapping, extensions: tuple[str, ...], read: Callable[[str, Mapping], Iterator[Row]]) -> Dataset | Untokenized:
-    """Open the data set of some files; `read` yields the rows of a file, given key -> column."""
-    features, options = choose(keys), Holdout.of(keys)
-    files = SplitFiles.of(keys).find(path, data_dir, extensions)
+def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Dataset | Untokenized:
+    """Open the data set of some files, whole or by an index."""
+    features, options, indexing = choose(keys), Holdout.of(keys), Indexing.of(keys)
+    files = SplitFiles.of(keys).find(path, data_dir, tuple(e + c for e in form.extensions for c in ("", *SUFFIXES)))
     columns = {key: column for feature in features for key, column in feature.columns().items()}
+    if indexing.applies(files):
+        cache = GroupKeys.of(keys).cache()
+        indexed = {split: _indexed(paths, f"{path} ({split})", form, columns, cache) for split, paths in files.items()}
+        return open_indexed(indexed, features, options, data_dir)
 
     def rows():
-        return {split: FileRows(row for file in paths for row in read(file, columns)) for split, paths in files.items()}
+        return {split: FileRows(row for file in paths for row in form.read(file, columns)) for split, paths in files.items()}
 
     return open_rows(rows, features, options, data_dir)
+
+
+def _indexed(paths: list[str], what: str, form: "_Format", columns: Mapping[str, Column], cache: GroupCache) -> RecordRows:
+    """Return the rows of some files, by an index."""
+    opened = open_records(paths, form.records, form.header is True, what)
+    parse: Any = JsonParser() if form.fields is None else TableParser(paths, opened.index.header["first"], form, columns)
+    return RecordRows(opened, what, columns, parse, cache, "line" if form.records == "lines" else "row")
 
 
 def lines(path: str) -> Iterator[str]:
@@ -92,6 +154,45 @@ def lines(path: str) -> Iterator[str]:
 def _tsv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (line, fields)."""
     return ((number, line.split("\t")) for number, line in enumerate(lines(path), 1))
+
+
+def tsv_fields(text: str) -> list[str]:
+    """Return the fields of a line."""
+    return without_end(text).split("\t")
+
+
+def csv_fields(text: str) -> list[str] | str:
+    """Return the fields of a record, or what is wrong with it."""
+    try:
+        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+    except csv.Error as error:
+        return f"not a row of comma-separated values: {error}."
+
+
+class JsonParser:
+    """Text of a row -> row, for JSON lines."""
+
+    def __call__(self, where: str, text: str, path: str, file: int, columns: Mapping[str, Column]) -> Row:
+        return _json_row(where, without_end(text), columns, os.path.dirname(path))
+
+
+class TableParser:
+    """Text of a row -> row, for tables. Files may have their columns in different orders."""
+
+    def __init__(self, paths: list[str], first: list[str], form: _Format, columns: Mapping[str, Column]):
+        """
+        Args:
+          paths: files.
+          first: text of the first record of each.
+          form: the format.
+          columns: key of the section -> column.
+        """
+        self.fields = form.fields
+        self.layouts = [_layout(form.fields(text) if text else None, path, form.header, columns) for path, text in zip(paths, first, strict=True)]
+
+    def __call__(self, where: str, text: str, path: str, file: int, columns: Mapping[str, Column]) -> Row:
+        places, count = self.layouts[file]
+        return _table_row(where, self.fields(text), {column: places[column] for column in columns.values()}, count, os.path.dirname(path))
 
 
 def _csv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:
@@ -112,23 +213,25 @@ def _read_table(path: str, columns: Mapping[str, Column], *, records: Callable, 
     """Yield rows with the named columns; each row must have as many fields as the first."""
     table, folder = records(path), os.path.dirname(path)
     first = next(table, None)
-    if first is None or isinstance(first[1], str):
-        raise ConfigError(f"{path}, line 1: " + ("the file is empty." if first is None else first[1]))
-    names = first[1] if header else None
-    places = {column: _place(key, column, names, len(first[1]), path) for key, column in columns.items()}
+    places, count = _layout(None if first is None else first[1], path, header, columns)
+    for number, fields in table if header else itertools.chain([first], table):
+        yield _table_row(f"{path}, line {number}", fields, places, count, folder)
 
-    def row(number, fields):
-        where = f"{path}, line {number}"
-        if isinstance(fields, str):
-            return Row(where, problem=fields)
-        if len(fields) != len(first[1]):
-            return Row(where, problem=f"the row has {len(fields)} columns, the first of the file {len(first[1])}.")
-        return Row(where, {column: fields[place] for column, place in places.items()}, folder=folder)
 
-    if not header:
-        yield row(*first)
-    for number, fields in table:
-        yield row(number, fields)
+def _layout(first: list[str] | str | None, path: str, header: bool, columns: Mapping[str, Column]) -> tuple[dict[Column, int], int]:
+    """Return the place of each column and their number, given the fields of a file's first record, what is wrong with it, or None."""
+    if first is None or isinstance(first, str):
+        raise ConfigError(f"{path}, line 1: {first or 'the file is empty.'}")
+    names = first if header else None
+    return {column: _place(key, column, names, len(first), path) for key, column in columns.items()}, len(first)
+
+
+def _table_row(where: str, fields: list[str] | str, places: Mapping[Column, int], count: int, folder: str) -> Row:
+    if isinstance(fields, str):
+        return Row(where, problem=fields)
+    if len(fields) != count:
+        return Row(where, problem=f"the row has {len(fields)} columns, the first of the file {count}.")
+    return Row(where, {column: fields[place] for column, place in places.items()}, folder=folder)
 
 
 def _place(key: str, column: Column, names: list[str] | None, count: int, path: str) -> int:

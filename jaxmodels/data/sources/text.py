@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxmodels.data import cache
 from jaxmodels.data import tokens as tokens_lib
 from jaxmodels.data.files import find_files
 from jaxmodels.data.keys import Keys, takes
@@ -135,7 +136,7 @@ class Corpus:
         if self.digests is None or self.size < (CACHE_QUICK_FROM if quick else CACHE_FROM):
             return None
         made_by = [tokenizer, LIBRARY_VERSION] if is_trained(tokenizer) else make_tokenizer(tokenizer, (), self.data_dir).to_json()
-        return tokens_lib.cache_key(made_by, *self.digests(), self.options.holdout, self.options.on_bad_example)
+        return cache.cache_key(tokens_lib.VERSION, made_by, *self.digests(), self.options.holdout, self.options.on_bad_example)
 
     def _examples(self, split: str, tokens: tokens_lib.Tokens, ends: np.ndarray) -> Windows | Packed:
         """Return the examples of a split; ConfigError if there are none."""

@@ -1,0 +1,197 @@
+"""Files with one example a row, read by an index of where each row starts."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.data import access
+from jaxmodels.data.access import FileId
+from jaxmodels.data.compressed import FRAME, Contents, Recorder
+from jaxmodels.data.features.base import Row
+from jaxmodels.data.groups import GroupCache
+from jaxmodels.data.index import Opened, Writer, open_index
+from jaxmodels.data.indexed import IndexedBase
+from jaxmodels.errors import ConfigError
+
+_SPAN = 4 << 20  # bytes read at once where rows are read in order, and the most of a first record
+_STARTS = 1 << 16  # records indexed at once
+
+# (file and row, text of the row, path of the file and its number, key -> column) -> row
+Parse = Callable[[str, str, str, int, Mapping[str, Any]], Row]
+
+
+class RecordRows(IndexedBase):
+    """The rows of text files. Line breaks within a row, as CSV allows them, belong to it."""
+
+    def __init__(self, opened: Opened, what: str, columns: Mapping[str, Any], parse: Parse, cache: GroupCache, unit: str):
+        """
+        Args:
+          opened: index of `open_records`.
+          what: the files in words.
+          columns: key of the section -> column.
+          parse: returns the row of a text.
+          cache: of decompressed blocks.
+          unit: `line` or `row`, for errors.
+        """
+        super().__init__(opened, what)
+        self.columns, self.parse, self.unit = dict(columns), parse, unit
+        self.contents = Contents(opened.index, cache)
+        self.ends = np.array(opened.index.header["row_ends"], np.int64)
+        self.first = opened.index.header["first_number"]
+        if self.contents.has_blocks:
+            self.group_ends = self._group_ends()
+            starts = opened.index["block_start"]
+            self.groups_that_fit = cache.limit // int(max(np.diff(starts).max(initial=1), 1)) if len(starts) else 0
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def notes(self):
+        if "copies" in self.opened.index.arrays:
+            size = len(self.opened.index["copies"])
+            return (f"{self.what}: frames larger than {FRAME >> 20} MiB cannot be read from their middle; they are copied into the index, {size:,} bytes",)
+        return ()
+
+    def _group_ends(self) -> np.ndarray:
+        """Return the number of rows that start before the end of each block; a file that is not compressed is one group."""
+        result = []
+        for file, end in enumerate(self.ends):
+            first = int(self.ends[file - 1]) if file else 0
+            blocks = self.contents.blocks(file)
+            starts = self.opened.index["start"][first + file : int(end) + file]
+            ends = self.opened.index["block_start"][blocks.start + 1 : blocks.stop] if blocks else [np.iinfo(np.int64).max]
+            result.append(first + np.searchsorted(starts, ends, side="left"))
+        return np.concatenate(result)
+
+    def __getitem__(self, index: int) -> Row:
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        start, stop = self.opened.index["start"][index + file : index + file + 2].tolist()
+        return self._row(file, index, start, self.contents.read(file, start, stop), self.columns)
+
+    def scan(self, columns):
+        starts = self.opened.index["start"]
+        for file, end in enumerate(self.ends.tolist()):
+            row = int(self.ends[file - 1]) if file else 0
+            while row < end:
+                begin = int(starts[row + file])
+                last = row + int(np.searchsorted(starts[row + 1 + file : end + 1 + file], begin + _SPAN, side="right"))
+                last = max(last, row + 1)
+                edges = starts[row + file : last + 1 + file].tolist()
+                content = self.contents.read(file, begin, edges[-1])
+                for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+                    yield self._row(file, row + i, start, content[start - begin : stop - begin], columns)
+                row = last
+
+    def _row(self, file: int, index: int, start: int, content: bytes, columns: Mapping[str, Any]) -> Row:
+        number = index - (int(self.ends[file - 1]) if file else 0) + self.first
+        text = content.decode("utf-8" if start else "utf-8-sig", "surrogateescape")
+        path = self.contents.files.path(file)
+        return self.parse(f"{path}, {self.unit} {number}", text, path, file, columns)
+
+
+def without_end(text: str) -> str:
+    """Return a line without its line break."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def open_records(paths: Sequence[str], kind: str, header: bool, what: str) -> Opened:
+    """Return the index of rows of some files.
+
+    Args:
+      paths: files, also compressed or remote.
+      kind: `lines`, or `csv`: records of RFC 4180.
+      header: whether the first record of each file names its columns and is no row.
+      what: the files in words.
+
+    Returns:
+      An index with the array `start`, int64 [rows + files]: where each row starts, and each file's last row ends. Its header has `row_ends`
+      (rows up to the end of each file), `first` (the text of each file's first record), `first_number`, `block_ends` and `crc32`.
+    """
+
+    def build(files: Sequence[FileId], writer: Writer) -> dict[str, Any]:
+        recorder, rows, ends, first = Recorder(writer), 0, [], []
+        for file in files:
+            head, starts = bytearray(), []
+            contents = _keeping(recorder.contents(file), head)
+            count = 0
+            for part in _line_starts(contents) if kind == "lines" else _record_starts(contents):
+                starts += part[: max(0, 2 - len(starts))].tolist()
+                writer.append("start", part[max(0, header - count) :])  # the first record of a table with a header is no row
+                count += len(part)
+            if header and count == 1:
+                raise ConfigError(f"{file.path}, line 1: the file is empty.")
+            rows += count - 1 - header
+            ends.append(rows)
+            first.append(bytes(head[: starts[1] if count > 1 else 0]).decode("utf-8-sig", "surrogateescape"))
+        return {"row_ends": ends, "first": first, "first_number": 1 + (header and kind == "lines"), "block_ends": recorder.block_ends, "crc32": recorder.crc32}
+
+    return open_index("records", [access.identify(path) for path in paths], build, key=[kind, header], what=what)
+
+
+def _keeping(contents: Iterable[bytes], head: bytearray) -> Iterator[bytes]:
+    """Yield contents, and add their beginning to `head`."""
+    for content in contents:
+        if len(head) < _SPAN:
+            head += content[:_SPAN]
+        yield content
+
+
+def _line_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
+    """Yield where the lines start, and where the last one ends."""
+    yield np.zeros(1, np.int64)
+    size, last = 0, b"\n"
+    for content in contents:
+        ends = np.flatnonzero(np.frombuffer(content, np.uint8) == 10)
+        yield ends + (size + 1)
+        size, last = size + len(content), content[-1:] or last
+    if last != b"\n":
+        yield np.array([size], np.int64)
+
+
+def _record_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
+    """Yield where the records of RFC 4180 start, and where the last one ends. Latin-1 has one character for each byte."""
+    size, starts = 0, [0]
+
+    def lines():
+        nonlocal size
+        for line in io.TextIOWrapper(io.BufferedReader(_Stream(contents), _SPAN), encoding="latin-1", newline=""):
+            size += len(line)
+            yield line
+
+    records = csv.reader(lines(), strict=True)
+    while True:
+        try:
+            next(records)
+        except StopIteration:
+            break
+        except csv.Error:
+            pass  # a bad row, which the parser reports
+        starts.append(size)
+        if len(starts) >= _STARTS:
+            yield np.array(starts, np.int64)
+            starts = []
+    if starts:
+        yield np.array(starts, np.int64)
+
+
+class _Stream(io.RawIOBase):
+    """Parts of bytes as a file."""
+
+    def __init__(self, parts: Iterable[bytes]):
+        self._parts, self._rest = iter(parts), b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = part
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count

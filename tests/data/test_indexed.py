@@ -1,0 +1,206 @@
+"""Rows that stay in their files: found by an index that is built once, the same as rows read whole by Python's own modules."""
+
+import csv
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from jaxmodels.data import access, compressed
+from jaxmodels.data.holdout import Draw, Part
+from jaxmodels.data.registry import open_dataset
+from jaxmodels.data.skipping import BadExample
+from jaxmodels.data.source import get_batch
+from jaxmodels.errors import ConfigError
+
+TEXT = {"sequence_length": 6, "tokenizer": "word:50"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An own cache of indexes."""
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "index"
+
+
+def records(count, start=0):
+    return [{"text": f"w{i % 7} number {i % 13} é", "label": "odd" if i % 2 else "even", "id": i} for i in range(start, start + count)]
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def examples(dataset, split):
+    """Return the arrays of all examples of a split."""
+    return get_batch(dataset.splits[split], np.arange(len(dataset.splits[split])))
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for split in one:
+        a, b = (get_batch(part[split], np.arange(len(part[split]))) for part in (one, other))
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def zstd(content):
+    zstandard = pytest.importorskip("zstandard")
+    return zstandard.ZstdCompressor().compress(content)
+
+
+def members(content, compress, size=700):
+    """Compress in several frames, cut anywhere."""
+    return b"".join(compress(content[i : i + size]) for i in range(0, len(content), size))
+
+
+FORMS = {
+    "plain": (".jsonl", lambda content: content),
+    "no last line break": (".jsonl", lambda content: content[:-1]),
+    "gzip": (".jsonl.gz", gzip.compress),
+    "gzip members": (".jsonl.gz", lambda content: members(content, gzip.compress) + b"\0" * 100),
+    "zstd": (".jsonl.zst", zstd),
+    "zstd frames": (".jsonl.zst", lambda content: members(content, zstd)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("copied", (False, True))
+def test_lines_are_those_that_are_read_whole(form, copied, tmp_path, monkeypatch):
+    suffix, encode = FORMS[form]
+    if copied:  # frames that are too large to be read in place
+        monkeypatch.setattr(compressed, "FRAME", 100)
+        monkeypatch.setattr(compressed, "BLOCK", 64)
+    rows = records(150)
+    for name, part in (("a", rows[:90]), ("b", []), ("c", rows[90:])):
+        (tmp_path / f"{name}.jsonl").write_bytes(as_lines(part))
+        (tmp_path / f"big-{name}{suffix}").write_bytes(encode(as_lines(part)))
+    whole = open_dataset(f"jsonl:{tmp_path}/[abc].jsonl", TEXT | {"indexed": False}, None)
+    dataset = open_dataset(f"jsonl:{tmp_path}/big-*{suffix}", TEXT | {"indexed": True, "group_cache_mb": 0.001}, None)
+    same(dataset.splits, whole.splits)
+    assert dataset.info["tokenizer"].to_json() == whole.info["tokenizer"].to_json() and dataset.info["labels"] == whole.info["labels"]
+    assert dataset.splits["train"].rows[149].where == f"{tmp_path}/big-c{suffix}, line 60"
+    groups = dataset.splits["train"].groups()
+    assert (groups is not None) == (suffix != ".jsonl") and (groups is None or groups.ends[-1] == len(dataset.splits["train"]))
+
+
+def test_tables_are_those_that_are_read_whole(tmp_path):
+    rows = [(f'he said "{i}",\nand went', str(i % 3)) for i in range(40)]
+    with open(tmp_path / "x.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([("text", "label"), *rows[:25]])
+    with open(tmp_path / "y.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("label", "text"), *((b, a) for a, b in rows[25:])])
+    (tmp_path / "x.tsv").write_bytes(b"".join(f"{b}\tt {a[:9]}\r\n".encode() for a, b in rows))
+    for source, more in ((f"csv_rows:{tmp_path}/?.csv", {}), (f"tsv:{tmp_path}/x.tsv", {"text_column": 1, "label_column": 0})):
+        whole, dataset = (open_dataset(source, TEXT | more | {"indexed": indexed}, None) for indexed in (False, True))
+        same(dataset.splits, whole.splits)
+    assert open_dataset(f"csv_rows:{tmp_path}/?.csv", TEXT | {"indexed": True}, None).splits["train"].rows[25].where == f"{tmp_path}/y.csv, row 1"
+
+
+def test_the_draw_is_that_of_a_sort():
+    """Held out are the rows with the smallest of PCG64's numbers."""
+    for count, share in ((1, 0.5), (1023, 0.1), (1025, 0.001), (5000, 0.3)):
+        held = np.zeros(count, bool)
+        held[np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")[: max(1, round(share * count))]] = True
+        draw = Draw(count, share)
+        np.testing.assert_array_equal(draw.mask(0, count), held)
+        for side in (False, True):
+            rows, part = np.flatnonzero(held == side), Part(draw, side)
+            assert [part.row(i) for i in range(0, len(part), 7)] == rows[::7].tolist() and len(part) == len(rows)
+            assert part.before(np.array([0, count // 2, count])).tolist() == [(rows < edge).sum() for edge in (0, count // 2, count)]
+
+
+def test_an_index_is_built_once(tmp_path, cache, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+    options = TEXT | {"indexed": True}
+    first = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
+    assert "index written to" in first.notes[0]
+    (entry,) = cache.iterdir()
+    monkeypatch.setattr(access, "blocks", None)  # nothing reads the file from its start
+    monkeypatch.setattr("jaxmodels.data.sources.row_index.RecordRows.scan", None)  # or row by row, for labels and words
+    again = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
+    assert "index read from" in again.notes[0]
+    same(first.splits, again.splits)
+    assert first.splits["train"].fingerprint() == again.splits["train"].fingerprint() != first.splits["validation"].fingerprint()
+
+
+DAMAGE = {
+    "header": lambda entry: (entry / "header.json").write_text("{"),
+    "array": lambda entry: (entry / "start.bin").write_bytes(b"\1" + (entry / "start.bin").read_bytes()[1:]),
+    "short": lambda entry: (entry / "start.bin").write_bytes((entry / "start.bin").read_bytes()[:-8]),
+    "gone": lambda entry: (entry / "start.bin").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_built_again(damage, tmp_path, cache):
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+    source, options = f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}
+    good = examples(open_dataset(source, options, None), "train")
+    (entry,) = cache.iterdir()
+    DAMAGE[damage](entry)
+    again = open_dataset(source, options, None)
+    assert again.notes[0].startswith("warning: ") and "is damaged" in again.notes[0] and "built again" in again.notes[0]
+    np.testing.assert_array_equal(good["tokens"], examples(again, "train")["tokens"])
+    assert "index read" in open_dataset(source, options, None).notes[0] and [path.name for path in cache.iterdir()] == [entry.name]
+
+
+def test_a_file_that_changes(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(as_lines(records(50)))
+    source, options = f"jsonl:{path}", TEXT | {"indexed": True}
+    train = open_dataset(source, options, None).splits["train"]
+    path.write_bytes(as_lines(records(60)))
+    with pytest.raises(access.Changed, match="x.jsonl has changed since its index was built"):
+        train[0]
+    dataset = open_dataset(source, options, None)
+    assert "x.jsonl has changed; the index is built again" in dataset.notes[0]
+    assert sum(map(len, dataset.splits.values())) == 60
+
+
+def test_without_a_cache_it_warns(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "file"))
+    dataset = open_dataset(f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}, None)
+    assert "no cache of indexes" in dataset.fallbacks[0] and "JAXMODELS_CACHE_DIR" in dataset.fallbacks[0]
+    assert len(pickle.loads(pickle.dumps(dataset.splits["train"]))) == 45
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxmodels.data.index.Writer.append", full)
+    with pytest.raises(ConfigError, match="the disk is full.*JAXMODELS_CACHE_DIR"):
+        open_dataset(f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}, None)
+
+
+def test_damaged_compressed_files_are_named(tmp_path):
+    content = gzip.compress(np.random.default_rng(0).bytes(100_000))
+    for name, damaged, message in (
+        ("short", content[:-50], "is truncated: it ends after"),
+        ("bits", content[:50_000] + b"\xff" * 10 + content[50_010:], "is damaged: it cannot be decompressed"),
+        ("text", b"no gzip", "is damaged: it cannot be decompressed"),
+    ):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=f"{name}.jsonl.gz: the file {message}"):
+            open_dataset(f"jsonl:{tmp_path}/{name}.jsonl.gz", TEXT, None)
+    with pytest.raises(ConfigError, match="indexed must not be false.*compressed"):
+        open_dataset(f"jsonl:{tmp_path}/short.jsonl.gz", TEXT | {"indexed": False}, None)
+
+
+def test_bad_rows_are_named_or_weigh_nothing(tmp_path):
+    lines = as_lines(records(20)).splitlines(keepends=True)
+    lines[4] = b'{"text": 3, "label": "odd"}\n'
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    options = TEXT | {"indexed": True, "holdout": 0.0}
+    with pytest.raises(BadExample, match="x.jsonl, line 5: 'text' is 3, not a text"):
+        examples(open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), "train")
+    skipped = examples(open_dataset(f"jsonl:{tmp_path}/x.jsonl", options | {"on_bad_example": "skip"}, None), "train")
+    assert np.flatnonzero(skipped["skipped"]).tolist() == [4] and skipped["tokens"].shape == (20, 6)
