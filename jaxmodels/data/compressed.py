@@ -103,11 +103,14 @@ class Recorder:
             held += content
             copying = copying or len(held) > FRAME
             if copying:
-                whole = len(held) if frame_end is not None else len(held) // BLOCK * BLOCK
-                for at in range(0, whole, BLOCK):
-                    self._copy(bytes(held[at : min(at + BLOCK, whole)]), start + at)
-                del held[:whole]
-                start += whole
+                at = 0
+                while len(held) - at >= BLOCK or (frame_end is not None and at < len(held)):
+                    end = min(len(held), at + BLOCK)
+                    end = held.rfind(b"\n", at, end) + 1 or end  # a row that spans two blocks would need both
+                    self._copy(bytes(held[at:end]), start + at)
+                    at = end
+                del held[:at]
+                start += at
             if frame_end is not None:
                 if not copying and held:
                     self._record(start, frame_start, frame_end - frame_start, copied=False)

@@ -15,6 +15,7 @@ from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.holdout import Draw, Part, Whole
 from jaxmodels.data.index import Opened, Progress
+from jaxmodels.data.order import Groups
 from jaxmodels.data.rows import Holdout, check, encode, info_of, is_usable
 from jaxmodels.data.skipping import BadExample, Forgiving
 from jaxmodels.data.source import Dataset, Untokenized
@@ -47,19 +48,6 @@ class IndexedRows(Protocol):
     def fingerprint(self, part: Part | Whole) -> int:
         """Return a checksum of a part of the rows."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """Examples that are decoded together.
-
-    Attributes:
-      ends: int64 [groups], number of examples up to the end of each group.
-      fit: how many of the largest groups fit in `data.group_cache_mb`.
-    """
-
-    ends: np.ndarray
-    fit: int
 
 
 class EncodedRows:

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxmodels.data import order
 from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.reading import ReadError, read
 from jaxmodels.data.source import DataSource
@@ -27,46 +28,6 @@ Batch = dict[str, np.ndarray]
 _BLOCK = 4096  # positions whose permutation is computed at once
 _CLOSE_SECONDS = 5.0  # for worker processes to end by themselves
 _KILLED_SECONDS = 1.0  # for what they leave to be cleared up, after they are killed
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def shuffled(positions: np.ndarray, size: int, seed: int, epoch: int, rounds: int = 8) -> np.ndarray:
-    """Return the image of each position under a pseudo-random permutation of range(size).
-
-    A Feistel network over pairs of numbers below the square root of `size` (Black and Rogaway 2002), applied
-    until the result is in range. It needs no memory, so reading can start anywhere in an epoch of any length.
-
-    Args:
-      positions: int [n], each in [0, size).
-      size: number of examples.
-      seed, epoch: choose the permutation.
-
-    Returns:
-      int64 [n].
-    """
-    side = np.uint64(max(1, int(np.ceil(np.sqrt(size)))))
-    while int(side) ** 2 < size:  # float square roots are too small for very large sizes
-        side += np.uint64(1)
-    # A Python int wraps silently by the mask; numpy scalars would warn.
-    keys = [_mix(np.array([(seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95 + r) & (2**64 - 1)], np.uint64)) for r in range(rounds)]
-    keys = [_mix(key + np.uint64(r + 1)) for r, key in enumerate(keys)]
-
-    def permute(x):
-        left, right = x // side, x % side
-        for key in keys:
-            left, right = right, (left + _mix(right ^ key) % side) % side
-        return left * side + right
-
-    result = permute(np.asarray(positions).astype(np.uint64))
-    while (outside := result >= size).any():
-        result[outside] = permute(result[outside])
-    return result.astype(np.int64)
 
 
 class TrainingBatches:
@@ -83,6 +44,7 @@ class TrainingBatches:
         *,
         seed: int,
         shuffle: bool,
+        window: int | None = None,
         rows: np.ndarray | None = None,
         transform: Callable[[Batch, np.ndarray], Batch] | None = None,
         name: str = "the data",
@@ -94,12 +56,14 @@ class TrainingBatches:
           steps: number of batches.
           seed: seed of the order.
           shuffle: whether each epoch has its own order; otherwise the source's order.
+          window: number of groups of the source that are shuffled together (see `order.Windows`); None shuffles all examples.
           rows: indices of the rows of the global batch that this process reads, increasing; all by default.
           transform: function of a batch and the positions of its rows in the sequence of all epochs, int [rows]; must be pure.
           name: of source and split, for errors.
         """
         self.source, self.batch_size, self.steps, self.transform, self.name = source, batch_size, steps, transform, name
         self.seed, self.shuffle = seed, shuffle
+        self.windows = order.Windows(order.groups_of(source, name).ends, window, seed) if shuffle and window else None
         self.rows = np.arange(batch_size) if rows is None else rows
         self._block = functools.lru_cache(maxsize=8)(self._compute_block)
 
@@ -139,7 +103,10 @@ class TrainingBatches:
         result = np.empty(_BLOCK, np.int64)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
-            result[here] = shuffled(within[here], size, self.seed, int(epoch))
+            if self.windows is None:
+                result[here] = order.shuffled(within[here], size, self.seed, int(epoch))
+            else:
+                result[here] = self.windows.order(within[here], int(epoch))
         return result
 
 
@@ -290,6 +257,8 @@ class Loading:
       batch_size: examples in one step, over all devices and accumulation steps.
       eval_batch_size: examples in one evaluation step; `batch_size` by default.
       shuffle: whether each epoch has its own order; otherwise the source's order.
+      shuffle_window: number of groups that are shuffled together, for sources whose rows are decoded in groups (row groups of Parquet, blocks of
+        compressed files): an epoch takes the groups in random order, that many at a time, and decodes each once. By default all rows are shuffled.
       threads: threads that read ahead; by default none for sources in memory, else 16.
       workers: processes that read ahead, instead of threads.
       buffer: number of batches read ahead.
@@ -300,6 +269,7 @@ class Loading:
     batch_size: int
     eval_batch_size: int | None = None
     shuffle: bool = True
+    shuffle_window: int | None = None
     threads: int | None = None
     workers: int = 0
     buffer: int = 4

@@ -12,6 +12,7 @@ from jaxmodels import config as config_lib
 from jaxmodels import models, tasks
 from jaxmodels.data import registry as data_lib
 from jaxmodels.data.loader import Loading
+from jaxmodels.data.order import check_window
 from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.source import CachedSource, Dataset
 from jaxmodels.errors import RunError
@@ -128,6 +129,8 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
     try:
         dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+        if loading.shuffle_window is not None and "train" in dataset.splits:
+            check_window(dataset.splits["train"], loading.shuffle_window, f"config.data.source={section['source']!r}")
         return dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
     except OSError as error:
         raise RunError(f"config.data.source={section['source']!r} cannot be opened: {type(error).__name__}: {error}.") from error

@@ -160,6 +160,7 @@ MACHINE_KEYS = (
     "data.workers",
     "data.buffer",
     "data.memory_gb",
+    "data.group_cache_mb",
     "compiler_options",
     "checkpoint.checksums",
     "log.trackers",

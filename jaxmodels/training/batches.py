@@ -24,6 +24,7 @@ def training_batches(experiment: Experiment, mesh: jax.sharding.Mesh, step: int)
         experiment.steps,
         seed=experiment.config["seed"],
         shuffle=experiment.loading.shuffle,
+        window=experiment.loading.shuffle_window,
         rows=mesh_lib.local_rows(sharding, experiment.loading.batch_size),
         transform=experiment.transform,
         name=name_of(experiment, "train"),

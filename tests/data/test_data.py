@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.data import loader
+from jaxmodels.data import order as order_lib
 from jaxmodels.data.packing import Windows
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.source import Arrays, CachedSource, get_batch
@@ -12,7 +13,7 @@ from jaxmodels.errors import ConfigError
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1259, 50_000])
 def test_every_epoch_is_another_permutation(size):
-    orders = [loader.shuffled(np.arange(size), size, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    orders = [order_lib.shuffled(np.arange(size), size, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(size))
     if size > 20:
@@ -23,16 +24,16 @@ def test_every_epoch_is_another_permutation(size):
 
 def test_orders_look_random():
     # Over many seeds, the image of position 0 is uniform over 16 cells: chi-squared with 15 degrees of freedom.
-    places = np.array([loader.shuffled(np.array([0]), 1000, seed, 0)[0] for seed in range(3200)])
+    places = np.array([order_lib.shuffled(np.array([0]), 1000, seed, 0)[0] for seed in range(3200)])
     counts = np.bincount(places * 16 // 1000, minlength=16)
     assert ((counts - 200) ** 2 / 200).sum() < 45  # above 45 with a probability of 1e-4
-    order = loader.shuffled(np.arange(10_000), 10_000, 0, 0)
+    order = order_lib.shuffled(np.arange(10_000), 10_000, 0, 0)
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
 
 def test_a_position_of_a_huge_epoch_costs_no_memory():
     size = 10**15 + 3
-    places = loader.shuffled(np.array([0, 1, size - 1]), size, 0, 3)
+    places = order_lib.shuffled(np.array([0, 1, size - 1]), size, 0, 3)
     assert len(set(places)) == 3 and places.min() >= 0 and places.max() < size
 
 

@@ -4,11 +4,12 @@ import csv
 import gzip
 import json
 import pickle
+import zlib
 
 import numpy as np
 import pytest
 
-from jaxmodels.data import access, compressed
+from jaxmodels.data import access, compressed, loader, order
 from jaxmodels.data.holdout import Draw, Part
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
@@ -35,7 +36,8 @@ def as_lines(rows):
 
 def examples(dataset, split):
     """Return the arrays of all examples of a split."""
-    return get_batch(dataset.splits[split], np.arange(len(dataset.splits[split])))
+    source = getattr(dataset, "splits", dataset)[split]
+    return get_batch(source, np.arange(len(source)))
 
 
 def same(one, other):
@@ -204,3 +206,44 @@ def test_bad_rows_are_named_or_weigh_nothing(tmp_path):
         examples(open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), "train")
     skipped = examples(open_dataset(f"jsonl:{tmp_path}/x.jsonl", options | {"on_bad_example": "skip"}, None), "train")
     assert np.flatnonzero(skipped["skipped"]).tolist() == [4] and skipped["tokens"].shape == (20, 6)
+
+
+def test_windows_of_groups_are_an_order(tmp_path, monkeypatch):
+    """Each epoch has every example once; a window has few groups; and a position needs no other."""
+    sizes = np.random.default_rng(0).integers(0, 30, 40)
+    ends = np.cumsum(sizes)
+    windows = order.Windows(ends, 3, seed=5)
+    epochs = [windows.order(np.arange(ends[-1]), epoch) for epoch in range(3)]
+    for one in epochs:
+        np.testing.assert_array_equal(np.sort(one), np.arange(ends[-1]))
+        groups = np.searchsorted(ends, one, side="right")
+        runs = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        assert max(run.max() - run.min() for run in runs) < 3 * sizes.max()
+        assert np.mean(np.diff(groups) != 0) > 0.5, "the groups of a window are mixed"
+    assert np.mean(epochs[0] == epochs[1]) < 0.1
+    anywhere = pickle.loads(pickle.dumps(windows))
+    np.testing.assert_array_equal(anywhere.order(np.array([400, 7, 123]), 2), epochs[2][[400, 7, 123]])
+
+
+def test_a_window_decodes_each_block_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "FRAME", 100)
+    monkeypatch.setattr(compressed, "BLOCK", 256)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(as_lines(records(300))))
+    train = open_dataset(f"jsonl:{tmp_path}/x.jsonl.gz", TEXT | {"group_cache_mb": 8 * 256 / 2**20, "holdout": 0.2}, None).splits["train"]
+    batches = loader.TrainingBatches(train, 10, 24, seed=0, shuffle=True, window=4)
+    late = batches[20]["tokens"]
+    decoded = []
+    decompress = zlib.decompress
+    monkeypatch.setattr(zlib, "decompress", lambda content: decoded.append(content) or decompress(content))
+    seen = [batches[step] for step in range(24)]
+    np.testing.assert_array_equal(seen[20]["tokens"], late)
+    blocks = len(train.groups().ends)
+    assert len(decoded) == len(set(decoded)) == blocks
+    np.testing.assert_array_equal(np.sort(np.concatenate([batch["tokens"] for batch in seen]), 0), np.sort(examples({"train": train}, "train")["tokens"], 0))
+    order.check_window(train, 8, "x")
+    with pytest.raises(ConfigError, match="shuffle_window=9: 8 of the largest groups of x fit in data.group_cache_mb"):
+        order.check_window(train, 9, "x")
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(30)))
+    plain = open_dataset(f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}, None).splits["train"]
+    with pytest.raises(ConfigError, match="shuffle_window: x has no groups"):
+        order.check_window(plain, 2, "x")
