@@ -133,8 +133,8 @@ class Files:
         return self.identities[number].path
 
     def check(self, number: int) -> None:
-        """Raise Changed, once in a process, if a file is not the one that was indexed."""
-        if number not in self._checked:
+        """Raise Changed if a file is not the one that was indexed; of a remote file, once in a process."""
+        if number not in self._checked or not is_remote(self.path(number)):
             if identify(self.path(number)) != self.identities[number]:
                 raise Changed(self.path(number))
             self._checked.add(number)

@@ -39,7 +39,7 @@ class SplitFiles(Keys):
     validation: str | None = None
     test: str | None = None
 
-    def find(self, path: str, data_dir: str | None, extensions: tuple[str, ...]) -> dict[str, list[str]]:
+    def find(self, path: str, data_dir: str | None, extensions: tuple[str, ...], any_name: bool = False) -> dict[str, list[str]]:
         """Return the files of each split, sorted.
 
         Args:
@@ -47,18 +47,21 @@ class SplitFiles(Keys):
             in it, or a file or a pattern of files, which all train.
           data_dir: where relative paths are looked for after the working directory; the keys also relative to the folder.
           extensions: of the files in a folder: `(".tsv",)`.
+          any_name: whether all files of a folder train if none has the name of a split.
 
         Raises:
           ConfigError: nothing is found, or more than one name of a split.
         """
-        return _split_files(path, data_dir, dataclasses.asdict(self), extensions)
+        return _split_files(path, data_dir, dataclasses.asdict(self), extensions, any_name)
 
 
-def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...]) -> dict[str, list[str]]:
+def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...], any_name: bool) -> dict[str, list[str]]:
     places = _places(path, data_dir)
     folder = next((place for place in places if access.is_folder(place)), None)
     if folder is not None:
         found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}
+        if any_name and not any(found.values()) and not any(given.values()):
+            found["train"] = sorted(file for e in extensions for file in _glob(os.path.join(glob.escape(folder), f"*{e}")))
     elif "{split}" in path:
         found = next((files for place in places if any((files := {s: _by_pattern(place, s) for s in NAMES}).values())), {})
     else:

@@ -133,7 +133,7 @@ def _dataset(parts: Mapping[str, tuple[IndexedRows, Part | Whole]], features: Se
 def _fit(feature: Feature, train: IndexedRows) -> None:
     """Fit a feature to the training rows, held-out ones included, or restore what an earlier start derived from them."""
 
-    if type(feature).fit is Feature.fit:
+    if not callable(feature.fit) or type(feature).fit is Feature.fit:  # an image's `fit` is a key
         return
     fitted = False
 

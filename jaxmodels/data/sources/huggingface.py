@@ -40,7 +40,7 @@ class TableRows:
         return (self._row(i, record) for i, record in enumerate(self.table))
 
     def _row(self, index: int, record: Mapping) -> Row:
-        return Row(f"{self.where}, row {index}", {column: _named(record[column], self.classes.get(column)) for column in self.columns})
+        return Row(f"{self.where}, row {index}", {column: named(record[column], self.classes.get(column)) for column in self.columns})
 
     def cheap(self, columns: Sequence[str]) -> list[Row]:
         """Return the rows with only some columns, without decoding the others."""
@@ -112,8 +112,8 @@ def class_names_of(kind) -> tuple[str, ...] | None:
     return tuple(getattr(getattr(kind, "feature", kind), "names", None) or ()) or None
 
 
-def _named(value: Any, names: tuple[str, ...] | None) -> Any:
+def named(value: Any, names: tuple[str, ...] | None) -> Any:
     """Return the name of a class number, or a list of names; a number out of range stays, and the feature reports it."""
     if names and isinstance(value, list):
-        return [_named(item, names) for item in value]
+        return [named(item, names) for item in value]
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
