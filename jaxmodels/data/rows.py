@@ -64,6 +64,8 @@ def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequenc
       ConfigError: bad rows, unless they are skipped; keys that do not fit the data or the tokenizer. Of tokenized data, when it is tokenized.
     """
     if any(feature.on_read for feature in features):
+        if any(isinstance(feature, Tokenized) for feature in features):
+            raise ConfigError("config.data.sequence_length: this source reads no texts beside images or audio; parquet, webdataset, array_record and jsonl do.")
         return open_on_read(read(), features, options)
     text = next((feature for feature in features if isinstance(feature, Tokenized)), None)
     if text is None:

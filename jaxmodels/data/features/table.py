@@ -34,4 +34,5 @@ def choose(keys: Mapping[str, Any]) -> list[Feature]:
     label = {"class": Label, "value": Number}.get(keys["label"])
     if keys["label"] != "class":
         Label.of(keys)  # checks `labels`
-    return [*(chosen or [Text.of(keys)]), *([label.of(keys)] if label else [])]
+    texts = [Text.of(keys)] if not chosen or keys["sequence_length"] is not None else []  # a text beside an image or audio is its caption
+    return [*chosen, *texts, *([label.of(keys)] if label else [])]

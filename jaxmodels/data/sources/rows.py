@@ -7,14 +7,15 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.access import is_remote
 from jaxmodels.data.compressed import SUFFIXES, codec_of
-from jaxmodels.data.features.base import Column, Row
+from jaxmodels.data.features.base import Column, Feature, Row
 from jaxmodels.data.features.table import FEATURES, choose
+from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.files import SplitFiles
 from jaxmodels.data.groups import GroupCache, GroupKeys
 from jaxmodels.data.indexed import open_indexed
@@ -46,19 +47,19 @@ class Indexing(Keys):
 
     Attributes:
       indexed: whether rows stay in their files, are found by an index and are encoded when they are read; otherwise all are encoded at the start.
-        By default, if the files have 64 MiB, or one is compressed or remote.
+        By default, if the files have 64 MiB, or one is compressed or remote, or if texts are read beside images or audio.
     """
 
     indexed: bool | None = None
 
-    def applies(self, files: Mapping[str, list[str]]) -> bool:
+    def applies(self, files: Mapping[str, list[str]], features: Sequence[Feature]) -> bool:
         """Return whether the rows of these files are found by an index."""
         paths = [path for part in files.values() for path in part]
-        needed = next((path for path in paths if is_remote(path) or codec_of(path)), None)
-        if self.indexed is False and needed is not None:
-            raise ConfigError(
-                f"config.data.indexed must not be false: {needed} is {'remote' if is_remote(needed) else 'compressed'}, and can only be read by an index."
-            )
+        needed = next((f"{path} is {'remote' if is_remote(path) else 'compressed'}" for path in paths if is_remote(path) or codec_of(path)), None)
+        if any(feature.on_read for feature in features) and any(isinstance(feature, Tokenized) for feature in features):
+            needed = "texts beside images or audio are tokenized when they are read"
+        if self.indexed is False and needed:
+            raise ConfigError(f"config.data.indexed must not be false: {needed}, which needs an index.")
         return bool(self.indexed or needed) or (self.indexed is None and sum(map(os.path.getsize, paths)) >= INDEXED_FROM)
 
 
@@ -126,7 +127,7 @@ def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Da
     features, options, indexing = choose(keys), Holdout.of(keys), Indexing.of(keys)
     files = SplitFiles.of(keys).find(path, data_dir, tuple(e + c for e in form.extensions for c in ("", *SUFFIXES)))
     columns = {key: column for feature in features for key, column in feature.columns().items()}
-    if indexing.applies(files):
+    if indexing.applies(files, features):
         cache = GroupKeys.of(keys).cache()
         indexed = {split: _indexed(paths, f"{path} ({split})", form, columns, cache) for split, paths in files.items()}
         return open_indexed(indexed, features, options, data_dir)
@@ -264,7 +265,7 @@ def _json_row(where: str, line: str, columns: Mapping[str, str], folder: str) ->
     return Row(where, {column: record[column] for column in columns.values()}, folder=folder)
 
 
-def json_object(line: str) -> dict | str:
+def json_object(line: str | bytes) -> dict | str:
     """Return the JSON object of a line, or what is wrong with the line."""
     try:
         record = json.loads(line)
