@@ -127,7 +127,8 @@ class Index:
           key: JSON values that it depends on beside the files.
           compute: returns it.
         """
-        path = self.folder / f"derived-{cache.cache_key(key)}.json"
+        files = _crc32(self._content["files"])  # another process may have replaced the entry by that of changed files
+        path = self.folder / f"derived-{cache.cache_key(key, files)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["crc32"] == _crc32(stored["value"]):

@@ -69,6 +69,8 @@ class EncodedRows:
         return Groups(self.part.before(np.asarray(self.rows.group_ends)), self.rows.groups_that_fit)
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         row = self.rows[self.part.row(int(index))]
         try:
             check(row, self.features)

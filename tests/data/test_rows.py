@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -260,8 +261,14 @@ def test_image_folders(tmp_path):
     assert len(greys["validation"]) == 3 and sorted(greys["train"] + greys["validation"]) == rows["image"][:, 0, 0, 0].tolist()
     assert held["train"][0]["image"].shape == (3, 3, 3)
     before = dataset.splits["train"].fingerprint()
+    listed = "".join(f"\n{i}.png {(folder / 'train' / name / f'{i}.png').stat().st_size} {c}" for c, name in enumerate(("cat", "dog")) for i in range(6))
+    assert before == zlib.crc32(listed[1:].encode())
     spoil(folder / "train" / "dog" / "2.png")
-    assert dataset.splits["train"].fingerprint() != before
+    (folder / "train" / "dog" / "2.png").rename(folder / "train" / "dog" / "9.png")
+    changed = open_dataset("images:a", {"size": (4, 6), "channels": 1}, str(tmp_path))
+    assert any("train/dog has changed" in note for note in changed.notes)
+    assert changed.splits["train"].fingerprint() != before
+    assert changed.splits["train"].rows[11].where == f"{folder}/train/dog/9.png"
     (folder / "val" / "cow").mkdir()
     (folder / "val" / "cow" / "1.png").write_text("")
     with pytest.raises(ConfigError, match="class 'cow' is in validation, but not in train"):
