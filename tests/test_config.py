@@ -86,7 +86,7 @@ BAD = {
     "an item": ({"model.features": (1, "a")}, "model.features must be a list of whole numbers"),
     "a model": ({"model.name": "cnm"}, "Did you mean 'cnn'?"),
     "a task": ({"task.name": "classfy"}, "Did you mean 'classify'?"),
-    "a data source": ({"data.source": "digit"}, "There are: arrays, "),
+    "a data source": ({"data.source": "digit"}, "There are: array_record, arrays, "),
     "an optimizer": ({"optimizer.name": "adamx"}, "There are: acprop, adabelief"),
     "an optimizer's argument": ({"optimizer.epsilon": 0.1}, "Did you mean 'eps'?"),
     "an optimizer's argument's type": ({"optimizer.b1": "x"}, "optimizer.b1 must be a number"),

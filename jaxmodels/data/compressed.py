@@ -5,8 +5,9 @@ recorded where they are. A larger frame is copied into the index in blocks of 25
 the file. A block, or a small frame, is decompressed as a whole, into the cache of groups.
 """
 
+import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def _errors(codec: str) -> type[Exception]:
     return zlib.error if codec == "gzip" else optional_import("zstandard", "zstd").ZstdError
 
 
-def _decompressed(path: str, codec: str, writer: Writer) -> Iterator[tuple[bytes, int | None]]:
+def _decompressed(path: str, codec: str, add: Callable[[int], None] = lambda size: None) -> Iterator[tuple[bytes, int | None]]:
     """Yield parts of a file's contents, and the offset in the file where a frame ends with them, or None.
 
     Raises:
@@ -47,7 +48,7 @@ def _decompressed(path: str, codec: str, writer: Writer) -> Iterator[tuple[bytes
     """
     damage, frame, done = _errors(codec), None, 0
     for block in access.blocks(path):
-        writer.progress.add(len(block))
+        add(len(block))
         while block:
             if frame is None and not block.strip(b"\0"):
                 break  # zeros after the last frame are padding, as gzip allows
@@ -71,6 +72,32 @@ def _decompressed(path: str, codec: str, writer: Writer) -> Iterator[tuple[bytes
         done += len(block)
     if frame is not None:
         raise ConfigError(f"{path}: the file is truncated: it ends after {done:,} bytes within compressed data. Copy it again or leave it out.")
+
+
+def open_stream(path: str) -> io.BufferedReader:
+    """Open a file, also a compressed or remote one, to read its contents from their start to their end."""
+    codec = codec_of(path)
+    return io.BufferedReader(Stream(access.blocks(path) if codec is None else (content for content, _ in _decompressed(path, codec))), 1 << 20)
+
+
+class Stream(io.RawIOBase):
+    """Parts of bytes as a file."""
+
+    def __init__(self, parts: Iterable[bytes]):
+        self._parts, self._rest = iter(parts), b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = part
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 class Recorder:
@@ -98,7 +125,7 @@ class Recorder:
         """Yield the contents of a compressed file, and record its blocks."""
         held, copying = bytearray(), False  # what is decompressed of a frame and not recorded yet
         start, frame_start = 0, 0  # of what is held, decompressed; of the frame, compressed
-        for content, frame_end in _decompressed(path, codec, self._writer):
+        for content, frame_end in _decompressed(path, codec, self._writer.progress.add):
             yield content
             held += content
             copying = copying or len(held) > FRAME

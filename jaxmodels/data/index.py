@@ -149,7 +149,8 @@ def _mapped(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
     dtype, size = np.dtype(entry["dtype"]), entry["size"]
     if os.path.getsize(path) != dtype.itemsize * size:
         raise ValueError(f"{path.name} has {os.path.getsize(path)} bytes, not {dtype.itemsize * size}")
-    return np.memmap(path, dtype, mode="r", shape=(size,)) if size else np.zeros(0, dtype)
+    # As a plain array: a memmap makes an object of its own for each value that is read.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(size,))) if size else np.zeros(0, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

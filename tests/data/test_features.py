@@ -64,7 +64,7 @@ def test_audio_is_decoded_padded_and_averaged(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"RIFF", "line 2: cannot be decoded as WAV audio"),
+        (b"RIFF", "line 2: cannot be decoded as WAV or FLAC audio: the file ends early"),
         (wav(np.zeros(3, np.int16), 44100), r"line 2: the sample rate is 44100 Hz, not data\.sample_rate=8000"),
     ],
 )
@@ -76,7 +76,7 @@ def test_bad_audio_is_named_or_skipped(tmp_path, content, message):
     assert train[0]["audio_length"] == 3
     with pytest.raises(ConfigError, match=message):
         train[1]
-    with pytest.raises(ConfigError, match="line 3: cannot be decoded as WAV audio: .*missing.wav"):
+    with pytest.raises(ConfigError, match="line 3: cannot be decoded as WAV or FLAC audio: .*missing.wav"):
         train[2]
     skipping = open_dataset(source, AUDIO | {"on_bad_example": "skip"}, None).splits["train"]
     assert [float(skipping[i]["skipped"]) for i in range(3)] == [0, 1, 1] and not skipping[1]["audio"].any()

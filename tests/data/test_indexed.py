@@ -1,15 +1,17 @@
 """Rows that stay in their files: found by an index that is built once, the same as rows read whole by Python's own modules."""
 
+import concurrent.futures
 import csv
 import gzip
 import json
 import pickle
+import threading
 import zlib
 
 import numpy as np
 import pytest
 
-from jaxmodels.data import access, compressed, loader, order
+from jaxmodels.data import access, compressed, index, inspect, loader, order
 from jaxmodels.data.holdout import Draw, Part
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
@@ -249,3 +251,44 @@ def test_a_window_decodes_each_block_once(tmp_path, monkeypatch):
     plain = open_dataset(f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}, None).splits["train"]
     with pytest.raises(ConfigError, match="shuffle_window: x has no groups"):
         order.check_window(plain, 2, "x")
+
+
+@pytest.mark.parametrize("suffix, encode", ((".gz", gzip.compress), (".zst", zstd)))
+def test_compressed_texts_for_language_models(suffix, encode, tmp_path):
+    content = as_lines(records(40))
+    (tmp_path / "x.jsonl").write_bytes(content)
+    (tmp_path / f"y.jsonl{suffix}").write_bytes(encode(content))
+    plain, compressed_ = (open_dataset(f"text:{tmp_path}/{name}", {"sequence_length": 8}, None) for name in ("x.jsonl", f"y.jsonl{suffix}"))
+    same(plain.splits, compressed_.splits)
+
+
+def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
+    """Both write an entry; one of them stays, and both read the same rows."""
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+    together, build = threading.Barrier(2, timeout=30), index._fill
+    monkeypatch.setattr(index, "_fill", lambda *args, **keys: (together.wait(), build(*args, **keys))[1])
+    options = TEXT | {"indexed": True, "labels": ("odd", "even")}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), range(2))
+    same(one.splits, other.splits)
+    assert len(list(cache.iterdir())) == 1 and not list(cache.glob("*.tmp"))
+
+
+def test_jaxmodels_data_describes_indexed_rows(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(as_lines(records(50))))
+    section = TEXT | {"source": f"jsonl:{tmp_path}/x.jsonl.gz"}
+    report = inspect.inspect({"data": section}, examples=2)
+    assert report["splits"]["train"]["examples"] == 45 and report["splits"]["validation"]["labels"].keys() == {"even", "odd"}
+    assert report["examples"][0]["tokens"].startswith("w0 number 0") and "lengths" in report["splits"]["train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("x.jsonl.gz", "x.jsonl"))
+def test_worker_processes_read_the_same_batches(name, tmp_path):
+    (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(as_lines(records(200))))
+    train = open_dataset(f"jsonl:{tmp_path}/{name}", TEXT | {"indexed": True}, None).splits["train"]
+    batches = loader.TrainingBatches(train, 8, 30, seed=2, shuffle=True, window=2 if name.endswith("gz") else None)
+    expected = [batches[step]["tokens"] for step in range(12, 30)]
+    for threads, workers in ((4, 0), (0, 2)):
+        with loader.read_ahead(batches, start=12, threads=threads, workers=workers, buffer=4) as stream:
+            np.testing.assert_array_equal([batch["tokens"] for batch in stream], expected)

@@ -116,3 +116,17 @@ def test_bad_samples_are_named_or_weigh_nothing(tmp_path):
             dataset.splits["train"][index]
     skipped = examples(open_dataset(f"webdataset:{tmp_path}/x.tar", options | {"on_bad_example": "skip"}, None), "train")["skipped"]
     assert skipped.tolist() == [0, 0, 1, 0, 1, 0]
+
+
+def test_flac(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    values = np.arange(-300, 300, dtype=np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([values, values], 1), 8000, format="FLAC")
+    write(tmp_path / "x.tar", [("a", {"flac": file.getvalue()}), ("b", {"flac": file.getvalue()[:90]})])
+    keys = {"audio_column": "wav;flac", "samples": 700, "sample_rate": 8000, "label": "none", "holdout": 0.0}
+    train = open_dataset(f"webdataset:{tmp_path}/x.tar", keys, None).splits["train"]
+    np.testing.assert_array_equal(train[0]["audio"][:600] * 2**15, values)
+    assert train[0]["audio_length"] == 600
+    with pytest.raises(BadExample, match="sample b: cannot be decoded as WAV or FLAC audio"):
+        train[1]

@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import access
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
 from jaxmodels.data.reading import is_unavailable
 from jaxmodels.errors import ConfigError
@@ -83,7 +84,7 @@ def opened(value: Any, row: Row):
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return open(os.path.join(row.folder, value), "rb")
+        return access.open_file(os.path.join(row.folder, value))
     return io.BytesIO(value) if isinstance(value, bytes) else value
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from jaxmodels.data.compressed import SUFFIXES, open_stream
 from jaxmodels.data.skipping import Skipping
 from jaxmodels.data.sources.rows import read_jsonl
 from jaxmodels.data.tokens import Piece
 
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES = tuple(name + suffix for name in (".jsonl", ".ndjson") for suffix in ("", *SUFFIXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ def read_documents(files: Sequence[str], text_column: str) -> Iterator[Document]
             for row in read_jsonl(path, {"text_column": text_column}):
                 yield _checked(row.where, row.values.get(text_column, ""), row.problem)
         else:
-            with open(path, "rb") as file:
+            with open_stream(path) as file:
                 content = file.read()
             try:
                 yield _checked(path, content.decode("utf-8-sig"))

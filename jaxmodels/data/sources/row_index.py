@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmodels.data import access
 from jaxmodels.data.access import FileId
-from jaxmodels.data.compressed import FRAME, Contents, Recorder
+from jaxmodels.data.compressed import FRAME, Contents, Recorder, Stream
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.groups import GroupCache
 from jaxmodels.data.index import Opened, Writer, open_index
@@ -157,7 +157,7 @@ def _record_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
 
     def lines():
         nonlocal size
-        for line in io.TextIOWrapper(io.BufferedReader(_Stream(contents), _SPAN), encoding="latin-1", newline=""):
+        for line in io.TextIOWrapper(io.BufferedReader(Stream(contents), _SPAN), encoding="latin-1", newline=""):
             size += len(line)
             yield line
 
@@ -175,23 +175,3 @@ def _record_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
             starts = []
     if starts:
         yield np.array(starts, np.int64)
-
-
-class _Stream(io.RawIOBase):
-    """Parts of bytes as a file."""
-
-    def __init__(self, parts: Iterable[bytes]):
-        self._parts, self._rest = iter(parts), b""
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self._rest:
-            part = next(self._parts, None)
-            if part is None:
-                return 0
-            self._rest = part
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count

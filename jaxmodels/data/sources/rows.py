@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.access import is_remote
-from jaxmodels.data.compressed import SUFFIXES, codec_of
+from jaxmodels.data.compressed import SUFFIXES, codec_of, open_stream
 from jaxmodels.data.features.base import Column, Feature, Row
 from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.features.text import Tokenized
@@ -146,10 +146,10 @@ def _indexed(paths: list[str], what: str, form: "_Format", columns: Mapping[str,
 
 
 def lines(path: str) -> Iterator[str]:
-    """Yield lines without their ends. Bytes that are not UTF-8 become lone surrogates, which features refuse."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    """Yield the lines of a file, also of a compressed one, without their ends. Bytes that are not UTF-8 become lone surrogates, which features refuse."""
+    with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for line in file:
-            yield line.removesuffix("\n").removesuffix("\r")
+            yield without_end(line)
 
 
 def _tsv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:

@@ -1,5 +1,6 @@
 """Tables of numbers over time, as windows of the past and the future, for forecasting."""
 
+import array
 import csv
 
 import numpy as np
@@ -88,16 +89,16 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
             hint = config_lib.suggest(missing[0], header) if missing else ""
             raise ConfigError(f"config.data.columns: {path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}.{hint}")
         places = [header.index(name) for name in wanted]
-        values = []
+        values = array.array("d")  # a list of numbers would take four times the memory
         for row in reader:
             if len(row) != len(header):
                 raise ConfigError(f"{path}, line {reader.line_num}: {len(row)} columns, where the header has {len(header)}.")
             try:
-                values.append([float(row[place]) for place in places])
+                values.extend([float(row[place]) for place in places])
             except ValueError:
                 raise ConfigError(f"{path}, line {reader.line_num}: not a number in each of {', '.join(wanted)}: {row}") from None
-    values = np.array(values, np.float64).reshape(-1, len(wanted))
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    table = np.array(values, np.float64).reshape(-1, len(wanted))
+    bad = np.flatnonzero(~np.isfinite(table).all(1))
     if len(bad):
         raise ConfigError(f"{path}, line {bad[0] + 2}: a value is not finite; fill the gaps first.")
-    return values, wanted
+    return table, wanted
