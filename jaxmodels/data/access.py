@@ -116,10 +116,16 @@ class Changed(RunError):
 
 
 class Files:
-    """Random access to the bytes of many files, from several threads. Files open lazily, and again in each worker process."""
+    """Random access to the bytes of many files, from several threads. Files open lazily, and again in each worker process.
+
+    Attributes:
+      identities: of the files.
+      folders: of the files.
+    """
 
     def __init__(self, identities: Sequence[FileId]):
         self.identities = [FileId(*identity) for identity in identities]
+        self.folders = [os.path.dirname(identity.path) for identity in self.identities]
         self._local = threading.local()
         self._checked: set[int] = set()
 

@@ -1,5 +1,6 @@
 """The fixed draw of rows that validate where no validation split is found."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,10 +9,17 @@ _BLOCK = 1024  # rows between two stored counts
 _CHUNK = 1 << 20  # rows drawn at once
 
 
+_local = threading.local()  # each thread's generator, and the row that it is at: to make one takes longer than to move it
+
+
 def _draws(start: int, stop: int) -> np.ndarray:
     """Return the random number of each row in [start, stop), uint64."""
-    # Raw bits of a bit generator are the same in every numpy version; its permutations need not be.
-    return np.random.PCG64(0).advance(start).random_raw(stop - start)
+    if not hasattr(_local, "generator"):
+        # Raw bits of a bit generator are the same in every numpy version; its permutations need not be.
+        _local.generator, _local.at = np.random.PCG64(0), 0
+    _local.generator.advance((start - _local.at) % (1 << 128))
+    _local.at = stop
+    return _local.generator.random_raw(stop - start)
 
 
 class Draw:

@@ -1,19 +1,23 @@
 """Rows that stay in their files: found by an index that is built once, the same as rows read whole by Python's own modules."""
 
+import ast
 import concurrent.futures
 import csv
 import gzip
 import json
 import pickle
+import re
 import threading
 import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
+from jaxmodels import config as config_lib
 from jaxmodels.data import access, compressed, index, inspect, loader, order
 from jaxmodels.data.holdout import Draw, Part
-from jaxmodels.data.registry import open_dataset
+from jaxmodels.data.registry import open_dataset, resolve_source
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
@@ -280,6 +284,14 @@ def test_jaxmodels_data_describes_indexed_rows(tmp_path):
     report = inspect.inspect({"data": section}, examples=2)
     assert report["splits"]["train"]["examples"] == 45 and report["splits"]["validation"]["labels"].keys() == {"even", "odd"}
     assert report["examples"][0]["tokens"].startswith("w0 number 0") and "lengths" in report["splits"]["train"]
+
+
+def test_the_sections_in_the_documentation_are_valid():
+    page = (ROOT / "docs" / "data.md").read_text().partition("## Large data")[2]
+    sections = re.findall(r"^data = (\{.*\})$", page, re.M)
+    assert len(sections) == 3
+    for section in sections:
+        resolve_source(ast.literal_eval(section), config_lib.fields(loader.Loading))
 
 
 @pytest.mark.slow

@@ -128,3 +128,12 @@ def test_a_window_decodes_each_row_group_once(tmp_path, monkeypatch):
     seen = [batches[step]["tokens"] for step in range(12)]
     assert sorted(decoded) == list(range(20))
     np.testing.assert_array_equal(loader.TrainingBatches(train, 10, 12, seed=1, shuffle=True, window=3)[9]["tokens"], seen[9])
+
+
+def test_a_saved_data_set_of_huggingface_may_stay_on_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    datasets.Dataset.from_dict({"text": [f"w{i % 5} film" for i in range(40)], "label": [i % 2 for i in range(40)]}, features).save_to_disk(tmp_path / "a")
+    whole, dataset = (open_dataset(f"hf:{tmp_path}/a", TEXT | {"indexed": indexed}, None) for indexed in (False, True))
+    same(dataset.splits, whole.splits)
+    assert dataset.info["labels"] == ["neg", "pos"] and "index written" in dataset.notes[0]

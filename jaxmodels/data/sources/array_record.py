@@ -158,7 +158,7 @@ class Records(IndexedBase):
             if column not in record:
                 return Row(where, problem=f"no {column!r} (data.{key}). The record has {', '.join(map(str, record))}.")
         values = {column: self._value(key, record[column]) for key, column in columns.items()}
-        return Row(where, values, folder=os.path.dirname(self.files.path(file)))
+        return Row(where, values, folder=self.files.folders[file])
 
     def _value(self, key: str, value: Any) -> Any:
         if self.record == "tf_example" and key not in _LISTS:

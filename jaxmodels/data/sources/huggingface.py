@@ -1,19 +1,23 @@
 """Data sets of the Hugging Face `datasets` library, as `save_to_disk` writes them."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import access
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
 from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.files import NAMES, find_folder
+from jaxmodels.data.index import Opened, open_index
+from jaxmodels.data.indexed import IndexedBase, open_indexed
 from jaxmodels.data.keys import takes
 from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized, fingerprint
-from jaxmodels.data.sources.rows import OPTIONAL
+from jaxmodels.data.sources.rows import OPTIONAL, Indexing
 from jaxmodels.errors import ConfigError, optional_import
 
 
@@ -52,7 +56,29 @@ class TableRows:
         return fingerprint(np.stack([indices, *(arrays[name] for name in arrays if name == "label")], axis=1), *others.values())
 
 
-@takes(*FEATURES, Holdout, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
+class IndexedTable(IndexedBase):
+    """Rows of a table that are encoded when they are read. The library maps the table from disk; the index holds what is derived from it."""
+
+    def __init__(self, opened: Opened, rows: TableRows):
+        super().__init__(opened, rows.where)
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def scan(self, columns):
+        return iter(TableRows(self.rows.table, list(columns.values()), self.what))
+
+
+def _indexed(rows: TableRows, paths: list[str]) -> IndexedTable:
+    crc32 = zlib.crc32(f"{len(rows)} {rows.table.features}".encode())
+    return IndexedTable(open_index("hf", [access.identify(path) for path in paths], lambda files, writer: {"crc32": crc32}, what=rows.where), rows)
+
+
+@takes(*FEATURES, Holdout, Indexing, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
 def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read a `Dataset`, which trains, or a `DatasetDict` with the splits `train`, `validation` (or `valid`, `val`, `dev`) and `test`.
 
@@ -78,6 +104,9 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     for i, feature in enumerate(features):
         if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
             features[i] = Label(label_column=feature.label_column, labels=rows["train"].classes[feature.label_column])
+    files = {split: list(dict.fromkeys(file["filename"] for file in part.cache_files)) for split, part in parts.items()}
+    if Indexing.of(keys).applies(files, features):
+        return open_indexed({split: _indexed(part, files[split]) for split, part in rows.items()}, features, Holdout.of(keys), data_dir)
     return open_rows(lambda: rows, features, Holdout.of(keys), data_dir)
 
 

@@ -1,7 +1,6 @@
 """Parquet files, read by row group and column."""
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -217,7 +216,7 @@ class RowGroups(IndexedBase):
 
     def _row(self, group: int, place: int, record: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
         values = {column: named(record[column], self.classes.get(column)) for column in columns.values()}
-        return Row(self._where(group, place), values, folder=os.path.dirname(self.files.path(int(self.opened.index["file"][group]))))
+        return Row(self._where(group, place), values, folder=self.files.folders[self.opened.index["file"][group]])
 
     def _where(self, group: int, place: int) -> str:
         """Return file and row, counted from 0 in the file."""

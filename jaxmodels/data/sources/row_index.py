@@ -19,7 +19,7 @@ from jaxmodels.errors import ConfigError
 _SPAN = 4 << 20  # bytes read at once where rows are read in order, and the most of a first record
 _STARTS = 1 << 16  # records indexed at once
 
-# (file and row, text of the row, path of the file and its number, key -> column) -> row
+# (file and row, text of the row, folder of the file and its number, key -> column) -> row
 Parse = Callable[[str, str, str, int, Mapping[str, Any]], Row]
 
 
@@ -89,7 +89,7 @@ class RecordRows(IndexedBase):
         number = index - (int(self.ends[file - 1]) if file else 0) + self.first
         text = content.decode("utf-8" if start else "utf-8-sig", "surrogateescape")
         path = self.contents.files.path(file)
-        return self.parse(f"{path}, {self.unit} {number}", text, path, file, columns)
+        return self.parse(f"{path}, {self.unit} {number}", text, self.contents.files.folders[file], file, columns)
 
 
 def without_end(text: str) -> str:

@@ -173,8 +173,8 @@ def csv_fields(text: str) -> list[str] | str:
 class JsonParser:
     """Text of a row -> row, for JSON lines."""
 
-    def __call__(self, where: str, text: str, path: str, file: int, columns: Mapping[str, Column]) -> Row:
-        return _json_row(where, without_end(text), columns, os.path.dirname(path))
+    def __call__(self, where: str, text: str, folder: str, file: int, columns: Mapping[str, Column]) -> Row:
+        return _json_row(where, without_end(text), columns, folder)
 
 
 class TableParser:
@@ -191,9 +191,9 @@ class TableParser:
         self.fields = form.fields
         self.layouts = [_layout(form.fields(text) if text else None, path, form.header, columns) for path, text in zip(paths, first, strict=True)]
 
-    def __call__(self, where: str, text: str, path: str, file: int, columns: Mapping[str, Column]) -> Row:
+    def __call__(self, where: str, text: str, folder: str, file: int, columns: Mapping[str, Column]) -> Row:
         places, count = self.layouts[file]
-        return _table_row(where, self.fields(text), {column: places[column] for column in columns.values()}, count, os.path.dirname(path))
+        return _table_row(where, self.fields(text), {column: places[column] for column in columns.values()}, count, folder)
 
 
 def _csv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:

@@ -1,6 +1,5 @@
 """WebDataset: tar files whose members with one name and different extensions are one example."""
 
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -131,7 +130,7 @@ class Samples(IndexedBase):
         begin, end = arrays["first"][index : index + 2].tolist()
         name_begin, name_end = (int(arrays["name_end"][index - 1]) if index else 0), int(arrays["name_end"][index])
         name = arrays["names"][name_begin:name_end].tobytes().decode(errors="surrogateescape")
-        path, where = self.files.path(file), f"{self.files.path(file)}, sample {name}"
+        where = f"{self.files.path(file)}, sample {name}"
         kinds = [arrays.header["kinds"][kind] for kind in arrays["kind"][begin:end]]
         values: dict[str, Any] = {}
         for key, column in columns.items():
@@ -149,7 +148,7 @@ class Samples(IndexedBase):
                 values[column] = record[field]
             else:
                 values[column] = value_of(key, content)
-        return Row(where, values, folder=os.path.dirname(path))
+        return Row(where, values, folder=self.files.folders[file])
 
 
 def _alternatives(column: str) -> list[str]:
