@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jaxmodels.data.reading import ReadError
 from jaxmodels.errors import ConfigError, RunError, optional_import
 
 _BLOCK = 1 << 22  # bytes read at once from the start to the end of a file
@@ -102,7 +103,7 @@ def blocks(path: str) -> Iterator[bytes]:
             yield block
 
 
-class Changed(RunError):
+class Changed(ReadError):
     """A file is not the one that an index was built from."""
 
     def __init__(self, path: str):

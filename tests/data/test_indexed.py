@@ -123,7 +123,7 @@ def test_the_draw_is_that_of_a_sort():
 
 def test_an_index_is_built_once(tmp_path, cache, monkeypatch):
     (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
-    options = TEXT | {"indexed": True}
+    options = TEXT | {"indexed": True, "tokenizer": "bpe:300"}
     first = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
     assert "index written to" in first.notes[0]
     (entry,) = cache.iterdir()
@@ -132,6 +132,7 @@ def test_an_index_is_built_once(tmp_path, cache, monkeypatch):
     again = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
     assert "index read from" in again.notes[0]
     same(first.splits, again.splits)
+    same(pickle.loads(pickle.dumps(first.splits)), again.splits)  # as worker processes get them
     assert first.splits["train"].fingerprint() == again.splits["train"].fingerprint() != first.splits["validation"].fingerprint()
 
 

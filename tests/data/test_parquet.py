@@ -5,13 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import small_configs
 from PIL import Image
 from test_indexed import TEXT, cache, examples, same  # noqa: F401
 
+import jaxmodels
+from jaxmodels import api
 from jaxmodels.data import loader, order
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
-from jaxmodels.errors import ConfigError
+from jaxmodels.errors import ConfigError, RunError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -137,3 +140,37 @@ def test_a_saved_data_set_of_huggingface_may_stay_on_disk(tmp_path):
     whole, dataset = (open_dataset(f"hf:{tmp_path}/a", TEXT | {"indexed": indexed}, None) for indexed in (False, True))
     same(dataset.splits, whole.splits)
     assert dataset.info["labels"] == ["neg", "pos"] and "index written" in dataset.notes[0]
+
+
+class Crash(jaxmodels.Callback):
+    """Ends a run with an error."""
+
+    def on_step(self, run, step, metrics):
+        if step == 7:
+            raise ValueError("crash")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly(tmp_path, monkeypatch):
+    """The lines of metrics are those of an uninterrupted run, also with other memory, other threads and a cache that was deleted."""
+
+    def png(i):
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), np.uint8)).save(file, "png")
+        return file.getvalue()
+
+    pq.write_table(pa.table({"picture": [png(i) for i in range(200)], "label": [i % 2 for i in range(200)]}), tmp_path / "x.parquet", row_group_size=20)
+    data = {"source": f"parquet:{tmp_path}/x.parquet", "image_column": "picture", "size": 8, "channels": 1, "shuffle_window": 3, "batch_size": 32}
+    config = small_configs.config(small_configs.CNN, data=data, training__steps=16, checkpoint__every=2, evaluation__every=8, log__every=2)
+
+    def lines(folder):
+        read = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["split"], line["loss"]) for line in read]
+
+    api.train(config, str(tmp_path / "whole"), quiet=True)
+    with pytest.raises(RunError, match="crash"):
+        api.train(config, str(tmp_path / "part"), quiet=True, callbacks=[Crash()])
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "new cache"))
+    config["data"] |= {"memory_gb": 0.0, "group_cache_mb": 1.0, "threads": 3}
+    api.train(config, str(tmp_path / "part"), quiet=True)
+    assert lines("part") == lines("whole") and len(lines("whole")) > 8
