@@ -107,9 +107,7 @@ class Changed(ReadError):
     """A file is not the one that an index was built from."""
 
     def __init__(self, path: str):
-        super().__init__(
-            f"{path} has changed since its index was built: its size or time of change differs. Start again, and the index is built again; a run of the old data needs the old file."
-        )
+        super().__init__(f"{path} has changed since its index was built. Start again: the index is built again. To continue a run, restore the old file.")
         self._path = path
 
     def __reduce__(self):

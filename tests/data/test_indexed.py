@@ -3,11 +3,14 @@
 import ast
 import concurrent.futures
 import csv
+import errno
 import gzip
 import json
+import os
 import pickle
 import re
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access, compressed, index, inspect, loader, order
+from jaxmodels.data import access, compressed, groups, index, inspect, loader, order, reading
 from jaxmodels.data.holdout import Draw, Part
 from jaxmodels.data.registry import open_dataset, resolve_source
 from jaxmodels.data.skipping import BadExample
@@ -277,6 +280,45 @@ def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
         one, other = pool.map(lambda _: open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), range(2))
     same(one.splits, other.splits)
     assert len(list(cache.iterdir())) == 1 and not list(cache.glob("*.tmp"))
+
+
+def test_the_cache_of_groups_is_bounded():
+    """It holds no more than its limit, decodes few groups at once, and a group that several threads want once."""
+    cache, decoding, most, decoded = groups.GroupCache(50), 0, 0, []
+
+    def decode(key):
+        nonlocal decoding, most
+        with lock:
+            decoding, most = decoding + 1, max(most, decoding + 1)
+            decoded.append(key)
+        time.sleep(0.002)
+        with lock:
+            decoding -= 1
+        return f"group {key}", 10
+
+    lock = threading.Lock()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda i: cache.get(i, lambda: decode(i)), range(40))) == [f"group {i}" for i in range(40)]
+        assert len(decoded) == 40 and most <= 4 and cache._size == 50 and len(cache._groups) == 5
+        decoded.clear()
+        assert set(pool.map(lambda _: cache.get("one", lambda: decode("one")), range(16))) == {"group one"} and decoded == ["one"]
+    assert cache.get("large", lambda: ("large", 51)) == "large" and cache._size == 50
+
+
+def test_an_error_of_the_disk_is_retried(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
+    train = open_dataset(f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True, "on_bad_example": "skip"}, None).splits["train"]
+    expected, pread, failures = get_batch(train, np.arange(5)), os.pread, iter((True, True))
+
+    def fails(*arguments):
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", fails)
+    monkeypatch.setattr(reading, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    np.testing.assert_array_equal(reading.read(train, np.arange(5), "x")["tokens"], expected["tokens"])
+    assert not expected["skipped"].any() and next(failures, None) is None
 
 
 def test_jaxmodels_data_describes_indexed_rows(tmp_path):

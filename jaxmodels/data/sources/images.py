@@ -17,7 +17,7 @@ from jaxmodels.data.index import Opened, Writer, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
 from jaxmodels.data.keys import takes
 from jaxmodels.data.rows import Holdout
-from jaxmodels.data.source import Dataset
+from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 
 _ROWS = 4096  # files indexed or read at once
@@ -104,7 +104,7 @@ def _open(folder: str) -> Opened:
 
 
 @takes(Image, Holdout, without=("image_column",), required=("size",))
-def images(path: str, data_dir: str | None, **keys: Any) -> Dataset:
+def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read images in folders: `PATH/train/CLASS/*`, with the folders `validation` (or `valid`, `val`, `dev`) and `test` next to it, or `PATH/CLASS/*`.
 
     Every file in the folder of a class and in the folders below is an image of it, except files whose name begins with a dot.
@@ -126,9 +126,7 @@ def images(path: str, data_dir: str | None, **keys: Any) -> Dataset:
         if odd:
             has, lacks = (split, "train") if odd[0] in names else ("train", split)
             raise ConfigError(f"config.data.source: {folder}: the class {odd[0]!r} is in {has}, but not in {lacks}.")
-    dataset = open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes["train"]))], options, data_dir)
-    assert isinstance(dataset, Dataset)  # no feature is tokenized
-    return dataset
+    return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes["train"]))], options, data_dir)
 
 
 def _split_folders(folder: str) -> dict[str, str]:
