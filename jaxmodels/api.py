@@ -22,11 +22,13 @@ def train(
     data: Arrays | None = None,
     data_dir: str | None = None,
     overwrite: bool = False,
+    allow_change: Sequence[str] = (),
+    from_step: int | None = None,
     plan: str | None = None,
     callbacks: Sequence[Any] = (),
     quiet: bool = False,
 ) -> Result:
-    """Train a config in a folder, or resume the run of this config in it.
+    """Train a config in a folder, or resume the run of this config in it. Some keys may differ from those of the run; see docs/runs.md.
 
     For the whole process it sets JAX's compilation cache (`training.compile`) and the allocator's reuse of freed memory (`hardware.malloc`).
 
@@ -36,6 +38,8 @@ def train(
       data: arrays by split, for `data.source = "arrays"`: `{"train": {"image": …, "label": …}, "test": …}`.
       data_dir: the data directory; `JAXMODELS_DATA_DIR` if None.
       overwrite: delete the run that is in the folder.
+      allow_change: dotted keys, or sections, that may differ from the run in the folder, in addition to those that always may.
+      from_step: go back to the checkpoint of this step; later ones are moved aside. The same call again does not go back again.
       plan: a plan of this config for these devices, to load and to compare with: a JSON file or a folder that `jaxmodels plan` wrote.
       callbacks: objects with methods of `jaxmodels.Callback`, in addition to those of the config.
       quiet: print nothing.
@@ -47,7 +51,7 @@ def train(
     options = for_training(plan)
     options["callbacks"] = [*callbacks, *options["callbacks"]]
     experiment = build_experiment(config, data_dir=data_dir, data=data)
-    return trainer.train(experiment, workdir, overwrite=overwrite, console=Console(quiet=quiet), **options)
+    return trainer.train(experiment, workdir, overwrite=overwrite, allow_change=allow_change, from_step=from_step, console=Console(quiet=quiet), **options)
 
 
 def plan(config: Mapping, topology: str, *, data: Arrays | None = None, data_dir: str | None = None) -> "Plan":

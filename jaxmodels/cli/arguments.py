@@ -11,6 +11,11 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def keys(text: str) -> tuple[str, ...]:
+    """Parse dotted keys of a config, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def seconds(text: str) -> float:
     """Parse a duration of at least one second."""
     try:
@@ -171,5 +176,18 @@ def _resolved(config) -> dict:
 
 def _same_arguments(options) -> dict:
     """Return the arguments that must be equal in all processes of a run."""
-    names = ("command", "workdir", "overwrite", "plan", "split", "cpu_devices", "hang_limit", "stall_limit", "setup_limit", "save_limit")
+    names = (
+        "command",
+        "workdir",
+        "overwrite",
+        "allow_change",
+        "from_step",
+        "plan",
+        "split",
+        "cpu_devices",
+        "hang_limit",
+        "stall_limit",
+        "setup_limit",
+        "save_limit",
+    )
     return {f"--{name}": getattr(options, name) for name in names if hasattr(options, name)}

@@ -1,6 +1,7 @@
 """jaxmodels config."""
 
 import json
+import os
 import shutil
 
 from jaxmodels.cli.arguments import add_command, add_config, load
@@ -40,6 +41,17 @@ def run_config(options, overrides):
         width = max(map(len, flat))
         for key, value in flat.items():
             print(f"{key:<{width}}  {value!r:<24}  {origins[key]}")
+        _print_changes(options.config)
+
+
+def _print_changes(spec: str) -> None:
+    """Print the changes of a run's config, for a run folder."""
+    from jaxmodels.runs import going_back
+    from jaxmodels.runs.folder import RunFolder
+
+    lines = going_back.describe(RunFolder(spec).manifest()) if os.path.isdir(spec) else []
+    if lines:
+        print("\nchanges of this run:", *lines, sep="\n  ")
 
 
 def _print_differences(options, one, other) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxmodels.cli.arguments import add_command, add_config, add_guards, add_machine, find_processes, guards, join, load
+from jaxmodels.cli.arguments import add_command, add_config, add_guards, add_machine, find_processes, guards, join, keys, load, positive_int
 
 
 def add(commands) -> None:
@@ -12,6 +12,10 @@ def add(commands) -> None:
     add_config(parser)
     parser.add_argument("--workdir", metavar="DIR", help="run folder (default: runs/NAME, with the name of the config file)")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --workdir and start a new one")
+    text = "let a key of the run have another value from now on, beside those that always may change; several with commas or repeated"
+    parser.add_argument("--allow_change", action="extend", type=keys, default=[], metavar="KEY,…", help=text)
+    text = "go back to the checkpoint of this step; later ones are moved to RUN/set_aside. The same command again goes on from the latest checkpoint"
+    parser.add_argument("--from_step", type=positive_int, metavar="STEP", help=text)
     plan = "use a saved plan: load the step that jaxmodels plan --save compiled, or compare the run with the figures of --json"
     parser.add_argument("--plan", metavar="PATH", help=plan)
     parser.add_argument("--dry_run", action="store_true", help="print config, parameters, memory and FLOPs, and exit")
@@ -30,7 +34,8 @@ def run_train(options, overrides):
 
     name = os.path.splitext(os.path.basename(split_spec(options.config)[0].rstrip("/")))[0]
     workdir = options.workdir or os.path.join("runs", name)
-    result = trainer.train(experiment, workdir, overwrite=options.overwrite, console=console, stop=guards(options), **planned)
+    going_on = {"overwrite": options.overwrite, "allow_change": options.allow_change, "from_step": options.from_step}
+    result = trainer.train(experiment, workdir, **going_on, console=console, stop=guards(options), **planned)
     if session.is_first():
         summary.print_summary(result, experiment, console)
 

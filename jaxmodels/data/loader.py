@@ -45,6 +45,7 @@ class TrainingBatches:
         seed: int,
         shuffle: bool,
         window: int | None = None,
+        offset: int = 0,
         rows: np.ndarray | None = None,
         transform: Callable[[Batch, np.ndarray], Batch] | None = None,
         name: str = "the data",
@@ -57,12 +58,14 @@ class TrainingBatches:
           seed: seed of the order.
           shuffle: whether each epoch has its own order; otherwise the source's order.
           window: number of groups of the source that are shuffled together (see `order.Windows`); None shuffles all examples.
+          offset: the batch of step s + 1 begins at position offset + s * batch_size of the sequence of all epochs; not 0 after earlier
+            steps of another batch size, and then valid for later steps only.
           rows: indices of the rows of the global batch that this process reads, increasing; all by default.
           transform: function of a batch and the positions of its rows in the sequence of all epochs, int [rows]; must be pure.
           name: of source and split, for errors.
         """
         self.source, self.batch_size, self.steps, self.transform, self.name = source, batch_size, steps, transform, name
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.offset = seed, shuffle, offset
         self.windows = order.Windows(order.groups_of(source, name).ends, window, seed) if shuffle and window else None
         self.rows = np.arange(batch_size) if rows is None else rows
         self._block = functools.lru_cache(maxsize=8)(self._compute_block)
@@ -78,7 +81,7 @@ class TrainingBatches:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        start = step * self.batch_size
+        start = self.offset + step * self.batch_size
         first, last = start + self.rows[0], start + self.rows[-1]
         batch = read(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]], self.name)
         if self.transform is not None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from jaxmodels.pretrained.folder import find as find_pretrained
 from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import paths
+from jaxmodels.step.schedule import check as check_schedule
 from jaxmodels.step.schedule import make_schedule
 
 
@@ -55,7 +58,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
         dataset = dataclasses.replace(dataset, info=agreed_info(dataset.info, trained_info))
     task, build = build_model(c, dataset.info)
     training = Training(**c["training"])
-    steps = training.steps or max(1, round(training.epochs * len(dataset.splits.get("train", [])) / loading.batch_size))
+    steps = count_steps(training, len(dataset.splits.get("train", [])), loading.batch_size)
     options, own = optimizer.from_section(c["optimizer"])
     with as_config_error("config.model"):
         params = jax.eval_shape(lambda: functional.split(build(functional.new_rngs(params=0)))[1])
@@ -87,6 +90,37 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     )
     check_fit(experiment)
     return experiment
+
+
+def count_steps(training: Training, examples: int, batch_size: int, step: int = 0, position: int = 0) -> int:
+    """Return the length of a run in steps.
+
+    Args:
+      training: has `steps` or `epochs`.
+      examples: in an epoch.
+      batch_size: of the steps after `step`.
+      step: steps that are trained.
+      position: examples that they have read. `epochs` counts examples, so after steps of another batch size it is another number of steps.
+    """
+    if training.steps:
+        return training.steps
+    if position == step * batch_size:
+        return max(1, round(training.epochs * examples / batch_size))
+    return step + max(0, math.floor((Fraction(training.epochs) * examples - position) / batch_size + Fraction(1, 2)))
+
+
+def with_steps(experiment: Experiment, steps: int) -> Experiment:
+    """Return the experiment with another length, which its schedule follows.
+
+    Raises:
+      ConfigError: the schedule does not fit into this length.
+    """
+    if steps == experiment.steps:
+        return experiment
+    options, own = optimizer.from_section(experiment.config["optimizer"])
+    check_schedule(options.schedule, options.learning_rate, steps)
+    schedule = make_schedule(options.learning_rate, options.schedule, steps)
+    return dataclasses.replace(experiment, steps=steps, schedule=schedule, optimizer=optimizer.make_optimizer(options, own, schedule))
 
 
 def build_model(config: Mapping, info: Mapping) -> tuple[tasks.Task, Callable[[nnx.Rngs], nnx.Module]]:

@@ -147,25 +147,6 @@ class Root:
     callbacks: tuple[Any, ...] | None = None
 
 
-# Keys that may change on resume: they affect how the run executes, not its result.
-MACHINE_KEYS = (
-    "mesh",
-    "sharding",
-    "partition",
-    "model.attention",
-    "model.kernel",
-    "model.remat",
-    "model.offload",
-    "data.threads",
-    "data.workers",
-    "data.buffer",
-    "data.memory_gb",
-    "data.group_cache_mb",
-    "compiler_options",
-    "checkpoint.checksums",
-    "log.trackers",
-)
-
 PLAIN = {
     "training": Training,
     "evaluation": Evaluation,

@@ -218,19 +218,24 @@ class Checkpoints:
                 for bad, _ in problems if session.is_first() else ():
                     (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
             self._policy.best_step = progress.best_step
-            self._delete_old()
+            self._delete_old(progress)
             return state, progress, [message for _, message in problems]
         if problems:
             raise RunError("; ".join(message for _, message in problems) + ". No file was changed. --overwrite deletes the run and starts anew.")
         return None
 
-    def _delete_old(self) -> None:
-        """Delete old checkpoints that remain because a process was killed right after saving a newer one."""
+    def _delete_old(self, progress: Progress) -> None:
+        """Delete old checkpoints that remain because a process was killed right after saving a newer one.
+
+        What is old follows from the config of the latest checkpoint: other values of `checkpoint` hold from the next one on.
+        """
+        before = (progress.config or {}).get("checkpoint", {})
+        policy = dataclasses.replace(self._policy, **{key: before[key] for key in ("keep", "every") if key in before})
         with session.first_goes_first("delete old"):
             if session.is_first():
                 self._manager.reload()
                 steps = self.steps()
-                for step in set(steps) - self._policy.preserved(steps):
+                for step in set(steps) - policy.preserved(steps):
                     shutil.rmtree(self.folder / str(step))
         self._manager.reload()
 

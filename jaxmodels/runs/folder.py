@@ -11,6 +11,7 @@ checkpoints/    Orbax, one folder per step
 tensorboard/    event files
 media/          images, figures and audio
 damaged/        damaged lines and files, set aside by `runs.repair`
+set_aside/      what came after a step that the run went back to, by `runs.going_back`
 metrics.csv, wandb/, mlruns/    of the trackers csv, wandb and mlflow
 """
 
@@ -26,13 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.runs.json_files import append_line, read_json, read_lines, replace, write_json
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 _TRACKERS = ("tensorboard", "metrics.csv", "media", "wandb", "mlruns")
-OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", "damaged", *_TRACKERS)
+OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", "damaged", "set_aside", *_TRACKERS)
 
 
 class RunFolder:
@@ -73,41 +73,18 @@ class RunFolder:
             raise ConfigError(f"{self.config_file} does not contain a config.")
         return config
 
-    def check(self, config: Mapping, resolve, machine_keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-        """Check that a run of `config` may start or resume here: the folder has no run, or one with the same config.
-
-        Args:
-          config: resolved.
-          resolve: resolves the stored config, so that keys of newer versions get their defaults.
-          machine_keys: dotted keys, or sections, that may differ.
-
-        Returns:
-          The machine keys that differ: key -> (value in the folder, value now).
+    def stored_config(self) -> dict | None:
+        """Return the config of the run in this folder; None if there is no run.
 
         Raises:
-          ConfigError: the folder is not writable, or belongs to another config (names the differing keys).
+          ConfigError: the folder has files of a run, but no config.
         """
-        self.check_writable()
-        if not self.config_file.is_file():
-            taken = [name for name in OURS if (self.path / name).exists()]
-            if taken:
-                raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json, so it cannot be resumed. Choose another --workdir.")
-            return {}
-        stored = self.config()
-        try:
-            stored = resolve(stored)
-        except ConfigError:
-            pass  # written by a version with other keys: compare it unresolved
-        now = json.loads(json.dumps(config))
-        changed = config_lib.differences(json.loads(json.dumps(stored)), now)
-        allowed = {key: pair for key, pair in changed.items() if any(key == m or key.startswith(m + ".") for m in machine_keys)}
-        refused = {key: pair for key, pair in changed.items() if key not in allowed}
-        if refused:
-            lines = "".join(f"\n  {key}: {there!r} in the run, {here!r} now" for key, (there, here) in refused.items())
-            raise ConfigError(
-                f"{self.path} belongs to a run of another config:{lines}\nChoose another --workdir, or --overwrite to delete that run and start a new one."
-            )
-        return allowed
+        if self.config_file.is_file():
+            return self.config()
+        taken = [name for name in OURS if (self.path / name).exists()]
+        if taken:
+            raise ConfigError(f"{self.path} has {', '.join(taken)} but no config.json, so it cannot be resumed. Choose another --workdir.")
+        return None
 
     def check_writable(self) -> None:
         """Raise ConfigError if the folder cannot be created or written."""
@@ -261,6 +238,8 @@ _MANIFEST = {
     "data": _is_object,
     "fallbacks": _is_list,
     "starts": lambda value: _is_list(value) and all(map(_is_object, value)),
+    "changes": lambda value: _is_list(value) and all(_is_object(entry) and {"step", "key", "old", "new"} <= entry.keys() for entry in value),
+    "went_back": lambda value: _is_list(value) and all(_is_object(entry) and "from_step" in entry for entry in value),
     "parents": lambda value: _is_list(value) and all(_is_object(entry) and isinstance(entry.get("run"), str) and "step" in entry for entry in value),
 }
 

@@ -21,6 +21,8 @@ class Progress:
       finished: whether training is complete.
       seconds: training time, over all starts.
       callbacks: state of each callback, by its name.
+      position: place of the next example in the sequence of all epochs; None in checkpoints of earlier versions.
+      config: the resolved config that the last step was trained with, as JSON values; None likewise.
     """
 
     evaluated_at: int = 0
@@ -30,6 +32,8 @@ class Progress:
     finished: bool = False
     seconds: float = 0.0
     callbacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    position: int | None = None
+    config: Mapping[str, Any] | None = None
 
     def after(self, step: int, value: float, better: bool, patience: int | None) -> "Progress":
         """Return the progress after an evaluation.

@@ -54,7 +54,9 @@ def locked(folder: RunFolder, stop: Any, say: Callable[[str], Any]) -> Iterator[
 
 
 def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> list[str]:
-    """Write the config and the id of a run, after every process has checked the folder; set damaged files aside.
+    """Write the config of a new run, and its id, after every process has checked the folder; set damaged files aside.
+
+    A run that goes on with another config keeps its `config.json` until something was trained (`training.changes`).
 
     Args:
       folder: of the run.
@@ -74,7 +76,8 @@ def begin(folder: RunFolder, config: Mapping, *, clear: bool = False) -> list[st
             if clear:
                 folder.clear()
             problems = repair(folder)
-            folder.write_config(config)
+            if not folder.config_file.is_file():
+                folder.write_config(config)
             run = folder.identify()
     run = session.gather("run", run)[0]
     end = time.monotonic() + _SEEN_SECONDS

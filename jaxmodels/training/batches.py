@@ -14,8 +14,8 @@ def name_of(experiment: Experiment, split: str) -> str:
     return f"config.data.source={experiment.config['data']['source']!r}, split {split}"
 
 
-def training_batches(experiment: Experiment, mesh: jax.sharding.Mesh, step: int) -> tuple[loader.Stream, loader.DeviceFeed]:
-    """Return the stream of training batches from `step` on, to be closed, and the iterator that places them on the devices."""
+def training_batches(experiment: Experiment, mesh: jax.sharding.Mesh, step: int, offset: int = 0) -> tuple[loader.Stream, loader.DeviceFeed]:
+    """Return the stream of training batches from `step` on, to be closed, and the iterator that places them on the devices; `offset` as of `TrainingBatches`."""
     source = experiment.dataset.splits["train"]
     sharding = mesh_lib.batch_sharding(mesh)
     batches = loader.TrainingBatches(
@@ -25,6 +25,7 @@ def training_batches(experiment: Experiment, mesh: jax.sharding.Mesh, step: int)
         seed=experiment.config["seed"],
         shuffle=experiment.loading.shuffle,
         window=experiment.loading.shuffle_window,
+        offset=offset,
         rows=mesh_lib.local_rows(sharding, experiment.loading.batch_size),
         transform=experiment.transform,
         name=name_of(experiment, "train"),

@@ -103,8 +103,9 @@ class Manifest:
             self._folder.update_manifest(
                 parameters=trained + frozen,
                 trained_parameters=trained,
-                steps=experiment.steps,
-                data=describe_data(experiment),
+                # Those of a run that goes on with other values are written with its changes (`training.changes`).
+                steps=manifest.get("steps", experiment.steps),
+                data=manifest["data"] if "data" in manifest else describe_data(experiment),
                 info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
                 skipped_examples=dict(experiment.dataset.skipped),
                 parents=manifest.get("parents", []),

@@ -14,7 +14,11 @@ _BAR_WIDTH = 24
 
 
 class Terminal(Callback):
-    """Prints metrics, samples and messages. Output that cannot be written is reported once, and training continues."""
+    """Prints metrics, samples and messages. Output that cannot be written is reported once, and training continues.
+
+    Attributes:
+      total: steps of the run.
+    """
 
     def __init__(self, console: Console, total: int, shown: Sequence[str], on_failure: Callable[[str], None], *, active: bool = True):
         """
@@ -25,7 +29,7 @@ class Terminal(Callback):
           on_failure: called with a message when the terminal cannot be written.
           active: False on all processes but the first: prints nothing.
         """
-        self._console, self._total, self._shown, self._active = console, total, shown, active
+        self._console, self.total, self._shown, self._active = console, total, shown, active
         self._on_failure = on_failure
         self._live: Live | None = None
         self._last = {}
@@ -40,7 +44,7 @@ class Terminal(Callback):
         """Redraw the live line if it is time."""
         if self._active and self._console.is_terminal and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refreshed = time.monotonic()
-            filled = round(_BAR_WIDTH * step / self._total)
+            filled = round(_BAR_WIDTH * step / self.total)
             bar = "━" * filled + "╌" * (_BAR_WIDTH - filled)
             self._draw(lambda: self._update_live(f"{bar} {self._position(step)}  {self._format(self._last)}{self._rates(step)}"))
 
@@ -81,7 +85,7 @@ class Terminal(Callback):
             self._on_failure(f"the terminal cannot be written ({type(error).__name__}: {error}); training continues without it")
 
     def _position(self, step: int) -> str:
-        return f"step {step:>{len(str(self._total))}}/{self._total}"
+        return f"step {step:>{len(str(self.total))}}/{self.total}"
 
     def _format(self, values: Mapping[str, float]) -> str:
         return "  ".join(f"{name} {_number(values[name])}" for name in self._shown if name in values)
@@ -90,7 +94,7 @@ class Terminal(Callback):
         rate = self._last.get("steps_per_second")
         if not rate:
             return ""
-        left = format_duration((self._total - step) / rate)
+        left = format_duration((self.total - step) / rate)
         mfu = f"  MFU {self._last['mfu']:.1%}" if "mfu" in self._last else ""
         return f"  {rate:.3g} steps/s  {self._last['examples_per_second']:.5g} examples/s  ETA {left}  data wait {self._last['data_wait']:.1%}{mfu}"
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxmodels.data.reading import ReadError
@@ -16,13 +17,13 @@ from jaxmodels.hardware import compiler_options
 from jaxmodels.hardware.malloc import short_collections
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.parallel import sharding as sharding_lib
-from jaxmodels.runs import shared_folder
+from jaxmodels.runs import going_back, shared_folder
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import metrics as metrics_lib
+from jaxmodels.training import changes, initialize, saving
 from jaxmodels.training import hooks as hooks_lib
-from jaxmodels.training import initialize, saving
 from jaxmodels.training.batches import training_batches
 from jaxmodels.training.clock import Clock
 from jaxmodels.training.compile import compile_train_step, own_device, use_persistent_cache
@@ -42,6 +43,8 @@ def train(
     workdir: str,
     *,
     overwrite: bool = False,
+    allow_change: Sequence[str] = (),
+    from_step: int | None = None,
     callbacks: Sequence[Any] = (),
     executable: Any = None,
     console: Console | None = None,
@@ -51,15 +54,18 @@ def train(
 
     Args:
       experiment: as `build_experiment` returns.
-      workdir: the run folder: created, or resumed if it holds a run of the same config.
+      workdir: the run folder: created, or resumed if it holds a run of the same config, or of one that may change (`experiment.changeable`).
       overwrite: delete the run that is there.
+      allow_change: keys whose values may differ from those of the run, in addition to those that always may.
+      from_step: go back to the checkpoint of this step; later ones are moved aside. The same call again does not go back again.
       callbacks: called in addition to those of the config; see `training.callback`.
       executable: a compiled train step to load instead of compiling, where it is of the same program; see `training.executable.Saved`.
       console: where to print.
       stop: the signals that stop the run, and its watchdog; SIGTERM and SIGINT, and no watchdog, by default.
 
     Raises:
-      ConfigError: the folder belongs to another config, `init_from` does not fit, or the batch does not divide over the devices.
+      ConfigError: the folder belongs to another config, there is no checkpoint of `from_step`, `init_from` does not fit, or the batch does not
+        divide over the devices.
       RunError: another start is training in this folder.
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: a signal; everything is saved.
@@ -69,12 +75,12 @@ def train(
     callbacks = [*map(hooks_lib.check_callback, callbacks), *hooks_lib.make_callbacks(experiment.config["callbacks"])]
     console = console or Console()
     with stop or StopSignals() as stop, shared_folder.locked(folder, stop, console.print) as lock:
-        changed = check_run_folder(experiment, folder, overwrite)
+        from_step, lines = check_run_folder(experiment, folder, overwrite, allow_change, from_step)
         trainer = Trainer(experiment, folder, stop, console, [lock, *callbacks], executable)
         for problem in shared_folder.begin(folder, experiment.config, clear=overwrite):  # after all that could have refused the new run
             trainer.manifest.warn(problem)
-        for key, (there, here) in changed.items():
-            trainer.terminal.say(f"config.{key} is {here!r}; it was {there!r} when this run last started")
+        for line in lines if from_step is None else [going_back.go_back(folder, from_step)]:
+            trainer.terminal.say(line)
         try:
             return trainer.run()
         except Interrupted:
@@ -112,14 +118,23 @@ class Trainer:
         self.terminal = Terminal(console, experiment.steps, experiment.shown, lambda message: self.manifest.fallback(message), active=main)
         self.manifest = Manifest(folder, self.terminal.say, active=main)
         self.evaluator = Evaluator(experiment, self.mesh, stop, self.manifest.compiled)
+        self.record = changes.Record(folder)
         outputs = [self.terminal, *make_trackers(experiment.log.tracker_entries), Samples(sample_key, stop, self.manifest.compiled)]
         self.hooks = hooks_lib.Hooks(
-            experiment, folder, self.mesh, [Throughput(), *callbacks], outputs, say=self.terminal.say, warn=self.manifest.warn, record=self.manifest.record
+            experiment,
+            folder,
+            self.mesh,
+            [self.record, Throughput(), *callbacks],
+            outputs,
+            say=self.terminal.say,
+            warn=self.manifest.warn,
+            record=self.manifest.record,
         )
         self.checkpoints: Checkpoints | None = None
         self.saver: saving.Saver | None = None
         self.state = None
         self.progress = Progress()
+        self._offset, self._config = 0, None  # of the training batches; of each checkpoint
         self.clock: Clock | None = None
         self.lines = []  # (step, split, metrics) of all starts
         self._pending = None  # a log line whose values the device may not have computed yet
@@ -135,6 +150,8 @@ class Trainer:
         step = self._start()
         if not self.progress.finished:
             self._loop(step)
+        elif self._ended:
+            self._save(step)
         self._result = self._finish()
         return self._result
 
@@ -145,7 +162,8 @@ class Trainer:
         for line in lines:
             self.terminal.say(line, style="yellow" if line.startswith("warning") else None)
         step = int(self.state.step)
-        for line in shared_folder.rewind(self.folder, step, self.progress):
+        up = self._take_up(step)
+        for line in shared_folder.rewind(self.folder, step, dataclasses.replace(self.progress, finished=self.progress.finished and not up.reopened)):
             self.lines.append((line.pop("step"), line.pop("split"), line))
         self.manifest.start(self.experiment, self.mesh, self.shapes, step)
         if record is not None:
@@ -153,6 +171,21 @@ class Trainer:
         self.hooks.state, self.hooks.step, self.hooks.resumed = self.state, step, step > 0
         self.hooks.start(self.progress)
         return step
+
+    def _take_up(self, step: int) -> changes.TakenUp:
+        """Go on from the checkpoint with the present config, which may differ from its own."""
+        up = changes.take_up(self.experiment, self.folder, step, self.progress)
+        self.experiment = self.hooks.experiment = up.experiment
+        self.terminal.total = up.experiment.steps
+        self._ended = up.progress != self.progress  # by the present config; the checkpoint does not say so
+        self.progress, self._offset, self._config = up.progress, up.offset, up.config
+        if up.new_line:
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.metrics)
+            self.state = self.state.replace(metrics=jax.device_put(zeros, jax.tree.map(lambda x: x.sharding, self.state.metrics)))
+        for line in up.lines:
+            self.terminal.say(line)
+        self.record.expect(up, step)
+        return up
 
     def _loop(self, step: int) -> None:
         """Train until the last step, a stop, or the end of patience."""
@@ -163,7 +196,7 @@ class Trainer:
             self._save(step)
         if step == total or self.progress.finished:
             return
-        train_step, stream, feed = self._compile_step(), *training_batches(self.experiment, self.mesh, step)
+        train_step, stream, feed = self._compile_step(), *training_batches(self.experiment, self.mesh, step, self._offset)
         self.clock = Clock(step, self.progress.seconds)
         metrics = None
         with stream, short_collections():
@@ -239,7 +272,8 @@ class Trainer:
         self._raise_if_diverged(int(self.state.diverged_at))
         self.hooks.dispatch("on_save", step)
         seconds = self.clock.total() if self.clock is not None else self.progress.seconds
-        self.progress = dataclasses.replace(self.progress, seconds=seconds, callbacks=self.hooks.states())
+        position = self._offset + step * self.experiment.loading.batch_size
+        self.progress = dataclasses.replace(self.progress, seconds=seconds, callbacks=self.hooks.states(), position=position, config=self._config)
         self.saver.save(self.state, self.progress)
 
     # Metrics

@@ -1,9 +1,9 @@
 """Metrics in `metrics.jsonl`; texts in `samples.txt`; other media in `media/`."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmodels.runs.going_back import later_media
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import media as media_lib
 
@@ -66,11 +66,8 @@ class MediaFiles(Callback):
 
     def on_start(self, run: Any) -> None:
         """Delete files of later steps, which an earlier start wrote after the checkpoint."""
-        folder = run.folder.path / "media"
-        for path in folder.iterdir() if folder.is_dir() else ():
-            match = re.search(r"_(\d+)\.(png|wav)$", path.name)
-            if match and int(match[1]) > run.step:
-                path.unlink()
+        for path in later_media(run.folder, run.step):
+            path.unlink()
 
     def on_media(self, run: Any, step: int, name: str, media: Any, kind: str, **options: Any) -> None:
         if kind == "text":
