@@ -42,6 +42,7 @@ class Checkpoints:
         checksums: bool = True,
         read_only: bool = False,
         at_once: int | None = None,
+        as_saved: Callable[[int, Progress, TrainState], TrainState] = lambda step, progress, shapes: shapes,
     ):
         """
         Args:
@@ -53,8 +54,9 @@ class Checkpoints:
           checksums: whether to save checksums of the arrays, and to verify those that are restored.
           read_only: never write or delete.
           at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
+          as_saved: (step, progress, shapes of the state) -> the shapes as they were saved: the same arrays in the same order, maybe in another tree.
         """
-        self.folder = folder
+        self.folder, self._as_saved = folder, as_saved
         self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
         self._left_out = () if save_frozen else ("frozen",)
         self._checksums, self._saving, self._littered = checksums, None, False
@@ -169,9 +171,11 @@ class Checkpoints:
           Damaged: arrays or the progress differ from what was saved.
         """
         progress, checksums = self._page(step)
-        items = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(self.saved_parts(shapes))))
+        parts = self.saved_parts(self._as_saved(step, progress, shapes))
+        items = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(parts)))
         self._verify(step, items.state, checksums)
-        return shapes.replace(**items.state), progress
+        trees = {part: jax.tree.structure(getattr(shapes, part)) for part in parts}
+        return shapes.replace(**{part: jax.tree.unflatten(tree, jax.tree.leaves(items.state[part])) for part, tree in trees.items()}), progress
 
     def _page(self, step: int) -> tuple[Progress, dict[str, str] | None]:
         """Return the progress and the checksums that were saved at a step."""

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jaxmodels import config as config_lib
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError
@@ -21,6 +23,8 @@ from jaxmodels.runs import disk
 from jaxmodels.runs.folder import RunFolder, now
 from jaxmodels.runs.going_back import saved_steps, set_tests_aside
 from jaxmodels.runs.progress import Progress
+from jaxmodels.step import optimizer
+from jaxmodels.step.state import TrainState
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.manifest import describe_data
 
@@ -78,6 +82,36 @@ def _with(values: Flat, pairs: Sequence[tuple[str, Any]]) -> Flat:
     return {key: value for key, value in values.items() if value != ABSENT}
 
 
+# The state
+
+
+def optimizer_state(experiment: Experiment, config: Flat, shapes: TrainState) -> Any:
+    """Return the shapes of the optimizer's state for the `optimizer` section of another config."""
+    options, own = optimizer.from_section(nested(config)["optimizer"])
+    return jax.eval_shape(optimizer.make_optimizer(options, own, experiment.schedule).init, shapes.params)
+
+
+def as_saved(experiment: Experiment, folder: RunFolder) -> Callable[[int, Progress, TrainState], TrainState]:
+    """Return the function `as_saved` of `runs.checkpoint.Checkpoints`.
+
+    Optax's state is a tree of the chain's transformations. One without arrays, such as a limit of the gradient's norm, changes the tree alone.
+    """
+
+    def as_saved(step: int, progress: Progress, shapes: TrainState) -> TrainState:
+        before, here = _config_of(folder, step, progress), flat(experiment.config)
+        if not any(covers(["optimizer"], key) for key in config_lib.differences(before, here)):
+            return shapes
+        tree = jax.tree.structure(optimizer_state(experiment, before, shapes))
+        return shapes.replace(opt_state=jax.tree.unflatten(tree, jax.tree.leaves(shapes.opt_state)))
+
+    return as_saved
+
+
+def _config_of(folder: RunFolder, step: int, progress: Progress) -> Flat:
+    """Return the config that a checkpoint was trained with. Those of earlier versions do not have it; the manifest then says what has changed since."""
+    return flat(progress.config) if progress.config is not None else stored_at(folder, step)
+
+
 # Taking a checkpoint up
 
 
@@ -90,7 +124,7 @@ class TakenUp:
       progress: of the checkpoint, as far as it holds for the present config.
       offset: of the training batches; see `data.loader.TrainingBatches`.
       config: the present config, as JSON values.
-      changes: entries of the manifest, from the checkpoint's step on.
+      changes: entries of the manifest: those before the checkpoint, and what changes with it.
       lines: to print.
       reopened: whether the checkpoint was the end of the run, and the test after it does not hold any more.
       new_line: whether the next line of training metrics begins at this step.
@@ -154,6 +188,8 @@ def take_up(experiment: Experiment, folder: RunFolder, step: int, progress: Prog
 
     entries = [{"time": now(), "step": step, "key": key, "old": old, "new": new} for key, (old, new) in changed.items()]
     entries = [entry | ({"note": notes[entry["key"]]} if entry["key"] in notes else {}) for entry in entries]
+    known = {_identity(entry): entry for entry in there["changes"]}  # also by a start that died before its first checkpoint
+    entries = [*_entries_until(there["changes"], step, before), *(known.get(_identity(entry), entry) for entry in entries)]
     lines = [f"from step {step} on, config.{key} is {new!r}; it was {old!r}" for key, (old, new) in changed.items()]
     return TakenUp(
         experiment=experiment,
@@ -180,12 +216,19 @@ def check_length(experiment: Experiment, steps: int, step: int, saved: Sequence[
 
 def _read(experiment: Experiment, folder: RunFolder, step: int, progress: Progress) -> dict[str, Any]:
     """Return what the first process reads from the run folder: the config up to the step, the last learning rate, and the best so far by `checkpoint.best`."""
-    config = flat(progress.config) if progress.config is not None else stored_at(folder, step)
+    config = _config_of(folder, step, progress)
     lines = folder.metrics()
     rates = [[line["step"], line["learning_rate"]] for line in lines if line["split"] == "train" and line["step"] <= step and "learning_rate" in line]
     evaluations = [line for line in lines if line["split"] == "validation" and line["step"] <= progress.evaluated_at]
     saved = saved_steps(folder)
-    return {"config": config, "rate": rates[-1] if rates else None, "best": _best(experiment, evaluations, saved), "saved": saved}
+    found = {"config": config, "rate": rates[-1] if rates else None, "best": _best(experiment, evaluations, saved), "saved": saved}
+    return found | {"changes": folder.manifest().get("changes", [])}
+
+
+def _entries_until(entries: Sequence[Mapping], step: int, config: Flat) -> list[Mapping]:
+    """Return the entries of the manifest that led to the config of a checkpoint. It may have been saved again, after changes at its own step."""
+    known = {entry["key"]: number for number, entry in enumerate(entries) if entry["step"] == step and config.get(entry["key"], ABSENT) == entry["new"]}
+    return [entry for number, entry in enumerate(entries) if entry["step"] < step or (entry["step"] == step and number <= known.get(entry["key"], -1))]
 
 
 def _best(experiment: Experiment, evaluations: Sequence[Mapping], saved: Sequence[int]) -> tuple[float | None, int | None, int]:
@@ -225,14 +268,12 @@ class Record(Callback):
     def __init__(self, folder: RunFolder):
         self._folder, self._write = folder, None
 
-    def expect(self, up: TakenUp, step: int) -> None:
+    def expect(self, up: TakenUp) -> None:
         """Prepare to write the changes of a checkpoint that was taken up, unless they are written."""
         manifest = self._folder.manifest()
-        before = manifest.get("changes", [])
-        known = {_identity(entry): entry for entry in before}  # written by a start that died before its first checkpoint
-        entries = [*(entry for entry in before if entry["step"] < step), *(known.get(_identity(entry), entry) for entry in up.changes)]
+        before, entries = manifest.get("changes", []), list(up.changes)
         values = {"steps": up.experiment.steps} | ({"changes": entries} if entries or before else {})
-        if up.changes:  # else the data is the same, and need not be read for its checksum
+        if entries != before:  # else the data is the same, and need not be read for its checksum
             values["data"] = describe_data(up.experiment)
         if all(manifest.get(key) == value for key, value in values.items()) and self._folder.config() == up.config:
             return

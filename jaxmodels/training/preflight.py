@@ -12,7 +12,6 @@ from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.runs import going_back
 from jaxmodels.runs.checkpoint import parse_run
 from jaxmodels.runs.folder import RunFolder
-from jaxmodels.step import optimizer
 from jaxmodels.training import changes, initialize
 from jaxmodels.training.manifest import describe_data
 
@@ -92,12 +91,11 @@ def _check_same_state(experiment: Experiment, there: changes.Flat, changed: Coll
     if ema in changed and (there[ema] is None) != (experiment.training.ema is None):
         raise ConfigError(f"config.{ema}: the average cannot be {'added to' if there[ema] is None else 'removed from'} a run. {new_run()}")
     keys = [key for key in changed if covers(["optimizer"], key)]
-    if not keys:
-        return
-    options, own = optimizer.from_section(changes.nested(there)["optimizer"])
-    before, shapes = optimizer.make_optimizer(options, own, experiment.schedule), experiment.state_shapes()
-    if jax.tree.structure(jax.eval_shape(before.init, shapes.params)) != jax.tree.structure(shapes.opt_state):
-        raise ConfigError(f"{', '.join(f'config.{key}' for key in keys)}: this change adds or removes a part of the optimizer's state. {new_run()}")
+    if keys:
+        shapes = experiment.state_shapes()
+        before, here = (jax.tree.leaves(tree) for tree in (changes.optimizer_state(experiment, there, shapes), shapes.opt_state))
+        if [(x.shape, x.dtype) for x in before] != [(x.shape, x.dtype) for x in here]:
+            raise ConfigError(f"{', '.join(f'config.{key}' for key in keys)}: this change adds or removes arrays of the optimizer's state. {new_run()}")
 
 
 def _check_same_data(experiment: Experiment, folder: RunFolder, changed: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from jaxmodels.runs import disk
 from jaxmodels.runs.checkpoint import Checkpoints, Progress, SaveFailed
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step.state import TrainState
+from jaxmodels.training import changes
 from jaxmodels.training.watchdog import Watchdog
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds between attempts while the run goes on; doubled after each
@@ -34,6 +35,7 @@ def open_checkpoints(
         parents=lambda: {child["step"] for child in folder.children()},
         save_frozen=not experiment.frozen_in_parent,
         checksums=options.checksums,
+        as_saved=changes.as_saved(experiment, folder),
     )
     line, enough = disk.room(folder.checkpoints, checkpoints.saved_parts(shapes), options.keep)
     say(line, style="dim" if enough else "yellow")
