@@ -18,6 +18,7 @@ from jaxmodels import models, tasks
 from jaxmodels.data import registry
 from jaxmodels.data.loader import Loading
 from jaxmodels.errors import ConfigError
+from jaxmodels.experiment.changeable import rule_of
 from jaxmodels.experiment.sections import PLAIN, Root
 from jaxmodels.step import optimizer
 
@@ -175,7 +176,8 @@ def to_text(found: list[Group], *, brief: bool = False, width: int = 100) -> str
                 lines += [*textwrap.wrap(names, width, initial_indent="  ", subsequent_indent="  "), ""]
                 continue
         for key in group.keys:
-            lines += textwrap.wrap(f"{key.name}: {key.type}; {_default_text(key)}", width, subsequent_indent="    ")
+            may_change = f"may change in a run: {rule_of(key.name).may_change}"
+            lines += textwrap.wrap(f"{key.name}: {key.type}; {_default_text(key)}; {may_change}", width, subsequent_indent="    ")
             lines += textwrap.wrap(key.meaning, width, initial_indent="  ", subsequent_indent="  ")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -6,11 +6,13 @@ before the first metrics, checkpoint or result that it affects: `manifest.json` 
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmodels import config as config_lib
 from jaxmodels.distributed import session
@@ -21,7 +23,7 @@ from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.runs import disk
 from jaxmodels.runs.folder import RunFolder, now
-from jaxmodels.runs.going_back import saved_steps, set_tests_aside
+from jaxmodels.runs.going_back import last_going_back, saved_steps, set_tests_aside
 from jaxmodels.runs.progress import Progress
 from jaxmodels.step import optimizer
 from jaxmodels.step.state import TrainState
@@ -41,11 +43,17 @@ _ENDS = (*_LENGTH, "evaluation.patience", "checkpoint.best", "callbacks")  # wit
 
 def flat(config: Mapping) -> Flat:
     """Return a config by dotted keys, with the defaults of keys that an earlier version did not have."""
+    return dict(_flat(json.dumps(config)))
+
+
+@functools.lru_cache(maxsize=4)  # a start compares the same few configs several times
+def _flat(text: str) -> Flat:
+    config = json.loads(text)
     try:
-        config = resolve(config)
+        config = json.loads(json.dumps(resolve(config)))
     except ConfigError:
         pass  # written by a version with other keys: compare it unresolved
-    return config_lib.flatten(json.loads(json.dumps(config)))
+    return config_lib.flatten(config)
 
 
 def nested(values: Flat) -> dict:
@@ -167,19 +175,20 @@ def take_up(experiment: Experiment, folder: RunFolder, step: int, progress: Prog
         note = _describe_rate(experiment, step, there["rate"])
         notes |= {key: note for key in changed if covers(_RATE, key)}
 
-    if touched("checkpoint.best"):
+    lost = there["went_back"] == step and progress.best_step is not None and progress.best_step not in there["saved"]
+    if touched("checkpoint.best") or lost:
         progress = dataclasses.replace(progress, **dict(zip(("best", "best_step", "without_improvement"), there["best"], strict=True)))
         notes["checkpoint.best"] = _describe_best(experiment, progress)
-    was_finished, more = progress.finished, []
+    was_finished, more = progress.finished, [notes["checkpoint.best"]] if lost else []
     if touched(*_ENDS):
         patience = experiment.evaluation.patience
         exhausted = experiment.checkpoint.best is not None and patience is not None and progress.without_improvement >= patience
         at_end = step == experiment.steps and progress.evaluated_at == step
         progress = dataclasses.replace(progress, finished=at_end or (was_finished and exhausted))
         if was_finished and exhausted and step < experiment.steps:
-            more = [f"the run stays finished: {experiment.checkpoint.best} has not improved in {patience} evaluations. Raise evaluation.patience to go on."]
+            more += [f"the run stays finished: {experiment.checkpoint.best} has not improved in {patience} evaluations. Raise evaluation.patience to go on."]
     elif was_finished and touched("optimizer", "data", "training", "model"):
-        more = [f"the run has finished at step {step}: the change has no effect before training.steps is raised"]
+        more += [f"the run has finished at step {step}: the change has no effect before training.steps is raised"]
     reopened = was_finished and (not progress.finished or touched("checkpoint.best"))
     if reopened and session.is_first():
         with disk.must_write(folder.path):
@@ -197,7 +206,7 @@ def take_up(experiment: Experiment, folder: RunFolder, step: int, progress: Prog
         offset=position - step * batch_size,
         config=config,
         changes=tuple(entries),
-        lines=(*lines, *dict.fromkeys(notes.values()), *more),
+        lines=(*lines, *dict.fromkeys((*notes.values(), *more))),
         reopened=reopened,
         new_line=touched("log.every"),
     )
@@ -222,7 +231,8 @@ def _read(experiment: Experiment, folder: RunFolder, step: int, progress: Progre
     evaluations = [line for line in lines if line["split"] == "validation" and line["step"] <= progress.evaluated_at]
     saved = saved_steps(folder)
     found = {"config": config, "rate": rates[-1] if rates else None, "best": _best(experiment, evaluations, saved), "saved": saved}
-    return found | {"changes": folder.manifest().get("changes", [])}
+    manifest = folder.manifest()
+    return found | {"changes": manifest.get("changes", []), "went_back": (last_going_back(manifest) or {}).get("from_step")}
 
 
 def _entries_until(entries: Sequence[Mapping], step: int, config: Flat) -> list[Mapping]:
@@ -254,7 +264,7 @@ def _describe_best(experiment: Experiment, progress: Progress) -> str:
 def _describe_rate(experiment: Experiment, step: int, last: Sequence | None) -> str:
     if step >= experiment.steps:
         return f"the run ends at step {step}"
-    rate = float(experiment.schedule(step))
+    rate = float(experiment.schedule(jnp.asarray(step, jnp.int32)))
     after = f", after {last[1]:.4g} in step {last[0]}" if last else ""
     return f"from step {step} on, the learning rate follows the schedule of {experiment.steps} steps: {rate:.4g} in step {step + 1}{after}"
 

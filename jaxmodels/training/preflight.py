@@ -1,6 +1,7 @@
 """Checks of a run folder before a run starts or goes on in it. No device is used."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -40,11 +41,8 @@ def check_run_folder(
     allow_change = [key.removeprefix("config.") for key in allow_change]
     check_allowed(allow_change, {**here, **(there or {})})
     lines: list[str] = []
-    if from_step is not None:
-        if there is None:
-            reason = "--overwrite deletes that run" if overwrite else f"{folder.path} has no run"
-            raise ConfigError(f"--from_step={from_step}: {reason}. Leave one of them out." if overwrite else f"--from_step={from_step}: {reason}.")
-        going_back.check(folder, from_step)
+    if from_step is not None and there is None:
+        raise ConfigError(f"--from_step={from_step}: {'leave it out, or --overwrite, which deletes that run' if overwrite else f'{folder.path} has no run'}.")
     if overwrite:
         if dependents := folder.dependents():
             names = ", ".join(map(str, dependents))
@@ -55,16 +53,17 @@ def check_run_folder(
         if any(parent.get("merged") for parent in folder.manifest().get("parents", [])[:1]):
             raise ConfigError(f"{folder.path} contains merged weights, not a run to resume: start from it with config.init_from in another --workdir.")
         changed = config_lib.differences(there, here)
-        requested = [key for key in changed if rule_of(key).may_change == ON_REQUEST]
+        asked = changed
         if from_step is not None:
             last = going_back.last_going_back(folder.manifest())
-            if last is not None and last["from_step"] == from_step and not requested:
-                lines = [_went_back(last, going_back.saved_steps(folder)[-1])]
-                from_step = None
+            if last is not None and last["from_step"] == from_step and all(rule_of(key).may_change != ON_REQUEST for key in changed):
+                lines, from_step = [_went_back(last, going_back.saved_steps(folder))], None
             else:
+                going_back.check(folder, from_step)
                 # What the run had up to that step needs no permission.
-                changed = {key: pair for key, pair in changed.items() if key in config_lib.differences(changes.stored_at(folder, from_step), here)}
-        check_changes(str(folder.path), changed, allow_change)
+                earlier = config_lib.differences(changes.stored_at(folder, from_step), here)
+                asked = {key: pair for key, pair in changed.items() if key in earlier}
+        check_changes(str(folder.path), asked, allow_change)
         _check_same_data(experiment, folder, changed)
         _check_same_state(experiment, there, changed)
         if experiment.training.steps:
@@ -78,9 +77,10 @@ def check_run_folder(
     return from_step, lines
 
 
-def _went_back(last, latest: int) -> str:
+def _went_back(last: Mapping[str, Any], saved: Sequence[int]) -> str:
+    latest = f", of step {saved[-1]}" if saved else ""
     return (
-        f"--from_step={last['from_step']} was done at {last['time']}: the run goes on from its latest checkpoint, of step {latest}. "
+        f"--from_step={last['from_step']} was done at {last['time']}: the run goes on from its latest checkpoint{latest}. "
         "To go back to that step once more, move the folders of later steps out of checkpoints/."
     )
 

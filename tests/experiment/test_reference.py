@@ -97,7 +97,7 @@ def test_an_unknown_key(key, message):
 def test_the_command(capsys):
     assert cli.run(["config", "--explain=checkpoint.keep"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "checkpoint.keep: a whole number; default `2`" and lines[1].strip()
+    assert lines[0] == "checkpoint.keep: a whole number; default `2`; may change in a run: yes" and lines[1].strip()
     assert cli.run(["config", "--explain=model"]) == 0
     out = capsys.readouterr().out
     assert "model cnn:" in out and "features, hidden, dropout" in out and "model.NAME" in out

@@ -30,9 +30,9 @@ from jaxmodels.training.callback import Callback
 
 CONFIG = small_configs.config(
     small_configs.CNN,
-    model={"name": "cnn", "features": (4,), "hidden": 8, "dropout": 0.2},
+    model={"name": "own_parts:Linear"},
     data={"source": "arrays", "batch_size": 30, "eval_batch_size": 32},
-    optimizer={"name": "adam", "learning_rate": 3e-3, "schedule": {"name": "cosine", "final": 0.1}},
+    optimizer={"name": "adam", "learning_rate": 3e-3},
     training={"steps": 8, "ema": 0.9},
     evaluation={"every": 4},
     checkpoint={"every": 4, "keep": 3},
@@ -110,12 +110,14 @@ def assert_same(one, other):
 
 
 def cosine(step, steps):
-    """The learning rate of a step, from 1, by the formula of the schedule in CONFIG."""
+    """The learning rate of a step, from 1, by the formula of a cosine that ends at a tenth."""
     return 3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
 
 
-def test_a_finished_run_goes_on_with_more_steps(workdir, tmp_path, capsys):
-    folder, longer = RunFolder(workdir), small_configs.config(CONFIG, training__steps=14)
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, capsys):
+    config, workdir = small_configs.config(CONFIG, optimizer__schedule={"name": "cosine", "final": 0.1}), tmp_path / "run"
+    train(config, workdir)
+    folder, longer = RunFolder(workdir), small_configs.config(config, training__steps=14)
     before, (old_test,) = folder.metrics(), folder.metrics("test")
     stopped = shutil.copytree(workdir, tmp_path / "stopped")
     output = train(longer, workdir)
@@ -150,7 +152,6 @@ def test_a_run_cannot_be_shorter_than_it_is_already(workdir):
 
 
 def test_a_run_that_is_shortened_to_its_checkpoint_ends_there(tmp_path):
-    """Step 4 is evaluated when it becomes the last; step 8 of another run was evaluated already, and its checkpoint says from then on that it is the end."""
     train(CONFIG, tmp_path / "run", stop=5)
     output = train(small_configs.config(CONFIG, training__steps=5), tmp_path / "run")
     assert "the run ends at step 5" in output
@@ -158,12 +159,21 @@ def test_a_run_that_is_shortened_to_its_checkpoint_ends_there(tmp_path):
     assert [line["step"] for line in folder.metrics("validation")] == [4, 5] and [line["step"] for line in folder.metrics("test")] == [5]
     whole = files(folder)
     assert "from step" not in train(small_configs.config(CONFIG, training__steps=5), tmp_path / "run") and files(folder) == whole
-    # Evaluated at 4, and not finished: shortened to 4.
-    train(CONFIG, tmp_path / "run_2", stop=4)
-    train(small_configs.config(CONFIG, training__steps=4), tmp_path / "run_2")
-    whole = files(folder := RunFolder(tmp_path / "run_2"))
-    assert [line["step"] for line in folder.metrics("test")] == [4]
-    assert "from step" not in train(small_configs.config(CONFIG, training__steps=4), tmp_path / "run_2") and files(folder) == whole
+    assert changed(tmp_path / "run") == [(5, "training.steps", 8, 5)]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_shortened_to_an_evaluated_checkpoint_ends_there(tmp_path):
+    """The checkpoint is saved again, since it did not say that it is the end."""
+    workdir = tmp_path / "run"
+    train(CONFIG, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")  # what is left was evaluated at 4
+    shorter = small_configs.config(CONFIG, training__steps=4)
+    train(shorter, workdir)
+    folder = RunFolder(workdir)
+    whole = files(folder)
+    assert [line["step"] for line in folder.metrics("test")] == [4] and changed(workdir) == [(4, "training.steps", 8, 4)]
+    assert "from step" not in train(shorter, workdir) and files(folder) == whole
 
 
 # The batch size
@@ -214,7 +224,7 @@ def test_a_batch_size_after_a_checkpoint_of_an_earlier_version(dies, tmp_path, m
             def on_log(self, run, step, values):
                 raise ValueError
 
-        with pytest.raises(RunError, match="failed in on_log at step 5"):
+        with pytest.raises(RunError, match="failed in on_log"):
             train(config, workdir, allow_change=["data.batch_size"], callbacks=[Dies()])
         assert kept(workdir) == [4] and changed(workdir) == [(4, "data.batch_size", 30, 20)] and RunFolder(workdir).config()["data"]["batch_size"] == 20
     train(config, workdir, allow_change=[] if dies else ["data.batch_size"])
@@ -248,7 +258,7 @@ def test_each_key_of_a_config_has_a_rule():
 REFUSED = {
     "on request": ({"optimizer__learning_rate": 1e-3, "data__batch_size": 60}, [], r"--allow_change=data.batch_size,optimizer.learning_rate\n"),
     "one of two": ({"optimizer__learning_rate": 1e-3, "data__batch_size": 60}, ["data"], r"learning_rate: 0.003 in the run, 0.001 now\nTo go on .* --allow_change=optimizer.learning_rate\n"),
-    "never": ({"seed": 3, "model__hidden": 9}, ["data.batch_size"], "model.hidden, seed cannot change within a run. Start a new run in another --workdir, .*config.init_from="),
+    "never": ({"seed": 3, "task__label_smoothing": 0.1}, ["data.batch_size"], "seed, task.label_smoothing cannot change within a run. Start a new run in another --workdir, .*config.init_from="),
     "a never-key is allowed": ({"seed": 3}, ["seed"], "--allow_change=seed: it cannot change within a run"),
     "an unknown key": ({}, ["optimizer.learning_rat"], "--allow_change=optimizer.learning_rat: there is no such key in this config. Did you mean 'optimizer.learning_rate'"),
     "arrays of the optimizer": ({"optimizer__mu_dtype": "bfloat16"}, ["optimizer"], "optimizer.mu_dtype: this change adds or removes arrays of the optimizer's state"),
@@ -340,6 +350,10 @@ def test_the_best_by_another_metric_is_that_of_a_checkpoint_that_exists(tmp_path
     page = Progress(evaluated_at=8, best=0.5, best_step=2, without_improvement=3, config=config, position=240)
     same = evaluated(folder, page, checkpoint__best="loss")
     assert same.progress == page and not same.lines and not same.changes
+    # A run that went back, and has deleted its best checkpoint since that step.
+    folder.update_manifest(went_back=[{"from_step": 8}])
+    back = evaluated(folder, page, checkpoint__best="loss")
+    assert (back.progress.best, back.progress.best_step, back.progress.without_improvement) == (0.6, 4, 2) and "of step 4" in back.lines[0]
     up = evaluated(folder, page, checkpoint__best="accuracy")
     assert (up.progress.best, up.progress.best_step, up.progress.without_improvement) == (0.7, 6, 1)
     assert "the best of the checkpoints that exist is that of step 6, with accuracy 0.7000" in up.lines
@@ -430,6 +444,10 @@ def test_the_same_command_does_not_go_back_again(workdir, capsys):
     assert "--from_step=4 was done at" in (output := train(config, workdir, **options)) and "from its latest checkpoint, of step 6" in output
     assert kept(workdir) == [4, 8] and len(folder.manifest()["went_back"]) == 1
     assert changed(workdir) == [(4, "optimizer.learning_rate", 3e-3, 1e-3)]
+    # Its checkpoint may be deleted by then: it is no longer among the latest `checkpoint.keep`.
+    shutil.move(workdir / "checkpoints" / "4", workdir / "4")
+    assert "--from_step=4 was done at" in train(config, workdir, **options)
+    shutil.move(workdir / "4", workdir / "checkpoints" / "4")
     # The values that the run had up to that step need no permission, although the run has others now.
     output = train(CONFIG, workdir, stop=5, from_step=4)
     assert "the checkpoint of step 8 and" in output and kept(workdir / "set_aside" / "2") == [8] and changed(workdir) == []
@@ -467,7 +485,7 @@ def test_a_step_that_cannot_be_gone_back_to(workdir, tmp_path):
     cases = {
         "no checkpoint of that step; it has steps 4, 8": (workdir, {"from_step": 5}),
         "has no run": (tmp_path / "new", {"from_step": 4}),
-        "--overwrite deletes that run. Leave one of them out": (workdir, {"from_step": 4, "overwrite": True}),
+        "leave it out, or --overwrite, which deletes that run": (workdir, {"from_step": 4, "overwrite": True}),
     }
     for message, (place, options) in cases.items():
         with pytest.raises(ConfigError, match=f"--from_step=.*{message}"):
@@ -491,7 +509,6 @@ def test_the_arguments_of_the_command_line():
 
 
 def test_from_python(workdir):
-    result = jaxmodels.train(
-        small_configs.config(CONFIG, optimizer__learning_rate=1e-3), str(workdir), data=DATA, quiet=True, from_step=4, allow_change=["optimizer"]
-    )
-    assert result.step == 8 and changed(workdir) == [(4, "optimizer.learning_rate", 3e-3, 1e-3)]
+    config = small_configs.config(CONFIG, data__shuffle=False)
+    result = jaxmodels.train(config, str(workdir), data=DATA, quiet=True, from_step=4, allow_change=["data.shuffle"])
+    assert result.step == 8 and changed(workdir) == [(4, "data.shuffle", True, False)]
