@@ -107,12 +107,12 @@ def set_tests_aside(folder: RunFolder) -> str | None:
 def describe(manifest: Mapping[str, Any]) -> list[str]:
     """Return one line for each change of a run's config and each time that it went back, in the order of their times."""
     lines = []
+    for entry in manifest.get("went_back", []):  # before the changes of the same second
+        moved = f"; later checkpoints are in {entry['to']}" if entry.get("to") else ""
+        lines.append((entry.get("time", ""), f"went back to step {entry['from_step']}{moved}"))
     for entry in manifest.get("changes", []):
         note = f"; {entry['note']}" if entry.get("note") else ""
         lines.append((entry.get("time", ""), f"from step {entry['step']}  {entry['key']}: {_shown(entry['old'])} → {_shown(entry['new'])}{note}"))
-    for entry in manifest.get("went_back", []):
-        moved = f"; later checkpoints are in {entry['to']}" if entry.get("to") else ""
-        lines.append((entry.get("time", ""), f"went back to step {entry['from_step']}{moved}"))
     return [f"{time}  {line}" for time, line in sorted(lines, key=lambda pair: pair[0])]
 
 

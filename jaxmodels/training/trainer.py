@@ -184,7 +184,8 @@ class Trainer:
             self.state = self.state.replace(metrics=jax.device_put(zeros, jax.tree.map(lambda x: x.sharding, self.state.metrics)))
         for line in up.lines:
             self.terminal.say(line)
-        self.record.expect(up)
+        if session.is_first():
+            self.record.expect(up)
         return up
 
     def _loop(self, step: int) -> None:

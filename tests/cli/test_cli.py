@@ -44,6 +44,10 @@ def test_bad_input_ends_with_status_2_and_no_device_started(cnn, tmp_path):
         ["train", f"--config={cnn}", "--workdir=/proc/run"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/run"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/odd"],
+        ["train", f"--config={cnn}", f"--workdir={tmp_path}/run", "--config.seed=7"],
+        ["train", f"--config={cnn}", f"--workdir={tmp_path}/new", "--allow_change=data.batch_size,seed"],
+        ["train", f"--config={cnn}", f"--workdir={tmp_path}/new", "--allow_change=optimizer.learning_rat"],
+        ["train", f"--config={tmp_path}/run", f"--workdir={tmp_path}/run", "--from_step=3"],
         ["train", f"--config={cnn}", f"--workdir={tmp_path}/new", f"--config.init_from={tmp_path}/nothing"],
         ["evaluate", f"--workdir={tmp_path}/nothing"],
         ["evaluate", f"--workdir={tmp_path}/run"],
@@ -66,7 +70,10 @@ for case in {cases!r}:
     for message in messages[:-1]:
         assert message.startswith("jaxmodels: ") and "Traceback" not in message
     assert "learning_rate: 1.0 in the run, 0.003 now" in messages[5] and "seed: 7 in the run, 0 now" in messages[5] and "--overwrite" in messages[5]
-    assert "no checkpoint" in messages[9]
+    assert "--allow_change=optimizer.learning_rate" in messages[7] and "seed" not in messages[7]
+    assert "--allow_change=seed: it cannot change" in messages[8] and "Did you mean 'optimizer.learning_rate'" in messages[9]
+    assert "--from_step=3" in messages[10] and "it has none yet" in messages[10]
+    assert "no checkpoint" in messages[13]
     assert not (tmp_path / "new").exists()
 
 

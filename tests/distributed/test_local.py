@@ -128,6 +128,22 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_change_a_run_and_go_back_as_one(tmp_path):
+    """The first of them moves the checkpoints and writes the record; each reads its rows of the batches of another size."""
+    one, two = Run(tmp_path, CONFIG, "one"), Run(tmp_path, CONFIG, "two")
+    change = ["--from_step=30", "--allow_change=data.batch_size", "--config.data.batch_size=12", "--config.training.steps=50", "--config.log.every=10"]
+    for run, processes, devices in ((one, 0, 2), (two, 2, 1)):
+        run.start(processes, devices).end()
+        output = run.start(processes, devices, *change).end()
+        assert output.count("going back to step 30: the checkpoint of step 40") == 1
+        manifest = RunFolder(run.workdir).manifest()
+        assert [(entry["step"], entry["key"]) for entry in manifest["changes"]] == [(30, "data.batch_size"), (30, "log.every"), (30, "training.steps")]
+        assert (run.workdir / "set_aside" / "1" / "checkpoints" / "40").is_dir() and manifest["steps"] == 50
+    assert two.global_batches(6)[:20] == one.global_batches(12)[:20]
+    compare(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_pmap_in_two_processes(tmp_path):
     config = small_configs.config(CONFIG, model__dropout=0.0, training__steps=10, evaluation__every=10)
     one, two = Run(tmp_path, config, "one"), Run(tmp_path, config | {"partition": "pmap"}, "two")

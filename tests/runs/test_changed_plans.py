@@ -151,6 +151,7 @@ def test_a_run_cannot_be_shorter_than_it_is_already(workdir):
     assert files(RunFolder(workdir)) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_shortened_to_its_checkpoint_ends_there(tmp_path):
     train(CONFIG, tmp_path / "run", stop=5)
     output = train(small_configs.config(CONFIG, training__steps=5), tmp_path / "run")
@@ -210,24 +211,36 @@ def test_another_batch_size_goes_on_with_the_next_example(tmp_path, monkeypatch)
     assert_same(tmp_path / "run", other)
 
 
-@pytest.mark.parametrize("dies", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_batch_size_after_a_checkpoint_of_an_earlier_version(dies, tmp_path, monkeypatch):
-    """It does not say how many examples were read; the manifest says what has changed since, also after a death before the next checkpoint."""
+def test_checkpoints_of_an_earlier_version_do_not_say_how_many_examples_were_read(tmp_path):
+    """The manifest says what has changed since, also after a death before the next checkpoint."""
+    folder, old = RunFolder(tmp_path), Progress(evaluated_at=4)
+    config = small_configs.config(CONFIG, data__batch_size=20)
+    experiment = build_experiment(config, data=DATA)
+    folder.write_config(resolve(CONFIG))
+    before = changes.take_up(experiment, folder, 4, old)
+    folder.write_config(resolve(config))
+    folder.update_manifest(changes=[{"step": 4, "key": "data.batch_size", "old": 30, "new": 20}])
+    after = changes.take_up(experiment, folder, 4, old)
+    assert before.offset == after.offset == 4 * 30 - 4 * 20
+    assert [entry["key"] for entry in before.changes] == [entry["key"] for entry in after.changes] == ["data.batch_size"]
+
+
+@pytest.mark.slow
+def test_a_batch_size_after_a_checkpoint_of_an_earlier_version(tmp_path, monkeypatch):
     to_page, workdir = checkpoint.to_page, tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "to_page", lambda progress, checksums: to_page(dataclasses.replace(progress, position=None, config=None), checksums))
         train(CONFIG, workdir, stop=4)
     config = small_configs.config(CONFIG, data__batch_size=20)
-    if dies:
 
-        class Dies(Callback):
-            def on_log(self, run, step, values):
-                raise ValueError
+    class Dies(Callback):
+        def on_log(self, run, step, values):
+            raise ValueError
 
-        with pytest.raises(RunError, match="failed in on_log"):
-            train(config, workdir, allow_change=["data.batch_size"], callbacks=[Dies()])
-        assert kept(workdir) == [4] and changed(workdir) == [(4, "data.batch_size", 30, 20)] and RunFolder(workdir).config()["data"]["batch_size"] == 20
-    train(config, workdir, allow_change=[] if dies else ["data.batch_size"])
+    with pytest.raises(RunError, match="failed in on_log"):
+        train(config, workdir, allow_change=["data.batch_size"], callbacks=[Dies()])
+    assert kept(workdir) == [4] and changed(workdir) == [(4, "data.batch_size", 30, 20)] and RunFolder(workdir).config()["data"]["batch_size"] == 20
+    train(config, workdir)  # the permission is recorded
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     assert checkpoints.progress(8).position == 4 * 30 + 4 * 20
     checkpoints.close()
@@ -282,6 +295,7 @@ def test_a_key_that_is_allowed_and_the_same_changes_nothing(workdir):
     assert files(RunFolder(workdir)) == before
 
 
+@pytest.mark.slow
 def test_the_optimizer_gets_a_limit_of_the_gradient_and_keeps_its_state(workdir):
     """`clip_norm` moves the arrays of Optax's state to other places in its tree. A limit that is never reached changes no number."""
     config = small_configs.config(CONFIG, training__steps=10)
@@ -314,21 +328,29 @@ def test_a_start_that_fails_before_it_trains_records_no_change(workdir, monkeypa
     assert files(folder)[:2] == before[:2] and [line["step"] for line in folder.metrics("test")] == [8]
 
 
-def test_a_death_between_the_two_files_of_the_record(workdir, monkeypatch):
-    folder, config = RunFolder(workdir), small_configs.config(CONFIG, training__steps=9, optimizer__learning_rate=1e-3)
-    write_config = RunFolder.write_config
+def test_a_death_between_the_two_files_of_the_record(tmp_path, monkeypatch):
+    folder, config = RunFolder(tmp_path), small_configs.config(CONFIG, training__steps=9, optimizer__learning_rate=1e-3)
+    folder.write_config(resolve(CONFIG))
+    page = Progress(evaluated_at=8, config=resolve(CONFIG), position=240)
+
+    def record():
+        up = changes.take_up(build_experiment(config, data=DATA), folder, 8, page)
+        record = changes.Record(folder)
+        record.expect(up)
+        record.commit()
 
     def die(*_):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot be written: Input/output error"):
         patch.setattr(RunFolder, "write_config", die)
-        train(config, workdir, allow_change=["optimizer.learning_rate"])
-    assert RunFolder.write_config is write_config and folder.config()["training"]["steps"] == 8
-    assert changes.stored(folder)["training.steps"] == 9 and changes.stored_at(folder, 8)["training.steps"] == 8
-    train(config, workdir)  # the permission is recorded
-    entries = [(8, "optimizer.learning_rate", 3e-3, 1e-3), (8, "training.steps", 8, 9)]
-    assert changed(workdir) == entries and folder.config()["training"]["steps"] == 9 and kept(workdir)[-1] == 9
+        record()
+    (entries, half) = changed(tmp_path), folder.manifest()
+    assert entries == [(8, "optimizer.learning_rate", 3e-3, 1e-3), (8, "training.steps", 8, 9)] and folder.config()["training"]["steps"] == 8
+    # What the run has now, so that the same command needs no permission again; and what it had before.
+    assert changes.stored(folder)["training.steps"] == 9 and changes.stored_at(folder, 8) == changes.flat(resolve(CONFIG))
+    record()
+    assert folder.manifest() == half and folder.config()["training"]["steps"] == 9 == changes.stored(folder)["training.steps"]
 
 
 # The best checkpoint and patience
@@ -377,6 +399,23 @@ def test_a_finished_run_is_tested_again_when_another_checkpoint_is_the_best(work
     assert "from step" not in train(config, workdir) and files(folder) == whole
 
 
+def test_patience_that_is_raised(tmp_path):
+    folder = RunFolder(tmp_path)
+    config = resolve(small_configs.config(CONFIG, checkpoint__best="loss", evaluation__patience=2, training__steps=20))
+    folder.write_config(config)
+    page = Progress(evaluated_at=8, best=0.5, best_step=4, without_improvement=2, finished=True, config=config, position=240)
+    stays = evaluated(folder, page, checkpoint__best="loss", evaluation__patience=2, training__steps=30)
+    assert stays.progress.finished and not stays.reopened and "Raise evaluation.patience" in stays.lines[-1]
+    for patience in (3, None):
+        goes_on = evaluated(folder, page, checkpoint__best="loss", evaluation__patience=patience, training__steps=20)
+        assert not goes_on.progress.finished and goes_on.reopened and goes_on.progress.without_improvement == 2
+    # Less patience stops a run at its next evaluation, not before.
+    assert not evaluated(
+        folder, dataclasses.replace(page, finished=False), checkpoint__best="loss", evaluation__patience=1, training__steps=20
+    ).progress.finished
+
+
+@pytest.mark.slow
 def test_a_run_that_patience_has_stopped_goes_on_with_more_patience(tmp_path):
     """At a learning rate that changes no parameter, the second evaluation is no better than the first."""
     config = small_configs.config(CONFIG, optimizer__learning_rate=1e-30, evaluation={"every": 2, "patience": 1}, checkpoint__best="loss")
