@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from jaxmodels.data.reading import ReadError
@@ -180,8 +179,8 @@ class Trainer:
         self._ended = up.progress != self.progress  # by the present config; the checkpoint does not say so
         self.progress, self._offset, self._config = up.progress, up.offset, up.config
         if up.new_line:
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.metrics)
-            self.state = self.state.replace(metrics=jax.device_put(zeros, jax.tree.map(lambda x: x.sharding, self.state.metrics)))
+            shardings = jax.tree.map(lambda x: x.sharding, self.state.metrics)
+            self.state = self.state.replace(metrics=jax.jit(metrics_lib.zeros, out_shardings=shardings)(self.state.metrics))
         for line in up.lines:
             self.terminal.say(line)
         if session.is_first():
