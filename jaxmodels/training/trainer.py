@@ -75,7 +75,7 @@ def train(
     console = console or Console()
     with stop or StopSignals() as stop, shared_folder.locked(folder, stop, console.print) as lock:
         from_step, lines = check_run_folder(experiment, folder, overwrite, allow_change, from_step)
-        trainer = Trainer(experiment, folder, stop, console, [lock, *callbacks], executable)
+        trainer = Trainer(experiment, folder, stop, console, callbacks, executable, lock)
         for problem in shared_folder.begin(folder, experiment.config, clear=overwrite):  # after all that could have refused the new run
             trainer.manifest.warn(problem)
         for line in lines if from_step is None else [going_back.go_back(folder, from_step)]:
@@ -101,8 +101,17 @@ def train(
 class Trainer:
     """One start of a run."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, stop: StopSignals, console: Console, callbacks: Sequence[Any] = (), executable: Any = None):
-        """Find the devices and lay out the state on them. Allocates no array of the state yet."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        stop: StopSignals,
+        console: Console,
+        callbacks: Sequence[Any] = (),
+        executable: Any = None,
+        lock: Any = None,
+    ):
+        """Find the devices and lay out the state on them. Allocates no array of the state yet. `lock` is the first callback."""
         self.mesh = mesh_lib.make_mesh(experiment.mesh)
         layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
         experiment = experiment.on(self.mesh.devices.flat[0].platform, layout)
@@ -123,7 +132,7 @@ class Trainer:
             experiment,
             folder,
             self.mesh,
-            [self.record, Throughput(), *callbacks],
+            [*([] if lock is None else [lock]), self.record, Throughput(), *callbacks],
             outputs,
             say=self.terminal.say,
             warn=self.manifest.warn,
