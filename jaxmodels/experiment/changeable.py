@@ -30,7 +30,7 @@ class Rule:
 
 
 _DEVICES = ("mesh", "sharding", "partition", "compiler_options", "model.attention", "model.kernel", "model.remat", "model.offload")
-_READING = ("data.threads", "data.workers", "data.buffer", "data.memory_gb", "data.eval_batch_size")
+_READING = ("data.threads", "data.workers", "data.buffer", "data.memory_gb", "data.group_cache_mb", "data.eval_batch_size")
 
 # The first rule that matches a key holds.
 RULES = (
@@ -42,7 +42,11 @@ RULES = (
     Rule(("optimizer.name",), NEVER, "its state belongs to one optimizer"),
     Rule(("optimizer",), ON_REQUEST, "the state of the optimizer stays; refused if the change adds or removes arrays of it"),
     Rule(("data.batch_size",), ON_REQUEST, "the next batch begins with the next example: none is repeated or left out; `epochs` counts examples"),
-    Rule(("data.sources.*.weight", "data.shuffle"), ON_REQUEST, "a new epoch begins: examples of the epoch that ends may come again, others of it not at all"),
+    Rule(
+        ("data.sources.*.weight", "data.shuffle", "data.shuffle_window"),
+        ON_REQUEST,
+        "a new epoch begins: examples of the epoch that ends may come again, others of it not at all",
+    ),
     Rule(("data.rand_augment",), ON_REQUEST, "the order of examples is the same"),
     Rule(("training.accumulate", "training.precision"), ON_REQUEST, "the same batches; other rounding, and other dropout with `accumulate`"),
     Rule(("training.ema",), ON_REQUEST, "the average goes on with the new decay; it cannot be added or removed"),
