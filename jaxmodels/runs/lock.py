@@ -151,13 +151,13 @@ class RunLock:
         self._end.set()
         if self._thread is not None:
             self._thread.join(2 * _POLL_SECONDS)
-        lock_file.own_tokens.discard(self._me.token)
         if self._held and not (self._thread is not None and self._thread.is_alive()):  # else its file system hangs
             self._held = False
             try:
                 self._file.remove(self._me.encode(self._beats))
             except OSError:
                 pass  # the next start finds that this process is gone
+        lock_file.own_tokens.discard(self._me.token)
         for place in self._made:
             try:
                 place.rmdir()

@@ -134,15 +134,10 @@ class LockFile:
     def read(self) -> list[bytes]:
         """Return the contents of the lock and of the claims on it, the last of which decides; empty if there is no lock."""
         chain: list[bytes] = []
-        tokens: set[str] = set()
         content = _read(self.path)
         while content is not None:
             chain.append(content)
-            token = Owner.decode(content).token
-            if token in tokens:  # an owner claims its own lock to remove it
-                break
-            tokens.add(token)
-            content = _read(self._claim(token))
+            content = _read(self._next_claim(chain))
         return chain
 
     def create(self, content: bytes) -> bool:
@@ -157,7 +152,7 @@ class LockFile:
 
     def replace(self, content: bytes, seen: list[bytes]) -> bool:
         """Replace another's lock; return False if it is not any more as it was `seen`."""
-        claim = self._claim(Owner.decode(seen[-1]).token)
+        claim = self._next_claim(seen)
         descriptor = self._create(claim, content)
         if descriptor is None:
             return False
@@ -228,6 +223,19 @@ class LockFile:
 
     def _claim(self, token: str) -> Path:
         return self.path.with_name(f"{self.path.stem}-{token}.claim")
+
+    def _next_claim(self, chain: list[bytes]) -> Path:
+        """Return the claim on the last of a lock and its claims.
+
+        An owner claims its own lock to remove it. If it is killed before that, the claim has the token of the lock, and is claimed in turn.
+        """
+        tokens: list[str] = []
+        for content in chain:
+            token = Owner.decode(content).token
+            while token in tokens:
+                token += "_"
+            tokens.append(token)
+        return self._claim(tokens[-1])
 
     def _temporary(self, content: bytes) -> tuple[Path, int]:
         path = self.path.with_name(f"{self.path.stem}-{uuid.uuid4().hex}.tmp")

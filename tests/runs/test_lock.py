@@ -256,6 +256,24 @@ def test_an_owner_that_claims_its_own_lock_to_remove_it_is_waited_for(folder):
     lock.release()
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_owner_that_was_killed_while_it_removed_its_lock_is_replaced(folder, dead, empty):
+    """Also after two kills on a file system without hard links, which left two empty files."""
+    owner = write_lock(folder, pid=dead)
+    claim = folder.path / f"lock-{owner.token}.claim"
+    if empty:
+        folder.lock_file.write_bytes(b"")
+        claim = folder.path / f"lock-{lock_file.Owner.decode(b'').token}.claim"
+        claim.write_bytes(b"")
+    else:
+        claim.write_bytes(owner.encode(8))
+    lock = RunLock(folder, silent_seconds=0.1)
+    until_held(lock, 5.0)
+    assert names(folder) == ["lock.json"]
+    lock.release()
+    assert names(folder) == []
+
+
 def test_file_systems_without_hard_links(folder, monkeypatch, dead):
     def link(*_):
         raise PermissionError(1, "Operation not permitted")
