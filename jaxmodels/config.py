@@ -67,7 +67,7 @@ def _load_values(path: str, argument: str | None) -> dict:
         with open(path, encoding="utf-8") as file:
             try:
                 config = json.load(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"--config: {path} is not valid JSON: {error}.") from error
     else:
         config = _call_get_config(path, argument)

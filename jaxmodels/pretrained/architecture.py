@@ -58,7 +58,7 @@ class Keys:
     def get(self, key: str, *default: Any) -> Any:
         """Return the value of a key; without a default the key is required."""
         self._read.add(key)
-        if key not in self.values and not default:
+        if self.values.get(key) is None and not default:
             raise ConfigError(f"{self.where} lacks {key!r}, which sets a size of the model.")
         return self.values.get(key, *default)
 
@@ -148,7 +148,7 @@ def find(config: Mapping, where: str) -> Architecture:
       ConfigError: it is not supported; lists those that are.
     """
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = config_lib.suggest(str(name), ARCHITECTURES)
         raise ConfigError(f"{where}: model_type={name!r} is not supported; there are {', '.join(ARCHITECTURES)}.{hint}")
     return load(name)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.architecture import Architecture, Keys, activation, linear, norm, their_activation
 from jaxmodels.pretrained.mapping import Entry
 
@@ -76,7 +77,10 @@ def _bert_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
 
 def _roberta_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("hidden_act", "gelu", "gelu")  # RoBERTa's masked-LM head uses GELU regardless of hidden_act
-    return _options(keys, names, keys.get("pad_token_id", 1) + 1)
+    padding = keys.get("pad_token_id", 1)
+    if not isinstance(padding, int) or padding < 0:
+        raise ConfigError(f"{keys.where}: pad_token_id={padding!r}: RoBERTa's positions begin after this token; it must be a whole number.")
+    return _options(keys, names, padding + 1)
 
 
 def _layers(options: Mapping) -> dict[str, int]:

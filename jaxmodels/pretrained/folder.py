@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxmodels.errors import ConfigError, optional_import
 from jaxmodels.pretrained import safetensors
+from jaxmodels.pretrained.limits import check_values
 from jaxmodels.pretrained.safetensors import Tensor
 
 PREFIX = "hf:"
@@ -50,7 +51,7 @@ class Folder:
                 raise ConfigError(_no_weights(self.path))
             return safetensors.read_header(single)
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        if not isinstance(names, dict) or not all(isinstance(file, str) and "\0" not in file for file in names.values()):
             raise ConfigError(f"{index} has no weight_map from tensors to files. Copy or download it again.")
         found: dict[str, Tensor] = {}
         for file in sorted(set(names.values())):
@@ -90,11 +91,18 @@ def find(reference: str, *, weights: bool = False) -> Folder:
         below = place(PREFIX + base, weights=weights)
         if not (below / "config.json").is_file():
             raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a pretrained model folder.")
-        return Folder(reference, below, read_json(below / "config.json"), path)
+        return Folder(reference, below, _read_config(below / "config.json"), path)
     config = path / "config.json"
     if not config.is_file():
         raise ConfigError(f"{reference}: {path} has no config.json, so it is not a pretrained model folder.")
-    return Folder(reference, path, read_json(config))
+    return Folder(reference, path, _read_config(config))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a `config.json`; ConfigError also if its sizes are absurd."""
+    config = read_json(path)
+    check_values(config, str(path))
+    return config
 
 
 def place(reference: str, *, weights: bool = False) -> Path:
@@ -164,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no JSON object.")

@@ -23,7 +23,7 @@ def _rotary(keys: Keys, base: float) -> dict:
     """Return base and scaling of rotary positions, from `rope_parameters` (newer files) or `rope_theta` and `rope_scaling` (older ones)."""
     values = dict(keys.get("rope_parameters", None) or keys.get("rope_scaling", None) or {})
     keys.ignore("rope_scaling")
-    base = values.pop("rope_theta", keys.get("rope_theta", base))
+    base = values.pop("rope_theta", None) or keys.get("rope_theta", None) or base
     kind = values.pop("rope_type", values.pop("type", "default"))
     values.pop("type", None)
     if kind == "default":

@@ -91,7 +91,7 @@ def read(directory: str) -> Adapters:
         raise ConfigError(f"{where}: peft_type={config['peft_type']!r} is not supported; only LORA is. {_INSTEAD}")
     _check_options(config, where)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not _is_rank(rank) or not _is_number(alpha):
         raise ConfigError(f"{where}: r={rank!r} and lora_alpha={alpha!r}: r must be an integer of at least 1, and lora_alpha a number.")
     tensors = safetensors.read_header(path / WEIGHTS)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -103,7 +103,8 @@ def read(directory: str) -> Adapters:
 def _tied(config: Mapping[str, Any]) -> bool:
     """Return whether PEFT ties the output layer's adapter: it does so only for embeddings named `embed_tokens`."""
     targets = config.get("target_modules")
-    return bool(config.get("ensure_weight_tying")) and isinstance(targets, list) and any(name.split(".")[-1] == "embed_tokens" for name in targets)
+    names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
+    return bool(config.get("ensure_weight_tying")) and any(name.split(".")[-1] == "embed_tokens" for name in names)
 
 
 def _check_options(config: Mapping[str, Any], where: Path) -> None:
@@ -113,6 +114,14 @@ def _check_options(config: Mapping[str, Any], where: Path) -> None:
     for key, value in config.items():
         if key not in _HARMLESS and key != "init_lora_weights" and value not in (None, False, "none", {}, []):
             raise ConfigError(f"{where}: {key}={value!r} changes what the adapters compute and is not supported. {_INSTEAD}")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -143,11 +152,20 @@ def _modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[str, 
 
 
 def _check_ranks(adapters: Adapters, config: Mapping[str, Any]) -> None:
-    """Check that all adapters have one rank and scale, except the block-diagonal ones that `export_adapters` writes."""
+    """Check that all adapters have one rank and scale, except the block-diagonal ones that `export_adapters` writes.
+
+    The keys of the two patterns are names of modules, or the ends of names. PEFT also takes regular expressions; those are refused, since one
+    of an untrusted file may take for ever.
+    """
     where = adapters.path / CONFIG
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        if not isinstance(patterns[key], dict) or not all(map(valid, patterns[key].values())):
+            raise ConfigError(f"{where}: {key} must give a number for names of modules. {_INSTEAD}")
+        if odd := [name for name in patterns[key] if not re.fullmatch(r"[\w.-]+", name)]:
+            raise ConfigError(f"{where}: {key} has {odd[0][:80]!r}, which is no name of a module; regular expressions are not supported. {_INSTEAD}")
     for module in adapters.modules:
-        found = {key: next((v for name, v in values.items() if re.match(rf"(.*\.)?({name})$", module)), None) for key, values in patterns.items()}
+        found = {key: next((v for name, v in values.items() if f".{module}".endswith(f".{name}")), None) for key, values in patterns.items()}
         rank, alpha = found["rank_pattern"] or adapters.rank, found["alpha_pattern"] or config.get("lora_alpha", 8)
         if adapters.rank_of(module) != rank:
             name = adapters.modules[module][0]

@@ -22,7 +22,10 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     if widths != [width * _EXPANSION[block] * 2**stage for stage in range(len(widths))]:
         wanted = f"embedding_size={width} times {_EXPANSION[block]}, doubled at each stage"
         raise ConfigError(f"{keys.where}: hidden_sizes={widths} is not supported; it must be {wanted}.")
-    return {"stages": tuple(keys.get("depths")), "block": block, "width": width, "stem": "imagenet"}
+    depths = keys.get("depths")
+    if len(depths) != len(widths):
+        raise ConfigError(f"{keys.where}: depths={depths} and hidden_sizes={widths} must have one value for each stage.")
+    return {"stages": tuple(depths), "block": block, "width": width, "stem": "imagenet"}
 
 
 def _config(options: Mapping) -> dict:

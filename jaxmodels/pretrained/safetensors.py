@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MOST_DIMENSIONS = 32  # fewer than NumPy's limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ConfigError(f"{path} is not a complete safetensors file: it has {size:,} bytes, and its header should have {length:,}. {_AGAIN}")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
             if not isinstance(header, dict):
                 raise ValueError("it is not an object")
             header.pop("__metadata__", None)
@@ -96,15 +98,24 @@ def read_header(path: Path) -> dict[str, Tensor]:
 _AGAIN = "Copy or download it again."
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError if a name occurs twice, of which readers would choose different ones."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return values
+
+
 def _tensor(path: Path, name: str, entry: Mapping, start: int) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown type {entry['dtype']!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    lists = isinstance(shape, list) and isinstance(offsets, list)
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= _MOST_DIMENSIONS
     if not lists or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, *offsets)) or len(offsets) != 2:
-        raise ValueError(f"{name} has an invalid shape or offsets: {shape}, {offsets}")
+        raise ValueError(f"{name} has an invalid shape or offsets: {shape}, {offsets}"[:300])
     tensor = Tensor(path, start + offsets[0], DTYPES[entry["dtype"]], tuple(shape))
     if offsets[1] - offsets[0] != tensor.nbytes:
         raise ValueError(f"{name} {shape} of {entry['dtype']} needs {tensor.nbytes:,} bytes, but its offsets span {offsets[1] - offsets[0]:,}")

@@ -178,7 +178,10 @@ def load_model(reference: str, *arguments: Any, dtype: Any = np.float32, **optio
     constructor, _ = models.find(architecture.model)
     given = arguments or pretrained_arguments(folder, architecture)
     keywords = {key: value for key, value in section.items() if key != "name"}
-    abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=new_rngs(0)))
+    try:
+        abstract = nnx.eval_shape(lambda: constructor(*given, **keywords, rngs=new_rngs(0)))
+    except ValueError as error:
+        raise ConfigError(f"{folder.path / 'config.json'}: {str(error).splitlines()[0]}.") from error
     graph, state = nnx.split(abstract)
     flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     pretrained = locate(reference, section, flat)
@@ -198,12 +201,13 @@ def pretrained_arguments(folder: Folder, architecture: Architecture) -> tuple:
     config = folder.config
     head = pretrained_head(folder, architecture)
     if architecture.model in ("vit", "resnet50"):
-        size = config.get("image_size", 224)
-        return (size, size, config.get("num_channels", 3)), number_of_labels(config)
+        size = config.get("image_size") or 224
+        return (size, size, config.get("num_channels") or 3), number_of_labels(config)
+    vocabulary = Keys(config, str(folder.path / "config.json")).get("vocab_size")
     if architecture.model == "encoder":
-        sizes = {"tokens": config["vocab_size"], "class": number_of_labels(config), "tags": number_of_labels(config)}
-        return config["vocab_size"], (head, sizes[head])
-    return (config["vocab_size"],)
+        sizes = {"tokens": vocabulary, "class": number_of_labels(config), "tags": number_of_labels(config)}
+        return vocabulary, (head, sizes[head])
+    return (vocabulary,)
 
 
 def pretrained_head(folder: Folder, architecture: Architecture) -> str:
@@ -224,4 +228,4 @@ def pretrained_head(folder: Folder, architecture: Architecture) -> str:
 
 def number_of_labels(config: Mapping) -> int:
     """Return the number of classes or tags of a config.json; 2 by default, as in `transformers`."""
-    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels") or 2

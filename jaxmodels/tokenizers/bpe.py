@@ -1,5 +1,6 @@
 """Tokenizers of the library `tokenizers`."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -9,8 +10,10 @@ import numpy as np
 import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, check_special, checked_ids
 
+MOST_TOKENS = 1 << 24  # of a vocabulary that is read from a file; an embedding has a row for each id
 _PIECE, _PIECES = 1 << 18, 16  # minimum characters of a piece of a long text, and pieces encoded at once
 
 
@@ -23,7 +26,9 @@ class TokenizersTokenizer:
         self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 1 <= self.vocab_size <= MOST_TOKENS:
+            raise ValueError(f"its largest id is {self.vocab_size - 1:,}; a vocabulary has 1 to {MOST_TOKENS:,} tokens")
         self._cuttable = _is_plain_byte_level(serialized)
 
     @classmethod
@@ -47,7 +52,8 @@ class TokenizersTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [number of tokens]."""
         if not self._cuttable or len(text) <= _PIECE:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            with panics_are_errors():
+                return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         pieces, parts = _pieces(text), []
         while few := list(itertools.islice(pieces, _PIECES)):  # over all cores
             parts += [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(few, add_special_tokens=False)]
@@ -63,6 +69,17 @@ class TokenizersTokenizer:
 
     def to_json(self) -> str:
         return self._tokenizer.to_str()
+
+
+@contextlib.contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Raise ConfigError for a panic of the `tokenizers` library, which is no Exception: its regular expressions end so at a limit of their steps."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise ConfigError(f"config.data.tokenizer: the tokenizer cannot encode a text: {error}.") from None
+        raise
 
 
 def _is_plain_byte_level(serialized: str) -> bool:

@@ -1,12 +1,19 @@
 """Chat templates: a conversation as text in a model's format, and the parts of the text that are the assistant's.
 
-A template is a Jinja2 program in the tokenizer's files. It is untrusted, so it runs in Jinja's sandbox on plain data. It has no access to the
-clock, so that the same conversation always gives the same text.
+A template is a Jinja2 program in the tokenizer's files, and untrusted. It runs in Jinja's sandbox on plain data, in a process of its own with
+limits on its time and memory (`render_chat.py`): a loop, `10**10**10` or `'a' * 10**10` cannot be stopped within this process. It has no
+access to the clock, so that the same conversation always gives the same text.
 """
 
-import functools
+import atexit
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import ConfigError, optional_import
@@ -17,13 +24,17 @@ Span = tuple[int, int]
 # Mark the text between {% generation %} and {% endgeneration %}: Unicode noncharacters, which occur in no text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
+SECONDS = 5.0  # of processor time for one conversation; an honest template needs milliseconds
+MEMORY = 1 << 30  # bytes of address space of the process; it needs 0.1 GiB
+CHARACTERS = 10_000_000  # of the text of a conversation
+
 
 class TemplateProblem(ValueError):
     """A template cannot render a conversation, or the assistant's parts cannot be located."""
 
 
 class ChatTemplate:
-    """A compiled chat template."""
+    """A chat template. All templates of a Python process are rendered by one child process, which starts with the first."""
 
     def __init__(self, template: str, names: Mapping[str, str], special: Sequence[str]):
         """
@@ -35,8 +46,13 @@ class ChatTemplate:
         Raises:
           ConfigError: the template cannot be parsed; Jinja2 is not installed.
         """
-        self._template, self.marks_answers = _compiled(template)
-        self._names, self._special = dict(names), [token for token in special if token]
+        optional_import("jinja2", "huggingface")
+        self._request = {"template": template, "names": dict(names), "special": [token for token in special if token]}
+        self._number: tuple[int, int] | None = None
+        try:
+            self._ask({"do": "compile"})
+        except TemplateProblem as error:
+            raise ConfigError(f"config.data.template: the chat template cannot be read: {error}.") from error
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Sequence[Mapping] | None = None) -> str:
         """Return the conversation as text.
@@ -47,9 +63,9 @@ class ChatTemplate:
           tools: descriptions of functions that the assistant may call, for templates that use them.
 
         Raises:
-          TemplateProblem: the template rejects the conversation, or prints an undefined variable.
+          TemplateProblem: the template rejects the conversation, prints an undefined variable, fails, or exceeds a limit.
         """
-        return self._render(messages, prompt, tools)[0]
+        return self._ask({"do": "render", "messages": list(messages), "prompt": prompt, "tools": tools})["text"]
 
     def answers(self, messages: Sequence[Message], *, tools: Sequence[Mapping] | None = None) -> tuple[str, list[Span]]:
         """Return the conversation as text, and the spans of characters of the assistant's answers, each with the token that ends its turn.
@@ -60,115 +76,77 @@ class ChatTemplate:
         Raises:
           TemplateProblem: as `render`; or the answers cannot be located.
         """
-        text, spans = self._render(messages, False, tools)
-        if self.marks_answers:
-            return text, spans
-        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._span(text, messages, i, tools) for i in numbers]
+        answer = self._ask({"do": "answers", "messages": list(messages), "tools": tools})
+        return answer["text"], [tuple(span) for span in answer["spans"]]
 
-    def _render(self, messages: Sequence[Message], prompt: bool, tools) -> tuple[str, list[Span]]:
-        jinja2 = optional_import("jinja2", "huggingface")
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    def _ask(self, request: Mapping[str, Any]) -> dict:
+        with _RENDERER.lock:
+            process = _RENDERER.running()
+            if self._number is None or self._number[0] != process.pid:  # a process that was started again knows no template
+                self._number = process.pid, _RENDERER.next()
+                request = self._request | request
+            answer = _RENDERER.ask(request | {"number": self._number[1]})
+        if "problem" in answer:
+            raise TemplateProblem(answer["problem"])
+        return answer
+
+
+class _Renderer:
+    """The process that renders. It does not import this package, whose libraries reserve more address space than its limit."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._owner, self._count = 0, 0
+
+    def running(self) -> subprocess.Popen:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            program = [sys.executable, "-P", str(Path(__file__).with_name("render_chat.py")), str(SECONDS), str(MEMORY), str(CHARACTERS)]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # Jinja2 from where this process would import it
+            self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            if not self._owner:
+                atexit.register(self.kill)
+            self._owner = os.getpid()
+        return self._process
+
+    def next(self) -> int:
+        self._count += 1
+        return self._count
+
+    def ask(self, request: Mapping[str, Any]) -> dict:
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
-            marked = self._template.render(messages=plain, tools=tools, documents=None, add_generation_prompt=prompt, **self._names)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise TemplateProblem(f"the chat template rejects the conversation: {error}") from error
-        return _without_marks(marked)
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        except BaseException:  # a signal between request and answer
+            self.stop()
+            raise
+        if line.endswith(b"\n"):
+            return json.loads(line)
+        status = self.stop()
+        if status == -signal.SIGPROF:
+            return {"problem": f"the chat template takes more than {SECONDS:g} s of processor time, and was stopped"}
+        return {"problem": f"the chat template ended the process that renders it (status {status}), which has {MEMORY >> 20:,} MiB of memory"}
 
-    def _span(self, text: str, messages: Sequence[Message], number: int, tools) -> Span:
-        """Return the span of message `number`, an answer, in the whole text."""
-        start = len(before := self.render(messages[:number], prompt=True, tools=tools))
-        if not text.startswith(before):
-            raise TemplateProblem(
-                f"the text of the conversation does not begin with the prompt that the chat template renders for the messages before message {number}, so the "
-                "assistant's text cannot be located. "
-                "Name a copy of the template with data.template, and put {% generation %} … {% endgeneration %} around the assistant's text in it."
-            )
-        after = self.render(messages[: number + 1], tools=tools)
-        if text.startswith(after):
-            return start, self._end_of_turn(text, start, len(after))
-        # Templates that omit the reasoning of earlier answers render an answer differently while it is the last.
-        content = str(messages[number].get("content") or "").strip()
-        place = text.find(content, start) if content else -1
-        ends = [text.find(token, place + len(content)) for token in self._special] if place >= 0 else []
-        ends = [(end, -len(token)) for end, token in zip(ends, self._special, strict=True) if end >= 0] if ends else []
-        if not ends:
-            raise TemplateProblem(f"message {number}: the output of the chat template does not contain its text, or no special token ends it.")
-        end, size = min(ends)
-        return start, end - size
+    def kill(self) -> None:
+        """End a process that has nothing to do."""
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self.stop()
 
-    def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Return `end` without the white space after the last special token."""
-        kept = len(text[start:end].rstrip()) + start
-        return kept if kept > start and any(text.endswith(token, start, kept) for token in self._special) else end
-
-
-def _without_marks(marked: str) -> tuple[str, list[Span]]:
-    """Return the text, and the marked spans in it; of nested marks the outer."""
-    parts, spans, size, depth, start = [], [], 0, 0, 0
-    for piece in _split(marked):
-        if piece == OPEN:
-            start, depth = (size, 1) if not depth else (start, depth + 1)
-        elif piece == CLOSE:
-            depth -= 1
-            if not depth and size > start:
-                spans.append((start, size))
-        else:
-            parts.append(piece)
-            size += len(piece)
-    return "".join(parts), spans
+    def stop(self) -> int | None:
+        """Forget the process, and return its status once it has ended."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return None
+        try:
+            return process.wait(0.2)  # it ends by itself, by a signal; but not if this process was interrupted
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
 
-def _split(marked: str):
-    """Yield marks, and the text between them."""
-    begin = 0
-    for place, character in enumerate(marked):
-        if character in (OPEN, CLOSE):
-            yield marked[begin:place]
-            yield character
-            begin = place + 1
-    yield marked[begin:]
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str):
-    """Return a compiled template, and whether it marks answers; ConfigError if it cannot be parsed."""
-    jinja2 = optional_import("jinja2", "huggingface")
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """{% generation %} … {% endgeneration %}: around the text of the assistant."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-        def mark(self, caller):
-            return f"{OPEN}{caller()}{CLOSE}"
-
-    class Missing(jinja2.Undefined):
-        """Undefined variables may be tested, but not printed."""
-
-        def __str__(self):
-            return "" if self._undefined_name is None else self._fail_with_undefined_error()
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=Missing, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    try:
-        tree = environment.parse(template)
-        marks = any(isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock))
-        return environment.from_string(template), marks
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"config.data.template: the chat template cannot be read: {error} (line {getattr(error, 'lineno', '?')}).") from error
+_RENDERER = _Renderer()

@@ -10,9 +10,10 @@ import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxmodels.errors import ConfigError, optional_import
-from jaxmodels.tokenizers.bpe import TokenizersTokenizer
+from jaxmodels.tokenizers.bpe import TokenizersTokenizer, panics_are_errors
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+_MOST_EXTRA_IDS = 10_000  # T5 has 100
 # Qwen's pre-tokenization: contractions, letters, single digits, punctuation, line breaks, spaces.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +50,8 @@ class _Library(TokenizersTokenizer):
         return reader
 
     def read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._reader.encode(text, add_special_tokens=False)
+        with panics_are_errors():
+            encoding = self._reader.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
     def decode(self, tokens) -> str:
@@ -193,7 +195,9 @@ def _with_extra_ids(model: bytes, kind: str, settings: Mapping, added: Mapping[i
     if kind != "t5" or any("<extra_id_" in token["content"] for token in added.values()):
         return added
     first = optional_import("sentencepiece", "text").SentencePieceProcessor(model_proto=model).vocab_size()
-    count = int(settings.get("extra_ids", 100))
+    count = settings.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= _MOST_EXTRA_IDS:
+        raise ConfigError(f"config.data.tokenizer: extra_ids={str(count)[:80]} in tokenizer_config.json is not a whole number from 0 to {_MOST_EXTRA_IDS:,}.")
     return {**added, **{first + count - 1 - i: {"content": f"<extra_id_{i}>"} for i in range(count)}}
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.folder import Folder, find
+from jaxmodels.pretrained.limits import check_values
+from jaxmodels.tokenizers.bpe import MOST_TOKENS
 from jaxmodels.tokenizers.files import make_coder
 
 FILES = (
@@ -81,6 +83,7 @@ class PretrainedTokenizer:
         """
         self._files = {name: bytes(files[name]) for name in sorted(files) if name in FILES}
         self.config = {key: config[key] for key in _KEPT if config.get(key) is not None}
+        check_values(self.config, where)
         self._settings = self._object("tokenizer_config.json")
         self._named = self._named_tokens()
         try:
@@ -212,7 +215,7 @@ class PretrainedTokenizer:
             return {}
         try:
             values = json.loads(self._files[name].decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config.data.tokenizer: {name} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config.data.tokenizer: {name} is no JSON object.")
@@ -223,6 +226,8 @@ class PretrainedTokenizer:
         named: dict[str, str | None] = dict(DEFAULTS.get(self._kind, {}))
         for source in (self._object("special_tokens_map.json"), self._settings):
             named |= {key: _content(source[key]) for key in _NAMED if key in source}
+        if odd := [f"{key}={token!r}"[:80] for key, token in named.items() if not isinstance(token, str | None)]:
+            raise ConfigError(f"config.data.tokenizer: its files set {odd[0]}, which is no text.")
         return named
 
     def _added(self) -> dict[int, dict]:
@@ -234,6 +239,8 @@ class PretrainedTokenizer:
         for number, token in (self._settings.get("added_tokens_decoder") or {}).items():
             keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             added[int(number)] = {key: token[key] for key in keys if key in token} if isinstance(token, dict) else {"content": token}
+        if odd := [number for number in added if not 0 <= number < MOST_TOKENS]:
+            raise ConfigError(f"config.data.tokenizer: its files add a token with the id {odd[0]}; ids are from 0 to {MOST_TOKENS - 1:,}.")
         return dict(sorted(added.items()))
 
     def _find_special(self, name: str) -> int | None:

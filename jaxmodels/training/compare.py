@@ -65,7 +65,7 @@ def open_plan(path: str | os.PathLike) -> Planned:
     if path.is_file():
         try:
             saved, figures = None, json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--plan={path} is neither JSON ({error}) nor a folder: give what jaxmodels plan wrote, --json=FILE or --save=FOLDER.") from error
     else:
         saved = open_saved(path)

@@ -198,7 +198,7 @@ def open_saved(folder: str | os.PathLike) -> Saved:
         raise ConfigError(f"--plan={folder} is not a saved step ({what}): write one with jaxmodels plan --config=… --topology=… --save={folder}.")
     try:
         page = json.loads((folder / PAGE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--plan={folder}: {PAGE} is not valid JSON ({error}): save it again with jaxmodels plan --save.") from error
     missing = {"versions", "devices", "mesh", "config", "compiler_options", "program", "executable", "plan"} - page.keys()
     if missing:

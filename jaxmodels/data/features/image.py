@@ -29,6 +29,7 @@ class Image(Feature):
       size: height and width, or both in one number.
       channels: 1 grey, 3 colour, 4 colour and opacity.
       fit: `crop` scales an image until it covers the size and takes its centre; `stretch` changes its proportions.
+      max_pixels: pixels of an image file, width times height; a larger one is a bad example. Decoding needs about 9 bytes a pixel in each reader.
     """
 
     arrays: ClassVar = ("image",)
@@ -37,8 +38,11 @@ class Image(Feature):
     size: int | tuple[int, ...] | None = None
     channels: Literal[1, 3, 4] = 3
     fit: Literal["crop", "stretch"] = "crop"
+    max_pixels: int = 67_108_864
 
     def __post_init__(self):
+        if self.max_pixels < 1:
+            raise ConfigError(f"config.data.max_pixels must be at least 1, got {self.max_pixels}.")
         both = (self.size, self.size) if isinstance(self.size, int) else self.size or ()
         if len(both) != 2 or min(both) < 1:
             raise ConfigError(f"config.data.size must be a number above 0, or height and width, got {self.size}.")
@@ -51,6 +55,7 @@ class Image(Feature):
         try:
             with opened(row.values[self.image_column], row) as file:
                 image = file if isinstance(file, PillowImage.Image) else PillowImage.open(file)
+                self._check(image)
                 return {"image": to_array(image, self._size, self.channels, self.fit)}
         except MemoryError:
             raise
@@ -58,6 +63,14 @@ class Image(Feature):
             if is_unavailable(error):
                 raise
             raise Problem(f"cannot be decoded as an image: {error}.") from error
+
+    def _check(self, image: PillowImage.Image) -> None:
+        """Raise ValueError for an image that is refused before it is decoded: its file has only been opened."""
+        width, height = image.size
+        if width * height > self.max_pixels:
+            raise ValueError(f"it has {width} × {height} pixels, and data.max_pixels={self.max_pixels:,}")
+        if image.format == "EPS":  # Pillow would run Ghostscript, an interpreter, on the file
+            raise ValueError("it is a PostScript program, not an image; convert it to PNG")
 
     def blank(self):
         return {"image": np.zeros((*self._size, self.channels), np.uint8)}

@@ -269,6 +269,6 @@ def json_object(line: str | bytes) -> dict | str:
     """Return the JSON object of a line, or what is wrong with the line."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON: {error}."
     return record if isinstance(record, dict) else "not a JSON object."

@@ -80,6 +80,13 @@ def csv_table(
 
 def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
     """Return the columns as float64 [rows, columns], and their names."""
+    try:
+        return _table(path, time_column, columns)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a table of comma-separated values: {error}.") from error
+
+
+def _table(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -96,7 +103,7 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
             try:
                 values.extend([float(row[place]) for place in places])
             except ValueError:
-                raise ConfigError(f"{path}, line {reader.line_num}: not a number in each of {', '.join(wanted)}: {row}") from None
+                raise ConfigError(f"{path}, line {reader.line_num}: not a number in each of {', '.join(wanted)}: {str(row)[:200]}") from None
     table = np.array(values, np.float64).reshape(-1, len(wanted))
     bad = np.flatnonzero(~np.isfinite(table).all(1))
     if len(bad):
