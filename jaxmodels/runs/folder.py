@@ -30,6 +30,7 @@ from typing import Any
 from jaxmodels.errors import ConfigError
 from jaxmodels.runs.json_files import append_line, read_json, read_lines, replace, write_json
 
+MOST_ENTRIES = 50  # of a list in the manifest
 _NOT_FINITE = ("nan", "inf", "-inf")
 _TRACKERS = ("tensorboard", "metrics.csv", "media", "wandb", "mlruns")
 OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samples.txt", "tokenizer.json", "checkpoints", "damaged", "set_aside", *_TRACKERS)
@@ -143,10 +144,11 @@ class RunFolder:
         write_json(self.manifest_file, self.manifest() | values)
 
     def add_to_manifest(self, key: str, value: Any) -> None:
-        """Append to a list of the manifest, unless its last entry is equal."""
-        entries = self.manifest().get(key, [])
-        if not entries or entries[-1] != value:
-            self.update_manifest(**{key: [*entries, value]})
+        """Append to a list of the manifest, unless it has an equal entry; see `shortened`."""
+        manifest = self.manifest()
+        entries = manifest.get(key, [])
+        if value not in entries:
+            self.update_manifest(**shortened(manifest, key, [*entries, value]))
 
     def identify(self) -> str:
         """Return the run's id, by which children identify it; create it at the first call."""
@@ -229,6 +231,17 @@ def _is_child(line: Mapping) -> bool:
     return isinstance(line.get("run"), str) and isinstance(line.get("step"), int) and {"id", "needed"} <= line.keys()
 
 
+def shortened(manifest: Mapping, key: str, entries: list) -> dict[str, Any]:
+    """Return a list as keys of a manifest: the first and the latest entries, and the number of those that were left out in between.
+
+    So a run that is stopped a thousand times does not write a thousand entries at each start.
+    """
+    left_out = max(0, len(entries) - MOST_ENTRIES)
+    before = manifest.get(f"{key}_left_out", 0)
+    kept = [*entries[:1], *entries[1 + left_out :]]
+    return {key: kept} | ({f"{key}_left_out": before + left_out} if before + left_out else {})
+
+
 # The keys of a manifest that the package reads back, and whether a value is one.
 _is_list = lambda value: isinstance(value, list)
 _is_object = lambda value: isinstance(value, dict)
@@ -237,6 +250,8 @@ _MANIFEST = {
     "info": _is_object,
     "data": _is_object,
     "fallbacks": _is_list,
+    "starts_left_out": lambda value: isinstance(value, int),
+    "fallbacks_left_out": lambda value: isinstance(value, int),
     "starts": lambda value: _is_list(value) and all(map(_is_object, value)),
     "changes": lambda value: _is_list(value) and all(_is_object(entry) and {"step", "key", "old", "new"} <= entry.keys() for entry in value),
     "went_back": lambda value: _is_list(value) and all(_is_object(entry) and "from_step" in entry for entry in value),

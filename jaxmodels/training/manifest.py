@@ -12,7 +12,7 @@ import jax
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import pipeline
 from jaxmodels.runs import disk
-from jaxmodels.runs.folder import RunFolder, now
+from jaxmodels.runs.folder import RunFolder, now, shortened
 from jaxmodels.step.state import TrainState
 from jaxmodels.training.compile import CompileRecord
 
@@ -110,7 +110,7 @@ class Manifest:
                 skipped_examples=dict(experiment.dataset.skipped),
                 parents=manifest.get("parents", []),
                 fallbacks=manifest.get("fallbacks", []),
-                starts=[*manifest.get("starts", []), start],
+                **shortened(manifest, "starts", [*manifest.get("starts", []), start]),
             )
             if tokenizer is not None:
                 self._folder.tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")

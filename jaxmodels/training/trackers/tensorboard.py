@@ -1,9 +1,7 @@
 """Event files that TensorBoard reads, written without TensorFlow."""
 
 import contextlib
-import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +9,7 @@ from typing import Any
 
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import media as media_lib
+from jaxmodels.training.trackers.event_file import EventFile
 
 
 class TensorBoard(Callback):
@@ -27,13 +26,11 @@ class TensorBoard(Callback):
         self._file = None
 
     def on_start(self, run: Any) -> None:
-        from tensorboardX import RecordWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        run.folder.tensorboard.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = RecordWriter(str(run.folder.tensorboard / name))
-        self._add(0, file_version="brain.Event:2")
+        self._file = EventFile(run.folder.tensorboard)
+        if self._file.is_new:
+            self._add(0, file_version="brain.Event:2")
         # TensorBoard hides what an earlier start wrote from this step on: it is written again.
         self._add(run.step + 1, session_log=SessionLog(status=SessionLog.START))
         self._file.flush()
