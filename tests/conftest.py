@@ -1,5 +1,6 @@
 """Settings of all tests: the CPU, and caches that subprocesses share."""
 
+import faulthandler
 import os
 import tempfile
 import tracemalloc  # noqa: F401  pytest imports it when a finaliser fails, and inside TFDS's lazy imports that would fail too
@@ -52,6 +53,20 @@ def _memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return 0
+
+
+FAULT_LIMIT = 1800  # seconds of one test
+
+
+@pytest.fixture(autouse=True)
+def bounded(request):
+    """End a test of faults that hangs: print all stacks, and end the process."""
+    if request.node.get_closest_marker("faults") is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(FAULT_LIMIT, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

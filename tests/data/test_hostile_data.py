@@ -16,6 +16,8 @@ from jaxmodels.data.registry import open_dataset
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.runs.folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 IMAGES = {"image_column": "image", "label_column": "label", "size": 8, "holdout": 0.0}
 
 

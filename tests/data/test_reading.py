@@ -18,6 +18,8 @@ from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import CachedSource
 from jaxmodels.data.sources.mixture import Concatenation
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def waits(monkeypatch):

@@ -168,6 +168,7 @@ def test_gpt_shakespeare_in_four_processes_equals_one(tmp_path, data_dir):
     assert RunFolder(four.workdir).manifest()["starts"][0]["devices"].startswith("8 x cpu")
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, number", [(2, signal.SIGKILL), (0, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGSTOP)])
 def test_one_of_four_ends_and_two_resume(tmp_path, victim, number):
@@ -210,6 +211,7 @@ def _alive(pid):
         return False
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
     config = CONFIG | {"training": {"steps": 400}, "evaluation": {"every": 7}, "checkpoint": {"every": 10_000}}
@@ -231,6 +233,7 @@ def test_a_signal_at_one_stops_all_at_one_step_and_nothing_is_lost(tmp_path):
         np.testing.assert_array_equal(one[0][key], other[0][key], err_msg=key)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_second_start_of_two_processes_is_refused_in_both(tmp_path):
     """The first process of the run holds the lock for both; it is removed at a stop."""
@@ -251,6 +254,7 @@ def test_a_second_start_of_two_processes_is_refused_in_both(tmp_path):
     assert len(starts) == 1
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_command):
     run = Run(tmp_path, small_configs.config(CONFIG, data__source="recording_sources:failing"), "failing").start(2, 1)
@@ -365,6 +369,7 @@ def fake(tmp_path, text):
     return {"JAXMODELS": str(path)}
 
 
+@pytest.mark.faults
 def test_local_sh_kills_the_rest_when_one_fails(tmp_path):
     program = fake(tmp_path, 'echo "here is $JAXMODELS_PROCESS of $JAXMODELS_PROCESSES: $*"; [ $JAXMODELS_PROCESS = 1 ] && exit 7; sleep 1000')
     started = time.monotonic()
@@ -375,6 +380,7 @@ def test_local_sh_kills_the_rest_when_one_fails(tmp_path):
     assert (tmp_path / "logs" / "process-2.log").read_text() == "here is 2 of 3: train --config=x\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_sh_passes_a_signal_on(tmp_path, number):
     name = number.name.removeprefix("SIG")

@@ -430,6 +430,7 @@ def test_connections_of_other_programs_are_ignored():
 # Leaving
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_process_that_dies_is_noticed_by_all_others(victim):
     crowd = everybody(3)
@@ -450,6 +451,7 @@ class Silent:
         raise JaxRuntimeError("UNAVAILABLE")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("victim", [2, 0])
 def test_a_silent_process_is_treated_as_failed(victim):
     crowd = everybody(3)
@@ -465,6 +467,7 @@ def test_a_silent_process_is_treated_as_failed(victim):
         crowd.wait_for_left(victim)
 
 
+@pytest.mark.faults
 def test_a_hanging_main_thread_ends_the_run_after_the_limit(capfd):
     crowd = everybody(3, stall_limit=3.0)
     reported = []
@@ -487,6 +490,7 @@ def test_a_hanging_main_thread_ends_the_run_after_the_limit(capfd):
     assert f"jaxmodels: process 1 ({socket.gethostname()}): it waits for data\n" in said
 
 
+@pytest.mark.faults
 def test_a_phase_has_a_limit_of_its_own():
     crowd = everybody(2, stall_limit=60.0)
     first = crowd.members[0]
@@ -500,6 +504,7 @@ def test_a_phase_has_a_limit_of_its_own():
     assert all(reason.startswith("no process has restored for 1 s (--setup_limit); all are at the same step") for _, reason in crowd.left.values())
 
 
+@pytest.mark.faults
 def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():
     crowd = everybody(3)
     crowd.members[1].bye(3, "diverged at step 7", agreed=False)
@@ -508,6 +513,7 @@ def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():
     assert 1 not in crowd.left
 
 
+@pytest.mark.faults
 def test_others_may_end_by_themselves_after_an_error():
     crowd = everybody(2)
     crowd.members[1].bye(3, "diverged", agreed=False)
@@ -519,6 +525,7 @@ def test_others_may_end_by_themselves_after_an_error():
 # Stopping together
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", range(12))
 def test_all_stop_at_the_same_check_from_any_state(seed):
     """Every process waits in 'collectives' for the others, as real ones do: agreeing on a stop must not need a main thread that waits there."""

@@ -17,6 +17,8 @@ from jaxmodels.pretrained.weights import load_model, model_section
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
 from jaxmodels.tokenizers.factory import make_tokenizer
 
+pytestmark = pytest.mark.faults
+
 SIZES = {
     *("num_hidden_layers", "num_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "hidden_size", "n_embd"),
     *("d_model", "d_kv", "d_ff", "head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "patch_size"),

@@ -25,6 +25,8 @@ from jaxmodels.runs import checksums
 from jaxmodels.runs.checkpoint import Checkpoints
 from jaxmodels.runs.folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 # What they depend on
 
 

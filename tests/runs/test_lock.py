@@ -30,6 +30,8 @@ from jaxmodels.runs.lock import RunLock
 from jaxmodels.runs.lock_file import this_process
 from jaxmodels.training import trainer as trainer_lib
 
+pytestmark = pytest.mark.faults
+
 CONFIG = small_configs.config(small_configs.CNN, training__steps=20, evaluation={}, log__tensorboard=False)
 
 

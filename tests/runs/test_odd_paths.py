@@ -11,6 +11,8 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.runs.checkpoint import Checkpoints
 from jaxmodels.runs.folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 ODD = os.fsdecode(b"run-\xff")
 
 

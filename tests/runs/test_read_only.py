@@ -24,6 +24,8 @@ from jaxmodels.runs.lineage import lineage
 from jaxmodels.runs.merge import merge
 from jaxmodels.training import trainer as trainer_lib
 
+pytestmark = pytest.mark.faults
+
 GPT = small_configs.config(small_configs.GPT, training__steps=20, checkpoint__best="loss", evaluation__every=10, log__tensorboard=False, model__dropout=0.0)
 LORA = {"rank": 2, "alpha": 4.0, "targets": (r".*up$",)}
 

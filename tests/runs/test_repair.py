@@ -16,6 +16,8 @@ from jaxmodels.runs.lineage import lineage
 from jaxmodels.runs.repair import repair
 from jaxmodels.training import trainer as trainer_lib
 
+pytestmark = pytest.mark.faults
+
 CONFIG = small_configs.config(small_configs.CNN, training__steps=30, evaluation={}, log={"every": 5, "tensorboard": False})
 
 

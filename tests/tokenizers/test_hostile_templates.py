@@ -11,6 +11,8 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers import chat_template, render_chat
 from jaxmodels.tokenizers.chat_template import ChatTemplate, TemplateProblem
 
+pytestmark = pytest.mark.faults
+
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

@@ -20,6 +20,8 @@ from jaxmodels.errors import Interrupted
 from jaxmodels.runs.folder import MOST_ENTRIES, RunFolder, shortened
 from jaxmodels.training.trackers.event_file import EventFile
 
+pytestmark = pytest.mark.faults
+
 rng = np.random.default_rng(0)
 ARRAYS = {split: {"image": rng.uniform(size=(n, 2, 2, 1)).astype(np.float32), "label": rng.integers(0, 2, n).astype(np.int32)} for split, n in (("train", 64), ("test", 8))}  # fmt: skip
 
@@ -94,7 +96,6 @@ def test_a_few_cycles_leave_one_event_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.faults
 def test_many_cycles(tmp_path):
     """1,000 of them, or JAXMODELS_CYCLES; the last 10 are starts of a process of their own."""
     cycles = int(os.environ.get("JAXMODELS_CYCLES", "1000"))

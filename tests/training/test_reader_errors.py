@@ -14,6 +14,8 @@ from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import Dataset
 from jaxmodels.runs.folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 SPLITS: dict = {}  # what `opened` returns
 
 

@@ -25,6 +25,8 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.summary import print_summary
 
+pytestmark = pytest.mark.faults
+
 RATES = {"cnn": 6.0, "lstm": 45.0, "gpt": 6.0}  # learning rates of best_in_the_middle
 
 

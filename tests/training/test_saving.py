@@ -27,6 +27,8 @@ from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.watchdog import Watchdog
 
+pytestmark = pytest.mark.faults
+
 CONFIG = small_configs.config(small_configs.CNN, training__steps=40, evaluation__every=None, checkpoint={"every": 5, "keep": 2}, log={"every": 1})
 
 

@@ -18,6 +18,8 @@ from jaxmodels.errors import Interrupted
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training.signals import StopSignals
 
+pytestmark = pytest.mark.faults
+
 
 def hanging(source, **changes):
     base = small_configs.config(small_configs.CNN, data={"source": f"hanging_source:{source}", "batch_size": 20, "threads": 2, "memory_gb": 0.0}, **changes)

@@ -438,6 +438,7 @@ def test_a_process_exits_while_a_tracker_hangs(tmp_path):
     assert done.returncode == 0 and "did not finish in time; 3 calls were not written" in done.stdout, done.stderr
 
 
+@pytest.mark.faults
 def test_a_full_disk_drops_tensorboard(tmp_path, small_disk):
     run, started = start(tmp_path / "run", ["jsonl", "tensorboard"])
     for step in range(500):  # 50 kB of events
@@ -448,6 +449,7 @@ def test_a_full_disk_drops_tensorboard(tmp_path, small_disk):
     assert len(run.folder.metrics("train")) == 500
 
 
+@pytest.mark.faults
 def test_a_full_disk_of_tensorboard_does_not_stop_training(tmp_path, small_disk):
     """`log.every=1` on a file system of 12 kB: tensorboardX's own writer blocked the loop for ever."""
     config = small_configs.config(small_configs.CNN, training__steps=500, evaluation__every=None, checkpoint__every=1000, log__every=1)

@@ -19,6 +19,8 @@ from jaxmodels.training import watchdog as watchdog_lib
 from jaxmodels.training.signals import StopSignals
 from jaxmodels.training.watchdog import Limits, Watchdog, waits_for
 
+pytestmark = pytest.mark.faults
+
 
 def watched(waits="something", **limits):
     """A watchdog with limits in seconds that are never reached unless given, and the list of its reasons to end the process."""

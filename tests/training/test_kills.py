@@ -1,0 +1,58 @@
+"""A run that is killed, stopped and suspended at random moments ends as an uninterrupted one, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import small_configs
+from training.test_resume import assert_same, best_in_the_middle, finish, summary, train, write_config
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+EXPECTED = (0, 75, -signal.SIGKILL, -signal.SIGTERM)  # the last before Python has reached our handlers
+
+
+def fault(process, kind, seconds, generator):
+    """Wait a random time of up to `seconds`, then kill, stop or suspend a process; return whether it was still running."""
+    moment, pauses = generator.uniform(0, seconds), [generator.uniform(0.05, 1.0) for _ in range(2)]
+    try:
+        process.wait(moment)
+        return False
+    except subprocess.TimeoutExpired:
+        process.send_signal(kind)
+    if kind == signal.SIGSTOP:
+        time.sleep(pauses[0])
+        process.send_signal(signal.SIGCONT)
+        time.sleep(pauses[1])
+        process.kill()
+    return True
+
+
+def test_faults_at_random_moments_change_nothing(tmp_path):
+    """JAXMODELS_FAULTS faults (20), whose moments and kinds JAXMODELS_SEED (0) decides; a run that has finished is followed by another.
+
+    The moments are uniform over the time of a whole run: some are during an import, a compilation, a save or an evaluation.
+    """
+    faults, generator = int(os.environ.get("JAXMODELS_FAULTS", "20")), random.Random(int(os.environ.get("JAXMODELS_SEED", "0")))
+    path = write_config(tmp_path, small_configs.config(best_in_the_middle("cnn"), checkpoint__every=3, log__tensorboard=True))
+    finish(train(path, tmp_path / "compiles"))
+    begin = time.monotonic()
+    whole = finish(train(path, tmp_path / "whole"))
+    seconds, done, runs = time.monotonic() - begin, [], 0
+    while len(done) < faults:
+        runs += 1
+        workdir, finished = tmp_path / f"run{runs}", False
+        while len(done) < faults and not finished:
+            process, kind = train(path, workdir), generator.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+            if fault(process, kind, seconds, generator):
+                done.append(kind.name)
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode in EXPECTED and "Traceback" not in output, (done, output)
+            finished = process.returncode == 0
+        output = finish(train(path, workdir))
+        assert summary(output, workdir) == summary(whole, tmp_path / "whole"), done
+        assert_same(tmp_path / "whole", workdir)
+        assert not (workdir / "damaged").exists() and not (workdir / "lock.json").exists()
+    print(f"{len(done)} faults in {runs} runs:", *done)
