@@ -66,15 +66,18 @@ class Checkpoints:
                 self._clean_up()
         self._at_once = at_once
         gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # Orbax rejects an array of exactly the limit
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=gigabytes), "progress": ocp.JsonCheckpointHandler()},
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    read_only=read_only,
+                    create=not read_only,
+                ),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=gigabytes), "progress": ocp.JsonCheckpointHandler()},
+            )
+        except RecursionError as error:  # Orbax reads this file of every step, and passes over one that is no JSON
+            raise RunError(f"{folder}: the file _CHECKPOINT_METADATA of a step is nested too deeply. Move that step's folder away.") from error
 
     def saved_parts(self, state: TrainState) -> dict:
         """Return the parts of a state, or of its shapes, that a checkpoint holds."""

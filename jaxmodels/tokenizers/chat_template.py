@@ -116,7 +116,11 @@ class _Renderer:
     def ask(self, request: Mapping[str, Any]) -> dict:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            text = json.dumps(request).encode() + b"\n"
+        except RecursionError:
+            return {"problem": "the conversation is nested too deeply"}
+        try:
+            self._process.stdin.write(text)
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:

@@ -152,7 +152,8 @@ def _split(marked: str) -> Iterator[str]:
 
 
 def main(seconds: float, memory: int, most: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for the process that asks
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # terminals and schedulers send them to the process that asks and to this one, which ends with that
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     templates: dict[int, Template] = {}

@@ -189,6 +189,22 @@ def test_every_restore_after_a_flip_is_right_or_refused(trained, shapes, tmp_pat
     assert seen["refused"] >= unguarded
 
 
+def test_nesting_without_end_is_refused(trained, shapes, tmp_path):
+    whole = read(trained / "checkpoints", shapes)
+    files = [path for path in (trained / "checkpoints" / "20").rglob("*") if path.is_file() and path.read_bytes()[:1] == b"{"]
+    assert len(files) >= 3
+    for number, path in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(trained / "checkpoints" / "20", folder / "20")
+        (folder / path.relative_to(trained / "checkpoints")).write_text('{"a":' * 100_000)
+        if path.name == "_CHECKPOINT_METADATA":
+            with pytest.raises(RunError, match=f"{folder}: the file _CHECKPOINT_METADATA of a step is nested too deeply"):
+                read(folder, shapes)
+        else:
+            found = read(folder, shapes)
+            assert found is None or same(found, whole), path
+
+
 def damage(folder, step=20):
     """Flip a bit in each tenth of the arrays' largest file: some of its bytes belong to no array."""
     path = max((path for path in (folder / "checkpoints" / str(step) / "state").rglob("d/*")), key=lambda path: path.stat().st_size)

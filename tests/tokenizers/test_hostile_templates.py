@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import tokenizer_folders
+from conftest import ROOT
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers import chat_template, render_chat
@@ -84,3 +88,22 @@ def test_a_process_that_was_killed_is_started_again():
 
 def test_the_marks_are_the_same_in_both_programs():
     assert (render_chat.OPEN, render_chat.CLOSE) == (chat_template.OPEN, chat_template.CLOSE)
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_it():
+    template = ChatTemplate("{{ messages[0].content }}", {}, [])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(chat_template._RENDERER._process.pid, number)
+        assert template.render(TALK) == "Hi"
+
+
+def test_it_ends_with_the_process_that_asks():
+    program = "from jaxmodels.tokenizers import chat_template as c; c.ChatTemplate('x', {}, []); print(c._RENDERER._process.pid, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while os.path.exists(f"/proc/{child}/cmdline") and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < end, "it is left behind"
+        time.sleep(0.02)
