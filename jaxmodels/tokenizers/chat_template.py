@@ -48,7 +48,7 @@ class ChatTemplate:
         """
         optional_import("jinja2", "huggingface")
         self._request = {"template": template, "names": dict(names), "special": [token for token in special if token]}
-        self._number: tuple[int, int] | None = None
+        self._known: tuple[subprocess.Popen, int] | None = None  # the process that knows this template, and by which number
         try:
             self._ask({"do": "compile"})
         except TemplateProblem as error:
@@ -81,11 +81,11 @@ class ChatTemplate:
 
     def _ask(self, request: Mapping[str, Any]) -> dict:
         with _RENDERER.lock:
-            process = _RENDERER.running()
-            if self._number is None or self._number[0] != process.pid:  # a process that was started again knows no template
-                self._number = process.pid, _RENDERER.next()
-                request = self._request | request
-            answer = _RENDERER.ask(request | {"number": self._number[1]})
+            process, known = _RENDERER.running(), self._known
+            if known is None or known[0] is not process:  # a process that was started again knows no template
+                known, request = (process, _RENDERER.next()), self._request | request
+            answer = _RENDERER.ask(request | {"number": known[1]})
+            self._known = known
         if "problem" in answer:
             raise TemplateProblem(answer["problem"])
         return answer
@@ -117,8 +117,8 @@ class _Renderer:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
             text = json.dumps(request).encode() + b"\n"
-        except RecursionError:
-            return {"problem": "the conversation is nested too deeply"}
+        except RecursionError as error:
+            raise TemplateProblem("the conversation is nested too deeply") from error
         try:
             self._process.stdin.write(text)
             self._process.stdin.flush()
