@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import small_configs
-from conftest import ROOT
+from conftest import HELPERS, ROOT
 
 import jaxmodels
 from jaxmodels.errors import Interrupted
@@ -114,7 +114,8 @@ def test_many_cycles(tmp_path):
     np.savez(tmp_path / "data.npz", **{f"{split}/{name}": values for split, part in ARRAYS.items() for name, values in part.items()})
     for _ in range(alone):
         program = [sys.executable, "-c", ALONE, str(path), str(tmp_path / "data.npz"), workdir]
-        process = subprocess.run(program, cwd=ROOT / "tests", capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", HELPERS)))}
+        process = subprocess.run(program, env=environment, capture_output=True, text=True)
         assert process.returncode == 75, process.stderr
     first, last = measured[min(measured)], measured[max(measured)]
     for name in ("checkpoints", "manifest"):
