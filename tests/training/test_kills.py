@@ -4,14 +4,22 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import small_configs
-from training.test_resume import assert_same, best_in_the_middle, finish, summary, train, write_config
+from conftest import ROOT
+from training.test_resume import assert_same, best_in_the_middle, finish, summary, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 EXPECTED = (0, 75, -signal.SIGKILL, -signal.SIGTERM)  # the last before Python has reached our handlers
+
+
+def train(path, workdir):
+    """Start a run in an interpreter of its own, so that faults meet its imports too."""
+    command = [sys.executable, "-m", "jaxmodels", "train", f"--config={path}", f"--workdir={workdir}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def fault(process, kind, seconds, generator):
