@@ -475,7 +475,14 @@ def test_a_signal_ends_the_wait(tmp_path):
     folder = RunFolder(tmp_path / "x")
     folder.path.mkdir()
     write_lock(folder, host="elsewhere", pid=12)
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def stop():
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # before, it would end the tests
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
     with pytest.raises(Interrupted, match="SIGTERM: stopped while waiting for a sign of life of process 12 on elsewhere"):
         train_here(CONFIG, folder.path)
     assert names(folder) == ["lock.json"]
