@@ -115,7 +115,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
     """Return column -> class names, from what Hugging Face's `datasets` writes into a schema."""
     try:
         described = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     result = {}
     for name, feature in described.get("info", {}).get("features", {}).items():
