@@ -85,8 +85,7 @@ def _training(config: Mapping, manifest: Mapping) -> str:
     lines = [f"- {key}: {flat[key]}" for key in keys if flat.get(key) is not None]
     starts = manifest.get("starts") or []
     if starts:
-        versions = starts[-1].get("versions") or {}
-        lines += [f"- {name}: {version}" for name, version in versions.items()]
+        lines += [f"- {name}: {version}" for name, version in starts[-1]["packages"].items()]
     return "\n".join(lines)
 
 

@@ -233,6 +233,7 @@ def check_trained_here(tmp_path, *names):
         card = (out / "README.md").read_text()
         assert "language_model" in card or "classify" in card
         assert here.config["model"]["name"] in card
+        assert f"- jax: {jax.__version__}" in card
 
 
 def test_adapters_are_merged(folder, tmp_path):
