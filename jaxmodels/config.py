@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import runpy
 import traceback
 import types
@@ -22,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.storage import paths as storage
 
 REQUIRED = inspect.Parameter.empty
 
@@ -48,6 +50,9 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Split `FILE[:ARG]` into (file, argument). An existing file whose name contains a colon is not split."""
+    if re.match(r"\w+://", spec):
+        place = storage.parse(spec, "--config")
+        return str(place), None
     if ":" in spec and not os.path.exists(spec):
         path, _, argument = spec.partition(":")
         return path, argument
@@ -55,6 +60,8 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 
 def _load_values(path: str, argument: str | None) -> dict:
+    if storage.is_bucket(path):
+        return _load_remote(storage.parse(path))
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
     if not os.path.isfile(path):
@@ -76,6 +83,20 @@ def _load_values(path: str, argument: str | None) -> dict:
     if not isinstance(config, Mapping):
         raise ConfigError(f"--config: {path} must return a ConfigDict or a dictionary, got {config!r}.")
     return dict(config)
+
+
+def _load_remote(place: Any) -> dict:
+    """Return the config in a run's folder in a bucket, or in a JSON file there. A Python file is not executed from there."""
+    file = place if place.suffix == ".json" else place / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no {file}; in a bucket, --config is a run folder or a JSON file.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config: {file} does not contain a config.")
+    return config
 
 
 def _call_get_config(path: str, argument: str | None) -> Any:

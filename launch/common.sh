@@ -79,11 +79,17 @@ check_train() {
     for argument in "$@"; do
         case $argument in
             --config | --config=*) has_config=true ;;
-            --workdir=*://*) usage_error "$argument: the run folder cannot be a URL; mount the bucket with --bucket=BUCKET, and use --workdir=runs/NAME" ;;
+            --workdir=gs://?* | --workdir=s3://?*) ;;
+            --workdir=*://*) usage_error "$argument: the run folder is a folder, gs://BUCKET/NAME or s3://BUCKET/NAME" ;;
             --processes* | --process=* | --coordinator*) usage_error "$argument: this script sets the processes; remove it" ;;
         esac
     done
     $has_config || usage_error "no --config after --: end the command with -- --config=configs/NAME.py"
+}
+
+# has_remote_workdir ARGUMENT...: whether these arguments of jaxmodels train name a run folder in a bucket.
+has_remote_workdir() {
+    [[ " $* " == *" --workdir=gs://"* || " $* " == *" --workdir=s3://"* ]]
 }
 
 # check_variable NAME=VALUE: fail unless this is an environment variable.

@@ -16,7 +16,7 @@ follows the log of worker 0. Called again with the same arguments, it follows th
   --version=VERSION   runtime version, for example v2-alpha-tpuv6e (default: depends on TYPE)
   --spot              use spot capacity, which can be preempted
   --queued            create a queued resource, which waits for capacity
-  --bucket=BUCKET     mount this bucket at /shared on all workers (gcsfuse); runs/ is then in the bucket
+  --bucket=BUCKET     mount this bucket at /shared on all workers (gcsfuse); not needed for --workdir=gs://BUCKET/NAME
   --env=NAME=VALUE    environment variable of the run; repeatable
   --code=head|tree    copy the last commit (default), or the working tree with uncommitted changes
   --max_restarts=N    maximum restarts, for any reason (default: 10)
@@ -70,7 +70,7 @@ check poll "$poll" '[0-9]+(\.[0-9]+)?' 'seconds'
 [[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, a name without gs://'
 check_train "$@"
 if [[ -z $bucket ]] && ! has_option workdir "$@"; then
-    usage_error "no run folder: give --bucket=BUCKET, or after -- a --workdir on persistent storage that all workers share"
+    usage_error "no run folder: give after -- a --workdir=gs://BUCKET/NAME, or one on storage that all workers share, or --bucket=BUCKET"
 fi
 if [[ -z $version ]]; then
     case ${type%%-*} in

@@ -113,3 +113,37 @@ def small_disk(tmp_path):
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def bucket_servers(tmp_path_factory):
+    """Emulators of S3 and GCS (`bucket_servers.Servers`), behind proxies; the test is skipped without them."""
+    import bucket_servers
+
+    if why := bucket_servers.missing():
+        pytest.skip(why)
+    servers = bucket_servers.start(tmp_path_factory.mktemp("bucket_servers"))
+    yield servers
+    servers.stop()
+
+
+@pytest.fixture
+def location(place, tmp_path):
+    """Function of a name that returns the address of a folder of this test: on the disk, in S3 and in GCS."""
+    return lambda name: str(tmp_path / name) if place.startswith("/") else f"{place}/{tmp_path.name}/{name}"
+
+
+PLACES = ["folder", pytest.param("s3", marks=pytest.mark.buckets), pytest.param("gs", marks=pytest.mark.buckets)]
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request, tmp_path_factory):
+    """The address of a new folder on the disk, in S3 and in GCS; add `/name` to it, and `paths.join` it."""
+    if request.param == "folder":
+        return str(tmp_path_factory.mktemp("place"))
+    import uuid
+
+    request.getfixturevalue("bucket_servers")
+    from bucket_servers import BUCKET
+
+    return f"{request.param}://{BUCKET}/{uuid.uuid4().hex[:8]}"

@@ -78,12 +78,14 @@ def run(argv: list[str]) -> int:
         root.error(f"{options.command} takes no --config.{next(iter(overrides))}")
     from jaxmodels.distributed import session
     from jaxmodels.errors import Interrupted, RunError
+    from jaxmodels.storage.client import StorageError
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     try:
         _check_encoding(argv)
+        _check_addresses(options)
         status = options.function(options, overrides) or 0
         session.finish()
         return status
@@ -92,10 +94,10 @@ def run(argv: list[str]) -> int:
         session.leave(error)
         # A normal exit would wait for a compilation that still runs in a thread.
         os._exit(error.exit_status)
-    except RunError as error:
+    except (RunError, StorageError) as error:
         print(f"jaxmodels: {error}", file=sys.stderr, flush=True)
         session.leave(error)
-        return error.exit_status
+        return getattr(error, "exit_status", 1)
     except BaseException as error:
         session.leave(error)
         raise
@@ -111,6 +113,26 @@ def _check_encoding(argv: list[str]) -> None:
         except UnicodeEncodeError:
             shown = argument.encode(errors="surrogateescape").decode(errors="backslashreplace")
             raise ConfigError(f"{shown} is not valid UTF-8. Rename the file or folder, or give it a second name (a symbolic link) in UTF-8.") from None
+
+
+def _check_addresses(options) -> None:
+    """Check the arguments that name files and folders, before anything is loaded; `file://` becomes a path.
+
+    Raises:
+      ConfigError: a wrong address, or one in a bucket where only a disk will do.
+    """
+    from jaxmodels.errors import ConfigError
+    from jaxmodels.storage import paths
+
+    for name in ("workdir", "data_dir", "output", "run", "save", "json", "hlo", "write", "plan"):
+        if not isinstance(value := getattr(options, name, None), str):
+            continue
+        shown = f"the {name}" if name == "run" or (name == "output" and options.command in ("import", "export")) else f"--{name}"
+        place = paths.parse(value, shown)
+        if not paths.is_bucket(place):
+            setattr(options, name, str(place) if "://" in value else value)
+        elif name in ("save", "json", "hlo", "write", "plan") or options.command == "tokenizer":
+            raise ConfigError(f"{shown}={value}: this is written and read on a disk only; give a path there, and copy it.")
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict]:

@@ -112,6 +112,11 @@ class Member:
             self._store.key_value_set(f"{_KEY}/gathered/{number}", json.dumps([value for _, value in pairs]))
         return self._get(f"gathered/{number}")
 
+    def exchange(self, name: str, value: Any) -> list:
+        """As `gather`, but of a thread: `name` is used once in a run, and the order of calls does not matter."""
+        self._store.key_value_set(f"{_KEY}/exchange/{name}/{self._index}", json.dumps(value))
+        return [self._get(f"exchange/{name}/{index}") for index in range(self.processes.count)]
+
     def bye(self, status: int, reason: str = "", *, agreed: bool) -> None:
         """Announce the end of this process; process 0 also waits until the others have announced their ends.
 

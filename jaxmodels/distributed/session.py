@@ -136,6 +136,11 @@ def gather(name: str, value: Any = None) -> list:
     return [value]
 
 
+def exchange(name: str, value: Any) -> list:
+    """Return the values of all processes in order. For threads beside the main one: calls need no common order, and `name` must be new."""
+    return [value] if _member is None else _member.exchange(name, value)
+
+
 def barrier(name: str) -> None:
     """Wait until all processes have called this with the same name."""
     gather(name)

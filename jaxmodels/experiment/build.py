@@ -31,6 +31,7 @@ from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import paths
 from jaxmodels.step.schedule import check as check_schedule
 from jaxmodels.step.schedule import make_schedule
+from jaxmodels.storage import paths as storage
 
 
 def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapping | None = None, trained_info: Mapping | None = None) -> Experiment:
@@ -46,6 +47,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     Raises:
       ConfigError: any error of the config or its data; no device is used.
     """
+    data_dir = None if data_dir is None else str(storage.parse(data_dir, "--data_dir"))
     c = resolve(config)
     loading = _loading(c["data"])
     dataset = _open(c["data"], loading, data_dir, data)

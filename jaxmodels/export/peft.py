@@ -24,6 +24,7 @@ from jaxmodels.pretrained.peft import CONFIG, KINDS, MATRIX, PREFIX, TABLE, WEIG
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.weights import Stored
+from jaxmodels.storage import paths as storage
 
 _TASKS = {"gpt": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}  # none for encoders: PEFT would save their head, trained or not
 _INSTEAD = "Export the run with merged adapters: jaxmodels export without --format=peft."
@@ -80,7 +81,7 @@ def export_adapters(run: str, output: str) -> Path:
         safetensors.write(target / WEIGHTS, tensors, {"format": "pt"})
         values = _config(architecture, links, content, lora, base["name"])
         (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return Path(output).expanduser().absolute()
+    return storage.parse(output).expanduser().absolute()
 
 
 def _base(folder: RunFolder) -> dict[str, str]:

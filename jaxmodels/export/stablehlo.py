@@ -24,6 +24,7 @@ from jax import export as jax_export
 from jaxmodels.errors import ConfigError, optional_import
 from jaxmodels.pretrained import safetensors
 from jaxmodels.pretrained.folder import read_json, whole_folder
+from jaxmodels.storage import paths as storage
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMETERS, DESCRIPTION = "forward.stablehlo", "parameters.safetensors", "forward.json"
@@ -96,7 +97,7 @@ def load_stablehlo(folder: str) -> Forward:
     Raises:
       ConfigError: the folder holds no export, or a damaged or incomplete one.
     """
-    path = Path(folder).expanduser().absolute()
+    path = storage.parse(folder).expanduser().absolute()
     if missing := [name for name in (PROGRAM, PARAMETERS, DESCRIPTION) if not (path / name).is_file()]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; expected a folder written by jaxmodels export --format=stablehlo.")
     optional_import("flatbuffers", "export")
@@ -147,7 +148,7 @@ def export_stablehlo(run: str, output: str) -> Path:
         safetensors.write(folder / PARAMETERS, tensors, {"format": "jaxmodels"})
         description = _describe(opened, exported, inputs, notes)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return Path(output).expanduser().absolute()
+    return storage.parse(output).expanduser().absolute()
 
 
 def _portable_graph(opened: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:

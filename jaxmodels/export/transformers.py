@@ -23,6 +23,7 @@ from jaxmodels.pretrained.safetensors import ToWrite
 from jaxmodels.pretrained.weights import FREE, resolve_options
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.storage import paths as storage
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _BATCH_BYTES = 1 << 30  # maximum bytes of parameters read at once
@@ -66,7 +67,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
         notes += tokenizer_files.write(folder, target)
         _write_processor(target, config, manifest["info"])
         (target / "README.md").write_text(model_card(folder, located.step, architecture, values, notes), encoding="utf-8")
-    return Path(output).expanduser().absolute()
+    return storage.parse(output).expanduser().absolute()
 
 
 def choose(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[Architecture, list[str]]:

@@ -21,6 +21,7 @@ from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import parse_run
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import state
+from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers import factory as tokenizers
 
 
@@ -110,7 +111,7 @@ def with_own_tokenizer(config: dict, folder: RunFolder, data_dir: str | None) ->
     spec = config["data"].get("tokenizer")
     if not isinstance(spec, str) or not tokenizers.is_path(spec) or not folder.tokenizer_file.is_file():
         return config
-    if any(os.path.exists(os.path.join(place, spec)) for place in ("", data_dir or os.environ.get("JAXMODELS_DATA_DIR", ""))):
+    if any(storage.parse(storage.join(place, spec)).exists() for place in ("", data_dir or os.environ.get("JAXMODELS_DATA_DIR", ""))):
         return config
     return config | {"data": dict(config["data"]) | {"tokenizer": str(folder.path)}}
 

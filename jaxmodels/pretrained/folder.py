@@ -16,6 +16,8 @@ from jaxmodels.errors import ConfigError, optional_import
 from jaxmodels.pretrained import safetensors
 from jaxmodels.pretrained.limits import check_values
 from jaxmodels.pretrained.safetensors import Tensor
+from jaxmodels.storage import paths
+from jaxmodels.storage.paths import BucketPath
 
 PREFIX = "hf:"
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -74,7 +76,7 @@ def find(reference: str, *, weights: bool = False) -> Folder:
     """Find the folder of a pretrained model; download it if the reference is an id.
 
     Args:
-      reference: `hf:` and a folder, or the id of a model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found
+      reference: `hf:` and a folder (also one in a bucket, of which a copy is made in the cache), or the id of a model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found
         without a network. For a folder with LoRA adapters only, the result is the model that their config names, with `adapters` set.
       weights: also download the weights, not only the small files.
 
@@ -110,7 +112,11 @@ def place(reference: str, *, weights: bool = False) -> Path:
     if not is_pretrained(reference) or reference == PREFIX:
         raise ConfigError(f"{reference!r}: a pretrained model is named hf:FOLDER or hf:OWNER/NAME.")
     name = reference.removeprefix(PREFIX)
-    path = Path(name).expanduser().absolute()
+    path = paths.parse(name, "hf").expanduser().absolute()
+    if isinstance(path, BucketPath):
+        if not path.is_dir():
+            raise ConfigError(f"{reference}: there is nothing in {path}.")
+        return paths.local_copy(path, lambda file: weights or not file.endswith(".safetensors"))
     if not path.is_dir():
         if path.exists() or not re.fullmatch(_HUB_ID, name):
             raise ConfigError(f"{reference}: there is no folder {path}, and {name!r} is no id of a model on the hub (OWNER/NAME).")
@@ -140,7 +146,11 @@ def whole_folder(output: str) -> Iterator[Path]:
     Raises:
       ConfigError: `output` exists and is not an empty folder, or cannot be written.
     """
-    path = Path(output).expanduser().absolute()
+    path = paths.parse(output, "the output").expanduser().absolute()
+    if isinstance(path, BucketPath):
+        with _uploaded(path) as temporary:
+            yield temporary
+        return
     try:
         taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
         if taken:
@@ -156,6 +166,21 @@ def whole_folder(output: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _uploaded(path: BucketPath) -> Iterator[Path]:
+    if path.is_dir():
+        raise ConfigError(f"{path} already exists and is not an empty folder. Choose another one.")
+    paths.check_writable(path, "the output")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        try:
+            paths.upload(Path(temporary), path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                paths.delete_tree(path)
+            raise
 
 
 def _umask() -> int:

@@ -26,6 +26,7 @@ from jaxmodels.pretrained.architecture import Architecture
 from jaxmodels.pretrained.folder import is_pretrained, place, read_json
 from jaxmodels.pretrained.mapping import FORMS, LazyParameter, Link
 from jaxmodels.pretrained.safetensors import Tensor
+from jaxmodels.storage import paths as storage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -76,7 +77,8 @@ def read(directory: str) -> Adapters:
       ConfigError: there are no adapters, they are pickled or damaged, or an option makes them something other than a product of two
         matrices; the message names it.
     """
-    path = place(directory, weights=True) if is_pretrained(directory) else Path(directory).expanduser().absolute()
+    path = place(directory, weights=True) if is_pretrained(directory) else storage.parse(directory).expanduser().absolute()
+    path = storage.local_copy(path) if isinstance(path, storage.BucketPath) else path
     if not (path / CONFIG).is_file():
         raise ConfigError(f"{path} is not a folder of adapters: it has no {CONFIG}.")
     if not (path / WEIGHTS).is_file():

@@ -1,9 +1,8 @@
-"""Checkpoints of a run, saved with Orbax: asynchronous and atomic; the latest and the best are preserved."""
+"""Checkpoints of a run: asynchronous and atomic; the latest and the best are preserved. On a disk they are Orbax's, in a bucket those of `bucket_store`."""
 
 import dataclasses
 import math
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import orbax.checkpoint as ocp
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.runs import bucket_store, disk
 from jaxmodels.runs import checksums as checksums_lib
-from jaxmodels.runs import disk
+from jaxmodels.runs.bucket_store import BucketStore
 from jaxmodels.runs.checksums import Damaged
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.orbax_store import OrbaxStore
 from jaxmodels.runs.progress import Progress, from_page, to_page
 from jaxmodels.step.state import TrainState
-
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of Orbax's folders until a checkpoint is whole
-_CHUNK = 1 << 25  # bytes; chunk size of arrays when `at_once` limits the bytes in flight
+from jaxmodels.storage.paths import BucketPath, is_bucket
 
 
 class SaveFailed(RunError):
@@ -33,7 +32,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | BucketPath,
         *,
         keep: int = 1,
         every: int = 1,
@@ -57,39 +56,20 @@ class Checkpoints:
           as_saved: (step, progress, shapes of the state) -> the shapes as they were saved: the same arrays in the same order, maybe in another tree.
         """
         self.folder, self._as_saved = folder, as_saved
-        self._policy = _Preserved(keep, every, lambda: {*parents(), *self._linked()})
+        self._policy = _Preserved(keep, every, lambda: {*parents(), *self._store.linked()})
         self._left_out = () if save_frozen else ("frozen",)
         self._checksums, self._saving, self._littered = checksums, None, False
         disk.quiet_orbax()
-        if not read_only:
-            with session.first_goes_first("clean up"):
-                self._clean_up()
-        self._at_once = at_once
-        gigabytes = None if at_once is None else at_once / 1e9 + 1e-3  # Orbax rejects an array of exactly the limit
-        try:
-            self._manager = ocp.CheckpointManager(
-                folder,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._policy,
-                    read_only=read_only,
-                    create=not read_only,
-                ),
-                item_handlers={"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=gigabytes), "progress": ocp.JsonCheckpointHandler()},
-            )
-        except RecursionError as error:  # Orbax reads this file of every step, and passes over one that is no JSON
-            raise RunError(f"{folder}: the file _CHECKPOINT_METADATA of a step is nested too deeply. Move that step's folder away.") from error
+        store = BucketStore if is_bucket(folder) or any(folder.glob(f"*/{bucket_store.INDEX}")) else OrbaxStore  # also of a copy of a bucket
+        self._store: BucketStore | OrbaxStore = store(folder, self._policy, read_only=read_only, at_once=at_once)
 
     def saved_parts(self, state: TrainState) -> dict:
         """Return the parts of a state, or of its shapes, that a checkpoint holds."""
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in self._left_out}
 
-    def _linked(self) -> set[int]:
-        """Return the steps whose folders are symbolic links: somebody put them elsewhere, and Orbax cannot delete a link."""
-        return {int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_symlink()}
-
     def steps(self) -> list[int]:
         """Return the steps that have a complete checkpoint, in ascending order."""
-        return sorted(self._manager.all_steps())
+        return self._store.steps()
 
     def save(self, state: TrainState, progress: Progress) -> None:
         """Start saving a state as the checkpoint of its step. The state may be donated as soon as this returns.
@@ -100,28 +80,16 @@ class Checkpoints:
         self.wait()
         step, parts = int(state.step), self.saved_parts(state)
         page = to_page(progress, checksums_lib.of(parts) if self._checksums else None)
-        replaced, replaces = self.folder / f"replaced-{step}", step in self.steps()
-        if replaces:
-            # Move the old checkpoint aside until the new one is complete: it may be the only one.
-            with session.first_goes_first("replace"):
-                if session.is_first():
-                    (self.folder / str(step)).rename(replaced)
-            self._manager.reload()
         self._policy.best_step = progress.best_step
         self._saving = step
         try:
-            self._manager.save(step, args=ocp.args.Composite(state=self._saved(parts), progress=ocp.args.JsonSave(page)), force=True)
+            self._store.save(step, parts, page)
         except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failed(error) from error
-        if replaces:
-            self.wait()
-            if session.is_first():
-                if replaced.exists():  # else `wait` has cleaned up after a failed save
-                    _delete(replaced)
 
     def saving(self) -> bool:
         """Return whether a checkpoint is being saved in the background. False does not say that it was saved: `wait` does."""
-        return self._saving is not None and self._manager.is_saving_in_progress()
+        return self._saving is not None and self._store.saving()
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -132,12 +100,12 @@ class Checkpoints:
         if self._saving is None:
             return
         try:
-            self._manager.wait_until_finished()
+            self._store.wait()
         except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failed(error) from error
         self._saving = None
         if self._littered and session.is_first():
-            self._clean_up()  # again: writes of the failed save may have ended after it did
+            self._store.clean_up()  # again: writes of the failed save may have ended after it did
         self._littered = False
 
     def _failed(self, error: Exception) -> SaveFailed:
@@ -145,25 +113,9 @@ class Checkpoints:
         step, self._saving, self._littered = self._saving, None, True
         reason = disk.reason(error, self.folder)  # before its files are removed, which may leave free space
         if session.is_first():
-            self._clean_up()
-        # Orbax counts the failed step as saved, and steps that it would have deleted as deleted.
-        self._manager.reload()
+            self._store.clean_up()
+        self._store.reload()
         return SaveFailed(f"checkpoint {self.folder / str(step)} could not be saved: {reason}")
-
-    def _saved(self, parts: dict) -> ocp.args.PyTreeSave:
-        if self._at_once is None:
-            return ocp.args.PyTreeSave(parts)
-        # TensorStore encodes chunks and assembles files in memory: limit the size of both.
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), parts)
-        return ocp.args.PyTreeSave(parts, chunks, ocdbt_target_data_file_size=4 * _CHUNK)
-
-    def _clean_up(self) -> None:
-        """Restore checkpoints whose replacement was interrupted; delete those that were replaced, and the files of unfinished saves."""
-        for replaced in self.folder.glob("replaced-*"):
-            place = self.folder / replaced.name.removeprefix("replaced-")
-            _delete(replaced) if place.exists() else replaced.rename(place)
-        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Progress]:
         """Return the state at a step, each array with the sharding of its shape, and the progress.
@@ -175,14 +127,14 @@ class Checkpoints:
         """
         progress, checksums = self._page(step)
         parts = self.saved_parts(self._as_saved(step, progress, shapes))
-        items = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(parts)))
-        self._verify(step, items.state, checksums)
+        found = self._store.read(step, parts)
+        self._verify(step, found, checksums)
         trees = {part: jax.tree.structure(getattr(shapes, part)) for part in parts}
-        return shapes.replace(**{part: jax.tree.unflatten(tree, jax.tree.leaves(items.state[part])) for part, tree in trees.items()}), progress
+        return shapes.replace(**{part: jax.tree.unflatten(tree, jax.tree.leaves(found[part])) for part, tree in trees.items()}), progress
 
     def _page(self, step: int) -> tuple[Progress, dict[str, str] | None]:
         """Return the progress and the checksums that were saved at a step."""
-        return from_page(self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress)
+        return from_page(self._store.page(step))
 
     def _verify(self, step: int, arrays: Any, checksums: Mapping[str, str] | None) -> None:
         """Raise Damaged if arrays differ from their checksums."""
@@ -223,7 +175,7 @@ class Checkpoints:
             state, progress = restored
             with session.first_goes_first("move aside"):
                 for bad, _ in problems if session.is_first() else ():
-                    (self.folder / str(bad)).rename(self.folder / f"unreadable-{bad}")
+                    self._store.set_aside(bad)
             self._policy.best_step = progress.best_step
             self._delete_old(progress)
             return state, progress, [message for _, message in problems]
@@ -240,11 +192,11 @@ class Checkpoints:
         policy = dataclasses.replace(self._policy, **{key: before[key] for key in ("keep", "every") if key in before})
         with session.first_goes_first("delete old"):
             if session.is_first():
-                self._manager.reload()
+                self._store.reload()
                 steps = self.steps()
                 for step in set(steps) - policy.preserved(steps):
-                    shutil.rmtree(self.folder / str(step))
-        self._manager.reload()
+                    self._store.delete(step)
+        self._store.reload()
 
     def progress(self, step: int) -> Progress:
         """Return the progress stored at a step; RunError if it cannot be read."""
@@ -257,7 +209,7 @@ class Checkpoints:
         """Return the shapes of parts of the state (`params`, `ema`, `frozen`, `stats`) saved at a step; RunError if they cannot be read."""
         tree = self._tree(step)
         as_shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-        return {part: jax.tree.map(as_shape, tree.get(part) or {}) for part in parts}
+        return {part: jax.tree.map(as_shape, {} if tree.get(part) is None else tree[part]) for part in parts}
 
     def restore_part(self, step: int, shapes: Mapping[str, Any]) -> dict:
         """Return some parts of the state at a step, or some arrays of a part; `shapes` have shardings.
@@ -265,10 +217,9 @@ class Checkpoints:
         Raises:
           RunError: the checkpoint cannot be read.
         """
-        args = _restore_args(dict(shapes), partial_restore=True)
         try:
             _, checksums = self._page(step)
-            found = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+            found = self._store.read(step, dict(shapes), partial=True)
             self._verify(step, found, checksums)
             return found
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
@@ -295,7 +246,7 @@ class Checkpoints:
         def problems(paths: Collection[str]) -> dict[str, str | None]:
             chosen = checksums_lib.map_with_paths(lambda path, x: x if path in paths else ocp.PLACEHOLDER, shapes)
             try:
-                found = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(chosen))).state
+                found = self._store.read(step, chosen)
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
                 if len(paths) > 1:
                     return {path: problem for one in paths for path, problem in problems([one]).items()}
@@ -320,7 +271,7 @@ class Checkpoints:
     def _tree(self, step: int) -> Any:
         """Return the shapes of all arrays saved at a step; RunError if they cannot be read."""
         try:
-            return self._manager.item_metadata(step).state.tree
+            return self._store.tree(step)
         except Exception as error:  # Orbax raises many types for a damaged file
             raise RunError(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}") from error
 
@@ -356,7 +307,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._store.close()
 
 
 def parse_run(reference: str) -> tuple[str, str | None]:
@@ -411,15 +362,6 @@ class _Preserved(ocp.checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context):
         preserved = self.preserved([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in preserved for checkpoint in checkpoints]
-
-
-def _restore_args(shapes: Any, **options) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), **options)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder, or the symbolic link in its place."""
-    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,19 +13,22 @@ from typing import Any
 import jax
 
 from jaxmodels.errors import RunError
+from jaxmodels.storage.paths import BucketPath, is_bucket
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def reason(error: BaseException, folder: Path) -> str:
+def reason(error: BaseException, folder: Path | BucketPath) -> str:
     """Return one line that says why a save failed, with the free space if the disk is full.
 
     Args:
       error: of the operating system, or one of TensorStore, which has the operating system's words in its text.
       folder: to which was written.
     """
+    if isinstance(error, RunError):
+        return str(error)
     words = next((os.strerror(number) for number in _FULL if getattr(error, "errno", None) == number or os.strerror(number) in str(error)), None)
-    if words is not None:
+    if words is not None and not is_bucket(folder):
         return f"{words} ({in_words(free(folder))} free)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
@@ -34,7 +37,7 @@ def reason(error: BaseException, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def must_write(folder: Path) -> Iterator[None]:
+def must_write(folder: Path | BucketPath) -> Iterator[None]:
     """Turn an error of the operating system, while files of a run are written, into a RunError of one line."""
     try:
         yield
@@ -42,7 +45,7 @@ def must_write(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder} cannot be written: {reason(error, folder)}. No checkpoint was changed; the same command goes on when it can be.") from error
 
 
-def room(folder: Path, state: Any, keep: int) -> tuple[str, bool]:
+def room(folder: Path | BucketPath, state: Any, keep: int) -> tuple[str, bool]:
     """Return a line that says for how many checkpoints a folder has room, and whether that is enough.
 
     The run holds at most `keep` checkpoints, the best one, and the one that is being saved.
@@ -53,6 +56,8 @@ def room(folder: Path, state: Any, keep: int) -> tuple[str, bool]:
       keep: `checkpoint.keep`.
     """
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if is_bucket(folder):
+        return f"{folder}: checkpoints of {in_words(size)} each; the room in a bucket is not checked", True
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     fits, needed = (free(folder) + used) // max(size, 1), keep + 2
     line = f"{folder} has room for {fits} checkpoints of {in_words(size)}"

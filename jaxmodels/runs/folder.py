@@ -20,15 +20,16 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.runs.json_files import append_line, read_json, read_lines, replace, write_json
+from jaxmodels.runs.json_files import append_line, append_text, read_json, read_lines, replace, write_json
+from jaxmodels.storage import paths
+from jaxmodels.storage.paths import BucketPath, StorageError
 
 MOST_ENTRIES = 50  # of a list in the manifest
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -37,14 +38,20 @@ OURS = ("config.json", "manifest.json", "metrics.jsonl", "children.jsonl", "samp
 
 
 class RunFolder:
-    """The folder of one run. The constructor reads and writes nothing."""
+    """The folder of one run, on a disk or in a bucket. The constructor reads and writes nothing.
 
-    def __init__(self, path: str | os.PathLike):
+    Attributes:
+      path: of the folder, absolute.
+      …_file, tensorboard, checkpoints: paths in it.
+    """
+
+    def __init__(self, path: str | os.PathLike | BucketPath):
         """
         Raises:
-          ConfigError: the absolute path is not valid UTF-8, which manifests and the libraries that write arrays need.
+          ConfigError: the address is of no kind that is known; or the absolute path is not valid UTF-8, which manifests and the libraries that write
+            arrays need.
         """
-        self.path = Path(path).absolute()
+        self.path = paths.parse(path).absolute()
         try:
             str(self.path).encode()
         except UnicodeEncodeError:
@@ -89,6 +96,9 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raise ConfigError if the folder cannot be created or written."""
+        if isinstance(self.path, BucketPath):
+            paths.check_writable(self.path, "--workdir")
+            return
         for last in (False, False, True):
             place = self.path
             try:
@@ -108,7 +118,7 @@ class RunFolder:
         for name in OURS:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                paths.delete_tree(path)
             elif path.exists():
                 path.unlink()
 
@@ -169,11 +179,22 @@ class RunFolder:
 
     def find_child(self, line: Mapping[str, Any]) -> "RunFolder | None":
         """Return the run of a line of `children.jsonl`, at its absolute or relative path; None if it is at neither."""
-        places = [Path(line["run"])] + ([self.path / line["relative"]] if "relative" in line else [])
-        found = (RunFolder(os.path.normpath(place)) for place in places)
-        return next((f for f in found if f.config_file.is_file() and f.manifest().get("id") == line["id"]), None)
+        found = (RunFolder(place) for place in self.places(line))
+        return next((f for f in found if f.is_run(line["id"])), None)
 
-    def dependents(self) -> list[Path]:
+    def is_run(self, run_id: str | None) -> bool:
+        """Return whether the run with this id is here; False also for a bucket that cannot be reached."""
+        try:
+            return self.config_file.is_file() and self.manifest().get("id") == run_id
+        except StorageError:
+            return False
+
+    def places(self, entry: Mapping[str, Any]) -> list[Path | BucketPath]:
+        """Return where the run of an entry of `children.jsonl` or of the manifest's `parents` may be: at its address, or beside this run if both moved."""
+        places = [paths.parse(entry["run"])] + ([self.path / entry["relative"]] if entry.get("relative") else [])
+        return [Path(os.path.normpath(place)) if isinstance(place, Path) else place for place in places]
+
+    def dependents(self) -> list[Path | BucketPath]:
         """Return the folders of existing runs that read weights from this run."""
         return [child.path for line in self.children() if line["needed"] and (child := self.find_child(line))]
 
@@ -194,6 +215,10 @@ class RunFolder:
     def add_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`; on an OSError, no part of it."""
         append_line(self.metrics_file, self.metrics_line({"step": step, "split": split} | dict(values)).rstrip("\n"))
+
+    def add_lines(self, lines: Sequence[tuple[int, str, Mapping[str, float]]]) -> None:
+        """Append lines of (step, split, values) to `metrics.jsonl` together."""
+        append_text(self.metrics_file, "".join(self.metrics_line({"step": step, "split": split} | dict(values)) for step, split, values in lines))
 
     def rewind(self, step: int, evaluated_at: int, finished: bool) -> None:
         """Drop the lines and samples that a run resumed from `step` will write again.

@@ -16,6 +16,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.runs import disk
 from jaxmodels.runs.folder import RunFolder, now
 from jaxmodels.runs.json_files import append_line
+from jaxmodels.storage.paths import is_bucket
 
 
 def saved_steps(folder: RunFolder) -> list[int]:
@@ -29,6 +30,8 @@ def check(folder: RunFolder, step: int) -> None:
     Raises:
       ConfigError: it has no checkpoint of that step; or another run needs a later checkpoint at its place.
     """
+    if is_bucket(folder.path):
+        raise ConfigError(f"--from_step={step}: a run in a bucket cannot go back. Start a new run from {folder.path}@{step} with config.init_from.")
     steps = saved_steps(folder)
     if step not in steps:
         there_are = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none yet"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.storage.paths import BucketPath
 
 _INVALID = (ValueError, RecursionError)  # of `json.loads`: no JSON, not UTF-8, too deep
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | BucketPath) -> Any:
     """Read a JSON file; ConfigError if it is invalid."""
     try:
         return json.loads(path.read_bytes())
@@ -21,7 +22,7 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete the run.") from error
 
 
-def write_json(path: Path, values: Mapping) -> None:
+def write_json(path: Path | BucketPath, values: Mapping) -> None:
     """Write a JSON file atomically."""
     replace(path, json.dumps(values, indent=2, default=_plain, ensure_ascii=False) + "\n")
 
@@ -33,8 +34,11 @@ def _plain(value):
     raise TypeError(f"{value!r} cannot be written as JSON")
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path | BucketPath, text: str) -> None:
     """Write a file atomically."""
+    if isinstance(path, BucketPath):
+        path.write_text(text, errors="backslashreplace")
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         # A name of a file that is not UTF-8 becomes an escape, which JSON reads as the same name.
@@ -48,7 +52,7 @@ def replace(path: Path, text: str) -> None:
         raise
 
 
-def read_lines(path: Path, is_valid: Callable[[Mapping], bool]) -> tuple[list[dict], dict[int, bytes]]:
+def read_lines(path: Path | BucketPath, is_valid: Callable[[Mapping], bool]) -> tuple[list[dict], dict[int, bytes]]:
     """Read a file of JSON lines.
 
     Args:
@@ -59,7 +63,7 @@ def read_lines(path: Path, is_valid: Callable[[Mapping], bool]) -> tuple[list[di
       The valid objects; and number, from 1, -> bytes of each damaged line. A last line without its end is in neither unless it is valid: a
       writer that was killed leaves it, and a writer at work has not finished it.
     """
-    texts = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    texts = read_if_there(path).split(b"\n")
     valid, damaged = [], {}
     for number, text in enumerate(texts, 1):
         try:
@@ -73,8 +77,32 @@ def read_lines(path: Path, is_valid: Callable[[Mapping], bool]) -> tuple[list[di
     return valid, damaged
 
 
-def append_line(path: Path, text: str) -> None:
+def read_if_there(path: Path | BucketPath) -> bytes:
+    """Return the contents of a file; empty if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def append_text(path: Path | BucketPath, text: str) -> None:
+    """Append a text to a file. An object in a bucket is written anew, again if another process has changed it in between."""
+    if not isinstance(path, BucketPath):
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+        return
+    while True:
+        content, generation = path.read_with_generation()
+        whole = (content or b"") + text.encode()
+        if path.write_if(whole, generation) is not None or path.read_with_generation()[0] == whole:  # the second: its answer was lost
+            return
+
+
+def append_line(path: Path | BucketPath, text: str) -> None:
     """Append a line to a file, after a truncated line on a new one; on an OSError, append no part of it."""
+    if isinstance(path, BucketPath):
+        append_text(path, text + "\n")
+        return
     with open(path, "ab+", buffering=0) as file:
         if end := file.tell():
             file.seek(-1, os.SEEK_END)

@@ -1,8 +1,6 @@
 """The lineage of a run: its ancestors and descendants."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.tree import Tree
@@ -37,9 +35,8 @@ def lineage(run: str) -> dict[str, Any]:
             below["taken_from"] = {"step": 0} | (_counts(RunFolder(below["run"]).manifest()["parents"][0]) if below["here"] else {})
             return {"run": entry["run"], "id": entry["id"], "here": True, "model": entry["model_type"], "metrics": {}, "children": [below]}
         own = RunFolder(below["run"]).manifest()["parents"][0] if below["here"] else entry  # the copy of an ancestor's entry has no counts
-        places = [Path(entry["run"])] + ([Path(below["run"]) / own["relative"]] if "relative" in own else [])  # the second if both were moved
-        parents = (RunFolder(os.path.normpath(place)) for place in places)
-        parent = next((p for p in parents if p.config_file.is_file() and p.manifest().get("id") == entry.get("id")), None)
+        parents = (RunFolder(place) for place in RunFolder(below["run"]).places(entry | {"relative": own.get("relative")}))
+        parent = next((p for p in parents if p.is_run(entry.get("id"))), None)
         here = parent is not None
         above = _node(parent, None) if here else {"run": entry["run"], "id": entry.get("id"), "here": False}
         below["taken_from"] = {"step": own["step"]} | _counts(own)

@@ -17,8 +17,10 @@ from typing import Any
 
 from jaxmodels.errors import RunError
 from jaxmodels.runs import lock_file
+from jaxmodels.runs.bucket_lock import BucketLock
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.lock_file import LockFile, Owner, is_alive, this_process
+from jaxmodels.storage.paths import is_bucket
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # twelve heartbeats: longer than a network file system usually hangs
@@ -76,7 +78,7 @@ class RunLock:
 
     def _take_token(self) -> None:
         self._me = this_process(self._folder.path)
-        self._file = LockFile(self._folder.lock_file, self._me.token)
+        self._file = (BucketLock if is_bucket(self._folder.path) else LockFile)(self._folder.lock_file, self._me.token)
 
     def _judge(self, seen: list[bytes]) -> str | None:
         """Refuse, wait for, or take over a lock that is there."""
@@ -112,6 +114,8 @@ class RunLock:
         """Create the run folder, and note what was created, to delete it if it stays empty."""
         self._folder.check_writable()
         path = self._folder.path
+        if is_bucket(path):
+            return
         self._made = self._made or [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
 

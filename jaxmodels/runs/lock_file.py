@@ -121,7 +121,7 @@ def is_alive(owner: Owner, path: Path) -> bool | None:
 
 
 class LockFile:
-    """The file of a lock, and its four operations. An object store needs only others of these, made of conditional writes."""
+    """The file of a lock on a disk, and its operations. `bucket_lock.BucketLock` has the same ones."""
 
     def __init__(self, path: Path, token: str):
         """

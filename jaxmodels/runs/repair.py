@@ -1,10 +1,10 @@
 """Repair of a run folder's own files before a run resumes: what is damaged is set aside in `damaged/`, and what is valid stays in use."""
 
-import os
 from pathlib import Path
 
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.json_files import replace
+from jaxmodels.storage.paths import BucketPath
 
 
 def repair(folder: RunFolder) -> list[str]:
@@ -43,7 +43,7 @@ def _repair_manifest(folder: RunFolder) -> list[str]:
     return [f"{folder.manifest_file} was damaged: {lost}. It was copied to {aside}, and a new one is written"]
 
 
-def _aside(folder: RunFolder, file: Path) -> Path:
+def _aside(folder: RunFolder, file: Path | BucketPath) -> Path | BucketPath:
     """Return a new path in `damaged/` for the contents of a file."""
     place = folder.path / "damaged"
     place.mkdir(exist_ok=True)
@@ -58,7 +58,6 @@ def _id_in_children(folder: RunFolder) -> str | None:
     for line in folder.children():
         child = folder.find_child(line)
         for entry in child.manifest().get("parents", [])[:1] if child is not None else ():
-            places = [entry["run"], os.path.normpath(child.path / entry.get("relative", "."))]
-            if str(folder.path) in places and isinstance(entry.get("id"), str):
+            if folder.path in child.places({"relative": "."} | entry) and isinstance(entry.get("id"), str):
                 return entry["id"]
     return None

@@ -6,7 +6,6 @@ that run's parent.
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from jaxmodels.pretrained.mapping import LazyParameter
 from jaxmodels.pretrained.weights import PretrainedWeights
 from jaxmodels.runs.checkpoint import Checkpoints, open_run
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.storage.paths import BucketPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Stored:
       shape, dtype: of the array.
     """
 
-    checkpoints: Path
+    checkpoints: Path | BucketPath
     step: int
     part: str
     path: str
@@ -122,8 +122,8 @@ def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, 
 
 def _find_pretrained(folder: RunFolder, entry: Mapping[str, Any], paths: Sequence[str], adapters: str | None) -> Located:
     """Locate the pretrained weights that a run's manifest names as its parent."""
-    places = [entry["path"], os.path.normpath(folder.path / entry["relative"])]
-    found = [place for place in places if any(os.path.isfile(os.path.join(place, name)) for name in ("config.json", "adapter_config.json"))]
+    places = folder.places({"run": entry["path"], "relative": entry.get("relative")})
+    found = [place for place in places if any((place / name).is_file() for name in ("config.json", "adapter_config.json"))]
     reference = f"hf:{found[0]}" if found else entry["run"]
     try:
         parent = locate_pretrained(reference, folder.config()["model"], paths, adapters)
@@ -140,8 +140,7 @@ def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
     Raises:
       ConfigError: the parent is missing, or another run is in its folder.
     """
-    places = [Path(entry["run"])] + ([folder.path / entry["relative"]] if "relative" in entry else [])
-    found = [place for place in places if (place / "config.json").is_file()]
+    found = [place for place in folder.places(entry) if (place / "config.json").is_file()]
     if not found:
         raise ConfigError(
             f"{folder.path} holds only the trained parameters; the others are in {entry['run']} at step {entry['step']}, which is missing. "
@@ -150,12 +149,12 @@ def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
     same = [place for place in found if entry.get("id") in (None, RunFolder(place).manifest().get("id"))]
     if not same:
         raise ConfigError(f"{folder.path} was initialised from another run than the one in {found[0]} now, whose id is not {entry['id']}.")
-    return f"{os.path.normpath(same[0])}@{entry['step']}"
+    return f"{same[0]}@{entry['step']}"
 
 
 def read(arrays: Mapping[str, Stored | LazyParameter], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read the arrays of the paths in `shapes`, each with the sharding of its shape."""
-    requests: dict[tuple[Path, int], dict[str, dict]] = {}
+    requests: dict[tuple[Path | BucketPath, int], dict[str, dict]] = {}
     lazy = {path: shape for path, shape in shapes.items() if isinstance(arrays[path], LazyParameter)}
     for path, shape in shapes.items():
         if path in lazy:

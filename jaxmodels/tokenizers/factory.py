@@ -6,7 +6,6 @@ tokenizers that are trained here have them as ids 0 to 3.
 
 import base64
 import json
-import os
 import re
 from collections.abc import Iterable
 
@@ -14,6 +13,7 @@ import tokenizers as library
 
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
+from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers.base import SPECIAL, Tokenizer
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
 from jaxmodels.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -85,23 +85,22 @@ def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
     """Return the tokenizer of a file or of a run's folder."""
-    places = [spec] + ([os.path.join(data_dir, spec)] if data_dir else [])
-    path = next((place for place in places if os.path.exists(place)), None)
+    places = [storage.parse(place, "config.data.tokenizer") for place in (spec, *([storage.join(data_dir, spec)] if data_dir else []))]
+    path = next((place for place in places if place.exists()), None)
     if path is None:
         hint = config_lib.suggest(spec, FORMS)
-        raise ConfigError(f"config.data.tokenizer: {spec!r} is none of {', '.join(FORMS)}; and there is no file {' nor '.join(places)}.{hint}")
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
-        if not os.path.isfile(path):
-            raise ConfigError(f"config.data.tokenizer: the folder {os.path.dirname(path)} has no tokenizer.json: it is not a run on text.")
+        raise ConfigError(f"config.data.tokenizer: {spec!r} is none of {', '.join(FORMS)}; and there is no file {' nor '.join(map(str, places))}.{hint}")
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"config.data.tokenizer: the folder {path.parent} has no tokenizer.json: it is not a run on text.")
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-        return SentencePieceTokenizer(content) if path.endswith(".model") else from_json(content.decode("utf-8"))
+        content = path.read_bytes()
+        return SentencePieceTokenizer(content) if path.suffix == ".model" else from_json(content.decode("utf-8"))
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001  the libraries raise bare Exception
-        wanted = "a SentencePiece model" if path.endswith(".model") else "a tokenizer in JSON, as the `tokenizers` library or a run writes it"
+        wanted = "a SentencePiece model" if path.suffix == ".model" else "a tokenizer in JSON, as the `tokenizers` library or a run writes it"
         raise ConfigError(f"config.data.tokenizer: {path} is not {wanted}: {error}") from error
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.folder import Folder, find
 from jaxmodels.pretrained.limits import check_values
+from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers.bpe import MOST_TOKENS
 from jaxmodels.tokenizers.files import make_coder
 
@@ -270,8 +271,8 @@ def from_reference(reference: str, data_dir: str | None) -> PretrainedTokenizer:
       ConfigError: no such model, or it has no supported tokenizer.
     """
     name = reference.removeprefix("hf:")
-    if data_dir and not os.path.isdir(name) and os.path.isdir(os.path.join(data_dir, name)):
-        reference = f"hf:{os.path.join(data_dir, name)}"
+    if data_dir and not storage.is_bucket(name) and not os.path.isdir(name) and storage.parse(storage.join(data_dir, name)).is_dir():
+        reference = f"hf:{storage.join(data_dir, name)}"
     return from_folder(find(reference))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step.state import TrainState
+from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers import pretrained as pretrained_tokenizer
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 
@@ -193,7 +193,7 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
 
 def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder) -> list[dict]:
     """Return the manifest's entries: the source of the weights, then the parent's own parents."""
-    entry = {"relative": os.path.relpath(located.name, folder.path), "step": located.step} | dataclasses.asdict(report)
+    entry = _relative(located.name, folder) | {"step": located.step} | dataclasses.asdict(report)
     if located.pretrained is not None:
         pretrained = located.pretrained
         own = {"run": pretrained.folder.reference, "path": located.name, "id": pretrained.fingerprint, "model_type": pretrained.architecture.name}
@@ -205,12 +205,17 @@ def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, f
     return [own | entry, *ancestors]
 
 
+def _relative(place: Any, folder: RunFolder) -> dict[str, str]:
+    """Return the entry `relative` of another run or folder; none if one of both is in a bucket and the other is elsewhere."""
+    relative = storage.relative(storage.parse(place), folder.path)
+    return {} if relative is None else {"relative": relative}
+
+
 def _record_child(located: weights_lib.Located, folder: RunFolder, needed: bool) -> list[str]:
     """Record this run in the parent's folder; return a warning if that cannot be written."""
     parent, step = located.folder, located.step
-    relative = os.path.relpath(folder.path, parent.path)
     try:
-        parent.add_child({"run": str(folder.path), "relative": relative, "id": folder.manifest().get("id"), "step": step, "needed": needed})
+        parent.add_child({"run": str(folder.path)} | _relative(folder.path, parent) | {"id": folder.manifest().get("id"), "step": step, "needed": needed})
     except OSError as error:
         problem = f"{parent.path} does not record this child ({error.strerror}): it may delete its checkpoint of step {step}"
         folder.add_to_manifest("fallbacks", problem)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmodels.experiment.experiment import Experiment
+from jaxmodels.storage.paths import is_bucket
 from jaxmodels.training.result import Result
 from jaxmodels.training.terminal import format_duration
 
@@ -29,7 +30,7 @@ def _print(result: Result, experiment: Experiment, console: Console) -> None:
         console.print(f"tested: step {result.evaluated_step}, the best {experiment.checkpoint.best} on validation", highlight=False, markup=False)
     if "test" in result.metrics and "accuracy" in result.metrics["test"]:
         console.print(f"test accuracy {result.metrics['test']['accuracy']:.4f}", highlight=False, markup=False, style="bold")
-    folder = os.path.relpath(result.workdir)
+    folder = result.workdir if is_bucket(result.workdir) else os.path.relpath(result.workdir)
     folder = result.workdir if folder.startswith("..") else folder
     console.print(f"run folder: {folder}", highlight=False, markup=False, soft_wrap=True)
     split = "test" if "test" in result.metrics else "validation"

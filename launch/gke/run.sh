@@ -5,9 +5,10 @@ set -euo pipefail
 help() {
     cat <<'HELP'
 Usage: launch/gke/run.sh --name=NAME --image=IMAGE (--tpu=ACCELERATOR --topology=T --hosts=N | --gpu=ACCELERATOR --hosts=N)
-                         (--bucket=BUCKET | --claim=CLAIM) [OPTIONS] -- ARGS
+                         [--bucket=BUCKET | --claim=CLAIM] [OPTIONS] -- ARGS
 
-Runs `jaxmodels train ARGS` as the JobSet NAME, with one process on each host. All hosts share a volume at /shared, which contains runs/.
+Runs `jaxmodels train ARGS` as the JobSet NAME, with one process on each host. The run folder is in a bucket (--workdir=gs://BUCKET/NAME in ARGS),
+or on a volume that all hosts share at /shared, which contains runs/ (--bucket, --claim).
 
   --name=NAME             the JobSet's name
   --image=IMAGE           for example us-docker.pkg.dev/PROJECT/REPOSITORY/jaxmodels:TAG
@@ -91,7 +92,8 @@ $((hosts * chips)); try --hosts=$(((count + chips - 1) / chips))"
         [[ -z $topology && $slices == 1 ]] || usage_error "--topology and --slices are for TPUs; use --hosts=N for GPUs"
         chips=${chips:-8}
     fi
-    [[ -n $bucket || -n $claim ]] || usage_error "no shared volume: give --bucket=BUCKET or --claim=CLAIM"
+    [[ -n $bucket || -n $claim ]] || has_remote_workdir "$@" ||
+        usage_error "no shared volume: give --workdir=gs://BUCKET/NAME after --, or a volume with --bucket=BUCKET or --claim=CLAIM"
     [[ -z $bucket || -z $claim ]] || usage_error "--bucket and --claim exclude each other"
     bucket=${bucket#gs://}
     [[ -z $bucket ]] || check bucket "$bucket" '[a-z0-9][-_.a-z0-9]*' 'BUCKET, a name without gs://'
@@ -109,12 +111,13 @@ done
 [[ -z $chips ]] || check chips "$chips" '[1-9][0-9]*' 'a whole number above 0'
 ((hosts > 0 && slices > 0)) || usage_error "--hosts and --slices must be at least 1"
 if ! $follow_only; then
-    check_options
+    check_options "$@"
     check_train "$@"
     for argument in "$@"; do
         case $argument in
+            --workdir=gs://* | --workdir=s3://*) ;;
             --workdir=runs/* | --workdir=/shared/*) ;;
-            --workdir*) usage_error "$argument would be lost with the container: use --workdir=runs/NAME, on the shared volume" ;;
+            --workdir*) usage_error "$argument would be lost with the container: use --workdir=gs://BUCKET/NAME, or runs/NAME on the shared volume" ;;
         esac
     done
 fi
@@ -156,9 +159,12 @@ manifest() {
         volume="{\"bucketName\": \"$bucket\", \"mountOptions\": \"implicit-dirs,uid=1000,gid=1000\"}"
         volume="{\"driver\": \"gcsfuse.csi.storage.gke.io\", \"volumeAttributes\": $volume}"
         pod_annotations='{"gke-gcsfuse/volumes": "true"}'
-    else
+    elif [[ -n $claim ]]; then
         volume_kind=persistentVolumeClaim
         volume="{\"claimName\": \"$claim\"}"
+    else # the run is in a bucket; /shared is a folder of the container
+        volume_kind=emptyDir
+        volume='{}'
     fi
     python3 "$root/launch/gke/render.py" "$root/launch/gke/jobset.yaml" NAME="$name" NAMESPACE="$namespace" IMAGE="$image" \
         LABELS:="$labels" ANNOTATIONS:="$annotations" POD_ANNOTATIONS:="$pod_annotations" MAX_RESTARTS:="$max_restarts" \

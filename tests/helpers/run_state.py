@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from jaxmodels.runs import checksums
 from jaxmodels.runs.checkpoint import Checkpoints
 from jaxmodels.runs.folder import RunFolder
 
@@ -21,4 +22,4 @@ def final_state(workdir):
     arrays = checkpoints.restore_part(step, wanted)
     checkpoints.close()
     metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in RunFolder(workdir).metrics()]
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(arrays)}, metrics
+    return {path: np.asarray(x) for path, x in checksums.flatten(arrays).items()}, metrics

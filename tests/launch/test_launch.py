@@ -56,7 +56,7 @@ def test_scripts_have_the_same_header_and_a_help_text(script, fake):
         ("tpu_pod.sh", ["--name=Pod"], "--name=Pod is invalid"),
         ("tpu_pod.sh", [*TPU, "--bucket=b"], "no --config after --"),
         ("tpu_pod.sh", [*TPU, "--", TRAIN[0]], "--bucket=BUCKET"),
-        ("tpu_pod.sh", [*TPU, "--bucket=b", "--", TRAIN[0], "--workdir=gs://b/x"], "mount the bucket"),
+        ("tpu_pod.sh", [*TPU, "--", TRAIN[0], "--workdir=gcs://b/x"], "gs://BUCKET/NAME"),
         ("tpu_pod.sh", [*TPU, "--bucket=b", "--", TRAIN[0], "--processes=4"], "remove it"),
         ("tpu_pod.sh", [*TPU, "--type=v9-8", "--bucket=b", "--", TRAIN[0]], "no default for v9-8"),
         ("tpu_pod.sh", [*TPU, "--code=all", "--bucket=b", "--", TRAIN[0]], "head or tree"),
@@ -87,6 +87,14 @@ def test_wrong_arguments_are_errors_before_any_call(script, arguments, message, 
 
 
 # TPU
+
+
+def test_a_run_folder_in_a_bucket_needs_no_gcsfuse(fake):
+    done = fake.run("tpu_pod.sh", *TPU, "--", TRAIN[0], "--workdir=gs://things/runs/x")
+    assert done.returncode == 0, done.stderr
+    commands = [" ".join(call) for call in fake.calls()]
+    assert any("--workdir=gs://things/runs/x" in command for command in commands)
+    assert not any("--bucket" in command for command in commands)
 
 
 def test_a_tpu_is_created_and_the_run_followed_to_its_end(fake):

@@ -36,13 +36,17 @@ def submit(fake, *arguments):
 MANIFESTS = {
     "tpu": [*GKE_TPU, "--queue=research", "--spot", "--max_restarts=7", "--grace=60"],
     "gpu": [*GKE_GPU, "--service_account=trainer", "--namespace=research"],
+    "gpu_alone": GKE_GPU[:-1],
     "gpu_bucket": [*GKE_GPU[:-1], "--bucket=gs://things", "--spot", "--chips=2"],
 }
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_the_manifest_is_a_jobset(fake, schema, name):
-    manifest = submit(fake, *MANIFESTS[name], "--", *TRAIN)
+    train = [TRAIN[0], "--workdir=gs://things/runs/x"] if name == "gpu_alone" else TRAIN
+    manifest = submit(fake, *MANIFESTS[name], "--", *train)
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert (pod["volumes"][0] == {"name": "shared", "emptyDir": {}}) == (name == "gpu_alone")
     assert [f"{error.json_path}: {error.message}" for error in schema.iter_errors(manifest)] == []
 
 

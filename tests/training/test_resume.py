@@ -24,6 +24,7 @@ from jaxmodels.runs.checkpoint import Checkpoints
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.summary import print_summary
+from jaxmodels.training.trackers.jsonl import JsonLines
 
 pytestmark = pytest.mark.faults
 
@@ -84,7 +85,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "lstm")), "gpt"])
-def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
+def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path, location):
     # 1259 training digits in batches of 32 are 39.3 steps per epoch, so that a resume is in the middle of one;
     # checkpoints are frequent enough that some kills are during a save.
     config = small_configs.config(best_in_the_middle(name), checkpoint__every=3)
@@ -93,8 +94,8 @@ def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
     generator = random.Random(name)
     kills = 0
     for _ in range(3):
-        process = train(path, tmp_path / "killed")
-        checkpoints = tmp_path / "killed" / "checkpoints"
+        process = train(path, location("killed"))
+        checkpoints = RunFolder(location("killed")).checkpoints
         before = _latest(checkpoints)
         while process.poll() is None and _latest(checkpoints) <= before:
             time.sleep(0.01)
@@ -106,10 +107,10 @@ def test_sigkill_at_random_moments_then_again_is_bitwise_equal(name, tmp_path):
         if _latest(checkpoints) >= config["training"]["steps"]:
             break
     assert kills
-    output = finish(train(path, tmp_path / "killed"))
+    output = finish(train(path, location("killed")))
     assert "resumed from" in output
-    assert summary(output, tmp_path / "killed") == summary(whole, tmp_path / "whole")
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert summary(output, location("killed")) == summary(whole, tmp_path / "whole")
+    assert_same(tmp_path / "whole", location("killed"))
 
 
 def _latest(checkpoints):
@@ -185,15 +186,15 @@ def train_here(monkeypatch, config, workdir, stop=None):
     """
     output = io.StringIO()
     experiment, console = build_experiment(config), Console(file=output, width=200)
-    add_metrics = RunFolder.add_metrics
+    add = JsonLines._add
 
-    def add_and_stop(folder, step, split, values):
-        add_metrics(folder, step, split, values)
+    def add_and_stop(tracker, run, step, split, values):
+        add(tracker, run, step, split, values)
         if (step, split) == stop:
             signal.raise_signal(signal.SIGINT if step % 20 else signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "add_metrics", add_and_stop)
+        patch.setattr(JsonLines, "_add", add_and_stop)
         try:
             print_summary(trainer_lib.train(experiment, str(workdir), console=console), experiment, console)
         except Interrupted:
@@ -236,9 +237,9 @@ QUICK = [("cnn", "several"), ("cnn", "before the test"), ("gpt", "several")]  # 
 
 
 @pytest.mark.parametrize("name, stops", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL_STOPS])
-def test_a_stopped_run_saves_tests_and_prints_the_same(name, stops, whole, tmp_path, monkeypatch):
+def test_a_stopped_run_saves_tests_and_prints_the_same(name, stops, whole, location, monkeypatch):
     whole, printed, best = whole(name)
-    config, workdir = best_in_the_middle(name), tmp_path / "stopped"
+    config, workdir = best_in_the_middle(name), location("stopped")
     for step, split in STOPS[stops]:
         assert train_here(monkeypatch, config, workdir, (60 if step == "last" else best + step, split)) is None
     assert train_here(monkeypatch, config, workdir) == printed
@@ -246,16 +247,16 @@ def test_a_stopped_run_saves_tests_and_prints_the_same(name, stops, whole, tmp_p
     assert jaxmodels.evaluate(f"{workdir}@best", split="validation")["step"] == best
 
 
-def test_a_best_checkpoint_between_two_scheduled_ones_is_kept(tmp_path, monkeypatch):
+def test_a_best_checkpoint_between_two_scheduled_ones_is_kept(tmp_path, location, monkeypatch):
     """Stopped while the best is the latest, and again later; checkpoints of stops do not replace scheduled ones."""
     config = small_configs.config(best_in_the_middle("cnn"), checkpoint__every=15, checkpoint__keep=3)
     printed = train_here(monkeypatch, config, tmp_path / "whole")
     assert kept(tmp_path / "whole") == [20, 30, 45, 60]
     for stop in [(23, "train"), (27, "train"), (30, "train"), (51, "train"), (58, "train")]:
-        train_here(monkeypatch, config, tmp_path / "stopped", stop)
-        assert 20 in kept(tmp_path / "stopped")
-    assert train_here(monkeypatch, config, tmp_path / "stopped") == printed
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
+        train_here(monkeypatch, config, location("stopped"), stop)
+        assert 20 in kept(location("stopped"))
+    assert train_here(monkeypatch, config, location("stopped")) == printed
+    assert_same(tmp_path / "whole", location("stopped"))
 
 
 def test_killed_after_a_save_and_before_old_checkpoints_were_deleted(whole, tmp_path, monkeypatch):

@@ -210,7 +210,7 @@ def test_a_checkpoint_that_could_not_be_replaced_stays(tmp_path, monkeypatch, wh
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     arrays = {"x": np.arange(5)}
     monkeypatch.setattr(checkpoints, "saved_parts", lambda state: arrays)
-    monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))))
+    monkeypatch.setattr(checkpoints._store._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))))
     with pytest.raises(SaveFailed, match=r"checkpoints/40 could not be saved: Disk quota exceeded \("):
         checkpoints.save(type("State", (), {"step": 40})(), trainer_lib.Progress())
     assert checkpoints.steps() == [35, 40] and checkpoints.progress(40).finished

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.storage.paths import is_bucket
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import media as media_lib
+from jaxmodels.training.trackers.mirror import Mirror
 
 # Limits of the queue. Beyond them new calls are dropped: what a tracker has got then has one gap, where the outage was.
 QUEUE_CALLS = 1000
@@ -26,7 +28,7 @@ class TrackerRun:
     `warn`, `say` and `record` are passed on from the training loop's thread, at the tracker's next call: the manifest has one writer.
 
     Attributes:
-      experiment, folder, step, resumed: as in `RunContext`.
+      experiment, folder, step, resumed: as in `RunContext`; of a run in a bucket, `folder` is a local copy, from which files are uploaded.
     """
 
     experiment: Any
@@ -94,6 +96,7 @@ class Background(Callback):
         self._finished = threading.Event()
         self._messages = collections.deque()
         self._failure_reported = self._blocked_reported = False
+        self._mirror: Mirror | None = None  # of a run in a bucket
 
     # The training loop's side: returns at once
 
@@ -190,6 +193,8 @@ class Background(Callback):
             while self._run_next():
                 pass
         finally:
+            if self._mirror is not None:
+                self._mirror.delete()
             self._finished.set()
 
     def _run_next(self) -> bool:
@@ -202,8 +207,13 @@ class Background(Callback):
             self._bytes -= size
             self._busy_since = time.monotonic()
         try:
+            if is_bucket(run.folder.path):
+                self._mirror = self._mirror or Mirror(run.folder)
+                run = dataclasses.replace(run, folder=self._mirror.folder)
             if hasattr(self._tracker, method):
                 getattr(self._tracker, method)(run, *arguments, **options)
+            if self._mirror is not None:
+                self._mirror.upload(now=method in ("on_save", "on_end"))
         except BaseException as error:  # noqa: BLE001  reported in the training loop's thread; a SystemExit would end this thread only
             with self._changed:
                 self._failure = (method, error)

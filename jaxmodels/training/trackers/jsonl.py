@@ -1,17 +1,23 @@
 """Metrics in `metrics.jsonl`; texts in `samples.txt`; other media in `media/`."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmodels.runs.going_back import later_media
+from jaxmodels.runs.json_files import append_text
+from jaxmodels.storage.paths import is_bucket
 from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import media as media_lib
+
+BUCKET_SECONDS = 10.0  # for which lines wait at most before an object is written anew
 
 
 class JsonLines(Callback):
     """Append metrics to `metrics.jsonl`, one object a line. In the training loop: a resumed run needs each line before its checkpoint.
 
-    While the file cannot be written, lines wait in memory, in their order.
+    While the file cannot be written, lines wait in memory, in their order. An object in a bucket can only be written anew: lines wait for 10 seconds,
+    or for the next evaluation, checkpoint or end.
     """
 
     name = "jsonl"
@@ -19,7 +25,7 @@ class JsonLines(Callback):
     on_error = "continue"
 
     def __init__(self):
-        self._waiting, self._failed = [], False
+        self._waiting, self._failed, self._next = [], False, 0.0
 
     def on_log(self, run: Any, step: int, values: Mapping[str, float]) -> None:
         self._add(run, step, "train", values)
@@ -30,10 +36,18 @@ class JsonLines(Callback):
 
     def _add(self, run: Any, step: int, split: str, values: Mapping[str, float]) -> None:
         self._waiting.append((step, split, dict(values)))
-        self._write(run)
+        if not is_bucket(run.folder.path) or split != "train" or time.monotonic() >= self._next:
+            self._write(run)
+
+    def on_save(self, run: Any, step: int) -> None:
+        if self._waiting:
+            self._write(run)
 
     def _write(self, run: Any) -> None:
         try:
+            if is_bucket(run.folder.path):
+                run.folder.add_lines(self._waiting)
+                self._waiting, self._next = [], time.monotonic() + BUCKET_SECONDS
             while self._waiting:
                 run.folder.add_metrics(*self._waiting[0])
                 del self._waiting[0]
@@ -71,8 +85,7 @@ class MediaFiles(Callback):
 
     def on_media(self, run: Any, step: int, name: str, media: Any, kind: str, **options: Any) -> None:
         if kind == "text":
-            with open(run.folder.samples_file, "a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{media}\n\n")
+            append_text(run.folder.samples_file, f"--- step {step} ---\n{media}\n\n")
             return
         for item in media_lib.encode(name, media, kind, **options):
             folder = run.folder.path / "media"

@@ -1,0 +1,246 @@
+"""A run folder on a disk, in S3 and in GCS: checkpoints, retention, the lock, the manifest, metrics, children. No training."""
+
+import json
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels.errors import RunError
+from jaxmodels.runs import bucket_store, lock_file
+from jaxmodels.runs.checkpoint import Checkpoints, Progress, SaveFailed
+from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.lock import RunLock
+from jaxmodels.runs.lock_file import Owner
+from jaxmodels.step.state import TrainState
+from jaxmodels.storage import client, paths
+
+ZERO = jnp.zeros((), jnp.int32)
+
+
+def state(step: int) -> TrainState:
+    """A state whose values depend on the step, with the types and shapes that occur."""
+    key = jax.random.key(step)
+    params = {"a": {"kernel": jax.random.normal(key, (6, 4)), "bias": jnp.full((4,), step, jnp.bfloat16)}}
+    momenta = ({"a": jnp.arange(5, dtype=jnp.int8)}, (jnp.asarray(0.5), jnp.asarray([True, False])))
+    return TrainState(jnp.int32(step), params, {}, {"mean": jnp.ones((2, 2))}, momenta, {}, {"loss": (jnp.float32(1), jnp.float32(step))}, ZERO)
+
+
+def shapes(of: TrainState):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), of)
+
+
+def equal(one, other) -> bool:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture
+def folder(place, request):
+    return RunFolder(paths.join(place, request.node.originalname))
+
+
+def opened(folder, **options):
+    return Checkpoints(folder.checkpoints, **({"keep": 2, "every": 10} | options))
+
+
+def test_a_state_comes_back_exactly(folder):
+    checkpoints = opened(folder)
+    checkpoints.save(state(10), Progress(evaluated_at=10, callbacks={"mine": [1]}))
+    checkpoints.close()
+    again, progress, problems = opened(folder).restore_latest(shapes(state(0)))
+    assert equal(again, state(10)) and progress == Progress(evaluated_at=10, callbacks={"mine": [1]}) and problems == []
+
+
+def test_the_latest_and_the_best_are_preserved_and_one_of_a_step_is_replaced(folder):
+    checkpoints = opened(folder, parents=lambda: {20})
+    for step in range(10, 70, 10):
+        checkpoints.save(state(step), Progress(best_step=30))
+    checkpoints.save(state(65), Progress(best_step=30))
+    checkpoints.wait()
+    assert checkpoints.steps() == [20, 30, 60, 65]
+    checkpoints.save(state(65).replace(stats={"mean": jnp.zeros((2, 2))}), Progress(best_step=30, finished=True))
+    checkpoints.close()
+    again = opened(folder, read_only=True)
+    restored, progress = again.restore(65, shapes(state(0)))
+    assert progress.finished and again.steps() == [20, 30, 60, 65] and not restored.stats["mean"].any()
+    assert {key.split("/")[0] for key in paths.keys_below(folder.checkpoints)} == {"20", "30", "60", "65"}
+
+
+def test_some_arrays_are_read_alone_and_with_other_shardings(folder):
+    checkpoints = opened(folder)
+    checkpoints.save(state(10), Progress())
+    checkpoints.close()
+    again = opened(folder, read_only=True)
+    assert again.shapes(10, "params")["params"]["a"]["bias"].dtype == jnp.bfloat16
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = again.restore_part(10, {"params": {"a": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32, sharding=here)}}})
+    assert equal(found, {"params": {"a": {"kernel": state(10).params["a"]["kernel"]}}})
+    with pytest.raises(RunError, match=r"checkpoints/10 cannot be read"):
+        again.restore_part(10, {"params": {"a": {"kernel": jax.ShapeDtypeStruct((7, 4), jnp.float32, sharding=here)}, "none": here}})
+    assert [problem for _, _, problem in again.check(10, 1 << 20)] == [None] * 10
+
+
+def test_a_damaged_checkpoint_is_set_aside(folder):
+    checkpoints = opened(folder)
+    for step in (10, 20):
+        checkpoints.save(state(step), Progress())
+    checkpoints.close()
+    damage_arrays(folder.checkpoints / "20")
+    again = opened(folder)
+    restored, _, problems = again.restore_latest(shapes(state(0)))
+    assert equal(restored, state(10)) and len(problems) == 1 and "checkpoints/20 cannot be read" in problems[0]
+    assert again.steps() == [10]
+    again.save(state(20), Progress())
+    again.close()
+    assert opened(folder, read_only=True).steps() == [10, 20]
+
+
+def damage_arrays(checkpoint):
+    """Overwrite the middle of the largest file of a checkpoint, or of all of a bucket's objects of arrays."""
+    files = [checkpoint / key for key in paths.keys_below(checkpoint) if "kernel/c" in key or "ocdbt" in key or "/d/" in key]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        file.write_bytes(bytes(content))
+
+
+def test_the_manifest_metrics_and_children(folder):
+    folder.write_config({"model": {"name": "x"}})
+    run_id = folder.identify()
+    folder.add_to_manifest("fallbacks", "one")
+    folder.add_metrics(1, "train", {"loss": 0.5})
+    folder.add_lines([(2, "train", {"loss": float("nan")}), (2, "validation", {"loss": 0.1}), (3, "train", {"loss": 0.2})])
+    folder.rewind(2, 2, False)
+    again = RunFolder(folder.path)
+    assert again.config() == {"model": {"name": "x"}} and again.identify() == run_id and again.manifest()["fallbacks"] == ["one"]
+    assert [(line["step"], line["split"]) for line in again.metrics()] == [(1, "train"), (2, "train"), (2, "validation")]
+    child = RunFolder(folder.path / ".." / f"{folder.path.name}-child")
+    child.write_config({})
+    relative = paths.relative(child.path, folder.path)
+    folder.add_child({"run": "/nowhere/x", "relative": relative, "id": child.identify(), "step": 2, "needed": True})
+    assert folder.dependents() == [child.path] or str(folder.dependents()[0]).endswith("-child")
+    folder.clear()
+    assert not folder.config_file.exists() and child.config_file.exists()
+
+
+def test_one_start_of_many_gets_the_lock(folder):
+    locks, held, refused = [RunLock(folder) for _ in range(4)], [], []
+
+    def attempt(lock):
+        try:
+            (held if lock.attempt() is None else refused).append(lock)
+        except RunError:
+            refused.append(lock)
+
+    threads = [threading.Thread(target=attempt, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 3
+    held[0].start(lambda: None)
+    held[0].release()
+    assert not folder.lock_file.exists()
+
+
+def test_a_silent_owner_on_another_machine_is_replaced_and_notices(folder):
+    folder.path.mkdir(parents=True, exist_ok=True)
+    theirs = Owner("theirs", host="elsewhere", pid=1, since="yesterday", path=str(folder.path))
+    folder.lock_file.write_bytes(theirs.encode(0))
+    lock = RunLock(folder, beat_seconds=0.1, silent_seconds=0.5)
+    end = time.monotonic() + 20
+    while (waits := lock.attempt()) is not None:
+        assert "sign of life" in waits and time.monotonic() < end
+        time.sleep(0.1)
+    lock.start(lambda: None)
+    folder.lock_file.write_bytes(theirs.encode(1))  # taken over, as this process was suspended
+    while lock.lost is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "was taken over by process 1 on elsewhere" in lock.lost
+    lock.release()
+    assert json.loads(folder.lock_file.read_bytes())["token"] == "theirs"
+    assert lock_file.own_tokens.isdisjoint({"theirs"})
+
+
+# Only in buckets
+
+in_buckets = pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
+
+
+@pytest.fixture
+def proxy(place, bucket_servers):
+    proxy = bucket_servers.s3 if place.startswith("s3") else bucket_servers.gcs
+    yield proxy
+    proxy.fault = lambda method, path: None
+
+
+def some(what, number):
+    """A fault of one of `number` writes."""
+    count = [0]
+
+    def fault(method, path):
+        count[0] += method in ("PUT", "POST")
+        return what if method in ("PUT", "POST") and count[0] % number == 0 else None
+
+    return fault
+
+
+@pytest.mark.buckets
+@in_buckets
+@pytest.mark.parametrize("what", ["503", "cut", "lose", 0.2])
+def test_a_save_survives_requests_that_fail(folder, proxy, what):
+    folder = RunFolder(folder.path / str(what))
+    checkpoints = opened(folder)
+    proxy.fault = some(what, 3)
+    checkpoints.save(state(10), Progress(evaluated_at=10))
+    checkpoints.close()
+    proxy.fault = lambda method, path: None
+    restored, progress, _ = opened(folder).restore_latest(shapes(state(0)))
+    assert equal(restored, state(10)) and progress.evaluated_at == 10
+
+
+@pytest.mark.buckets
+@in_buckets
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(folder, proxy, monkeypatch):
+    checkpoints = opened(folder)
+    checkpoints.save(state(10), Progress())
+    checkpoints.wait()
+    monkeypatch.setattr(client, "_LIMIT_SECONDS", 1.0)
+    monkeypatch.setattr(client, "_SILENT_SECONDS", 0.5)
+    proxy.fault = lambda method, path: "503" if "kernel" in path and method in ("PUT", "POST") else None
+    with pytest.raises(SaveFailed, match=r"checkpoints/20 could not be saved"):
+        checkpoints.save(state(20), Progress())
+        checkpoints.wait()
+    proxy.fault = lambda method, path: None
+    assert checkpoints.steps() == [10]
+    checkpoints.save(state(20), Progress())
+    checkpoints.close()
+    again = opened(folder)
+    assert equal(again.restore(20, shapes(state(0)))[0], state(20)) and again.steps() == [10, 20]
+
+
+@pytest.mark.buckets
+@in_buckets
+def test_what_a_killed_save_left_is_deleted(folder, proxy):
+    checkpoints = opened(folder)
+    checkpoints.save(state(10), Progress())
+    checkpoints.close()
+    (folder.checkpoints / "20" / "0123abcd" / "params" / "c" / "0").write_bytes(b"left")
+    (folder.checkpoints / "10" / "0123abcd" / "params" / "c" / "0").write_bytes(b"left")
+    assert opened(folder).steps() == [10]
+    assert not any("0123abcd" in key for key in paths.keys_below(folder.checkpoints))
+    assert equal(opened(folder).restore(10, shapes(state(0)))[0], state(10))
+
+
+def test_a_copy_of_a_bucket_on_a_disk_is_a_run(tmp_path):
+    folder = RunFolder(tmp_path)
+    store = bucket_store.BucketStore(folder.checkpoints, opened(folder)._policy, read_only=False, at_once=1 << 20)
+    store.save(10, {"params": state(10).params}, {})
+    assert store.steps() == [10]
+    again = Checkpoints(folder.checkpoints, read_only=True)
+    assert again.steps() == [10] and again.shapes(10, "params")["params"]["a"]["kernel"].shape == (6, 4)
