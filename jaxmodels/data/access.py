@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxmodels.data.reading import ReadError
 from jaxmodels.errors import ConfigError, RunError, optional_import
+from jaxmodels.storage import client
 
 _BLOCK = 1 << 22  # bytes read at once from the start to the end of a file
 _OPEN_FILES = 16  # files that a thread holds open
@@ -37,6 +38,8 @@ def is_remote(path: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _file_system(protocol: str) -> Any:
+    if protocol in ("gs", "s3"):
+        return client.file_system(protocol)
     fsspec = optional_import("fsspec", "remote")
     try:
         return fsspec.filesystem(protocol)
