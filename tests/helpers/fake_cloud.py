@@ -43,7 +43,7 @@ class Fake:
 
     def run(self, script, *arguments, **variables):
         command = ["bash", str(LAUNCH / script), *arguments]
-        return subprocess.run(command, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=self.environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
     def git(self, *arguments) -> list[str]:
         done = subprocess.run(["git", *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -309,7 +309,7 @@ def test_commands_of_the_page_can_be_typed(command, fake):
         words = ["bash", "launch/slurm.sbatch", "--dry_run", *([] if "--" in words else ["--"]), *words[script + 1 :]]
     else:
         words.insert(1, "--dry_run")
-    done = subprocess.run(words, cwd=ROOT, env=fake.environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, env=fake.environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert fake.read("calls") == [] and done.stdout
 
