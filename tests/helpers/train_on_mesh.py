@@ -77,7 +77,9 @@ def config(case: dict) -> dict:
 def run(case: dict, output: Path) -> None:
     """Train a case with `Trainer`, as `train` does."""
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
-        trainer = Trainer(build_experiment(config(case)), RunFolder(folder), stop, Console(quiet=True))
+        experiment = build_experiment(config(case))
+        RunFolder(folder).write_config(experiment.config)
+        trainer = Trainer(experiment, RunFolder(folder), stop, Console(quiet=True))
         trainer.run()
         trainer.close()
         losses = [values["loss"] for _, split, values in trainer.lines if split == "train"]

@@ -74,17 +74,23 @@ class Popen(subprocess.Popen):
             streams = [number if end == -1 else end for number, end in enumerate((pipes[0], pipes[3], pipes[5]))]
             with LOCK:
                 server = _server()
+                _adopt(True)
                 socket.send_fds(server, [len(start).to_bytes(8, "big")], streams)
                 server.sendall(start)
                 self.pid = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
+                _adopt(False)
             self._child_created = True
             self._close_pipe_fds(*pipes)
+
+
+def _adopt(active: bool) -> None:
+    """Make this process the parent of processes below it whose own parent ends now. Others must stay with init, which collects them when they end."""
+    ctypes.CDLL(None, use_errno=True).prctl(SET_CHILD_SUBREAPER, int(active), 0, 0, 0)
 
 
 @functools.cache
 def _server() -> socket.socket:
     """Start the server; return the connection to it, with which it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # the parent of processes whose own parent has ended
     ours, theirs = socket.socketpair()
     with theirs:
         subprocess.Popen(

@@ -1,6 +1,6 @@
 """Four processes that share a run folder in a bucket: the result is that of the same run on a disk, also after a stop and with other numbers of processes.
 
-pytest -m buckets -n 0 tests/distributed/test_places.py
+pytest -m buckets -n 0 tests/distributed/test_buckets_of_processes.py
 """
 
 import json
