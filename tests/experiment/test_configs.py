@@ -55,7 +55,14 @@ def test_config_builds(path, published):
     assert jax.tree.leaves(build_experiment(load(path, published)).state_shapes().params)
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem in NEEDS_DATA], ids=lambda p: p.stem)
+ON_DATA = [
+    pytest.param(p, id=p.stem, marks=[] if p.stem in ("cnn_mnist", "forecast_linear", "gpt_shakespeare") else pytest.mark.slow)
+    for p in CONFIGS
+    if p.stem in NEEDS_DATA
+]
+
+
+@pytest.mark.parametrize("path", ON_DATA)
 def test_config_builds_on_real_data(path, data_dir, published):
     assert jax.tree.leaves(build_experiment(load(path, published), data_dir=data_dir).state_shapes().params)
 

@@ -33,7 +33,10 @@ def train(config, workdir):
     return trainer_lib.train(build_experiment(config), str(workdir), console=Console(quiet=True))
 
 
-@pytest.mark.parametrize(("base", "changes"), [(CNN, {"training__accumulate": 2}), (LM, {"training__precision": "bfloat16"}), (CNN, {"partition": "pmap"})])
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [(CNN, {"training__accumulate": 2}), pytest.param(LM, {"training__precision": "bfloat16"}, marks=pytest.mark.slow), (CNN, {"partition": "pmap"})],
+)
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, base, changes):
     train(config(base, **changes), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")

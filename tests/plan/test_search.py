@@ -177,6 +177,7 @@ class Compiler:
         return page | {"fits": size <= EIGHT.chip.memory_per_device}, ""
 
 
+@pytest.mark.slow
 def test_the_fastest_compiled_setting_is_best_and_the_others_have_reasons(decoder, modelled):
     fastest = search.promising(modelled)[4].changes
     compiler = Compiler(seconds=lambda changes: 1.0 if changes == fastest else 1.25)

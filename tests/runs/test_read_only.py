@@ -67,7 +67,8 @@ def read_everything(place, output):
         found[f"{name} weights"] = [np.asarray(x).sum() for x in jax.tree.leaves(split(loaded.model)[1])]
         found[f"{name} lineage"] = json.dumps(lineage(run)).count('"here": true')
         export_run(run, str(output / f"{name}-transformers"))
-        export_stablehlo(run, str(output / f"{name}-stablehlo"))
+        if name == "child":
+            export_stablehlo(run, str(output / f"{name}-stablehlo"))
         RunFolder(run).config()
     return found
 
@@ -111,7 +112,7 @@ def test_a_moved_family_is_read(family, found, tmp_path):
     assert jaxmodels.evaluate(str(tmp_path / "two" / "merged"), split="validation")["loss"] == merged["loss"]
 
 
-@pytest.mark.parametrize("how", ["moved", "copied"])
+@pytest.mark.parametrize("how", ["moved", pytest.param("copied", marks=pytest.mark.slow)])
 def test_a_moved_or_copied_run_goes_on(how, family, tmp_path):
     class Stop(jaxmodels.Callback):
         def on_log(self, run, step, values):

@@ -68,7 +68,10 @@ def test_every_listed_optimizer_makes_a_step(name):
     assert any((u != 0).any() for u in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("name", [n for n in vars(contrib) if n in optimizer_lib.names()])
+OF_CONTRIB = [n for n in vars(contrib) if n in optimizer_lib.names()]
+
+
+@pytest.mark.parametrize("name", [n if n in ("muon", "prodigy", "momo") else pytest.param(n, marks=pytest.mark.slow) for n in OF_CONTRIB])
 def test_optimizers_of_contrib_train_as_optax_by_hand(name):
     """Three steps through the config and the train step, against the Optax function alone."""
     base = small_configs.config(small_configs.CNN, model__dropout=0.0)

@@ -142,6 +142,7 @@ cli.main(["train", "--config={path}", "--workdir={tmp_path / "killed"}"])
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_sigterm_then_again_is_bitwise_equal(tmp_path):
     config = small_configs.config(small_configs.GPT, training__ema=0.9, training__steps=200, checkpoint__every=1000, log__every=1)
     path = write_config(tmp_path, config)
@@ -233,7 +234,7 @@ STOPS = {
     "before the test": [("last", "validation")],
 }
 ALL_STOPS = [(name, stops) for name in small_configs.ALL for stops in STOPS if name == "cnn" or stops != "before the test"]
-QUICK = [("cnn", "several"), ("cnn", "before the test"), ("gpt", "several")]  # `several` has the stops of the others
+QUICK = [("cnn", "several"), ("cnn", "before the test")]  # `several` has the stops of the others
 
 
 @pytest.mark.parametrize("name, stops", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL_STOPS])
@@ -247,6 +248,7 @@ def test_a_stopped_run_saves_tests_and_prints_the_same(name, stops, whole, locat
     assert jaxmodels.evaluate(f"{workdir}@best", split="validation")["step"] == best
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_between_two_scheduled_ones_is_kept(tmp_path, location, monkeypatch):
     """Stopped while the best is the latest, and again later; checkpoints of stops do not replace scheduled ones."""
     config = small_configs.config(best_in_the_middle("cnn"), checkpoint__every=15, checkpoint__keep=3)

@@ -78,7 +78,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(saving, "_LAST_PAUSE", 0.01)
 
 
-@pytest.fixture(params=["mounted", "injected"])
+@pytest.fixture(params=[pytest.param("mounted", marks=pytest.mark.slow), "injected"])
 def small_disk(request, tmp_path, monkeypatch):
     """A run folder whose checkpoints lie on a file system of 2 MB, and functions that fill it, once a step is saved, and make room."""
     workdir = tmp_path / "run"
