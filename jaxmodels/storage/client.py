@@ -79,10 +79,10 @@ def result(future: Any, address: str) -> Any:
     end = time.monotonic() + _LIMIT_SECONDS
     try:
         try:
-            return future.result(timeout=_SILENT_SECONDS)
+            found = future.result(timeout=_SILENT_SECONDS)
         except TimeoutError:
             _slow.note(address)
-        found = future.result(timeout=max(0.0, end - time.monotonic()))
+            found = future.result(timeout=max(0.0, end - time.monotonic()))
         _slow.clear(address)
         return found
     except TimeoutError:

@@ -95,12 +95,16 @@ def test_a_bucket_that_stalls_is_reported_once(bucket, fault, monkeypatch, capfd
     assert len(lines) == 2 and "has not answered" in lines[0] and "answers again" in lines[1]
 
 
-def test_a_bucket_that_stays_away_is_an_error(bucket, fault, monkeypatch):
+def test_a_bucket_that_stays_away_is_an_error(bucket, fault, monkeypatch, capfd):
     monkeypatch.setattr(client, "_LIMIT_SECONDS", 2.0)
     monkeypatch.setattr(client, "_SILENT_SECONDS", 0.5)
     fault("503", WRITES, 1000)
     with pytest.raises(StorageError, match=r"no answer|503"):
         (bucket[0] / "away").write_bytes(b"1")
+    assert "has not answered" in capfd.readouterr().err
+    fault("503", WRITES, 0)
+    (bucket[0] / "back").write_bytes(b"1")  # at once
+    assert "answers again" in capfd.readouterr().err
 
 
 def test_a_bucket_that_does_not_exist(bucket):
