@@ -5,8 +5,8 @@
 
 Evaluated on the last tenth of the text, with each character as a target once, in windows of 64.
 
-Reached: validation loss 1.776.
-Time: 1 min 33 s of training on two CPU cores.
+Reached: validation loss 1.756, the mean of three seeds (1.767, 1.750, 1.751).
+Time: 2 min 6 s of training on two CPU cores.
 """
 
 from ml_collections import ConfigDict
