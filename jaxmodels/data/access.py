@@ -63,10 +63,12 @@ def _remote(path: str, method: str, *arguments, **options) -> Any:
 
 
 def is_file(path: str) -> bool:
+    """Whether there is a file, or an object."""
     return _remote(path, "isfile") if is_remote(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
+    """Whether there is a folder, or an address with objects below it."""
     return _remote(path, "isdir") if is_remote(path) else os.path.isdir(path)
 
 

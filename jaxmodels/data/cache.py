@@ -18,12 +18,6 @@ _BLOCK = 1 << 24  # bytes read at once for a checksum
 _ABANDONED = 24 * 3600  # seconds after which a half-written entry counts as abandoned
 
 
-def cache_folder() -> Path:
-    """Return the folder of the cache."""
-    own = os.environ.get("JAXMODELS_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
-
-
 def cache_key(*parts: Any) -> str:
     """Return a checksum of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -27,6 +27,7 @@ from jaxmodels.data import cache
 from jaxmodels.data.access import FileId
 from jaxmodels.data.reading import say
 from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.storage.paths import cache_folder
 
 VERSION = 1
 _VERIFIED = 64 << 20  # bytes of an array whose checksum is verified at each start; of larger ones only the size is
@@ -184,7 +185,7 @@ def open_index(kind: str, files: Sequence[FileId], build: Build, *, key: Any = N
     Raises:
       ConfigError: of `build`, such as a damaged file; or the disk of the cache is full.
     """
-    folder = cache.cache_folder() / "index" / cache.cache_key(VERSION, kind, [file.path for file in files], key)
+    folder = cache_folder() / "index" / cache.cache_key(VERSION, kind, [file.path for file in files], key)
     identities = [list(file) for file in files]
     index, problem = _read(folder, identities)
     if index is not None:

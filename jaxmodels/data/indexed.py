@@ -32,10 +32,12 @@ class IndexedRows(Protocol):
     Attributes:
       opened: the index.
       group_ends: int64 [groups], the number of rows up to the end of each group that is decoded as a whole; None without groups.
+      groups_that_fit: how many of the largest groups fit in the group cache.
     """
 
     opened: Opened
     group_ends: np.ndarray | None
+    groups_that_fit: int
 
     def __len__(self) -> int: ...
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmodels.data import cache
 from jaxmodels.errors import ConfigError
+from jaxmodels.storage.paths import cache_folder
 from jaxmodels.tokenizers.base import Tokenizer
 from jaxmodels.tokenizers.factory import from_json
 
@@ -175,7 +176,7 @@ def write_cache(key: str, texts: Texts, tokenizer: Tokenizer, header: Mapping[st
 
 def entry(key: str) -> Path:
     """Return the folder of an entry."""
-    return cache.cache_folder() / "tokens" / key
+    return cache_folder() / "tokens" / key
 
 
 def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ def new_rngs(*default: jax.Array | int, **keys: jax.Array | int) -> nnx.Rngs:
     """Return `nnx.Rngs(*default, **keys)`, whose streams count their draws on the host.
 
     The keys drawn are the same. A count in an array is traced, and NNX compares the shardings of its old and new value; for tracers, which have
-    none, JAX then searches the whole trace so far. The time to trace the initialisation of GPT-2 large fell from 6.6 s to 0.8 s.
+    none, JAX then searches the whole trace so far. The time to trace the initialisation of GPT-2 large fell from 5.7 s to 0.6 s of processor time.
     """
     rngs = nnx.Rngs(*default, **keys)
     for _, stream in rngs.items():

@@ -269,6 +269,12 @@ def download(place: BucketPath, target: Path) -> None:
         download(file, target / file.key.removeprefix(f"{place.key}/"))
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is read or computed once: `JAXMODELS_CACHE_DIR`, or `~/.cache/jaxmodels`."""
+    own = os.environ.get("JAXMODELS_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
+
+
 def local_copy(place: "BucketPath", wanted: Callable[[str], bool] = lambda name: True) -> Path:
     """Return a copy on the disk of the objects directly in a folder of a bucket, in the cache; it is made anew if an object has changed.
 
@@ -278,10 +284,8 @@ def local_copy(place: "BucketPath", wanted: Callable[[str], bool] = lambda name:
     """
     objects = [file for file in place.files() if file.parent == place and wanted(file.name)]
     state = [[file.name, repr(file._read(slice(0, 0)).stamp.generation)] for file in objects]
-    own = os.environ.get("JAXMODELS_CACHE_DIR")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
     key = hashlib.sha256(json.dumps([str(place), state]).encode()).hexdigest()[:32]
-    folder = root / "buckets" / key / place.name
+    folder = cache_folder() / "buckets" / key / place.name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -152,9 +152,17 @@ def _split(marked: str) -> Iterator[str]:
 
 
 def main(seconds: float, memory: int, most: int) -> None:
+    """Answer requests until the standard input ends.
+
+    Args:
+      seconds: of processor time for a request.
+      memory: bytes of address space; no limit on other systems than Linux, whose kernels refuse one.
+      most: characters of a text.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # terminals and schedulers send them to the process that asks and to this one, which ends with that
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     templates: dict[int, Template] = {}
     while line := sys.stdin.buffer.readline():

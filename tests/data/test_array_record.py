@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
-from test_indexed import TEXT, cache, examples, records, same  # noqa: F401
+from test_indexed import TEXT, assert_same, cache, examples, records  # noqa: F401
 
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
@@ -64,7 +64,7 @@ def test_records_are_those_of_json_lines(tmp_path):
         write(folder / "a.array_record", map(encode, rows[:25]))
         write(folder / "b.array_record", map(encode, rows[25:]))
         dataset = open_dataset(f"array_record:{folder}", TEXT, None)
-        same(dataset.splits, whole.splits)
+        assert_same(dataset.splits, whole.splits)
         assert f"records are {name}" in dataset.notes[-1]
         assert dataset.splits["train"].rows[30].where == f"{folder}/b.array_record, record 5"
         assert len(pickle.loads(pickle.dumps(dataset.splits["train"]))) == 54

@@ -49,7 +49,7 @@ def examples(dataset, split):
     return get_batch(source, np.arange(len(source)))
 
 
-def same(one, other):
+def assert_same(one, other):
     assert one.keys() == other.keys()
     for split in one:
         a, b = (get_batch(part[split], np.arange(len(part[split]))) for part in (one, other))
@@ -91,7 +91,7 @@ def test_lines_are_those_that_are_read_whole(form, copied, tmp_path, monkeypatch
         (tmp_path / f"big-{name}{suffix}").write_bytes(encode(as_lines(part)))
     whole = open_dataset(f"jsonl:{tmp_path}/[abc].jsonl", TEXT | {"indexed": False}, None)
     dataset = open_dataset(f"jsonl:{tmp_path}/big-*{suffix}", TEXT | {"indexed": True, "group_cache_mb": 0.001}, None)
-    same(dataset.splits, whole.splits)
+    assert_same(dataset.splits, whole.splits)
     assert dataset.info["tokenizer"].to_json() == whole.info["tokenizer"].to_json() and dataset.info["labels"] == whole.info["labels"]
     assert dataset.splits["train"].rows[149].where == f"{tmp_path}/big-c{suffix}, line 60"
     groups = dataset.splits["train"].groups()
@@ -107,7 +107,7 @@ def test_tables_are_those_that_are_read_whole(tmp_path):
     (tmp_path / "x.tsv").write_bytes(b"".join(f"{b}\tt {a[:9]}\r\n".encode() for a, b in rows))
     for source, more in ((f"csv_rows:{tmp_path}/?.csv", {}), (f"tsv:{tmp_path}/x.tsv", {"text_column": 1, "label_column": 0})):
         whole, dataset = (open_dataset(source, TEXT | more | {"indexed": indexed}, None) for indexed in (False, True))
-        same(dataset.splits, whole.splits)
+        assert_same(dataset.splits, whole.splits)
     assert open_dataset(f"csv_rows:{tmp_path}/?.csv", TEXT | {"indexed": True}, None).splits["train"].rows[25].where == f"{tmp_path}/y.csv, row 1"
 
 
@@ -134,8 +134,8 @@ def test_an_index_is_built_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr("jaxmodels.data.sources.row_index.RecordRows.scan", None)  # or row by row, for labels and words
     again = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
     assert "index read from" in again.notes[0]
-    same(first.splits, again.splits)
-    same(pickle.loads(pickle.dumps(first.splits)), again.splits)  # as worker processes get them
+    assert_same(first.splits, again.splits)
+    assert_same(pickle.loads(pickle.dumps(first.splits)), again.splits)  # as worker processes get them
     assert first.splits["train"].fingerprint() == again.splits["train"].fingerprint() != first.splits["validation"].fingerprint()
 
 
@@ -267,7 +267,7 @@ def test_compressed_texts_for_language_models(suffix, encode, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(content)
     (tmp_path / f"y.jsonl{suffix}").write_bytes(encode(content))
     plain, compressed_ = (open_dataset(f"text:{tmp_path}/{name}", {"sequence_length": 8}, None) for name in ("x.jsonl", f"y.jsonl{suffix}"))
-    same(plain.splits, compressed_.splits)
+    assert_same(plain.splits, compressed_.splits)
 
 
 def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
@@ -278,7 +278,7 @@ def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
     options = TEXT | {"indexed": True, "labels": ("odd", "even")}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), range(2))
-    same(one.splits, other.splits)
+    assert_same(one.splits, other.splits)
     assert len(list(cache.iterdir())) == 1 and not list(cache.glob("*.tmp"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_configs
 from PIL import Image
-from test_indexed import TEXT, cache, examples, same  # noqa: F401
+from test_indexed import TEXT, assert_same, cache, examples  # noqa: F401
 
 import jaxmodels
 from jaxmodels import api
@@ -47,7 +47,7 @@ def test_rows_are_those_of_whole_tables(more, tmp_path):
     whole = open_dataset(as_jsonl(tmp_path, "*.parquet"), TEXT | more, None)
     for source in (f"parquet:{tmp_path}", f"parquet:{tmp_path}/*.parquet", "parquet:*.parquet"):
         dataset = open_dataset(source, TEXT | more, str(tmp_path))
-        same(dataset.splits, whole.splits)
+        assert_same(dataset.splits, whole.splits)
         assert {k: v for k, v in dataset.info.items() if k != "tokenizer"} == {k: v for k, v in whole.info.items() if k != "tokenizer"}
     rows = dataset.splits["train"].rows
     assert rows[52].where == f"{tmp_path}/b.parquet, row 2" and rows[61].where == f"{tmp_path}/c.parquet, row 8"
@@ -61,9 +61,9 @@ def test_remote_files(tmp_path):
     for path in tmp_path.glob("*.parquet"):
         memory.pipe(f"/parquet-test/{path.name}", path.read_bytes())
     local = open_dataset(f"parquet:{tmp_path}", TEXT, None)
-    same(open_dataset("parquet:memory://parquet-test", TEXT, "elsewhere").splits, local.splits)
+    assert_same(open_dataset("parquet:memory://parquet-test", TEXT, "elsewhere").splits, local.splits)
     named = TEXT | {"validation": "memory://parquet-test/validation.parquet"}
-    same(open_dataset("parquet:memory://parquet-test/train-*.parquet", named, None).splits, local.splits)
+    assert_same(open_dataset("parquet:memory://parquet-test/train-*.parquet", named, None).splits, local.splits)
     memory.pipe("/parquet-test/rows.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in table(5).to_pylist()))
     assert len(examples(open_dataset("jsonl:memory://parquet-test/rows.jsonl", TEXT | {"holdout": 0.0}, None), "train")["tokens"]) == 5
     with pytest.raises(ConfigError, match="there is no file or folder memory://parquet-test/none.parquet"):
@@ -138,7 +138,7 @@ def test_a_saved_data_set_of_huggingface_may_stay_on_disk(tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     datasets.Dataset.from_dict({"text": [f"w{i % 5} film" for i in range(40)], "label": [i % 2 for i in range(40)]}, features).save_to_disk(tmp_path / "a")
     whole, dataset = (open_dataset(f"hf:{tmp_path}/a", TEXT | {"indexed": indexed}, None) for indexed in (False, True))
-    same(dataset.splits, whole.splits)
+    assert_same(dataset.splits, whole.splits)
     assert dataset.info["labels"] == ["neg", "pos"] and "index written" in dataset.notes[0]
 
 
