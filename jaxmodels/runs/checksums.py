@@ -19,6 +19,8 @@ from jaxmodels.errors import RunError
 
 _SMALL = 1 << 16  # elements: up to here NumPy takes less time than compiling, once for each shape
 _BLOCK = 1 << 15  # elements that NumPy hashes at a time, so that they stay in the cache
+_LARGE = 1 << 18  # elements that XLA hashes at a time: unlike those of NumPy, its operations are long, so that threads do not wait for each other
+_PARTS = 16  # of such a block
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: indices that are near become keys that are far apart
 _FACTORS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
@@ -93,7 +95,7 @@ def _as_numpy(x: Any) -> np.ndarray:
 
 
 def _on_host(x: Any) -> bool:
-    """Return whether NumPy computes the checksum: of arrays that are small, or that a single CPU holds, where it takes half the time of XLA."""
+    """Return whether the host computes the checksum, in blocks: of arrays that are small, or that a CPU holds whole."""
     if not isinstance(x, jax.Array):
         return True
     return x.is_fully_replicated and (x.size <= _SMALL or next(iter(x.sharding.device_set)).platform == "cpu")
@@ -113,24 +115,46 @@ def _compiled(dtype: str, sharding: Any):
 
 def _hash(x: jax.Array, dtype: str) -> jax.Array:
     """Return the sum of the hashes of all elements, uint32."""
-    bits = _bits(x, dtype, jnp)
-    key, stride = jnp.uint32(0), 1
+    return jnp.sum(_hashes(_bits(x, dtype, jnp)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _hash_block(bits: jax.Array, key: jax.Array) -> jax.Array:
+    """Return the sum of the hashes of bits, uint32; `key` is that of the first.
+
+    The parts of the block are added before its elements are summed: XLA's CPU compiler makes vectors of additions and not of sums.
+    """
+    size = len(bits) // _PARTS
+    parts = (_hashes(bits[i * size :][:size], key + jnp.uint32(i * size * _GOLDEN % 2**32)) for i in range(_PARTS))
+    return jnp.sum(functools.reduce(jnp.add, parts), dtype=jnp.uint32)
+
+
+def _hashes(bits: jax.Array, key: Any = 0) -> jax.Array:
+    """Return the hash of each element; `key` is that of the first one."""
+    key, stride = jnp.uint32(key), 1
     for axis in reversed(range(bits.ndim)):
-        indices = jnp.arange(bits.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride * _GOLDEN % 2**32)
-        key = key + indices.reshape(-1, *[1] * (bits.ndim - 1 - axis))
+        key = key + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride * _GOLDEN % 2**32)
         stride *= bits.shape[axis]
     h = bits + key
     for shift, factor in zip((16, 13), _FACTORS, strict=True):
         h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return jnp.sum(h ^ (h >> jnp.uint32(16)), dtype=jnp.uint32)
+    return h ^ (h >> jnp.uint32(16))
 
 
 def _hash_on_host(x: np.ndarray, dtype: str) -> int:
-    """Return the same as `_hash`, block by block and in place."""
+    """Return the same as `_hash`, block by block: large blocks by XLA, the rest by NumPy in place."""
     flat = np.ascontiguousarray(x).reshape(-1)
-    keys, total, first = np.arange(2 * _BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN), 0, 0
+    total, first, rest = 0, 0, 0
+    if flat.size >= _LARGE and jax.default_backend() == "cpu":
+        rest, sums = flat.size - flat.size % _LARGE, []
+        for start in range(0, rest, _LARGE):
+            bits = _bits(flat[start : start + _LARGE], dtype, np)
+            sums.append(_hash_block(bits.reshape(-1), np.uint32(first * _GOLDEN % 2**32)))
+            first += bits.size
+        total = sum(map(int, sums))
+    keys = np.arange(2 * _BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN)
     h, shifted = np.empty(2 * _BLOCK, np.uint32), np.empty(2 * _BLOCK, np.uint32)
-    for start in range(0, flat.size, _BLOCK):
+    for start in range(rest, flat.size, _BLOCK):
         bits = _bits(flat[start : start + _BLOCK], dtype, np).reshape(-1)
         a, b = h[: bits.size], shifted[: bits.size]
         np.add(bits, keys[: bits.size], out=a)
@@ -155,10 +179,10 @@ def _bits(x: Any, dtype: str, xp: Any) -> Any:
     if x.dtype.itemsize == 8:
         return _view(x, np.uint32, xp)
     if x.dtype.kind in "bui" or jnp.issubdtype(x.dtype, jnp.integer):
-        return x.astype(xp.uint32)
+        return x.astype(xp.uint32, copy=False)
     if jnp.finfo(x.dtype).bits < 8:
         x = x.astype(xp.float32)
-    return _view(x, {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize], xp).astype(xp.uint32)
+    return _view(x, {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize], xp).astype(xp.uint32, copy=False)
 
 
 def _view(x: Any, dtype: Any, xp: Any) -> Any:
