@@ -72,6 +72,7 @@ class Experiment:
         """
         placed = dataclasses.replace(self, platform=platform, layout=layout)
         _ = placed.graph
+        placed.__dict__["_state_shapes"] = self._state_shapes  # the same on every device, and slow to trace
         return placed
 
     @property
