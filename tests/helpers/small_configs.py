@@ -17,7 +17,7 @@ CNN = {
 LSTM = {
     "model": {"name": "lstm", "layers": 2, "width": 16, "dropout": 0.1},
     "task": {"name": "language_model", "sample_length": 0},
-    "data": {"source": "python_docs", "sequence_length": 16, "batch_size": 16, "eval_batch_size": 512},
+    "data": {"source": "python_docs", "sequence_length": 16, "batch_size": 16, "eval_batch_size": 256, "holdout": 0.02},
     "optimizer": {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.01, "clip_norm": 1.0},
     "training": {"steps": 60},
     "evaluation": {"every": 20},
