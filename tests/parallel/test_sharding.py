@@ -71,20 +71,22 @@ def test_pmap_is_the_same_step(tmp_path):
 MUON = {"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 1.0, "adam_parameters": ["embed", "positions"]}
 
 
-def test_muon_of_sharded_matrices_equals_that_of_one_device(tmp_path):
+@pytest.mark.parametrize("mesh, accumulate", [pytest.param("fsdp", 1, marks=pytest.mark.slow), ("all three", 2)])
+def test_muon_of_sharded_matrices_equals_that_of_one_device(mesh, accumulate, tmp_path):
     """Its products need whole matrices, so the compiler gathers what `fsdp` and `tensor` shard."""
-    cases = [{"model": "gpt", "mesh": MESHES["fsdp"]}, {"model": "gpt", "mesh": MESHES["all three"], "accumulate": 2}]
-    assert_equal_runs(tmp_path, [case | {"optimizer": MUON, "steps": 4} for case in cases])
+    assert_equal_runs(tmp_path, [{"model": "gpt", "mesh": MESHES[mesh], "accumulate": accumulate, "optimizer": MUON, "steps": 4}])
 
 
-def test_user_modules_train_on_a_mesh_as_on_one_device(tmp_path):
-    """Under `jit` with dropout. Under `pmap` each device draws its own masks, so there is none."""
-    cases = [
-        {"model": "own_lm", "mesh": MESHES["fsdp"], "dropout": 0.2, "accumulate": 2},
-        {"model": "own_cnn", "mesh": MESHES["data"], "dropout": 0.2},
-        {"model": "own_cnn", "mesh": MESHES["data"], "partition": "pmap"},
-    ]
-    assert_equal_runs(tmp_path, [case | {"steps": 4} for case in cases])
+OWN = {
+    "fsdp": {"model": "own_lm", "mesh": MESHES["fsdp"], "dropout": 0.2, "accumulate": 2},
+    "data": {"model": "own_cnn", "mesh": MESHES["data"], "dropout": 0.2},
+    "pmap": {"model": "own_cnn", "mesh": MESHES["data"], "partition": "pmap"},  # each device draws its own masks, so there is no dropout
+}
+
+
+@pytest.mark.parametrize("how", ["fsdp", pytest.param("data", marks=pytest.mark.slow), pytest.param("pmap", marks=pytest.mark.slow)])
+def test_user_modules_train_on_a_mesh_as_on_one_device(how, tmp_path):
+    assert_equal_runs(tmp_path, [OWN[how] | {"steps": 4}])
 
 
 @pytest.mark.slow
