@@ -90,6 +90,13 @@ def data_dir():
     return folder
 
 
+@pytest.fixture
+def index_cache(tmp_path, monkeypatch):
+    """The folder of indexes of rows in a cache of this test's own."""
+    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "index"
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """Name of a config that starts from a pretrained model -> a folder with a small model of that kind, with random weights."""

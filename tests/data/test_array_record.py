@@ -6,12 +6,14 @@ import pickle
 
 import numpy as np
 import pytest
+from indexed_rows import TEXT, assert_same, examples, records
 from PIL import Image
-from test_indexed import TEXT, assert_same, cache, examples, records  # noqa: F401
 
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("index_cache")
 
 fsspec = pytest.importorskip("fsspec")
 array_record = pytest.importorskip("array_record.python.array_record_module")

@@ -16,6 +16,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
+from indexed_rows import TEXT, assert_same, examples, records
 
 from jaxmodels import config as config_lib
 from jaxmodels.data import access, compressed, groups, index, inspect, loader, order, reading
@@ -25,37 +26,11 @@ from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import get_batch
 from jaxmodels.errors import ConfigError
 
-TEXT = {"sequence_length": 6, "tokenizer": "word:50"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An own cache of indexes."""
-    monkeypatch.setenv("JAXMODELS_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "index"
-
-
-def records(count, start=0):
-    return [{"text": f"w{i % 7} number {i % 13} é", "label": "odd" if i % 2 else "even", "id": i} for i in range(start, start + count)]
+pytestmark = pytest.mark.usefixtures("index_cache")
 
 
 def as_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def examples(dataset, split):
-    """Return the arrays of all examples of a split."""
-    source = getattr(dataset, "splits", dataset)[split]
-    return get_batch(source, np.arange(len(source)))
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for split in one:
-        a, b = (get_batch(part[split], np.arange(len(part[split]))) for part in (one, other))
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
 
 
 def zstd(content):
@@ -124,12 +99,12 @@ def test_the_draw_is_that_of_a_sort():
             assert part.before(np.array([0, count // 2, count])).tolist() == [(rows < edge).sum() for edge in (0, count // 2, count)]
 
 
-def test_an_index_is_built_once(tmp_path, cache, monkeypatch):
+def test_an_index_is_built_once(tmp_path, index_cache, monkeypatch):
     (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
     options = TEXT | {"indexed": True, "tokenizer": "bpe:300"}
     first = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
     assert "index written to" in first.notes[0]
-    (entry,) = cache.iterdir()
+    (entry,) = index_cache.iterdir()
     monkeypatch.setattr(access, "blocks", None)  # nothing reads the file from its start
     monkeypatch.setattr("jaxmodels.data.sources.row_index.RecordRows.scan", None)  # or row by row, for labels and words
     again = open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None)
@@ -148,16 +123,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_index_is_built_again(damage, tmp_path, cache):
+def test_a_damaged_index_is_built_again(damage, tmp_path, index_cache):
     (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
     source, options = f"jsonl:{tmp_path}/x.jsonl", TEXT | {"indexed": True}
     good = examples(open_dataset(source, options, None), "train")
-    (entry,) = cache.iterdir()
+    (entry,) = index_cache.iterdir()
     DAMAGE[damage](entry)
     again = open_dataset(source, options, None)
     assert again.notes[0].startswith("warning: ") and "is damaged" in again.notes[0] and "built again" in again.notes[0]
     np.testing.assert_array_equal(good["tokens"], examples(again, "train")["tokens"])
-    assert "index read" in open_dataset(source, options, None).notes[0] and [path.name for path in cache.iterdir()] == [entry.name]
+    assert "index read" in open_dataset(source, options, None).notes[0] and [path.name for path in index_cache.iterdir()] == [entry.name]
 
 
 def test_a_file_that_changes(tmp_path):
@@ -270,7 +245,7 @@ def test_compressed_texts_for_language_models(suffix, encode, tmp_path):
     assert_same(plain.splits, compressed_.splits)
 
 
-def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
+def test_two_threads_build_one_index(tmp_path, index_cache, monkeypatch):
     """Both write an entry; one of them stays, and both read the same rows."""
     (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
     together, build = threading.Barrier(2, timeout=30), index._fill
@@ -279,7 +254,7 @@ def test_two_threads_build_one_index(tmp_path, cache, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), range(2))
     assert_same(one.splits, other.splits)
-    assert len(list(cache.iterdir())) == 1 and not list(cache.glob("*.tmp"))
+    assert len(list(index_cache.iterdir())) == 1 and not list(index_cache.glob("*.tmp"))
 
 
 def test_the_cache_of_groups_is_bounded():

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import small_configs
+from indexed_rows import TEXT, assert_same, examples
 from PIL import Image
-from test_indexed import TEXT, assert_same, cache, examples  # noqa: F401
 
 import jaxmodels
 from jaxmodels import api
@@ -15,6 +15,8 @@ from jaxmodels.data import loader, order
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.errors import ConfigError, RunError
+
+pytestmark = pytest.mark.usefixtures("index_cache")
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -7,14 +7,16 @@ import wave
 
 import numpy as np
 import pytest
+from indexed_rows import examples
 from PIL import Image
-from test_indexed import cache, examples  # noqa: F401
 
 from jaxmodels.data.index import Progress
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.tar import members
 from jaxmodels.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("index_cache")
 
 IMAGE = {"image_column": "jpg;png", "size": 4, "channels": 1, "holdout": 0.0}
 
