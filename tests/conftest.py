@@ -45,7 +45,7 @@ def short_collections():
     if _memory() > MOST_MEMORY:
         sys.modules["jax"].clear_caches()
         gc.unfreeze()
-    gc.collect()
+        gc.collect()
     gc.freeze()
 
 

@@ -1,5 +1,7 @@
 """Sources, order, batches: deterministic, random access, every example once."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -153,15 +155,18 @@ def test_examples_are_decoded_once():
     np.testing.assert_array_equal(get_batch(Slow(), np.array([2, 4]))["label"], [2, 4])
 
 
-def test_digits_are_real_split_once_and_disjoint():
+@pytest.mark.parametrize("find", [importlib.util.find_spec, lambda name: None])  # by its file, and by importing scikit-learn
+def test_digits_are_real_split_once_and_disjoint(find, monkeypatch):
     from sklearn.datasets import load_digits
 
+    monkeypatch.setattr(importlib.util, "find_spec", find)
     dataset = open_dataset("digits", {}, None)
     parts = {name: get_batch(split, np.arange(len(split))) for name, split in dataset.splits.items()}
     assert {name: len(p["label"]) for name, p in parts.items()} == {"train": 1259, "validation": 179, "test": 359}
     images = np.concatenate([p["image"].reshape(-1, 64) for p in parts.values()]) * 16
-    original = load_digits().data
-    np.testing.assert_array_equal(images[np.lexsort(images.T)], original[np.lexsort(original.T)])
+    labels = np.concatenate([p["label"] for p in parts.values()])
+    one, other = np.column_stack([images, labels]), np.column_stack(load_digits(return_X_y=True))
+    np.testing.assert_array_equal(one[np.lexsort(one.T)], other[np.lexsort(other.T)])
     np.testing.assert_array_equal(parts["test"]["image"], get_batch(open_dataset("digits", {}, None).splits["test"], np.arange(359))["image"])
 
 

@@ -105,8 +105,9 @@ def test_random_keys_and_other_types():
     assert checksums.check({}, whole) == [] and checksums.check({"y": wide}, whole) == ["y"]
 
 
-def test_a_step_still_reuses_the_memory_of_the_state():
-    x = jax.block_until_ready(jnp.arange(100_000.0))
+@pytest.mark.parametrize("size", [100_000, 600_000])  # hashed by NumPy, and by XLA
+def test_a_step_still_reuses_the_memory_of_the_state(size):
+    x = jax.block_until_ready(jnp.arange(float(size)))
     place = x.unsafe_buffer_pointer()
     checksums.of({"x": x})
     assert jax.jit(lambda x: x + 1, donate_argnums=0)(x).unsafe_buffer_pointer() == place
@@ -169,7 +170,7 @@ def same(one, other) -> bool:
     return progress == progress_2 and all(jax.tree.leaves(equal))
 
 
-@pytest.mark.parametrize("flips", [12, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_every_restore_after_a_flip_is_right_or_refused(flips, trained, shapes, tmp_path):
     whole = read(trained / "checkpoints", shapes)
     files = sorted(path for path in (trained / "checkpoints" / "20").rglob("*") if path.is_file() and path.stat().st_size)
@@ -177,7 +178,7 @@ def test_every_restore_after_a_flip_is_right_or_refused(flips, trained, shapes, 
     assert len(data) >= 2
     # Most of the flips where most of the bytes are: in the arrays.
     generator, seen, unguarded = random.Random(17), collections.Counter(), 0
-    chosen = files * (flips // 12) + [max(data, key=lambda path: path.stat().st_size)] * flips
+    chosen = (files * 3 if flips > 6 else files[::2]) + [max(data, key=lambda path: path.stat().st_size)] * flips
     for number, path in enumerate(chosen):
         folder = tmp_path / str(number)
         shutil.copytree(trained / "checkpoints" / "20", folder / "20")

@@ -52,7 +52,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
 
 
 def test_text_runs_learn_and_show_samples(tmp_path):
-    config = small_configs.config(small_configs.GPT, training__steps=120, task__sample_length=40, evaluation__every=60)
+    config = small_configs.config(small_configs.GPT, training__steps=60, task__sample_length=40, evaluation__every=30, checkpoint__every=30)
     result = run(config, tmp_path / "x")
     tokens = build_experiment(config).dataset.splits["train"].tokens
     share = np.bincount(tokens) / len(tokens)
@@ -429,11 +429,11 @@ def test_checkpoints_of_a_run_open_read_only(tmp_path):
 
 
 def test_a_run_imports_no_other_framework(tmp_path):
-    """Importing PyTorch, if installed, would take two seconds at each start."""
+    """Importing PyTorch or scikit-learn would take a second or two at each start."""
     code = (
         "import sys, jaxmodels, small_configs; "
         f"jaxmodels.train(small_configs.config(small_configs.CNN, training__steps=2, log__tensorboard=True), {str(tmp_path / 'x')!r}, quiet=True); "
-        "print([name for name in ('torch', 'tensorflow', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'tensorflow', 'transformers', 'sklearn') if name in sys.modules])"
     )
     done = warm_python.run(["-c", code], capture_output=True, text=True, cwd=HELPERS, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
