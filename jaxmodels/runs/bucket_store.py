@@ -33,6 +33,20 @@ _CHUNK = 1 << 27  # bytes; chunks of an array are not larger, since an object is
 _IN_FLIGHT = 1 << 30  # bytes that are written or read at a time
 
 
+def saved_steps(folder: Path | BucketPath) -> list[int]:
+    """Return the steps that have a complete checkpoint in a folder of checkpoints, in ascending order."""
+    found = (re.fullmatch(rf"(\d+)/{INDEX}", key) for key in paths.keys_below(folder))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def move(place: BucketPath, to: BucketPath) -> None:
+    """Move a checkpoint. The index is written last and deleted first, so that both places have whole checkpoints or none."""
+    for key in sorted(paths.keys_below(place), key=lambda key: key == INDEX):
+        (to / key).write_bytes((place / key).read_bytes())
+    (place / INDEX).unlink(missing_ok=True)
+    paths.delete_tree(place)
+
+
 class BucketStore:
     """Checkpoints of a state and a page of JSON in a bucket, or in a copy of one on a disk. `OrbaxStore` has the same methods."""
 
@@ -58,8 +72,7 @@ class BucketStore:
 
     def steps(self) -> list[int]:
         """Return the steps that have a complete checkpoint, in ascending order."""
-        found = (re.fullmatch(rf"(\d+)/{INDEX}", key) for key in paths.keys_below(self.folder))
-        return sorted(int(match[1]) for match in found if match)
+        return saved_steps(self.folder)
 
     # Saving
 

@@ -6,21 +6,22 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError
-from jaxmodels.runs import disk
+from jaxmodels.runs import bucket_store, disk
 from jaxmodels.runs.folder import RunFolder, now
 from jaxmodels.runs.json_files import append_line
-from jaxmodels.storage.paths import is_bucket
+from jaxmodels.storage.paths import BucketPath, is_bucket
 
 
 def saved_steps(folder: RunFolder) -> list[int]:
     """Return the steps of the checkpoints in a run folder, in ascending order. Starts no device, as Orbax would."""
+    if is_bucket(folder.path):
+        return bucket_store.saved_steps(folder.checkpoints)
     return sorted(int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit())
 
 
@@ -30,8 +31,6 @@ def check(folder: RunFolder, step: int) -> None:
     Raises:
       ConfigError: it has no checkpoint of that step; or another run needs a later checkpoint at its place.
     """
-    if is_bucket(folder.path):
-        raise ConfigError(f"--from_step={step}: a run in a bucket cannot go back. Start a new run from {folder.path}@{step} with config.init_from.")
     steps = saved_steps(folder)
     if step not in steps:
         there_are = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none yet"
@@ -71,14 +70,14 @@ def _go_back(folder: RunFolder, step: int) -> str:
         # Copies first, so that the place is a run folder whenever it holds a checkpoint.
         for file in (folder.config_file, folder.manifest_file, folder.metrics_file, folder.samples_file, folder.tokenizer_file):
             if file.is_file():
-                shutil.copy2(file, place / file.name)
+                (place / file.name).write_bytes(file.read_bytes())
         for path in later_media(folder, step):
             (place / "media").mkdir(exist_ok=True)
-            path.rename(place / "media" / path.name)
+            _move(path, place / "media" / path.name)
         (place / "checkpoints").mkdir()
         for saved in reversed(later):  # what is left after a kill ends with a checkpoint that knows of all before it
             _move(folder.checkpoints / str(saved), place / "checkpoints" / str(saved))
-        entry["to"] = str(place.relative_to(folder.path))
+        entry["to"] = f"set_aside/{place.name}"
         steps = ", ".join(map(str, later))
         line = f"going back to step {step}: the checkpoint{'s' if len(later) > 1 else ''} of step {steps} and the lines of metrics are in {place}"
     manifest = folder.manifest()
@@ -87,7 +86,7 @@ def _go_back(folder: RunFolder, step: int) -> str:
     return line
 
 
-def later_media(folder: RunFolder, step: int) -> list[Path]:
+def later_media(folder: RunFolder, step: int) -> list[Path | BucketPath]:
     """Return the files in `media/` of later steps: NAME_STEP.png and .wav."""
     found = [(path, re.search(r"_(\d+)\.(png|wav)$", path.name)) for path in (folder.path / "media").glob("*")]
     return [path for path, match in found if match and int(match[1]) > step]
@@ -123,7 +122,7 @@ def _shown(value: Any) -> str:
     return value if value == "(absent)" else json.dumps(value, ensure_ascii=False)
 
 
-def _new_folder(folder: RunFolder) -> Path:
+def _new_folder(folder: RunFolder) -> Path | BucketPath:
     """Create and return a new folder in `set_aside/`."""
     place = folder.path / "set_aside"
     place.mkdir(exist_ok=True)
@@ -132,9 +131,15 @@ def _new_folder(folder: RunFolder) -> Path:
     return place / str(number)
 
 
-def _move(path: Path, to: Path) -> None:
-    """Move a checkpoint's folder; of a symbolic link, move the link, and let it point to the same place."""
-    if path.is_symlink():
+def _move(path: Path | BucketPath, to: Path | BucketPath) -> None:
+    """Move a file or a checkpoint's folder; of a symbolic link, move the link, and let it point to the same place."""
+    if isinstance(path, BucketPath):
+        if path.is_file():
+            to.write_bytes(path.read_bytes())
+            path.unlink()
+        else:
+            bucket_store.move(path, to)
+    elif path.is_symlink():
         to.symlink_to(os.path.realpath(path))
         path.unlink()
     else:

@@ -86,7 +86,7 @@ def workdir(finished, tmp_path):
 
 
 def kept(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in RunFolder(workdir).checkpoints.iterdir() if path.name.isdigit())
 
 
 def files(folder):
@@ -454,15 +454,17 @@ def test_other_weights_of_a_mixture_begin_an_epoch(tmp_path):
 # Going back
 
 
-def test_going_back_sets_aside_what_came_after_and_trains_it_again(workdir, finished):
+def test_going_back_sets_aside_what_came_after_and_trains_it_again(location, finished):
     """With other lines of metrics: at an interval of 3, the first is the mean since the change."""
-    folder, config = RunFolder(workdir), small_configs.config(CONFIG, log__every=3)
+    workdir, config = location("run"), small_configs.config(CONFIG, log__every=3)
+    train(CONFIG, workdir)
+    folder, aside = RunFolder(workdir), f"{workdir}/set_aside/1"
     losses = {line["step"]: line["loss"] for line in folder.metrics("train")}
     before = files(folder)
     output = train(config, workdir, from_step=4)
-    assert f"going back to step 4: the checkpoint of step 8 and the lines of metrics are in {workdir}/set_aside/1" in output
-    assert files(RunFolder(workdir / "set_aside" / "1")) == before and kept(workdir / "set_aside" / "1") == [8]
-    assert jaxmodels.load(str(workdir / "set_aside" / "1")).step == 8
+    assert f"going back to step 4: the checkpoint of step 8 and the lines of metrics are in {aside}" in output
+    assert files(RunFolder(aside)) == before and kept(aside) == [8]
+    assert jaxmodels.load(aside).step == 8
     (arrays, metrics), (expected, whole) = final_state(workdir), final_state(finished)
     for key in expected:
         if "metrics" not in key:
