@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # The reported metric is the first of these that a run has, unless OWN names another.
-METRICS = ("accuracy", "f1", "exact_match", "label_error_rate", "mse", "loss")
+METRICS = ("f1", "accuracy", "exact_match", "label_error_rate", "mse", "loss")
 OWN = {
     "transcribe_digits": "label_error_rate",
     "seq2seq_lstm": "exact_match",
