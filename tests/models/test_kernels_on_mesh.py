@@ -18,19 +18,34 @@ from jaxmodels.parallel.mesh import MeshSizes, mesh_shape
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def found() -> dict:
-    done = warm_python.run([HELPERS / "kernels_on_mesh.py"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def on_mesh(*arguments: str) -> dict:
+    done = warm_python.run([HELPERS / "kernels_on_mesh.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return on_mesh()
+
+
+def check(cases: dict) -> None:
+    # Results and gradients, relative to the largest: float32 sums of up to 512 numbers.
+    assert cases
+    for case, differences in cases.items():
+        assert max(differences) < 5e-6, (case, differences)
+
+
 @pytest.mark.parametrize("how", ["ring", "heads", "splash", "lstm"])
 def test_sharded_kernels_equal_one_device(found, how):
-    # Results and gradients, relative to the largest: float32 sums of up to 512 numbers.
-    assert found[how]
-    for case, differences in found[how].items():
-        assert max(differences) < 5e-6, (case, differences)
+    check(found[how])
+
+
+@pytest.mark.slow
+def test_rarer_cases_equal_one_device():
+    """pytest -m slow tests/models/test_kernels_on_mesh.py"""
+    for cases in on_mesh("more").values():
+        check(cases)
 
 
 def test_a_ring_sends_keys_and_gathers_nothing(found):

@@ -28,7 +28,7 @@ from jaxmodels.training.trackers.jsonl import JsonLines
 
 pytestmark = pytest.mark.faults
 
-RATES = {"cnn": 6.0, "lstm": 45.0, "gpt": 6.0}  # learning rates of best_in_the_middle
+RATES = {"cnn": 6.0, "lstm": 30.0, "gpt": 6.0}  # learning rates of best_in_the_middle
 
 
 def write_config(tmp_path, config):

@@ -570,6 +570,7 @@ def test_wandb_without_a_key(monkeypatch, tmp_path):
         trackers.make_trackers(["jsonl", "wandb"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_server_that_never_answers_delays_neither_loop_nor_exit(tmp_path, name):
     pytest.importorskip(name, reason=f"{name} is not installed: pip install 'jaxmodels[{name}]'")
