@@ -138,7 +138,12 @@ class Saver:
         return f"The latest checkpoint is that of step {steps[-1]}" if steps else "There is no checkpoint"
 
     def close(self) -> None:
-        """Wait for the last save, say whether it failed, and stop Orbax's threads."""
-        self.settle()
+        """Wait for this process's part of the last save, say whether it failed, and stop Orbax's threads.
+
+        Asks nothing of the other processes: after an error they are elsewhere, and end when this one has ended.
+        """
         with self._watchdog.phase("save"):
-            self._checkpoints.close()
+            try:
+                self._checkpoints.close()
+            except SaveFailed as error:
+                self._say(f"warning: {error}. {self._latest()}", style="yellow")

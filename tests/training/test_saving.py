@@ -196,6 +196,25 @@ def test_pauses_double_up_to_ten_minutes(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_closing_waits_for_no_other_process(fails, monkeypatch):
+    """After an error of one process the others are elsewhere: to ask them how the save ended was a deadlock."""
+    lines = []
+
+    class Last:
+        save, steps = lambda self, state, progress: None, lambda self: [3]
+
+        def close(self):
+            if fails:
+                raise SaveFailed("checkpoint x could not be saved: y")
+
+    saver = saving.Saver(Last(), lambda line, style=None: lines.append(line), Watchdog())
+    saver.save(type("State", (), {"step": 4})(), None)
+    monkeypatch.setattr(saving.session, "gather", lambda *_: pytest.fail("it asked the other processes"))
+    saver.close()
+    assert lines == ["warning: checkpoint x could not be saved: y. The latest checkpoint is that of step 3"] * fails
+
+
 def test_files_of_saves_that_a_kill_interrupted_are_deleted(whole, tmp_path):
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     shutil.copytree(whole / "checkpoints" / "40", tmp_path / "checkpoints" / "45.orbax-checkpoint-tmp")
