@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,16 @@ CONFIG = small_configs.config(
     checkpoint__every=10,
     log__every=5,
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path):
+    """End the processes that a test leaves when it fails."""
+    yield
+    for folder in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if f"{tmp_path}/" in Path("/proc", folder, "cmdline").read_text():
+                os.kill(int(folder), signal.SIGKILL)
 
 
 class Run:
@@ -71,6 +82,7 @@ class Run:
         return output
 
     def outputs(self):
+        """Return the outputs of the processes, by the names of their logs."""
         return {path.name: path.read_text() for path in sorted(self.logs.glob("*.log"))} if self.logs.exists() else {}
 
     def wait_for_step(self, step, seconds=300):
@@ -83,7 +95,7 @@ class Run:
             time.sleep(0.05)
 
     def pid(self, index):
-        """Return the output of one of the processes."""
+        """Return the number of one of the processes, as the system knows it."""
         found = []
         for folder in os.listdir("/proc"):
             with contextlib.suppress(OSError):
