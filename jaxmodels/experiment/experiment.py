@@ -72,7 +72,8 @@ class Experiment:
         """
         placed = dataclasses.replace(self, platform=platform, layout=layout)
         _ = placed.graph
-        placed.__dict__["_state_shapes"] = self._state_shapes  # the same on every device, and slow to trace
+        if "_state_shapes" in self.__dict__:
+            placed.__dict__["_state_shapes"] = self._state_shapes  # the same on every device, and slow to trace
         return placed
 
     @property

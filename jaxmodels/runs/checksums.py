@@ -21,6 +21,7 @@ _SMALL = 1 << 16  # elements: up to here NumPy takes less time than compiling, o
 _BLOCK = 1 << 15  # elements that NumPy hashes at a time, so that they stay in the cache
 _LARGE = 1 << 18  # elements that XLA hashes at a time: unlike those of NumPy, its operations are long, so that threads do not wait for each other
 _PARTS = 16  # of such a block
+_WAITING = 32  # such blocks that may wait for XLA: those of 8 or 16 bits are copied to 32
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: indices that are near become keys that are far apart
 _FACTORS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
@@ -151,7 +152,8 @@ def _hash_on_host(x: np.ndarray, dtype: str) -> int:
             bits = _bits(flat[start : start + _LARGE], dtype, np)
             sums.append(_hash_block(bits.reshape(-1), np.uint32(first * _GOLDEN % 2**32)))
             first += bits.size
-        total = sum(map(int, sums))
+            if len(sums) == _WAITING or start + _LARGE == rest:
+                total, sums = total + sum(map(int, sums)), []
     keys = np.arange(2 * _BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN)
     h, shifted = np.empty(2 * _BLOCK, np.uint32), np.empty(2 * _BLOCK, np.uint32)
     for start in range(rest, flat.size, _BLOCK):

@@ -29,7 +29,7 @@ def found() -> dict:
     return on_mesh()
 
 
-def check(cases: dict) -> None:
+def assert_as_on_one_device(cases: dict) -> None:
     # Results and gradients, relative to the largest: float32 sums of up to 512 numbers.
     assert cases
     for case, differences in cases.items():
@@ -38,14 +38,14 @@ def check(cases: dict) -> None:
 
 @pytest.mark.parametrize("how", ["ring", "heads", "splash", "lstm"])
 def test_sharded_kernels_equal_one_device(found, how):
-    check(found[how])
+    assert_as_on_one_device(found[how])
 
 
 @pytest.mark.slow
 def test_rarer_cases_equal_one_device():
     """pytest -m slow tests/models/test_kernels_on_mesh.py"""
     for cases in on_mesh("more").values():
-        check(cases)
+        assert_as_on_one_device(cases)
 
 
 def test_a_ring_sends_keys_and_gathers_nothing(found):
