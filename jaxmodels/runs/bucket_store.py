@@ -4,7 +4,8 @@
     checkpoints/100/3f2a90c1/params/…     the chunks of the arrays, as TensorStore writes them (Zarr 3), one object each
 
 Each attempt to save a step writes to a folder of its own. `checkpoint.json` is written last, in one step: with it the checkpoint exists, and with a
-new one it is replaced. What no `checkpoint.json` names is deleted by the next start.
+new one it is replaced. What no `checkpoint.json` names is deleted by the next start. Checkpoints that Orbax wrote on a disk and that were copied to a
+bucket are read, from a copy in the cache; new ones are written as above.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from jaxmodels.distributed import session
 from jaxmodels.errors import RunError
 from jaxmodels.runs import checksums as checksums_lib
 from jaxmodels.runs.json_files import replace
+from jaxmodels.runs.orbax_store import MARK, OrbaxStore
 from jaxmodels.storage import client, paths
 from jaxmodels.storage.paths import BucketPath
 
@@ -35,16 +37,22 @@ _IN_FLIGHT = 1 << 30  # bytes that are written or read at a time
 
 def saved_steps(folder: Path | BucketPath) -> list[int]:
     """Return the steps that have a complete checkpoint in a folder of checkpoints, in ascending order."""
-    found = (re.fullmatch(rf"(\d+)/{INDEX}", key) for key in paths.keys_below(folder))
-    return sorted(int(match[1]) for match in found if match)
+    found = (re.fullmatch(rf"(\d+)/({INDEX}|{MARK})", key) for key in paths.keys_below(folder))
+    return sorted({int(match[1]) for match in found if match})
 
 
 def move(place: BucketPath, to: BucketPath) -> None:
     """Move a checkpoint. The index is written last and deleted first, so that both places have whole checkpoints or none."""
-    for key in sorted(paths.keys_below(place), key=lambda key: key == INDEX):
+    for key in sorted(paths.keys_below(place), key=lambda key: key in (INDEX, MARK)):
         (to / key).write_bytes((place / key).read_bytes())
-    (place / INDEX).unlink(missing_ok=True)
-    paths.delete_tree(place)
+    _delete(place)
+
+
+def _delete(place: Path | BucketPath) -> None:
+    """Delete a checkpoint: its index first, so that no part of it is taken for a checkpoint."""
+    for name in (INDEX, MARK):
+        (place / name).unlink(missing_ok=True)
+    paths.delete_tree(place, missing_ok=True)
 
 
 class BucketStore:
@@ -59,6 +67,7 @@ class BucketStore:
           at_once: maximum bytes in flight, in which case saving is synchronous.
         """
         self.folder, self._policy, self._at_once = folder, policy, at_once
+        self._copied: dict[int, OrbaxStore] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if not read_only:
@@ -126,11 +135,11 @@ class BucketStore:
 
     def _complete(self, step: int, index: dict) -> None:
         """Write the index of a step, and delete what it replaces and what the policy does not preserve."""
-        before = self._index(step) if step in self.steps() else None
-        replace(self.folder / str(step) / INDEX, json.dumps(index))
+        place = self.folder / str(step)
+        replace(place / INDEX, json.dumps(index))
         with contextlib.suppress(OSError):  # the next checkpoint, or the next start, deletes it
-            if before is not None:
-                paths.delete_tree(self.folder / str(step) / before["attempt"], missing_ok=True)
+            for name in {key.partition("/")[0] for key in paths.keys_below(place)} - {INDEX, _UNREADABLE, index["attempt"]}:
+                (place / name).unlink() if (place / name).is_file() else paths.delete_tree(place / name, missing_ok=True)
             steps = self.steps()
             for old in set(steps) - self._policy.preserved(steps):
                 self.delete(old)
@@ -164,12 +173,26 @@ class BucketStore:
     def _index(self, step: int) -> dict:
         return json.loads((self.folder / str(step) / INDEX).read_bytes())
 
+    def _orbax(self, step: int) -> OrbaxStore | None:
+        """Return the store of a step that Orbax wrote, read-only; None for a step of this class. It is copied to the cache once."""
+        place = self.folder / str(step)
+        if (place / INDEX).is_file() or not (place / MARK).is_file():
+            return None
+        if step not in self._copied:
+            copy = paths.local_copy(place, deep=True) if isinstance(place, BucketPath) else place
+            self._copied[step] = OrbaxStore(copy.parent, self._policy, read_only=True, at_once=self._at_once)
+        return self._copied[step]
+
     def page(self, step: int) -> dict:
         """Return the page of a step."""
+        if (copied := self._orbax(step)) is not None:
+            return copied.page(step)
         return self._index(step)["page"]
 
     def tree(self, step: int) -> Any:
         """Return the shapes of all arrays of a step, in nested dictionaries."""
+        if (copied := self._orbax(step)) is not None:
+            return copied.tree(step)
         tree: dict[str, Any] = {}
         for path, array in self._index(step)["arrays"].items():
             *folders, name = path.split("/")
@@ -181,6 +204,8 @@ class BucketStore:
 
     def read(self, step: int, shapes: Any, *, partial: bool = False) -> Any:
         """Return the arrays of a step, each with the sharding of its shape; `shapes` may have some of them, and `...` for others."""
+        if (copied := self._orbax(step)) is not None:
+            return copied.read(step, shapes, partial=partial)
         index = self._index(step)
         place, wanted = self.folder / str(step) / index["attempt"], {path: x for path, x in checksums_lib.flatten(shapes).items() if x is not ...}
         for path, shape in wanted.items():
@@ -203,16 +228,19 @@ class BucketStore:
     def set_aside(self, step: int) -> None:
         """Rename the index of a checkpoint that cannot be read."""
         place = self.folder / str(step)
-        replace(place / _UNREADABLE, (place / INDEX).read_bytes().decode())
-        (place / INDEX).unlink()
+        for name in (INDEX, MARK):
+            if (place / name).is_file():
+                replace(place / _UNREADABLE, (place / name).read_bytes().decode(errors="replace"))
+                (place / name).unlink()
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint: its index first, so that no part of it is taken for a checkpoint."""
-        (self.folder / str(step) / INDEX).unlink(missing_ok=True)
-        paths.delete_tree(self.folder / str(step), missing_ok=True)
+        """Delete a checkpoint."""
+        _delete(self.folder / str(step))
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Stop Orbax's threads, if it read anything."""
+        for store in self._copied.values():
+            store.close()
 
 
 def _shards(x: Any) -> list[tuple[Any, Any]]:

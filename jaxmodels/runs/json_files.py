@@ -86,14 +86,15 @@ def read_if_there(path: Path | BucketPath) -> bytes:
 
 
 def append_text(path: Path | BucketPath, text: str) -> None:
-    """Append a text to a file. An object in a bucket is written anew, again if another process has changed it in between."""
+    """Append whole lines to a file. An object in a bucket is written anew, again if another process has changed it in between."""
     if not isinstance(path, BucketPath):
         with open(path, "a", encoding="utf-8", newline="") as file:
             file.write(text)
         return
     while True:
         content, generation = path.read_with_generation()
-        whole = (content or b"") + text.encode()
+        truncated = content and not content.endswith(b"\n")
+        whole = (content or b"") + (b"\n" if truncated else b"") + text.encode()
         if path.write_if(whole, generation) is not None or path.read_with_generation()[0] == whole:  # the second: its answer was lost
             return
 

@@ -10,6 +10,7 @@ from jaxmodels.distributed import session
 from jaxmodels.errors import RunError
 from jaxmodels.storage import paths
 
+MARK = "_CHECKPOINT_METADATA"  # Orbax's file of a step that is complete
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of Orbax's folders until a checkpoint is whole
 _CHUNK = 1 << 25  # bytes; chunk size of arrays when `at_once` limits the bytes in flight
 

@@ -275,15 +275,16 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels"
 
 
-def local_copy(place: "BucketPath", wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """Return a copy on the disk of the objects directly in a folder of a bucket, in the cache; it is made anew if an object has changed.
+def local_copy(place: "BucketPath", wanted: Callable[[str], bool] = lambda name: True, *, deep: bool = False) -> Path:
+    """Return a copy on the disk of the objects in a folder of a bucket, in the cache; it is made anew if an object has changed.
 
     Args:
       place: the folder.
       wanted: of the name of an object, whether to copy it.
+      deep: copy also the objects of its folders, not only those directly in it.
     """
-    objects = [file for file in place.files() if file.parent == place and wanted(file.name)]
-    state = [[file.name, repr(file._read(slice(0, 0)).stamp.generation)] for file in objects]
+    objects = [file for file in place.files() if (deep or file.parent == place) and wanted(file.name)]
+    state = [[str(file), repr(file._read(slice(0, 0)).stamp.generation)] for file in objects]
     key = hashlib.sha256(json.dumps([str(place), state]).encode()).hexdigest()[:32]
     folder = cache_folder() / "buckets" / key / place.name
     if not folder.is_dir():
@@ -291,7 +292,7 @@ def local_copy(place: "BucketPath", wanted: Callable[[str], bool] = lambda name:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             for file in objects:
-                download(file, temporary / file.name)
+                download(file, temporary / file.key.removeprefix(f"{place.key}/"))
             with contextlib.suppress(OSError):  # another process was faster
                 temporary.rename(folder)
         finally:

@@ -237,6 +237,105 @@ def test_what_a_killed_save_left_is_deleted(folder, proxy):
     assert equal(opened(folder).restore(10, shapes(state(0)))[0], state(10))
 
 
+def checkpoints_of_a_disk(path):
+    """Save checkpoints of steps 10 and 20 as Orbax writes them; step 10 is the best."""
+    checkpoints = opened(RunFolder(path))
+    for step in (10, 20):
+        checkpoints.save(state(step), Progress(best_step=10))
+    checkpoints.close()
+
+
+@pytest.mark.buckets
+@in_buckets
+def test_checkpoints_of_a_disk_that_were_copied(folder, tmp_path):
+    """Read, preserved and replaced as those that are written here; what replaces them is of the bucket's own format."""
+    checkpoints_of_a_disk(tmp_path)
+    paths.upload(tmp_path, folder.path)
+    reader = opened(folder, read_only=True)
+    assert reader.steps() == [10, 20] and reader.find("best") == 10
+    assert reader.restore_part(20, {"params": shapes(state(0)).params})["params"]["a"]["bias"][0] == 20
+    assert len([problem for *_, problem in reader.check(20, 1 << 20)]) > 5 and {problem for *_, problem in reader.check(20, 1 << 20)} == {None}
+    reader.close()
+    checkpoints = opened(folder)
+    restored, _, problems = checkpoints.restore_latest(shapes(state(0)))
+    assert equal(restored, state(20)) and problems == []
+    checkpoints.save(state(20).replace(stats={"mean": jnp.zeros((2, 2))}), Progress(best_step=10))
+    checkpoints.wait()
+    assert not checkpoints.restore(20, shapes(state(0)))[0].stats["mean"].any() and equal(checkpoints.restore(10, shapes(state(0)))[0], state(10))
+    assert len({key.split("/")[0] for key in paths.keys_below(folder.checkpoints / "20")}) == 2  # the index, and the attempt
+    for step in (30, 40):
+        checkpoints.save(state(step), Progress(best_step=10 if step == 30 else 40))
+    checkpoints.close()
+    again = opened(folder)
+    assert again.steps() == [30, 40] and paths.keys_below(folder.checkpoints / "10") == []
+
+
+@pytest.mark.buckets
+@in_buckets
+def test_a_damaged_copy_of_a_checkpoint_is_set_aside(folder, tmp_path):
+    checkpoints_of_a_disk(tmp_path)
+    (tmp_path / "checkpoints" / "20" / "state" / "manifest.ocdbt").write_bytes(b"")
+    paths.upload(tmp_path, folder.path)
+    checkpoints = opened(folder)
+    restored, _, (problem,) = checkpoints.restore_latest(shapes(state(0)))
+    assert equal(restored, state(10)) and "checkpoints/20 cannot be read" in problem and checkpoints.steps() == [10]
+    assert (folder.checkpoints / "20" / "unreadable.json").is_file()
+
+
+@pytest.mark.buckets
+@in_buckets
+@pytest.mark.parametrize("of_a_disk", [False, True])
+def test_a_checkpoint_that_is_moved_is_whole_at_one_place_at_least(of_a_disk, folder, tmp_path, monkeypatch):
+    """At each request of the move, the process dies: the same call then moves the rest."""
+    if of_a_disk:
+        checkpoints_of_a_disk(tmp_path)
+        paths.upload(tmp_path, folder.path / "2")
+    else:
+        checkpoints = opened(RunFolder(folder.path / "1"))
+        checkpoints.save(state(20), Progress())
+        checkpoints.close()
+    place, to = folder.path / str(1 + of_a_disk) / "checkpoints" / "20", folder.path / f"aside{of_a_disk}" / "checkpoints" / "20"
+    for requests in range(1000):
+        left = [requests]
+        with monkeypatch.context() as patch:
+            for name in ("write_bytes", "unlink"):
+                patch.setattr(paths.BucketPath, name, _dying(getattr(paths.BucketPath, name), left))
+            try:
+                bucket_store.move(place, to)
+                break
+            except KeyboardInterrupt:
+                pass
+        whole = [at for at in (place, to) if 20 in bucket_store.saved_steps(at.parent)]
+        assert whole and (requests % 7 or equal(opened(RunFolder(whole[0].parent.parent), read_only=True).restore(20, shapes(state(0)))[0], state(20)))
+    assert requests > 5 and bucket_store.saved_steps(place.parent) == ([10] if of_a_disk else []) and bucket_store.saved_steps(to.parent) == [20]
+
+
+def _dying(method, left):
+    """Return a method that raises once the counter `left` is at 0."""
+
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return method(*args, **kwargs)
+
+    return call
+
+
+def test_a_run_of_a_disk_in_the_format_of_buckets_and_orbax(tmp_path):
+    """A run that moved to a bucket, went on there, and was copied back."""
+    checkpoints_of_a_disk(tmp_path)
+    folder = RunFolder(tmp_path)
+    checkpoints = opened(folder, keep=3)
+    checkpoints._store = bucket_store.BucketStore(folder.checkpoints, checkpoints._policy, read_only=False, at_once=1 << 20)
+    checkpoints.save(state(30), Progress())
+    checkpoints.close()
+    again = opened(folder, keep=3)
+    assert again.steps() == [10, 20, 30]
+    for step in (10, 20, 30):
+        assert equal(again.restore(step, shapes(state(0)))[0], state(step))
+
+
 def test_a_copy_of_a_bucket_on_a_disk_is_a_run(tmp_path):
     folder = RunFolder(tmp_path)
     store = bucket_store.BucketStore(folder.checkpoints, opened(folder)._policy, read_only=False, at_once=1 << 20)

@@ -14,6 +14,7 @@ from jaxmodels.experiment.build import build_experiment
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.lineage import lineage
 from jaxmodels.runs.repair import repair
+from jaxmodels.storage import paths
 from jaxmodels.training import trainer as trainer_lib
 
 pytestmark = pytest.mark.faults
@@ -35,9 +36,11 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def workdir(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
+def workdir(finished, location):
+    """A copy of the run, on the disk and in buckets."""
+    copy = paths.parse(location("run"))
+    paths.upload(finished, copy) if paths.is_bucket(copy) else shutil.copytree(finished, copy)
+    return copy
 
 
 DAMAGED = {
@@ -130,8 +133,7 @@ def test_a_parent_with_a_damaged_manifest_is_still_known_to_its_child(workdir, t
     train(child, tmp_path / "child")
     folder = RunFolder(workdir)
     run_id = folder.manifest()["id"]
-    with open(folder.children_file, "ab") as file:
-        file.write(b'{"run": 3}\n[]\n{"run": "/nowhere", "step": 1}\n')
+    folder.children_file.write_bytes(folder.children_file.read_bytes() + b'{"run": 3}\n[]\n{"run": "/nowhere", "step": 1}\n')
     folder.manifest_file.write_text("[]")
     train(CONFIG, workdir)
     assert folder.manifest()["id"] == run_id
