@@ -50,6 +50,22 @@ def test_a_run_is_the_same_in_all_places(on_disk, parent):
     assert jaxmodels.evaluate(parent)["loss"] == folder.metrics("test")[0]["loss"]
 
 
+@pytest.mark.buckets
+@pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
+def test_a_run_of_a_disk_goes_on_in_a_bucket(place, on_disk, tmp_path):
+    """It is copied after ten steps. The rest is as on the disk, bit for bit."""
+    jaxmodels.train(small_configs.config(CNN, training__steps=10), tmp_path / "run", quiet=True)
+    moved = f"{place}/moved"
+    paths.upload(tmp_path / "run", RunFolder(moved).path)
+    assert jaxmodels.evaluate(moved)["loss"] == RunFolder(tmp_path / "run").metrics("test")[0]["loss"]
+    jaxmodels.train(small_configs.config(small_configs.CNN, training__steps=1, evaluation={}, init_from=f"{moved}@10"), f"{place}/child", quiet=True)
+    jaxmodels.train(CNN, moved, quiet=True)
+    arrays, lines = final_state(moved)
+    assert lines == on_disk[2] and [(change["step"], change["key"]) for change in RunFolder(moved).manifest()["changes"]] == [(10, "training.steps")]
+    for name, array in on_disk[1].items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
 def test_children_lineage_and_merging(parent, location):
     config = small_configs.config(small_configs.CNN, training__steps=5, evaluation={}, lora={"rank": 2, "targets": ("hidden",)})
     config["training"]["trainable"] = ("output/",)
