@@ -8,7 +8,7 @@ remove the keys `vocab_size` and `examples`. Learning rate, weight decay, clippi
 
 Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
     v5p-1024, data=16 fsdp=32: 31,236 M estimated cycles per step, 96.5 GB peak memory per device
-        predicted: 19.1 s per step, MFU 75.4%, 74.4% with only unmasked pairs
+        predicted: 19.1 s per step (18.3 to 22.4), MFU 75.4%, 74.4% with only unmasked pairs
         attention kernels: dkv × 96, dq × 96, fwd × 96; queries bf16[3,96,1,2048,128], keys bf16[3,96,1,2048,128], in blocks of 1,024 × 1,024
 Time: not measured, no such machine was available.
 """

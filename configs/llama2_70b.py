@@ -10,7 +10,7 @@ Parameters are sharded 64 ways, the optimizer state 512 ways.
 Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
     v5p-1024, data=8 fsdp=64: 16,942 M estimated cycles per step, 38.3 GB peak memory per device
         (MaxText's recipe, by the same compiler: 19,775 M cycles, 41.1 GB)
-        predicted: 10.3 s per step, MFU 76.7%, 74.0% with only unmasked pairs
+        predicted: 10.4 s per step (10.2 to 11.7), MFU 76.5%, 73.7% with only unmasked pairs
         attention kernels: dkv × 80, dq × 80, fwd × 80; queries bf16[2,64,4096,128], keys bf16[2,8,4096,128], in blocks of 1,024 × 1,024
 Time: not measured, no such machine was available.
 """

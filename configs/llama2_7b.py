@@ -18,10 +18,10 @@ Reached: no result, never trained. The plans (jax 0.10.2, libtpu 0.0.52):
         predicted: 2.00 s per step (1.94 to 2.15), MFU 82.4%, 76.7% with only unmasked pairs
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,32,4096,128], in blocks of 1,024 × 1,024
     :slices, 4xv5p-128, slices=4 data=2 fsdp=32: 3,044 M estimated cycles per step, 49.3 GB peak memory per device
-        predicted: 2.00 s per step, MFU 82.2%, 76.5% with only unmasked pairs
+        predicted: 2.02 s per step (1.96 to 2.21), MFU 81.6%, 75.9% with only unmasked pairs
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[4,32,4096,128], keys bf16[4,32,4096,128], in blocks of 1,024 × 1,024
     :128k, v5p-128, data=4 context=16: 3,520 M estimated cycles per step, 48.4 GB peak memory per device
-        predicted: 8.43 s per step, MFU 104.0%, 60.4% with only unmasked pairs
+        predicted: 9.31 s per step (7.62 to 10.8), MFU 94.2%, 54.7% with only unmasked pairs
         attention kernels: dkv × 32, dq × 32, fwd × 32; queries bf16[2,2,131072,128], keys bf16[2,2,131072,128], in blocks of 1,024 × 2,048
 Time: not measured, no such machine was available.
 """

@@ -8,7 +8,7 @@ remove the keys `vocab_size` and `examples`. Learning rate and warm-up are the p
 
 Reached: no result, never trained. The plan (jax 0.10.2, libtpu 0.0.52):
     v5p-2048, data=8 fsdp=128: 99,312 M estimated cycles per step, 89.7 GB peak memory per device
-        predicted: 61.5 s per step, MFU 76.3%, 73.3% with only unmasked pairs
+        predicted: 61.8 s per step (60.5 to 69.5), MFU 75.9%, 73.0% with only unmasked pairs
         attention kernels: fwd × 252, dkv × 126, dq × 126; queries bf16[8,16,8192,128], keys bf16[8,1,8192,128], in blocks of 1,024 × 1,024
 Time: not measured, no such machine was available.
 """
