@@ -6,7 +6,7 @@ import glob as local_glob
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxmodels.data.reading import ReadError
@@ -84,6 +84,22 @@ def glob(pattern: str) -> list[str]:
     if is_remote(pattern):
         return sorted(file_system(pattern).unstrip_protocol(path) for path in _remote(pattern, "glob"))
     return sorted(file for file in local_glob.glob(pattern, recursive=True) if os.path.isfile(file))
+
+
+def walk(folder: str, leave_out: Callable[[str], bool]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder on a disk from a folder on: its path, and the names of the folders and files in it, sorted. Links are followed, each folder once.
+
+    Args:
+      folder: where to begin.
+      leave_out: of the name of a file or folder, whether it is left out.
+    """
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        below[:] = [] if real in seen else sorted(name for name in below if not leave_out(name))
+        if real not in seen:
+            seen.add(real)
+            yield place, list(below), sorted(name for name in files if not leave_out(name))
 
 
 def identify(path: str) -> FileId:

@@ -3,15 +3,49 @@
 import dataclasses
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxmodels import config as config_lib
 from jaxmodels.data import access
+from jaxmodels.data.guesses import guess
 from jaxmodels.data.keys import Keys
 from jaxmodels.errors import ConfigError
 
-# Names that a split's file may have.
-NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+# Names that a split's file or folder may have, in any capitals.
+NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
+# What operating systems and archives leave in folders. Names that begin with a dot are left out, too.
+_LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or was left by an operating system or an archive."""
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def splits_by_name(names: Iterable[str], where: str) -> tuple[dict[str, str], list[str]]:
+    """Return split -> the one of some names that is its, in any capitals, and the other names, sorted.
+
+    Raises:
+      ConfigError: two names are of one split.
+    """
+    rest, found = sorted(names), {}
+    for split, known in NAMES.items():
+        there = [name for name in rest if name.lower() in known]
+        if len(there) > 1:
+            raise ConfigError(f"config.data.source: {where} has {' and '.join(there)}, both for {split}; choose one with --config.data.{split}=NAME.")
+        if there:
+            found[split] = there[0]
+            rest.remove(there[0])
+    return found, rest
+
+
+def guess_splits(found: Mapping[str, str], left_out: Sequence[str], where: str) -> None:
+    """Record which names were taken for which splits, unless they are the splits' own, and which were left out."""
+    odd = {split: name for split, name in found.items() if split != name}
+    said = [f"{name} is {split}" for split, name in odd.items()]
+    said += [f"{', '.join(left_out[:8])}{', …' if len(left_out) > 8 else ''} {'are' if len(left_out) > 1 else 'is'} not used"] if left_out else []
+    if said:
+        guess(f"{where}: {'; '.join(said)} (data.train, data.validation, data.test)")
 
 
 def find_folder(path: str, data_dir: str | None) -> str:
@@ -43,8 +77,8 @@ class SplitFiles(Keys):
         """Return the files of each split, sorted.
 
         Args:
-          path: a folder (its files `NAME.tsv`, `NAME-*.tsv` or `NAME/*.tsv`, NAME as in `NAMES`), a pattern with `{split}`
-            in it, or a file or a pattern of files, which all train.
+          path: a folder (its files `NAME.tsv`, `NAME-*.tsv` or `NAME/*.tsv`, NAME as in `NAMES` and in any capitals), a pattern with
+            `{split}` in it, or a file or a pattern of files, which all train.
           data_dir: where relative paths are looked for after the working directory; the keys also relative to the folder.
           extensions: of the files in a folder: `(".tsv",)`.
           any_name: whether all files of a folder train if none has the name of a split.
@@ -60,8 +94,14 @@ def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None
     folder = next((place for place in places if access.is_folder(place)), None)
     if folder is not None:
         found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}
+        there = sorted(file for e in extensions for file in _glob(os.path.join(glob.escape(folder), f"*{_any_case(e)}")))
         if any_name and not any(found.values()) and not any(given.values()):
-            found["train"] = sorted(file for e in extensions for file in _glob(os.path.join(glob.escape(folder), f"*{e}")))
+            found["train"] = there
+        elif not any(given.values()):
+            used = {file for files in found.values() for file in files}
+            first = {split: os.path.relpath(files[0], folder) for split, files in found.items() if files}
+            odd = {split: name for split, name in first.items() if not name.startswith(split)}
+            guess_splits(odd, [os.path.basename(file) for file in there if file not in used], folder)
     elif "{split}" in path:
         found = next((files for place in places if any((files := {s: _by_pattern(place, s) for s in NAMES}).values())), {})
     else:
@@ -111,11 +151,17 @@ def _in_folder(folder: str, split: str, extensions: tuple[str, ...]) -> list[str
     by_name = {}
     for name in NAMES[split]:
         for pattern in ("{}{}", "{}-*{}", "{}/*{}"):
-            files = [file for e in extensions for file in _glob(os.path.join(glob.escape(folder), pattern.format(name, e)))]
+            files = [file for e in extensions for file in _glob(os.path.join(glob.escape(folder), pattern.format(_any_case(name), _any_case(e))))]
             if files:
-                by_name[name] = files
+                at = len(os.path.join(folder, ""))
+                by_name |= {spelt: [file for file in files if file[at:].startswith(spelt)] for spelt in {file[at : at + len(name)] for file in files}}
                 break
     return _only(by_name, split, folder)
+
+
+def _any_case(name: str) -> str:
+    """Return a pattern of a name in any capitals."""
+    return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in name)
 
 
 def _by_pattern(pattern: str, split: str) -> list[str]:
@@ -124,7 +170,7 @@ def _by_pattern(pattern: str, split: str) -> list[str]:
 
 def _only(by_name: Mapping[str, list[str]], split: str, where: str) -> list[str]:
     if len(by_name) > 1:
-        files = " and ".join(files[0] for files in by_name.values())
+        files = " and ".join(by_name[name][0] for name in sorted(by_name))
         raise ConfigError(f"config.data.source: {where} has {files}; choose one with --config.data.{split}=FILE.")
     return next(iter(by_name.values()), [])
 

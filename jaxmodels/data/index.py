@@ -29,7 +29,7 @@ from jaxmodels.data.reading import say
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.storage.paths import cache_folder
 
-VERSION = 1
+VERSION = 2
 _VERIFIED = 64 << 20  # bytes of an array whose checksum is verified at each start; of larger ones only the size is
 _FIRST, _EVERY = 2.0, 10.0  # seconds until the first line of progress, and between lines
 

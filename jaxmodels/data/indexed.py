@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmodels.data.features.base import Feature, Problem, Row
+from jaxmodels.data.features.label import Label
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.holdout import Draw, Part, Whole
 from jaxmodels.data.index import Opened, Progress
 from jaxmodels.data.order import Groups
-from jaxmodels.data.rows import Holdout, check, encode, info_of, is_usable
+from jaxmodels.data.rows import Holdout, check, encode, info_of, is_usable, with_labels
 from jaxmodels.data.skipping import BadExample, Forgiving
 from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
@@ -107,6 +108,10 @@ def open_indexed(splits: Mapping[str, IndexedRows], features: Sequence[Feature],
             raise ConfigError("config.data: no training row is left beside data.holdout; train has one row.")
     for feature in features:
         _fit(feature, train)
+    label = next((feature for feature in features if isinstance(feature, Label)), None)
+    scanned = {split: rows.scan(label.columns()) for split, rows in splits.items() if split != "train"} if label else {}
+    for split in scanned.keys() - set(with_labels(scanned, features)):
+        del parts[split]
     text = next((feature for feature in features if isinstance(feature, Tokenized)), None)
     if text is None:
         return _dataset(parts, features, options)

@@ -31,7 +31,7 @@ def inspect(config: Mapping, *, data_dir: str | None = None, examples: int = 3, 
       limit: maximum number of examples of a split to read, spread evenly over it.
 
     Returns:
-      JSON values: `source`, `seconds` to open it, `info`, `splits` (see `describe`), `examples` of train, `notes` and `fallbacks`.
+      JSON values: `source`, `seconds` to open it, `info`, `splits` (see `describe`), `examples` of train, `guesses`, `notes` and `fallbacks`.
 
     Raises:
       ConfigError: the data cannot be opened, or an example that is read is bad.
@@ -49,6 +49,7 @@ def inspect(config: Mapping, *, data_dir: str | None = None, examples: int = 3, 
         "info": info,
         "splits": {name: describe(dataset, name, limit) for name in data_lib.SPLITS if name in dataset.splits},
         "examples": [readable(dataset, dataset.splits[first][i]) for i in range(min(examples, len(dataset.splits[first])))],
+        "guesses": list(dataset.guesses),
         "notes": list(dataset.notes),
         "fallbacks": list(dataset.fallbacks),
     }
@@ -107,7 +108,7 @@ def print_report(report: Mapping, console: Console) -> None:
     for key, value in report["info"].items():
         if not isinstance(value, list) or len(value) <= 12:
             console.print(f"  {key}: {escape(str(value))}")
-    for note in (*report["notes"], *(f"warning: {fallback}" for fallback in report["fallbacks"])):
+    for note in (*report["guesses"], *report["notes"], *(f"warning: {fallback}" for fallback in report["fallbacks"])):
         console.print(escape(note), style="yellow" if note.startswith("warning") else "dim")
     table = Table("split", "examples", "bytes", "left out", "arrays", box=None, header_style="dim")
     for name, split in report["splits"].items():

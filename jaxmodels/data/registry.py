@@ -1,10 +1,12 @@
 """Sources of examples, opened by `NAME` or `NAME:ARGUMENT` from the `data` section of a config."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import guesses
 from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 
@@ -93,9 +95,10 @@ def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, 
         `JAXMODELS_DATA_DIR` if None.
       given: arrays by split, for the source `arrays`.
     """
-    dataset = open_source(source, options, data_dir, given)
-    if isinstance(dataset, Untokenized):
-        dataset = dataset.tokenize(dataset.tokenizer)
+    with guesses.collected() as found:
+        dataset = open_source(source, options, data_dir, given)
+        if isinstance(dataset, Untokenized):
+            dataset = dataset.tokenize(dataset.tokenizer)
     if not isinstance(dataset, Dataset):
         raise ConfigError(f"config.data.source: {source!r} must return a jaxmodels.data.source.Dataset, not {type(dataset).__name__}.")
     unknown = [name for name in dataset.splits if name not in SPLITS]
@@ -104,4 +107,4 @@ def open_dataset(source: str, options: Mapping[str, Any], data_dir: str | None, 
     empty = [name for name, split in dataset.splits.items() if not len(split)]
     if empty:
         raise ConfigError(f"config.data: the split {empty[0]!r} of {source!r} has no examples.")
-    return dataset
+    return dataclasses.replace(dataset, guesses=(*dataset.guesses, *found))

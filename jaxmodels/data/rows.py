@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmodels.data.features.base import Feature, Problem, Row
+from jaxmodels.data.features.label import Label
 from jaxmodels.data.features.text import Tokenized
+from jaxmodels.data.guesses import guess
 from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.keys import Keys
 from jaxmodels.data.skipping import BadExample, Forgiving, Policy, Skipping
@@ -91,13 +93,37 @@ def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], o
     held_out = "validation" not in rows and options.holdout > 0
     if held_out:
         rows["train"], rows["validation"] = hold_out(rows["train"], options.holdout)
-    good = {split: _passing(split, part, functools.partial(check, features=features), skipping) for split, part in rows.items()}
+    good = {"train": _passing("train", rows["train"], functools.partial(check, features=features), skipping)}
+    if held_out:
+        good["validation"] = _passing("validation", rows["validation"], functools.partial(check, features=features), skipping)
     skipping.check_rest("train", len(good["train"]))
     for feature in features:
         feature.fit(good["train"] + (good["validation"] if held_out else []))
+    for split in with_labels({split: part for split, part in rows.items() if split not in good}, features):
+        good[split] = _passing(split, rows[split], functools.partial(check, features=features), skipping)
     for feature in features:
         good = {split: _passing(split, part, feature.check_known, skipping) for split, part in good.items()}
     return good
+
+
+def with_labels(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature]) -> list[str]:
+    """Return the splits that have labels, or that need none. Of the others, tests whose labels nobody gives away, a guess is recorded."""
+    label = next((feature for feature in features if isinstance(feature, Label)), None)
+    if label is None:
+        return list(splits)
+    unlabelled = [split for split, rows in splits.items() if _has_no_label(rows, label)]
+    for split in unlabelled:
+        guess(f"{split} is left out: no row of it has a label in {label.label_column!r}")
+    return [split for split in splits if split not in unlabelled]
+
+
+def _has_no_label(rows: Iterable[Row], label: Label) -> bool:
+    missing = False
+    for row in rows:
+        missing = label.is_missing(row)
+        if not missing:
+            break
+    return missing
 
 
 def _passing(split: str, rows: Sequence[Row], check: Callable[[Row], None], skipping: Skipping) -> list[Row]:
@@ -218,6 +244,9 @@ def open_on_read(splits: Mapping[str, Rows], features: Sequence[Feature], option
     cheap = {split: _cheap(rows, eager) for split, rows in splits.items()} if eager else {}
     for feature in eager:
         feature.fit([row for row in cheap["train"] if is_usable(row, eager)])
+    if cheap:
+        labelled = ["train", *with_labels({split: rows for split, rows in cheap.items() if split != "train"}, eager)]
+        parts = {split: parts[split] for split in labelled}
     if "validation" not in parts and options.holdout:
         train = parts["train"][0]
         parts["train"], parts["validation"] = ((train, part) for part in hold_out(range(len(train)), options.holdout))

@@ -37,6 +37,7 @@ class Dataset:
       info: properties of the data that a model depends on: `image_shape`, `num_classes`, `vocab_size`, `tokenizer`, …
       notes: messages that a run prints when it starts.
       fallbacks: deviations from the config, printed as warnings and recorded in the run's manifest.
+      guesses: what was concluded from names and contents, printed and recorded in the run's manifest (see `data.guesses`).
       skipped: split -> number of bad examples left out of it, if any (see `data.skipping`).
     """
 
@@ -44,6 +45,7 @@ class Dataset:
     info: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def skipped_metric(self, split: str) -> dict[str, float]:

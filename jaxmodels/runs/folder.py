@@ -275,6 +275,7 @@ _MANIFEST = {
     "info": _is_object,
     "data": _is_object,
     "fallbacks": _is_list,
+    "guesses": _is_list,
     "starts_left_out": lambda value: isinstance(value, int),
     "fallbacks_left_out": lambda value: isinstance(value, int),
     "starts": lambda value: _is_list(value) and all(map(_is_object, value)),

@@ -107,6 +107,7 @@ class Manifest:
                 steps=manifest.get("steps", experiment.steps),
                 data=manifest["data"] if "data" in manifest else describe_data(experiment),
                 info={key: value for key, value in experiment.dataset.info.items() if key != "tokenizer"},
+                guesses=list(experiment.dataset.guesses),
                 skipped_examples=dict(experiment.dataset.skipped),
                 parents=manifest.get("parents", []),
                 fallbacks=manifest.get("fallbacks", []),

@@ -150,7 +150,7 @@ class Trainer:
 
     def run(self) -> Result:
         """Start or resume, train, test."""
-        for note in self.experiment.dataset.notes:
+        for note in (*self.experiment.dataset.guesses, *self.experiment.dataset.notes):
             self.terminal.say(note, style="yellow" if note.startswith("warning") else "dim")
         for problem in (*self.experiment.dataset.fallbacks, use_persistent_cache()):
             if problem is not None:

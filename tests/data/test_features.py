@@ -139,7 +139,7 @@ def test_tags_of_json_lines_equal_those_of_conll(tmp_path):
 
 def test_keys_are_those_of_the_parts_and_documented():
     fields = config_lib.fields(row_sources.tsv)
-    assert fields["text_column"] == (int | str, 0) and fields["header"] == (bool, False) and fields["sequence_length"] == (int | None, None)
+    assert fields["text_column"] == (int | str, 0) and fields["header"] == (bool | None, None) and fields["sequence_length"] == (int | None, None)
     assert config_lib.fields(row_sources.jsonl)["text_column"] == (str, "text") and "header" not in config_lib.fields(row_sources.jsonl)
     assert config_lib.positional(row_sources.tsv) == ["path", "data_dir"]
     undocumented = [key for key in fields if f"{key}:" not in row_sources.tsv.__doc__ and f"{key}," not in row_sources.tsv.__doc__]

@@ -124,7 +124,7 @@ BAD = {
     "label out of the given": ("tsv", {"labels": ("0", "1")}, {"train": GOOD + "x\t2\n"}, r"line 5: the label '2' is none of 0, 1"),
     "too few columns": ("tsv", {}, {"train": GOOD + "only a text\n"}, r"train\.tsv, line 5: the row has 1 columns"),
     "too many columns": ("tsv", {}, {"train": "good\t1\tx\n" + GOOD}, r"line 2: the row has 2 columns, the first of the file 3"),
-    "blank line": ("tsv", {}, {"train": "good\t1\n\nbad\t0\n"}, r"line 2: the row has 1 columns"),
+    "after blank lines": ("tsv", {}, {"train": "good\t1\n\n \nbad\n\n"}, r"line 4: the row has 1 columns"),
     "empty text": ("tsv", {}, {"train": GOOD + "  \t1\n"}, r"line 5: the text of column 0 is empty"),
     "empty label": ("tsv", {}, {"train": GOOD + "text\t\n"}, r"line 5: the label 1 is ''"),
     "not UTF-8": ("tsv", {}, {"train": GOOD.encode() + b"caf\xe9\t1\n"}, r"line 5: the text of column 0 is not UTF-8"),
@@ -168,9 +168,8 @@ def test_bad_rows_are_named_or_left_out(name, tmp_path):
     assert dataset.skipped[split] == sum(dataset.skipped.values()) > 0
     assert dataset.notes[0].startswith(f"warning: {dataset.skipped[split]} bad example")
     content = files[split] if isinstance(files[split], str) else files[split].decode("latin-1")
-    rows = [s for s in content.split("\n\n" if source == "conll" else "\n")[source == "csv_rows" :] if s]
-    rows = len(rows) + (name == "blank line")
-    assert len(dataset.splits[split]) == rows - dataset.skipped[split]
+    rows = [s for s in content.split("\n\n" if source == "conll" else "\n")[source == "csv_rows" :] if s and s != " "]
+    assert len(dataset.splits[split]) == len(rows) - dataset.skipped[split]
 
 
 # Errors under both policies: the config is wrong, not an example.
@@ -180,8 +179,8 @@ WRONG = {
     "two names": ("tsv", "two", {}, r"dev\.tsv.*config\.data\.validation="),
     "column of that name": ("csv_rows", "csv", {"text_column": "txet"}, r"config\.data\.text_column: .*Did you mean 'text'"),
     "column of that number": ("tsv", "two", {"validation": "dev.tsv", "label_column": 2}, r"config\.data\.label_column=2: .* has 2 columns"),
-    "name without header": ("tsv", "two", {"validation": "dev.tsv", "text_column": "text"}, r"data\.header=true"),
-    "header not set": ("tsv", "header", {}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
+    "name without header": ("tsv", "two", {"validation": "dev.tsv", "text_column": "text", "header": False}, r"data\.header=true"),
+    "header denied": ("tsv", "header", {"header": False}, r"line 1: the label is 'label', all others are numbers: set data\.header=true"),
     "half a pair": ("tsv", "two", {"source_column": 0}, "go together"),
     "labels of values": ("tsv", "two", {"label": "value", "labels": ("a",)}, "config.data.labels"),
     "given file": ("tsv", "two", {"validation": "nothing*.tsv"}, r"config\.data\.validation: there is no file"),
@@ -223,7 +222,7 @@ TINY = {
 
 def test_left_out_rows_reach_the_metrics(tmp_path, capsys):
     """They are counted in every line of their split, in the manifest, and in a later evaluation; the message is printed once."""
-    write(tmp_path, train__tsv="a b c\na b\n\nb c\n \n", dev__tsv="a b\n", test__tsv="b a\n\n")
+    write(tmp_path, train__tsv="a b c\na b\n\t\nb c\n\t\n", dev__tsv="a b\n", test__tsv="b a\nb\t\n")
     data = {"source": f"tsv:{tmp_path}", "label": "none", "batch_size": 2, "on_bad_example": "skip"} | TEXT
     api.train(TINY | {"data": data}, str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -499,7 +498,7 @@ def test_bad_tables_are_named(tmp_path):
     options = {"lookback": 1, "horizon": 1, "rows": (1, 1, 1)}
     for name, more, message in (
         ("a", {}, r"a\.csv, line 3: 4 columns, where the header has 3"),
-        ("b", {}, r"b\.csv, line 3: not a number"),
+        ("b", {}, r"b\.csv, line 3: 'y' is 'two', not a number"),
         ("b", {"columns": ("xx",)}, "no column 'xx'; it has date, x, y. Did you mean 'x'"),
     ):
         with pytest.raises(ConfigError, match=message):

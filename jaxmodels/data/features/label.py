@@ -44,6 +44,11 @@ class Label(Names, Feature):
         names = self.labels if self.labels is not None else class_names(rows, self.label_column)
         self._numbers = {name: i for i, name in enumerate(names)}
 
+    def is_missing(self, row: Row) -> bool:
+        """Return whether a row has no label: None, or the -1 that hidden labels of tests have, unless it is a class."""
+        value = row.values.get(self.label_column)
+        return row.problem is None and (value is None or (str(value).strip() == "-1" and "-1" not in self._numbers))
+
     def encode(self, row):
         name = str(row.values[self.label_column]).strip()
         if name not in self._numbers:

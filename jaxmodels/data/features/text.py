@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts, padded
+from jaxmodels.data.text_lines import not_utf8
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer, frame
 
@@ -233,7 +234,7 @@ class Tags(Names, Tokenized):
             if not word.strip() or not tag.strip():
                 raise Problem(f"the {'tag' if word.strip() else 'word'} is empty.", _part(row, i))
             if not is_utf8(word + tag):
-                raise Problem("not UTF-8.", _part(row, i))
+                raise Problem(not_utf8(word + tag), _part(row, i))
             if self.scheme == "bio" and (problem := _bio_problem(before, tag)):
                 raise Problem(problem, _part(row, i))
             before = tag
@@ -324,7 +325,7 @@ def check_text(value: Any, column: Column) -> None:
     if not value.strip():
         raise Problem(f"the text of column {column!r} is empty.")
     if not is_utf8(value):
-        raise Problem(f"the text of column {column!r} is not UTF-8.")
+        raise Problem(f"the text of column {column!r} is not UTF-8: {not_utf8(value)}")
 
 
 def is_utf8(text: str) -> bool:

@@ -16,7 +16,8 @@ from jaxmodels.data.packing import Packed
 from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
 from jaxmodels.data.source import Arrays, Dataset, find_file
-from jaxmodels.data.sources.rows import json_object, lines
+from jaxmodels.data.sources.rows import json_records
+from jaxmodels.data.text_lines import not_utf8
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.chat_template import CLOSE, OPEN, ChatTemplate, TemplateProblem
@@ -128,13 +129,11 @@ def _read(path: str) -> Iterator[Row]:
     """Yield rows with the columns `messages` and `tools`."""
     if not os.path.getsize(path):
         raise ConfigError(f"{path}: the file is empty.")
-    for number, line in enumerate(lines(path), 1):
-        if line.strip():
-            yield _conversation(f"{path}, line {number}", line)
+    for where, record in json_records(path):
+        yield _conversation(where, record)
 
 
-def _conversation(where: str, line: str) -> Row:
-    record = json_object(line)
+def _conversation(where: str, record: dict | str) -> Row:
     if isinstance(record, str):
         return Row(where, problem=record)
     try:
@@ -230,7 +229,7 @@ class _Encoder:
             if forged is not None:
                 raise Problem(f"message {number} contains {forged!r}, a special token of the tokenizer, which would be read as the end or beginning of a turn.")
             if not is_utf8(content):
-                raise Problem(f"message {number} is not UTF-8.")
+                raise Problem(f"message {number} is not UTF-8: {not_utf8(content)}")
 
     def notes(self, split: str, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[str]:
         """Return messages about a split, and reset the count of cut conversations."""

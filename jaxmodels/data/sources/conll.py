@@ -10,7 +10,7 @@ from jaxmodels.data.files import SplitFiles
 from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Untokenized
-from jaxmodels.data.sources.rows import lines
+from jaxmodels.data.text_lines import is_blank, lines
 
 _DOCUMENT = "-DOCSTART-"  # a separate line between documents
 
@@ -49,7 +49,7 @@ def _read(path: str, columns: tuple[int, int]) -> Iterator[Row]:
     """Yield a row for each sentence, with the columns `words` and `tags`. A bad line makes its whole sentence bad."""
     sentence: list[tuple[str, str]] = []
     for number, line in enumerate(lines(path), 1):
-        if line.strip() and not line.startswith(_DOCUMENT):
+        if not is_blank(line) and not line.startswith(_DOCUMENT):
             sentence.append((f"{path}, line {number}", line))
         elif sentence:
             yield _row(sentence, columns)

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face `datasets` library, as `save_to_disk` writes them."""
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,10 @@ from jaxmodels.data import access
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
 from jaxmodels.data.features.table import FEATURES, choose
-from jaxmodels.data.files import NAMES, find_folder
+from jaxmodels.data.files import find_folder, guess_splits, splits_by_name
 from jaxmodels.data.index import Opened, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
-from jaxmodels.data.keys import takes
+from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized, fingerprint
 from jaxmodels.data.sources.rows import OPTIONAL, Indexing
@@ -78,11 +79,36 @@ def _indexed(rows: TableRows, paths: list[str]) -> IndexedTable:
     return IndexedTable(open_index("hf", [access.identify(path) for path in paths], lambda files, writer: {"crc32": crc32}, what=rows.where), rows)
 
 
-@takes(*FEATURES, Holdout, Indexing, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
+@dataclasses.dataclass(kw_only=True)
+class SplitNames(Keys):
+    """Keys of data sets whose splits have names.
+
+    Attributes:
+      train, validation, test: name of that split in the data set, where it is another one: `validation_matched`.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+    def find(self, names: Sequence[str], where: str) -> dict[str, str]:
+        """Return split -> its name; ConfigError if there is none for train, or a given name does not exist."""
+        given = {split: name for split, name in dataclasses.asdict(self).items() if name}
+        for split, name in given.items():
+            if name not in names:
+                raise ConfigError(f"config.data.{split}: {where} has no split {name!r}.{config_lib.suggest(name, names)} It has {', '.join(names)}.")
+        found, rest = splits_by_name([name for name in names if name not in given.values()], where)
+        if "train" not in found | given:
+            raise ConfigError(f"config.data.source: {where} has no split 'train', but {', '.join(names)}; name it with data.train=SPLIT.")
+        guess_splits({split: name for split, name in found.items() if split not in given}, rest, where)
+        return found | given
+
+
+@takes(*FEATURES, SplitNames, Holdout, Indexing, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
 def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read a `Dataset`, which trains, or a `DatasetDict` with the splits `train`, `validation` (or `valid`, `val`, `dev`) and `test`.
 
-    A column of the library's ClassLabel has the classes that it names.
+    A column of the library's ClassLabel has the classes that it names, in each split its own. A split whose labels are all -1 or None is left out.
 
     Args:
       path: the folder that `save_to_disk` wrote, relative to the working directory or else to the data directory.
@@ -97,7 +123,8 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
         opened = datasets.load_from_disk(folder)
     except (FileNotFoundError, ValueError, OSError) as error:
         raise ConfigError(f"config.data.source: {folder} is not what datasets' save_to_disk writes: {error}") from error
-    parts = _splits(dict(opened) if isinstance(opened, datasets.DatasetDict) else {"train": opened}, folder)
+    there = dict(opened) if isinstance(opened, datasets.DatasetDict) else {"train": opened}
+    parts = {split: there[name] for split, name in SplitNames.of(keys).find(list(there), folder).items()}
     features = choose(keys)
     columns = {key: column for feature in features for key, column in feature.columns().items()}
     rows = {split: _rows(datasets, part, columns, f"{folder} {split}") for split, part in parts.items()}
@@ -108,20 +135,6 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     if Indexing.of(keys).applies(files, features):
         return open_indexed({split: _indexed(part, files[split]) for split, part in rows.items()}, features, Holdout.of(keys), data_dir)
     return open_rows(lambda: rows, features, Holdout.of(keys), data_dir)
-
-
-def _splits(parts: Mapping, folder: str) -> dict:
-    """Return the library's splits by the names used here."""
-    found = {}
-    for split, names in NAMES.items():
-        there = [name for name in names if name in parts]
-        if len(there) > 1:
-            raise ConfigError(f"config.data.source: {folder} has {' and '.join(there)}, both for {split}; keep one.")
-        if there:
-            found[split] = parts[there[0]]
-    if "train" not in found:
-        raise ConfigError(f"config.data.source: {folder} has no split 'train', but {', '.join(parts)}.")
-    return found
 
 
 def _rows(datasets, table, columns: Mapping[str, str], where: str) -> TableRows:

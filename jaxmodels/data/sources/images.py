@@ -1,22 +1,27 @@
 """Folders of images, one folder a class."""
 
+import dataclasses
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image as PillowImage
 
+from jaxmodels import config as config_lib
+from jaxmodels.data import access
 from jaxmodels.data.access import FileId
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.image import Image
 from jaxmodels.data.features.label import Label
-from jaxmodels.data.files import NAMES, find_folder
+from jaxmodels.data.files import find_folder, guess_splits, is_litter, splits_by_name
 from jaxmodels.data.holdout import Part, Whole
 from jaxmodels.data.index import Opened, Writer, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
-from jaxmodels.data.keys import takes
+from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import Holdout
+from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 
@@ -71,21 +76,23 @@ class ClassFolders(IndexedBase):
         return self.opened.index.derived(["crc32", share], compute)
 
 
-def _open(folder: str) -> Opened:
+def _open(folder: str, leave_out: Collection[str] = ()) -> Opened:
     """Return the index of the images of a split.
 
     Its arrays: `names`, the bytes of all names relative to the folder of the class, with `name_end` of each image, and its `size` in bytes. Its header
-    has the `classes`, and `ends`, the images up to the end of each. It identifies a folder by its time of change: that is when a file was added, removed
-    or renamed.
+    has the `classes`, and `ends`, the images up to the end of each; and `suspect`, files that by name or size are no images. It identifies a folder by its
+    time of change: that is when a file was added, removed or renamed.
+
+    Args:
+      folder: has a folder for each class.
+      leave_out: names of folders in it that are no classes.
     """
-    folders, classes = [], []
-    for place, below, _ in os.walk(folder):
-        below[:] = sorted(name for name in below if place != folder or not name.startswith("."))
-        classes = below[:] if place == folder else classes
-        folders.append(FileId(os.path.abspath(place), 0, str(os.stat(place).st_mtime_ns)))
+    classes = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in leave_out)
+    places = [folder, *(place for name in classes for place, _, _ in access.walk(os.path.join(folder, name), is_litter))]
+    folders = [FileId(os.path.abspath(place), 0, str(os.stat(place).st_mtime_ns)) for place in places]
 
     def build(_: Sequence[FileId], writer: Writer) -> dict[str, Any]:
-        ends, count, name_end = [], 0, 0
+        ends, count, name_end, suspect = [], 0, 0, []
         for name in classes:
             start, files = os.path.join(folder, name), _files(os.path.join(folder, name))
             for at in range(0, len(files), _ROWS):
@@ -94,57 +101,113 @@ def _open(folder: str) -> Opened:
                 name_ends = name_end + np.cumsum([len(each) for each in names])
                 name_end = int(name_ends[-1])
                 writer.append("name_end", name_ends)
-                writer.append("size", [os.path.getsize(file) for file in files[at : at + _ROWS]])
+                sizes = [os.path.getsize(file) for file in files[at : at + _ROWS]]
+                writer.append("size", sizes)
+                suspect += [os.path.relpath(file, folder) for file, size in zip(files[at : at + _ROWS], sizes, strict=True) if not (size and _is_named(file))]
             count += len(files)
             ends.append(count)
             writer.progress.add(1)
-        return {"classes": classes, "ends": ends}
+        return {"classes": classes, "ends": ends, "suspect": suspect}
 
-    return open_index("images", folders, build, what=folder, total=len(classes), unit="classes")
+    return open_index("images", folders, build, key=sorted(leave_out), what=folder, total=len(classes), unit="classes")
 
 
-@takes(Image, Holdout, without=("image_column",), required=("size",))
+@dataclasses.dataclass(kw_only=True)
+class SplitFolders(Keys):
+    """Keys of folders of images.
+
+    Attributes:
+      train, validation, test: folder of that split in the folder of the source, where names do not tell; `.` for the folder itself.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+    def find(self, folder: str) -> dict[str, tuple[str, list[str]]]:
+        """Return split -> its folder, and the names in it that are no classes but other splits."""
+        given = {split: os.path.normpath(name) for split, name in dataclasses.asdict(self).items() if name}
+        for split, name in given.items():
+            if not os.path.isdir(os.path.join(folder, name)):
+                names = [name for name in os.listdir(folder) if not is_litter(name)]
+                raise ConfigError(f"config.data.{split}: {folder} has no folder {name!r}.{config_lib.suggest(name, names)}")
+        if "train" not in given:
+            given = self._by_name(folder, given) | given
+        return {split: (os.path.normpath(os.path.join(folder, name)), list({*given.values()} - {name}) if name == "." else []) for split, name in given.items()}
+
+    @staticmethod
+    def _by_name(folder: str, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the folders of splits by their names; the folder itself trains if there is none."""
+        names = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in given.values()]
+        found, rest = splits_by_name(names, folder)
+        if not found:
+            return {"train": "."}
+        if len(found) + len(given) == 1 and rest:
+            raise ConfigError(
+                f"config.data.source: {folder} has the folder {names_of(found)}, which is the name of a split, beside {names_of(rest)}. "
+                f"If all are classes, set data.train=. ; if not, name the folder that trains with data.train."
+            )
+        if "train" not in found:
+            raise ConfigError(f"config.data.source: {folder} has {names_of(found)}, but no folder 'train'; name it with data.train=FOLDER.")
+        guess_splits(found, rest, folder)
+        return found
+
+
+def names_of(names: Mapping[str, str] | Sequence[str]) -> str:
+    """Return some names in words."""
+    shown = [repr(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+    return ", ".join(shown[:6]) + (", …" if len(shown) > 6 else "")
+
+
+@takes(Image, SplitFolders, Holdout, without=("image_column",), required=("size",))
 def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read images in folders: `PATH/train/CLASS/*`, with the folders `validation` (or `valid`, `val`, `dev`) and `test` next to it, or `PATH/CLASS/*`.
 
-    Every file in the folder of a class and in the folders below is an image of it, except files whose name begins with a dot.
-    Classes are the names of the folders, sorted.
+    Every file in the folder of a class and in the folders below is an image of it, also through links, except hidden files and what operating
+    systems leave in folders, such as `Thumbs.db`. Classes are the names of the folders, sorted. Splits may be written in any capitals.
 
     Args:
       path: relative to the working directory or else to the data directory.
       data_dir: the data directory.
 
     Raises:
-      ConfigError: no such folder, no images, or classes that differ between splits.
+      ConfigError: no such folder, no images, or classes that differ between splits; with `on_bad_example='error'` also a file that is no image by
+        its name and first bytes, or an empty one.
     """
     image, options = Image.of(keys | {"image_column": "image"}), Holdout.of(keys)
     folder = find_folder(path, data_dir)
-    rows = {split: ClassFolders(_open(place), place) for split, place in _split_folders(folder).items()}
+    rows = {split: ClassFolders(_open(*place), place[0]) for split, place in SplitFolders.of(keys).find(folder).items()}
     classes = {split: part.classes for split, part in rows.items()}
     for split, names in classes.items():
         odd = sorted(set(names) ^ set(classes["train"]))
         if odd:
             has, lacks = (split, "train") if odd[0] in names else ("train", split)
             raise ConfigError(f"config.data.source: {folder}: the class {odd[0]!r} is in {has}, but not in {lacks}.")
+        _check_suspects(rows[split], options)
     return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes["train"]))], options, data_dir)
 
 
-def _split_folders(folder: str) -> dict[str, str]:
-    """Return split -> its folder; the folder itself trains if it has none of a split."""
-    found = {}
-    for split, names in NAMES.items():
-        there = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
-        if len(there) > 1:
-            raise ConfigError(f"config.data.source: {' and '.join(there)} are both {split}; keep one.")
-        if there:
-            found[split] = there[0]
-    if found and "train" not in found:
-        raise ConfigError(f"config.data.source: {folder} has {', '.join(found)}, but no folder 'train'.")
-    return found or {"train": folder}
+def _check_suspects(rows: ClassFolders, options: Holdout) -> None:
+    """Raise BadExample if a file is no image by its first bytes, unless bad examples are skipped. Only files whose names do not say so are opened."""
+    suspects = rows.opened.index.header["suspect"] if options.on_bad_example == "error" else ()
+    for name in suspects:
+        path = os.path.join(rows.folder, name)
+        if not os.path.getsize(path):
+            raise BadExample(path, "the file is empty.")
+        try:
+            with PillowImage.open(path):
+                pass
+        except PillowImage.UnidentifiedImageError as error:
+            raise BadExample(path, "it is no image. Delete it, or move it out of the folders of classes.") from error
+
+
+def _is_named(file: str) -> bool:
+    """Whether a file has the extension of an image."""
+    return os.path.splitext(file)[1].lower() in PillowImage.registered_extensions()
 
 
 def _files(folder: str) -> list[str]:
-    found = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    found = [os.path.join(place, name) for place, _, names in access.walk(folder, is_litter) for name in names]
     if not found:
         raise ConfigError(f"config.data.source: {folder} holds no image.")
     return sorted(found)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import guesses
 from jaxmodels.data import registry as data_lib
 from jaxmodels.data.source import Dataset, DataSource, Untokenized, fingerprint, get_batch
 from jaxmodels.errors import ConfigError
@@ -69,6 +70,7 @@ def _mixed(parts: Mapping[str, Mapping], datasets: Mapping[str, Dataset]) -> Dat
         next(iter(datasets.values())).info,
         notes=(*notes, f"an epoch of the mixture is {len(train):,} examples: {shares}"),
         fallbacks=tuple(f"{name}: {text}" for name, dataset in datasets.items() for text in dataset.fallbacks),
+        guesses=tuple(f"{name}: {text}" for name, dataset in datasets.items() for text in dataset.guesses),
         skipped={split: count for split, count in skipped.items() if count},
     )
 
@@ -108,7 +110,7 @@ def _takes_tokenizer(part: Mapping) -> bool:
 
 def _training_texts(name: str, part: Mapping, spec: str, data_dir: str | None, given: Mapping | None) -> Iterable[str]:
     """Return the texts of a part that the mixture's tokenizer is trained on."""
-    with _as_part(name):
+    with _as_part(name), guesses.collected():  # made again, and recorded, when the part is opened for its examples
         opened = data_lib.open_source(part["source"], _options(part) | {"tokenizer": spec}, data_dir, given)
         if not isinstance(opened, Untokenized):
             raise ConfigError(

@@ -1,6 +1,5 @@
 """Files with one example a row, read by an index of where each row starts."""
 
-import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from jaxmodels.data.features.base import Row
 from jaxmodels.data.groups import GroupCache
 from jaxmodels.data.index import Opened, Writer, open_index
 from jaxmodels.data.indexed import IndexedBase
+from jaxmodels.data.text_lines import check_kind, csv_records
 from jaxmodels.errors import ConfigError
 
 _SPAN = 4 << 20  # bytes read at once where rows are read in order, and the most of a first record
@@ -86,15 +86,12 @@ class RecordRows(IndexedBase):
                 row = last
 
     def _row(self, file: int, index: int, start: int, content: bytes, columns: Mapping[str, Any]) -> Row:
-        number = index - (int(self.ends[file - 1]) if file else 0) + self.first
+        before = int(self.ends[file - 1]) if file else 0
+        first, last = np.searchsorted(self.opened.index["blank"], [before, index + 1]).tolist()
+        number = index - before + last - first + self.first
         text = content.decode("utf-8" if start else "utf-8-sig", "surrogateescape")
         path = self.contents.files.path(file)
         return self.parse(f"{path}, {self.unit} {number}", text, self.contents.files.folders[file], file, columns)
-
-
-def without_end(text: str) -> str:
-    """Return a line without its line break."""
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def open_records(paths: Sequence[str], kind: str, header: bool, what: str) -> Opened:
@@ -107,25 +104,30 @@ def open_records(paths: Sequence[str], kind: str, header: bool, what: str) -> Op
       what: the files in words.
 
     Returns:
-      An index with the array `start`, int64 [rows + files]: where each row starts, and each file's last row ends. Its header has `row_ends`
-      (rows up to the end of each file), `first` (the text of each file's first record), `first_number`, `block_ends` and `crc32`.
+      An index with the array `start`, int64 [rows + files]: where each row starts, and each file's last row ends; and `blank`, int64: for each
+      blank line that a row of its file follows, that row. Its header has `row_ends` (rows up to the end of each file), `first` (the text of
+      each file's first record), `first_number`, `block_ends` and `crc32`.
     """
 
     def build(files: Sequence[FileId], writer: Writer) -> dict[str, Any]:
         recorder, rows, ends, first = Recorder(writer), 0, [], []
         for file in files:
-            head, starts = bytearray(), []
+            head, starts, blanks = bytearray(), [], []
             contents = _keeping(recorder.contents(file), head)
             count = 0
-            for part in _line_starts(contents) if kind == "lines" else _record_starts(contents):
+            for part, blank in _line_starts(contents) if kind == "lines" else _record_starts(contents, file.path):
                 starts += part[: max(0, 2 - len(starts))].tolist()
                 writer.append("start", part[max(0, header - count) :])  # the first record of a table with a header is no row
+                blanks.append(blank)
                 count += len(part)
+            check_kind(bytes(head[:4]), file.path)
             if header and count == 1:
                 raise ConfigError(f"{file.path}, line 1: the file is empty.")
+            before = np.concatenate(blanks)
+            writer.append("blank", rows + np.maximum(before[before < count - 1] - header, 0))
             rows += count - 1 - header
             ends.append(rows)
-            first.append(bytes(head[: starts[1] if count > 1 else 0]).decode("utf-8-sig", "surrogateescape"))
+            first.append(bytes(head[starts[0] : starts[1]] if count > 1 else b"").decode("utf-8-sig", "surrogateescape"))
         return {"row_ends": ends, "first": first, "first_number": 1 + (header and kind == "lines"), "block_ends": recorder.block_ends, "crc32": recorder.crc32}
 
     return open_index("records", [access.identify(path) for path in paths], build, key=[kind, header], what=what)
@@ -139,21 +141,29 @@ def _keeping(contents: Iterable[bytes], head: bytearray) -> Iterator[bytes]:
         yield content
 
 
-def _line_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """Yield where the lines start, and where the last one ends."""
-    yield np.zeros(1, np.int64)
-    size, last = 0, b"\n"
-    for content in contents:
-        ends = np.flatnonzero(np.frombuffer(content, np.uint8) == 10)
-        yield ends + (size + 1)
-        size, last = size + len(content), content[-1:] or last
-    if last != b"\n":
-        yield np.array([size], np.int64)
+def _line_starts(contents: Iterable[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield where lines start that are not blank, and where the last one ends; and for each blank line, the number of those before it."""
+    size, start, kept, filled = 0, 0, 0, 0  # `filled` bytes of the line at `start`, which is not over, are not blank
+    none = np.zeros(0, np.int64)
+    for content in filter(None, contents):
+        data = np.frombuffer(content, np.uint8)
+        ends = np.flatnonzero(data == 10)
+        filled_until = filled + np.cumsum((data != 10) & (data != 13) & (data != 32), dtype=np.int64)
+        starts = np.concatenate([[start], ends + (size + 1)])
+        in_line = np.diff(filled_until[ends], prepend=0) > 0 if len(ends) else np.zeros(0, bool)
+        yield starts[:-1][in_line], kept + np.cumsum(in_line)[~in_line]
+        kept, size = kept + int(in_line.sum()), size + len(content)
+        start = int(starts[-1])
+        filled = int(filled_until[-1] - (filled_until[ends[-1]] if len(ends) else 0))
+    if filled:
+        yield np.array([start], np.int64), none
+    yield np.array([size], np.int64), none
 
 
-def _record_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """Yield where the records of RFC 4180 start, and where the last one ends. Latin-1 has one character for each byte."""
-    size, starts = 0, [0]
+def _record_starts(contents: Iterable[bytes], path: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield, as `_line_starts`, where the records of RFC 4180 start; they are counted, not their lines. Latin-1 has one character for each byte."""
+    size, start, none = 0, 0, np.zeros(0, np.int64)
+    starts: list[int] = []
 
     def lines():
         nonlocal size
@@ -161,17 +171,11 @@ def _record_starts(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
             size += len(line)
             yield line
 
-    records = csv.reader(lines(), strict=True)
-    while True:
-        try:
-            next(records)
-        except StopIteration:
-            break
-        except csv.Error:
-            pass  # a bad row, which the parser reports
-        starts.append(size)
+    for _, fields in csv_records(lines(), path):
+        if fields:
+            starts.append(start)
+        start = size
         if len(starts) >= _STARTS:
-            yield np.array(starts, np.int64)
+            yield np.array(starts, np.int64), none
             starts = []
-    if starts:
-        yield np.array(starts, np.int64)
+    yield np.array([*starts, size], np.int64), none

@@ -18,11 +18,13 @@ from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.files import SplitFiles
 from jaxmodels.data.groups import GroupCache, GroupKeys
+from jaxmodels.data.guesses import guess
 from jaxmodels.data.indexed import open_indexed
 from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import FileRows, Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized
-from jaxmodels.data.sources.row_index import RecordRows, open_records, without_end
+from jaxmodels.data.sources.row_index import RecordRows, open_records
+from jaxmodels.data.text_lines import check_kind, csv_records, is_number, lines, numbered, without_end
 from jaxmodels.errors import ConfigError
 
 # A text is read unless the column of another feature is named, so that no feature's key is required.
@@ -35,10 +37,11 @@ class Header(Keys):
     """Keys of tables in text files.
 
     Attributes:
-      header: whether the first line of each file names the columns.
+      header: whether the first line of each file names the columns. By default that is seen from the first lines of a file: if only the first
+        label is no number, or if it is none of the others and the line has usual names of columns.
     """
 
-    header: bool
+    header: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,17 +75,23 @@ class _Format:
       read: (path, key -> column) -> all rows of a file.
       records: how rows are divided, see `open_records`.
       fields: text of a record -> its fields, or what is wrong; None for JSON.
-      header: whether the first record names the columns.
+      header: whether the first record names the columns; None if that is to be seen.
+      table: path -> all records of a file, (line, fields or what is wrong); None for JSON.
     """
 
     extensions: tuple[str, ...]
     read: Callable[[str, Mapping], Iterator[Row]]
     records: str
     fields: Callable[[str], list[str] | str] | None = None
-    header: bool = False
+    header: bool | None = False
+    table: Callable[[str], Iterator[tuple[int, list[str] | str]]] | None = None
 
 
-@takes(Header, *FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, header=False, text_column=0, label_column=1)
+def _table(extensions: tuple[str, ...], table: Callable, records: str, fields: Callable, header: bool | None) -> _Format:
+    return _Format(extensions, functools.partial(_read_table, records=table, header=bool(header)), records, fields, header, table)
+
+
+@takes(Header, *FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, text_column=0, label_column=1)
 def tsv(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     """Read tab-separated files: a row a line, no quoting, UTF-8.
 
@@ -95,8 +104,7 @@ def tsv(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
     Raises:
       ConfigError: no such file or column; with `on_bad_example='error'` also a bad row, by file and line.
     """
-    read = functools.partial(_read_table, records=_tsv_records, header=keys["header"])
-    return _open(path, data_dir, keys, _Format((".tsv",), read, "lines", tsv_fields, keys["header"]))
+    return _open(path, data_dir, keys, _table((".tsv",), _tsv_records, "lines", tsv_fields, keys["header"]))
 
 
 @takes(Header, *FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, header=True, text_column="text", label_column="label")
@@ -107,19 +115,18 @@ def csv_rows(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokeni
       path: as of `tsv`, with the extension `.csv`.
       data_dir: the data directory.
     """
-    read = functools.partial(_read_table, records=_csv_records, header=keys["header"])
-    return _open(path, data_dir, keys, _Format((".csv",), read, "csv", csv_fields, keys["header"]))
+    return _open(path, data_dir, keys, _table((".csv",), _csv_records, "csv", csv_fields, keys["header"]))
 
 
 @takes(*FEATURES, SplitFiles, Holdout, Indexing, GroupKeys, optional=OPTIONAL, only_names=True, text_column="text", label_column="label")
 def jsonl(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenized:
-    """Read files with a JSON object in each line; columns are its keys.
+    """Read files with a JSON object in each line, or with one array of objects; columns are their keys.
 
     Args:
-      path: as of `tsv`, with the extension `.jsonl` or `.ndjson`.
+      path: as of `tsv`, with the extension `.jsonl`, `.ndjson` or `.json`.
       data_dir: the data directory.
     """
-    return _open(path, data_dir, keys, _Format((".jsonl", ".ndjson"), read_jsonl, "lines"))
+    return _open(path, data_dir, keys, _Format((".jsonl", ".ndjson", ".json"), read_jsonl, "lines"))
 
 
 def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Dataset | Untokenized:
@@ -127,6 +134,9 @@ def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Da
     features, options, indexing = choose(keys), Holdout.of(keys), Indexing.of(keys)
     files = SplitFiles.of(keys).find(path, data_dir, tuple(e + c for e in form.extensions for c in ("", *SUFFIXES)))
     columns = {key: column for feature in features for key, column in feature.columns().items()}
+    if form.header is None:
+        header = find_header(form.table, [file for part in files.values() for file in part], columns)
+        form = _table(form.extensions, form.table, form.records, form.fields, header)
     if indexing.applies(files, features):
         cache = GroupKeys.of(keys).cache()
         indexed = {split: _indexed(paths, f"{path} ({split})", form, columns, cache) for split, paths in files.items()}
@@ -145,16 +155,9 @@ def _indexed(paths: list[str], what: str, form: "_Format", columns: Mapping[str,
     return RecordRows(opened, what, columns, parse, cache, "line" if form.records == "lines" else "row")
 
 
-def lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, also of a compressed one, without their ends. Bytes that are not UTF-8 become lone surrogates, which features refuse."""
-    with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            yield without_end(line)
-
-
 def _tsv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (line, fields)."""
-    return ((number, line.split("\t")) for number, line in enumerate(lines(path), 1))
+    return ((number, line.split("\t")) for number, line in numbered(path))
 
 
 def tsv_fields(text: str) -> list[str]:
@@ -174,7 +177,7 @@ class JsonParser:
     """Text of a row -> row, for JSON lines."""
 
     def __call__(self, where: str, text: str, folder: str, file: int, columns: Mapping[str, Column]) -> Row:
-        return _json_row(where, without_end(text), columns, folder)
+        return _json_row(where, json_object(without_end(text)), columns, folder)
 
 
 class TableParser:
@@ -198,16 +201,10 @@ class TableParser:
 
 def _csv_records(path: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (first line, fields), or (line, problem)."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        while True:
-            first = reader.line_num + 1
-            try:
-                yield first, next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield first, f"not a row of comma-separated values: {error}."
+    with open_stream(path) as binary:
+        check_kind(binary.peek(4)[:4], path)
+        with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from ((line, fields) for line, fields in csv_records(file, path) if fields)
 
 
 def _read_table(path: str, columns: Mapping[str, Column], *, records: Callable, header: bool) -> Iterator[Row]:
@@ -217,6 +214,54 @@ def _read_table(path: str, columns: Mapping[str, Column], *, records: Callable, 
     places, count = _layout(None if first is None else first[1], path, header, columns)
     for number, fields in table if header else itertools.chain([first], table):
         yield _table_row(f"{path}, line {number}", fields, places, count, folder)
+
+
+_NAMES = {"text", "label", "sentence", "sentence1", "sentence2", "class", "category", "target", "id", "idx", "index", "title", "body", "content", "comment"}
+_NAMES |= {"review", "tweet", "message", "question", "answer", "document", "premise", "hypothesis", "score", "rating", "sentiment", "source", "date", "url"}
+_LOOKED_AT = 1000  # rows
+
+
+def find_header(records: Callable, paths: Sequence[str], columns: Mapping[str, Column]) -> bool:
+    """Return whether the first line of each of some tables names its columns, by what it has and what the lines after it have.
+
+    Args:
+      records: path -> records.
+      paths: the tables.
+      columns: key of the section -> column.
+
+    Raises:
+      ConfigError: it cannot be seen, or the tables differ.
+    """
+    if any(isinstance(column, str) for column in columns.values()):
+        return True
+    label = columns.get("label_column")
+    found = {path: _has_header(list(itertools.islice(records(path), _LOOKED_AT)), label, path) for path in paths}
+    if len(set(found.values())) > 1:
+        one, other = (next(path for path, has in found.items() if has is value) for value in (True, False))
+        raise ConfigError(f"config.data.header: the first line of {one} seems to name columns, that of {other} does not. Set data.header.")
+    if any(found.values()):
+        guess(f"the first line of {next(iter(found))} names its columns (data.header=false if it is a row)")
+    return any(found.values())
+
+
+def _has_header(table: list[tuple[int, list[str] | str]], label: int | None, path: str) -> bool:
+    rows = [fields for _, fields in table if not isinstance(fields, str)]
+    if len(rows) < 2 or (label is not None and not label < min(map(len, rows))):
+        return False
+    first, rest = rows[0], rows[1:]
+    usual = sum(name.strip().lower() in _NAMES for name in first) * 2 >= len(first) and len(set(first)) == len(first)
+    if label is None:
+        return usual
+    name, others = first[label].strip(), [fields[label].strip() for fields in rest]
+    if name in others:
+        return False
+    numbers = all(is_number(value) for value in others)
+    if usual or (numbers and not is_number(name)):
+        return True
+    # A class that only the first row has, where every other class has several rows, may be a name of a column.
+    if not numbers and len(rest) >= 10 and all(others.count(value) > 1 for value in set(others)):
+        raise ConfigError(f"{path}, line 1: {name!r} is the label of no other line. Is it the name of the column? Set data.header=true or data.header=false.")
+    return False
 
 
 def _layout(first: list[str] | str | None, path: str, header: bool, columns: Mapping[str, Column]) -> tuple[dict[Column, int], int]:
@@ -243,6 +288,8 @@ def _place(key: str, column: Column, names: list[str] | None, count: int, path: 
         return column
     if names is None:
         raise ConfigError(f"config.data.{key}={column!r}: give the column's number, or set data.header=true if the first line of {path} has names.")
+    if names.count(column) > 1:
+        raise ConfigError(f"config.data.{key}: {path} has {names.count(column)} columns {column!r}. Rename them, or give the column's number.")
     if column not in names:
         raise ConfigError(f"config.data.{key}: {path} has no column {column!r}.{config_lib.suggest(column, names)} It has {', '.join(names)}.")
     return names.index(column)
@@ -250,12 +297,36 @@ def _place(key: str, column: Column, names: list[str] | None, count: int, path: 
 
 def read_jsonl(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Yield the rows of a JSON lines file, each with the values of `columns` (key of the section -> name)."""
-    for number, line in enumerate(lines(path), 1):
-        yield _json_row(f"{path}, line {number}", line, columns, os.path.dirname(path))
+    for where, record in json_records(path):
+        yield _json_row(where, record, columns, os.path.dirname(path))
 
 
-def _json_row(where: str, line: str, columns: Mapping[str, str], folder: str) -> Row:
-    record = json_object(line)
+def json_records(path: str) -> Iterator[tuple[str, dict | str]]:
+    """Yield file and line, and the object or what is wrong, of each line of a file that is not blank, or of each item of its one array."""
+    for i, (number, line) in enumerate(numbered(path)):
+        if i == 0 and line.lstrip().startswith("[") and _may_be_array(line):
+            break
+        yield f"{path}, line {number}", json_object(line)
+    else:
+        return
+    try:
+        items = json.loads("\n".join(lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: the file begins with [, as one array of objects does, and is no JSON: {error}.") from error
+    guess(f"{path} is one JSON array; its items are the rows (write an object a line to read it in parts)")
+    yield from ((f"{path}, item {i}", item if isinstance(item, dict) else "not a JSON object.") for i, item in enumerate(items))
+
+
+def _may_be_array(line: str) -> bool:
+    """Return whether a line that begins with [ may begin an array of objects: it is one, or it is no JSON because the array goes on."""
+    try:
+        items = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return all(isinstance(item, dict) for item in items)
+
+
+def _json_row(where: str, record: dict | str, columns: Mapping[str, str], folder: str) -> Row:
     if isinstance(record, str):
         return Row(where, problem=record)
     for key, column in columns.items():

@@ -1,13 +1,19 @@
 """Tables of numbers over time, as windows of the past and the future, for forecasting."""
 
 import array
-import csv
+import io
 
 import numpy as np
 
 from jaxmodels import config as config_lib
+from jaxmodels.data.features.text import is_utf8
+from jaxmodels.data.guesses import guess
 from jaxmodels.data.source import Dataset, find_file, fingerprint
+from jaxmodels.data.text_lines import check_kind, csv_records, is_number, not_utf8
 from jaxmodels.errors import ConfigError
+
+_ROUNDING = 1e-12  # of the largest value: deviations up to this come from rounding float64
+_FAR = 1000.0  # deviations from the mean of the training rows
 
 
 class Horizons:
@@ -65,11 +71,7 @@ def csv_table(
     train, validation, test = rows
     if sum(rows) > len(values):
         raise ConfigError(f"config.data.rows={rows} are more than the {len(values)} of {found}.")
-    mean, deviation = values[:train].mean(0), values[:train].std(0)
-    constant = [name for name, d in zip(names, deviation, strict=True) if d == 0]
-    if constant:
-        raise ConfigError(f"{found}: {', '.join(constant)} never changes in the training rows; leave it out with data.columns.")
-    values = ((values - mean) / deviation).astype(np.float32)
+    values = _scaled(values[: sum(rows)], train, names, found)
     ends = np.cumsum(rows)
     parts = {"train": values[:train], "validation": values[train - lookback : ends[1]], "test": values[ends[1] - lookback : ends[2]]}
     splits = {name: Horizons(part, lookback, horizon) for name, part in parts.items()}
@@ -80,32 +82,72 @@ def csv_table(
 
 def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
     """Return the columns as float64 [rows, columns], and their names."""
-    try:
-        return _table(path, time_column, columns)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a table of comma-separated values: {error}.") from error
-
-
-def _table(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        wanted = list(columns) if columns else [name for name in header if name != time_column]
-        missing = [name for name in wanted if name not in header]
-        if missing or not wanted:
-            hint = config_lib.suggest(missing[0], header) if missing else ""
-            raise ConfigError(f"config.data.columns: {path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}.{hint}")
+    values = array.array("d")  # a list of numbers would take four times the memory
+    numbers = array.array("q")  # of the lines
+    with open(path, "rb") as binary:
+        check_kind(binary.peek(4)[:4], path)
+        file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        records = ((line, fields) for line, fields in csv_records(file, path) if fields)
+        header = next(records, (1, "the file is empty."))[1]
+        if isinstance(header, str):
+            raise ConfigError(f"{path}, line 1: {header}")
+        wanted = _choose(header, time_column, columns, path)
         places = [header.index(name) for name in wanted]
-        values = array.array("d")  # a list of numbers would take four times the memory
-        for row in reader:
+        for line, row in records:
+            if isinstance(row, str):
+                raise ConfigError(f"{path}, line {line}: {row}")
             if len(row) != len(header):
-                raise ConfigError(f"{path}, line {reader.line_num}: {len(row)} columns, where the header has {len(header)}.")
+                raise ConfigError(f"{path}, line {line}: {len(row)} columns, where the header has {len(header)}.")
             try:
                 values.extend([float(row[place]) for place in places])
             except ValueError:
-                raise ConfigError(f"{path}, line {reader.line_num}: not a number in each of {', '.join(wanted)}: {str(row)[:200]}") from None
+                name, value = next((name, row[place]) for name, place in zip(wanted, places, strict=True) if not is_number(row[place]))
+                hint = "; fill the gaps first" if not value.strip() else "; leave the column out with data.columns, or correct it"
+                raise ConfigError(f"{path}, line {line}: {name!r} is {value[:200]!r}, not a number{hint}.") from None
+            numbers.append(line)
     table = np.array(values, np.float64).reshape(-1, len(wanted))
-    bad = np.flatnonzero(~np.isfinite(table).all(1))
+    bad = np.argwhere(~np.isfinite(table))
     if len(bad):
-        raise ConfigError(f"{path}, line {bad[0] + 2}: a value is not finite; fill the gaps first.")
+        row, column = bad[0]
+        raise ConfigError(f"{path}, line {numbers[row]}: {wanted[column]!r} is {table[row, column]}, which is not finite; fill the gaps first.")
     return table, wanted
+
+
+def _choose(header: list[str], time_column: str, columns: tuple[str, ...] | None, path: str) -> list[str]:
+    """Return the names of the variables."""
+    for name in header:
+        if not is_utf8(name):
+            raise ConfigError(f"{path}, line 1: {not_utf8(name)}")
+    wanted = list(columns) if columns else [name for name in header if name != time_column]
+    missing = [name for name in wanted if name not in header]
+    if missing or not wanted:
+        hint = config_lib.suggest(missing[0], header) if missing else ""
+        raise ConfigError(f"config.data.columns: {path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}.{hint}")
+    twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{path}, line 1: {header.count(twice[0])} columns have the name {twice[0]!r}; rename them.")
+    return wanted
+
+
+def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> np.ndarray:
+    """Return float32 values, standardised by the mean and deviation of the training rows.
+
+    Raises:
+      ConfigError: a column is constant in these rows but for rounding, or a value is too large for float32 afterwards.
+    """
+    mean, deviation = values[:train].mean(0), values[:train].std(0)
+    constant = [name for name, d, most in zip(names, deviation, np.abs(values[:train]).max(0), strict=True) if d <= _ROUNDING * most]
+    if constant:
+        raise ConfigError(f"{path}: {', '.join(constant)} never changes in the training rows; leave it out with data.columns.")
+    with np.errstate(over="ignore"):
+        scaled = ((values - mean) / deviation).astype(np.float32)
+    for column, name in enumerate(names):
+        most = np.abs(scaled[:, column]).max()
+        if not np.isfinite(most):
+            raise ConfigError(f"{path}: {name!r} exceeds float32 when it is divided by its deviation in the training rows, {deviation[column]:.3g}.")
+        if most > _FAR:
+            guess(
+                f"warning: {path}: {name!r} is up to {most:.3g} deviations from its mean in the training rows, where it hardly changes "
+                f"(deviation {deviation[column]:.3g}); leave it out with data.columns if that is an error"
+            )
+    return scaled
