@@ -306,3 +306,76 @@ def test_chats_can_be_parts_of_a_mixture(model):
     config["data"] = {"source": "mixture", "tokenizer": f"hf:{folder}", "sources": sources, "batch_size": 2}
     data = build_experiment(resolve(config)).dataset
     assert data.splits["train"][0]["counts"].any() and data.info["tokenizer"].chat_template == CHATML
+
+
+# What rows say beyond their messages
+
+
+TURNS = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "five"},
+    {"role": "user", "content": "no"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+def learned_text(data, index=0):
+    row, tokenizer = data.splits["train"][index], data.info["tokenizer"]
+    return tokenizer.decode(row["tokens"][row["counts"].astype(bool)])
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked"])
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_an_answer_of_weight_zero_is_read_and_not_learned_text(name, key, model):
+    off, on = (0, 1) if key == "weight" else (False, True)
+    rows = [{"messages": [TURNS[0], TURNS[1] | {key: off}, TURNS[2], TURNS[3] | {key: on}]}, {"messages": TURNS}]
+    data = dataset(model(TEMPLATES[name]), rows, packing="none")
+    assert "five" not in learned_text(data) and "four" in learned_text(data) and "five" in learned_text(data, 1)
+    np.testing.assert_array_equal(data.splits["train"][0]["tokens"], data.splits["train"][1]["tokens"])
+    bad = {
+        "message 1 has weight=0.5; it is 0 or 1": [TURNS[0], TURNS[1] | {"weight": 0.5}],
+        "every answer of the conversation has the weight 0": [TURNS[0], TURNS[1] | {"weight": 0}],
+        "message 0 of 'user' has a weight": [TURNS[0] | {"weight": 1}, TURNS[1]],
+    }
+    for problem, messages in bad.items():
+        with pytest.raises(ConfigError, match=f"line 1: {problem}"):
+            dataset(model(TEMPLATES[name]), [{"messages": messages}])
+
+
+def test_systems_parts_and_instructions_are_messages(model):
+    folder = model(CHATML)
+    whole = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": "hi\n\nthere"}, {"role": "assistant", "content": "salut"}]
+    rows = [
+        {"messages": whole},
+        {"system": "Answer in French.", "conversations": [{"from": "human", "value": "hi\n\nthere"}, {"from": "gpt", "value": "salut"}]},
+        {"system": "Answer in French.", "instruction": "hi", "input": "there", "output": "salut"},
+        {"messages": [{"role": "developer", "content": "Answer in French."}, *whole[1:]]},
+        {"messages": [whole[0], {"role": "user", "content": [{"type": "text", "text": "hi\n\n"}, {"type": "text", "text": "there"}]}, whole[2]]},
+    ]
+    data = dataset(folder, rows, packing="none")
+    for i in range(1, len(rows)):
+        np.testing.assert_array_equal(data.splits["train"][i]["tokens"], data.splits["train"][0]["tokens"], err_msg=str(rows[i]))
+    bad = {
+        "the row has 'system', and its first message is one of 'system', too": {"system": "x", "messages": whole},
+        "message 0 has parts of image_url, text; only parts of text": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]
+        },
+        "the row has 'weight', which is not supported": {"weight": 0.3, "messages": TURNS},
+        "the row has 'functions', which is not supported: write them as 'tools'": {"functions": [{}], "messages": TURNS},
+        "the row has 'chosen'": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    for problem, row in bad.items():
+        with pytest.raises(ConfigError, match=f"line 1: {problem}"):
+            dataset(folder, [row])
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_a_template_without_an_end_of_turn_is_refused(mark, model):
+    begin, end = ("{% generation %}", "{% endgeneration %}") if mark else ("", "")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}" + begin + "{{ m['content'] }}" + end
+        + "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"config\.data\.template: the text that is learned of an answer ends with its content, 'four', without a token"):
+        dataset(model(template), [{"messages": TURNS}])
+    assert len(dataset(model(template), [{"messages": TURNS}], loss="all").splits["train"]) == 1

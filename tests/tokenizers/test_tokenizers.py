@@ -172,7 +172,7 @@ def test_the_command_trains_one_from_files(tmp_path, capsys):
     from jaxmodels.cli import main as cli
 
     (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"body": TEXT}) + "\n\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": TEXT}) + "\n{\n")
     output = tmp_path / "out" / "t.json"
     command = ["tokenizer", "--input=*.txt,b.jsonl", f"--data_dir={tmp_path}", "--size=300", f"--output={output}", "--text_column=body"]
     assert cli.run(command) == 2 and "b.jsonl, line 2: not JSON" in capsys.readouterr().err and not output.exists()

@@ -25,6 +25,15 @@ from jaxmodels.tokenizers.factory import is_trained, make_tokenizer
 from jaxmodels.tokenizers.pretrained import PretrainedTokenizer
 
 FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+_WEIGHTS = ("weight", "train")  # of a message: whether it is learned
+_REFUSED = {  # keys of a row that change what is learned
+    "weight": "a weight is one of a message",
+    "functions": "write them as 'tools'",
+    "chosen": "pairs of a better and a worse answer are no conversations",
+    "rejected": "pairs of a better and a worse answer are no conversations",
+    "documents": "templates get no documents",
+    "chat_template_kwargs": "templates get no arguments of a row",
+}
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}  # of `conversations`
 
 
@@ -45,9 +54,11 @@ def chat(
 ) -> Dataset:
     """Read JSON lines files with a conversation in each line, rendered by the chat template of a pretrained model's tokenizer.
 
-    A line has `messages`, [{"role": …, "content": …}, …], where roles are `system` (first, if present), `user` and `assistant` in turn, and
-    `tool`, which answers the assistant; or `prompt` and `completion`, both texts or both lists of messages; or `conversations`,
-    [{"from": "human", "value": …}, …]. A key `tools` next to it is passed to the template.
+    A line has `messages`, [{"role": …, "content": …}, …], where roles are `system` or `developer` (first, if present), `user` and `assistant` in
+    turn, and `tool`, which answers the assistant; or `prompt` and `completion`, both texts or both lists of messages; or `conversations`,
+    [{"from": "human", "value": …}, …]; or `instruction`, `input` (may be empty) and `output`, as Alpaca has them. `content` is a text, or a
+    list of parts that are texts. Next to them may be `system`, the text of a first message, and `tools`, which are passed to the template. An
+    assistant's message with `weight` 0, or `train` false, is not learned. A file may also hold one array of such objects.
 
     Examples: `tokens` int32 [T + 1], `counts` bool [T + 1], whether a token counts in the loss, and with `packing='examples'` also
     `segments` int32 [T + 1]; padded with -1. A conversation is never split over two rows.
@@ -139,16 +150,59 @@ def _conversation(where: str, record: dict | str) -> Row:
     try:
         messages = _messages(record)
         _check(messages)
+        learned = [_learned(number, message) for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not any(learned):
+            raise Problem("every answer of the conversation has the weight 0, so there is none to train on.")
         tools = record.get("tools")
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise Problem("'tools' is not a list of descriptions.")
     except Problem as problem:
         return Row(where, problem=str(problem))
-    return Row(where, {"messages": messages, "tools": tools or None})
+    plain = [{key: value for key, value in message.items() if key not in _WEIGHTS} for message in messages]
+    return Row(where, {"messages": plain, "tools": tools or None, "learned": learned})
+
+
+def _learned(number: int, message: Mapping[str, Any]) -> bool:
+    """Return whether an answer is learned, by its key `weight` or `train`."""
+    for key in _WEIGHTS:
+        if message.get(key) is not None and message[key] not in (0, 1):
+            raise Problem(f"message {number} has {key}={message[key]!r}; it is 0 or 1.")
+    return all(message.get(key) is None or bool(message[key]) for key in _WEIGHTS)
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict]:
-    """Return the messages of a row in any of its forms; raise Problem with the reason if it has none."""
+    """Return the messages of a row in any of its forms, with contents as texts; raise Problem with the reason if it has none."""
+    for key in _REFUSED:
+        if row.get(key) is not None:
+            raise Problem(f"the row has {key!r}, which is not supported: {_REFUSED[key]}.")
+    messages = [_plain(number, message) for number, message in enumerate(_turns(row))]
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise Problem(f"'system' is {system!r}, not a text.")
+    if messages and messages[0].get("role") == "system":
+        raise Problem("the row has 'system', and its first message is one of 'system', too.")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _plain(number: int, message: Mapping[str, Any]) -> dict:
+    """Return a message whose content is a text, and whose role is one of `FOLLOWS` if it can be said so."""
+    found = dict(message)
+    if found.get("role") == "developer":  # the name of newer models for what is a system message
+        found["role"] = "system"
+    if isinstance(found.get("content"), list):
+        texts = [part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in found["content"]]
+        if not all(isinstance(text, str) for text in texts):
+            kinds = sorted({str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in found["content"]})
+            raise Problem(f"message {number} has parts of {', '.join(kinds)}; only parts of text are supported.")
+        found["content"] = "".join(texts)
+    if found.get("role") != "assistant" and any(found.get(key) for key in _WEIGHTS):
+        raise Problem(f"message {number} of {found.get('role')!r} has a weight; only the assistant's messages are learned.")
+    return found
+
+
+def _turns(row: Mapping[str, Any]) -> list[dict]:
     if "messages" in row:
         return _list(row, "messages")
     if "conversations" in row:
@@ -161,8 +215,15 @@ def _messages(row: Mapping[str, Any]) -> list[dict]:
         if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         return _list(row, "prompt") + _list(row, "completion")
+    if "instruction" in row and "output" in row:
+        parts = [row["instruction"], row.get("input") or ""]
+        if all(isinstance(part, str) for part in parts):
+            return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}, {"role": "assistant", "content": row["output"]}]
+        raise Problem("'instruction' and 'input' are not texts.")
     hint = config_lib.suggest("messages", row)
-    raise Problem(f"no 'messages', nor 'conversations', nor 'prompt' and 'completion'.{hint} The row has {', '.join(row) or 'nothing'}.")
+    raise Problem(
+        f"no 'messages', nor 'conversations', nor 'prompt' and 'completion', nor 'instruction' and 'output'.{hint} The row has {', '.join(row) or 'nothing'}."
+    )
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[dict]:
@@ -207,6 +268,9 @@ class _Encoder:
             text, spans = self.template.answers(row.values["messages"], tools=row.values["tools"])
         except TemplateProblem as error:
             raise Problem(str(error)) from error
+        if self.loss == "answers":
+            self._check_ends(row, text, spans)
+            spans = self._learned(row.values["learned"], spans)
         tokens, offsets = self.tokenizer.read(text)
         counts = np.ones(len(tokens), bool) if self.loss == "all" else in_spans(offsets, spans)
         if not counts[1:].any():
@@ -220,6 +284,27 @@ class _Encoder:
                 )
             self.cut += 1
         return tokens[: self.length + 1], counts[: self.length + 1]
+
+    @staticmethod
+    def _learned(learned: Sequence[bool], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the spans of the answers that are learned."""
+        if all(learned):
+            return list(spans)
+        if len(learned) != len(spans):
+            raise Problem(f"answers have weights, but the chat template marks {len(spans)} parts of the text for {len(learned)} answers.")
+        return [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
+
+    @staticmethod
+    def _check_ends(row: Row, text: str, spans: Sequence[tuple[int, int]]) -> None:
+        """Raise ConfigError if the last answer is learned without anything after it: the model would never learn to stop."""
+        answer = next(message for message in reversed(row.values["messages"]) if message["role"] == "assistant")
+        content = (answer.get("content") or "").strip()
+        if spans and content and not answer.get("tool_calls") and text[slice(*spans[-1])].rstrip().endswith(content):
+            raise ConfigError(
+                f"config.data.template: the text that is learned of an answer ends with its content, {content[-40:]!r}, without a token that ends the "
+                "assistant's turn; a model trained on it would never stop. Name a copy of the template with data.template that writes the end-of-turn "
+                "token after the content, within {% generation %} … {% endgeneration %} if it has them."
+            )
 
     def _check_contents(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raise Problem if a message contains a special token, which only a template may write, or is not UTF-8."""
