@@ -13,8 +13,9 @@ from jaxmodels.hardware import compiler_options
 from jaxmodels.models.lora import Lora
 from jaxmodels.parallel import sharding
 from jaxmodels.parallel.mesh import MeshSizes
+from jaxmodels.pretrained import preprocessing
 from jaxmodels.pretrained import weights as pretrained
-from jaxmodels.pretrained.folder import is_pretrained
+from jaxmodels.pretrained.folder import find, is_pretrained
 from jaxmodels.step import optimizer
 from jaxmodels.step.parameters import check_pattern
 
@@ -180,7 +181,7 @@ def resolve(config: Mapping) -> dict:
         return config_lib.check_value(key, value, root[key][0])
 
     resolved = {"seed": check("seed", config.get("seed", 0))}
-    config = _with_pretrained_model(config)
+    config = _with_pretrained_task(_with_pretrained_model(config))
     named = {"model": _resolve_model, "task": _resolve_task, "data": _resolve_data, "optimizer": optimizer.resolve}
     for name, resolve_section in named.items():
         section = config.get(name)
@@ -215,11 +216,27 @@ def _resolve_callback(number: int, entry: Any) -> dict:
 
 def _with_pretrained_model(config: Mapping) -> Mapping:
     """Return the config with the model of the pretrained weights if it names no model."""
-    init_from, model = config.get("init_from"), config.get("model")
-    run = init_from.get("run") if isinstance(init_from, Mapping) else init_from
+    run, model = _init_from(config), config.get("model")
     if not is_pretrained(run) or isinstance(model, str) or (model is not None and "name" in model):
         return config
     return dict(config) | {"model": {"name": run, **(model or {})}}
+
+
+def _with_pretrained_task(config: Mapping) -> Mapping:
+    """Return the config with the mean and deviation of the pretrained weights, if its task takes them and names neither."""
+    run = _init_from(config)
+    task = {"name": config["task"]} if isinstance(config.get("task"), str) else config.get("task")
+    if not is_pretrained(run) or not isinstance(task, Mapping) or not isinstance(task.get("name"), str) or {"mean", "std"} & task.keys():
+        return config
+    if not {"mean", "std"} <= config_lib.fields(tasks.find(task["name"])).keys():
+        return config
+    return dict(config) | {"task": {**task, **preprocessing.normalisation(find(run))}}
+
+
+def _init_from(config: Mapping) -> Any:
+    """Return the run or the pretrained model of `init_from`."""
+    init_from = config.get("init_from")
+    return init_from.get("run") if isinstance(init_from, Mapping) else init_from
 
 
 def pretrained_keys(config: Mapping) -> dict[str, str]:

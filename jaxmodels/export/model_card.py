@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxmodels import config as config_lib
 from jaxmodels.pretrained.architecture import Architecture
+from jaxmodels.pretrained.folder import split_accepted
 from jaxmodels.runs import lineage
 from jaxmodels.runs.folder import RunFolder
 
@@ -35,7 +36,7 @@ def model_card(folder: RunFolder, step: int, architecture: Architecture, config_
     front = {"library_name": "transformers", "tags": ["jaxmodels", architecture.name]}
     if task in _PIPELINES:
         front["pipeline_tag"] = _PIPELINES[task]
-    base = [p["run"].removeprefix("hf:") for p in manifest.get("parents", []) if p["run"].startswith("hf:")]
+    base = [split_accepted(p["run"])[0].removeprefix("hf:") for p in manifest.get("parents", []) if p["run"].startswith("hf:")]
     if base and not base[0].startswith(("/", ".", "~")):
         front["base_model"] = base[0]
     sections = [

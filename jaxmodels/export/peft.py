@@ -18,7 +18,7 @@ from jaxmodels.models.lora import ADAPTERS, Lora
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import mapping, safetensors
 from jaxmodels.pretrained.architecture import Architecture
-from jaxmodels.pretrained.folder import is_pretrained, whole_folder
+from jaxmodels.pretrained.folder import is_pretrained, split_accepted, whole_folder
 from jaxmodels.pretrained.mapping import Link
 from jaxmodels.pretrained.peft import CONFIG, KINDS, MATRIX, PREFIX, TABLE, WEIGHTS
 from jaxmodels.runs import weights as weights_lib
@@ -93,7 +93,7 @@ def _base(folder: RunFolder) -> dict[str, str]:
     if not is_pretrained(entry.get("run")):
         problem = "did not start from pretrained weights (init_from=hf:…), so PEFT has no base model for its adapters"
         raise ConfigError(f"{folder.path} {problem}. {_INSTEAD}")
-    name = entry["run"].removeprefix("hf:")
+    name = split_accepted(entry["run"])[0].removeprefix("hf:")
     path = entry.get("path") or os.path.abspath(os.path.expanduser(name))
     if os.path.isfile(os.path.join(path, CONFIG)):
         problem = f"started from {entry['run']}, a model with merged adapters; PEFT would load the base model without them"

@@ -10,7 +10,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_model
 from jaxmodels.experiment.sections import resolve
 from jaxmodels.models.functional import flatten, new_rngs, split
-from jaxmodels.pretrained import folder as folder_lib
+from jaxmodels.pretrained import preprocessing
 from jaxmodels.pretrained import weights as pretrained_lib
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
@@ -35,7 +35,7 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if architecture.model in ("vit", "resnet50"):
         shape, count = pretrained_lib.pretrained_arguments(folder, architecture)
         info = {"image_shape": shape, "num_classes": count, "labels": labels}
-        task = {"name": "classify"} | _normalisation(folder)
+        task = {"name": "classify"} | preprocessing.normalisation(folder)
     else:
         if any((folder.path / name).is_file() for name in _TOKENIZER_FILES):
             info["tokenizer"] = make_tokenizer(reference, (), None)
@@ -51,14 +51,6 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
     config = {"model": {"name": reference}, "task": task, "data": {"source": "arrays", "batch_size": 1}, "optimizer": {"name": "sgd"}}
     config["optimizer"]["learning_rate"] = 0.0
     return resolve(config | {"training": {"steps": 1}}), info
-
-
-def _normalisation(folder: folder_lib.Folder) -> dict[str, Any]:
-    """Return the mean and standard deviation of the published image normalisation, as keys of the task."""
-    file = folder.path / "preprocessor_config.json"
-    values = folder_lib.read_json(file) if file.is_file() else {}
-    keys = {"mean": values.get("image_mean"), "std": values.get("image_std")} if values.get("do_normalize", bool(values)) else {}
-    return {key: tuple(value) for key, value in keys.items() if value}
 
 
 def import_run(reference: str, output: str) -> RunFolder:

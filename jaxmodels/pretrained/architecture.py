@@ -34,11 +34,13 @@ HARMLESS = {
     *("output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "use_return_dict", "is_encoder_decoder"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id"),
     *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "classifier_dropout"),
+    *("unsloth_version", "unsloth_fixed", "is_llama_config", "transformers.js_config", "tokenizer_padding_side", "padding_side", "model_max_length"),
+    *("_flash_attn_2_enabled", "_attn_implementation", "_attn_implementation_internal", "unk_token_id", "license", "tags", "output_scores"),
     *("vocab_size", "chunk_size_feed_forward", "language", "prefix", "name_or_path", "_attn_implementation_autoset", "attn_implementation"),
     *("max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
     *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "early_stopping"),
     *("num_beam_groups", "diversity_penalty", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
-    *("begin_suppress_tokens", "exponential_decay_length_penalty", "return_dict_in_generate", "output_scores", "tf_legacy_loss", "use_bfloat16"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "return_dict_in_generate", "tf_legacy_loss", "use_bfloat16"),
 }
 
 
@@ -81,12 +83,21 @@ class Keys:
 
     def finish(self) -> None:
         """Raise ConfigError for keys that were not read."""
-        unknown = [key for key, value in self.values.items() if key not in self._read | HARMLESS and value not in (None, False)]
+        unknown = [key for key, value in self.values.items() if key not in self._read | HARMLESS and value not in (None, False, {}, [], "")]
         if unknown:
             shown = ", ".join(f"{key}={self.values[key]!r}"[:80] for key in unknown)
             raise ConfigError(
-                f"{self.where} sets {shown}: this key is unknown and may change what the model computes. If it does not, delete it from the file."
+                f"{self.where} sets {shown}: this key is unknown and may change what the model computes. If it does not, accept it by name: "
+                f"hf:MODEL?accept={','.join(unknown)}."
             )
+
+    def accept(self, *keys: str) -> None:
+        """Mark keys as read, without effect, because the user says so; ConfigError for one that the file does not set."""
+        for key in keys:
+            if key not in self.values:
+                raise ConfigError(f"?accept={key}: {self.where} has no such key.{config_lib.suggest(key, self.values)}")
+            self.notes.append(f"{key}={self.values[key]!r} is not read, as asked")
+        self.ignore(*keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,7 @@ class Architecture:
       prefix: of the base model's tensors; absent if the base model was saved alone.
       renames: (pattern, replacement), from tensor names of older files to current ones.
       ignored: patterns on names of redundant tensors: copies and constants.
+      copies: tensor that older files repeat -> the one it is a copy of. Where they differ, the model has both: see `weights.locate`.
       others: pattern on names of head tensors, which are dropped if our model has another head.
       head_paths: prefixes of the paths of our head's parameters.
       constants: options of our model -> tensors that `transformers` expects and our model lacks.
@@ -121,6 +133,7 @@ class Architecture:
     prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     others: str = r"^$"
     head_paths: tuple[str, ...] = ("head/",)
     constants: Callable[[Mapping], dict[str, np.ndarray]] = lambda options: {}

@@ -114,6 +114,7 @@ BERT = Architecture(
     prefix="bert.",
     renames=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
     ignored=(r"position_ids$", r"^cls\.predictions\.decoder\."),
+    copies={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     others=r"^(cls|classifier|bert\.pooler)\.",
 )
 
@@ -139,5 +140,6 @@ ROBERTA = Architecture(
     prefix="roberta.",
     renames=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
     ignored=(r"position_ids$", r"^lm_head\.decoder\."),
+    copies={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
     others=r"^(lm_head|classifier|roberta\.pooler)\.",
 )

@@ -33,12 +33,14 @@ class Folder:
       path: the folder of the model.
       config: content of its `config.json`.
       adapters: folder of adapters to merge into the weights, if the reference names adapters; else None.
+      accepted: unknown keys of its `config.json` that the reference accepts.
     """
 
     reference: str
     path: Path
     config: Mapping[str, Any]
     adapters: Path | None = None
+    accepted: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name; only headers are read.
@@ -77,7 +79,7 @@ def find(reference: str, *, weights: bool = False) -> Folder:
 
     Args:
       reference: `hf:` and a folder (also one in a bucket, of which a copy is made in the cache), or the id of a model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found
-        without a network. For a folder with LoRA adapters only, the result is the model that their config names, with `adapters` set.
+        without a network. `?accept=KEY,KEY` at the end accepts unknown keys of its config.json. For a folder with LoRA adapters only, the result is the model that their config names, with `adapters` set.
       weights: also download the weights, not only the small files.
 
     Raises:
@@ -93,11 +95,17 @@ def find(reference: str, *, weights: bool = False) -> Folder:
         below = place(PREFIX + base, weights=weights)
         if not (below / "config.json").is_file():
             raise ConfigError(f"{reference}: its adapters are for {base}, and {below} has no config.json, so it is not a pretrained model folder.")
-        return Folder(reference, below, _read_config(below / "config.json"), path)
+        return Folder(reference, below, _read_config(below / "config.json"), path, split_accepted(reference)[1])
     config = path / "config.json"
     if not config.is_file():
         raise ConfigError(f"{reference}: {path} has no config.json, so it is not a pretrained model folder.")
-    return Folder(reference, path, _read_config(config))
+    return Folder(reference, path, _read_config(config), accepted=split_accepted(reference)[1])
+
+
+def split_accepted(reference: str) -> tuple[str, tuple[str, ...]]:
+    """Return what `hf:NAME?accept=KEY,KEY` names, and the keys of its config.json that are accepted though they are unknown."""
+    found = re.fullmatch(r"(.+)\?accept=([\w.,-]+)", reference)
+    return (found[1], tuple(found[2].split(","))) if found else (reference, ())
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def place(reference: str, *, weights: bool = False) -> Path:
     """Return the folder of `hf:PATH_OR_ID`, downloaded if it is an id, whatever it contains; arguments as of `find`."""
     if not is_pretrained(reference) or reference == PREFIX:
         raise ConfigError(f"{reference!r}: a pretrained model is named hf:FOLDER or hf:OWNER/NAME.")
-    name = reference.removeprefix(PREFIX)
+    name = split_accepted(reference)[0].removeprefix(PREFIX)
     path = paths.parse(name, "hf").expanduser().absolute()
     if isinstance(path, BucketPath):
         if not path.is_dir():

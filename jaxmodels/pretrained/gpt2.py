@@ -74,6 +74,7 @@ GPT2 = Architecture(
     sizes=lambda options: {"layer": options["layers"]},
     prefix="transformer.",
     ignored=(r"\.attn\.bias$", r"\.attn\.masked_bias$", r"^lm_head\.weight$"),
+    copies={"lm_head.weight": "transformer.wte.weight"},
     others=r"^(lm_head|score)\.",
     head_paths=("output/",),
 )

@@ -192,6 +192,7 @@ def _architecture(name: str, prefix: str, **defaults) -> Architecture:
         sizes=_sizes,
         prefix="model.",
         ignored=(r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"),
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
         others=r"^(lm_head|score)\.",
         head_paths=("output/",),
     )

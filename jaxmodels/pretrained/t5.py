@@ -86,5 +86,6 @@ T5 = Architecture(
     classes={"T5ForConditionalGeneration": ""},
     sizes=lambda options: {"layer": options["layers"]},
     ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$",),
+    copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
     head_paths=("output/",),
 )

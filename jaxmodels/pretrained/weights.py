@@ -1,9 +1,11 @@
 """Pretrained models: config section, weights under our names, and the module."""
 
 import dataclasses
+import functools
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,15 @@ from jaxmodels.pretrained import mapping, peft
 from jaxmodels.pretrained.architecture import Architecture, Keys
 from jaxmodels.pretrained.folder import Folder
 from jaxmodels.pretrained.mapping import LazyParameter, Link
+from jaxmodels.pretrained.safetensors import Tensor
 
 # Options that do not change the result of evaluation, or only the layout of the parameters.
 FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe"}
+
+
+_COMPARED = 1 << 24  # bytes that are compared at a time
+_HOW_TO_UNTIE = "Set config.model.tie_embeddings=false, so that the model has both."
+_NO_SUCH_MODEL = "A model whose two are not tied is not supported."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +75,12 @@ def describe(reference: str) -> tuple[Folder, Architecture, dict[str, Any], list
     where = str(folder.path / "config.json")
     architecture = architecture_lib.find(folder.config, where)
     keys = Keys(folder.config, where)
+    keys.accept(*folder.accepted)
     options = architecture.options(keys, lambda: list(folder_lib.find(reference, weights=True).tensors()))
     keys.finish()
+    if options.get("tie_embeddings") and (untied := _untied(folder, architecture)):
+        options["tie_embeddings"] = False
+        keys.notes.append(f"its config.json ties the embeddings, but {untied}: the model has both")
     return folder, architecture, options, keys.notes
 
 
@@ -107,6 +119,8 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
     if mapping.unprefixed(tensors, architecture.prefix):
         tensors = {architecture.prefix + name: tensor for name, tensor in tensors.items()}
     links = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
+    if differs := _differing_copy(tensors, architecture, {link.tensor for link in links}):
+        raise ConfigError(f"{folder.path}: {differs}, of which it should be a copy. {_HOW_TO_UNTIE if 'tie_embeddings' in options else _NO_SUCH_MODEL}")
     arrays, missing = {}, []
     for path, group in mapping.by_path(links).items():
         lacking = [link.tensor for link in group if link.tensor not in tensors]
@@ -122,6 +136,35 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
         arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links))
     fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays and not path.endswith(ADAPTERS))
     return PretrainedWeights(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
+
+
+def _untied(folder: Folder, architecture: Architecture) -> str | None:
+    """Return how an output layer on disk differs from the embedding that its config.json ties it to; None if it does not, or has no weights yet."""
+    try:
+        tensors = mapping.renamed(folder.tensors(), architecture.renames)
+    except ConfigError:
+        return None
+    return _differing_copy(tensors, architecture, ())
+
+
+def _differing_copy(tensors: Mapping[str, Tensor], architecture: Architecture, used: Collection[str]) -> str | None:
+    """Return in words which tensor that is not used differs from the one that it is a copy of; None if none does."""
+    for name, original in architecture.copies.items():
+        if name in tensors and original in tensors and name not in used:
+            stamps = tuple(os.stat(tensors[each].file).st_mtime_ns for each in (name, original))
+            if not _are_equal(tensors[name], tensors[original], stamps):
+                return f"its {name} differs from {original}"
+    return None
+
+
+@functools.lru_cache
+def _are_equal(one: Tensor, other: Tensor, stamps: tuple[int, int]) -> bool:
+    """Return whether two tensors have the same values; `stamps` are the times when their files were changed."""
+    if one.shape != other.shape:
+        return False
+    left, right = one.view(), other.view()
+    rows = max(1, _COMPARED // max(1, one.nbytes // max(1, one.shape[0] if one.shape else 1)))
+    return all(np.array_equal(np.asarray(left[i : i + rows]), np.asarray(right[i : i + rows])) for i in range(0, one.shape[0], rows))
 
 
 def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.orbax_store import OrbaxStore
 from jaxmodels.runs.progress import Progress, from_page, to_page
 from jaxmodels.step.state import TrainState
+from jaxmodels.storage import paths
 from jaxmodels.storage.paths import BucketPath, is_bucket
 
 
@@ -243,16 +244,16 @@ class Checkpoints:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
         sizes = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in checksums_lib.flatten(shapes).items()}
 
-        def problems(paths: Collection[str]) -> dict[str, str | None]:
-            chosen = checksums_lib.map_with_paths(lambda path, x: x if path in paths else ocp.PLACEHOLDER, shapes)
+        def problems(wanted: Collection[str]) -> dict[str, str | None]:
+            chosen = checksums_lib.map_with_paths(lambda path, x: x if path in wanted else ocp.PLACEHOLDER, shapes)
             try:
                 found = self._store.read(step, chosen)
             except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-                if len(paths) > 1:
-                    return {path: problem for one in paths for path, problem in problems([one]).items()}
-                return dict.fromkeys(paths, _first_line(error))
+                if len(wanted) > 1:
+                    return {path: problem for one in wanted for path, problem in problems([one]).items()}
+                return dict.fromkeys(wanted, _first_line(error))
             bad = checksums_lib.check(found, checksums) if checksums is not None else ()
-            return {path: "values differ from the saved checksum" if path in bad else None for path in paths}
+            return {path: "values differ from the saved checksum" if path in bad else None for path in wanted}
 
         group: list[str] = []
         for path in [*sizes, None]:
@@ -311,9 +312,9 @@ class Checkpoints:
 
 
 def parse_run(reference: str) -> tuple[str, str | None]:
-    """Split `RUN[@best|@latest|@STEP]` into (folder, which); `which` is None if absent."""
+    """Split `RUN[@best|@latest|@STEP]` into (folder, which); `which` is None if absent. A folder that has the whole name, such as `lr@10`, is the run."""
     match = re.fullmatch(r"(.+)@(best|latest|\d+)", reference)
-    return (match[1], match[2]) if match else (reference, None)
+    return (match[1], match[2]) if match and not paths.parse(reference).is_dir() else (reference, None)
 
 
 def open_checkpoints(reference: str) -> tuple[RunFolder, Checkpoints, str | None]:

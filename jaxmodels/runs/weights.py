@@ -18,7 +18,7 @@ from jaxmodels.models.functional import flatten, unflatten
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.pretrained import peft
 from jaxmodels.pretrained import weights as pretrained_lib
-from jaxmodels.pretrained.folder import is_pretrained
+from jaxmodels.pretrained.folder import is_pretrained, split_accepted
 from jaxmodels.pretrained.mapping import LazyParameter
 from jaxmodels.pretrained.weights import PretrainedWeights
 from jaxmodels.runs.checkpoint import Checkpoints, open_run
@@ -124,7 +124,8 @@ def _find_pretrained(folder: RunFolder, entry: Mapping[str, Any], paths: Sequenc
     """Locate the pretrained weights that a run's manifest names as its parent."""
     places = folder.places({"run": entry["path"], "relative": entry.get("relative")})
     found = [place for place in places if any((place / name).is_file() for name in ("config.json", "adapter_config.json"))]
-    reference = f"hf:{found[0]}" if found else entry["run"]
+    accepted = split_accepted(entry["run"])[1]
+    reference = f"hf:{found[0]}{'?accept=' + ','.join(accepted) if accepted else ''}" if found else entry["run"]
     try:
         parent = locate_pretrained(reference, folder.config()["model"], paths, adapters)
     except ConfigError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.pretrained.folder import Folder, find
+from jaxmodels.pretrained.folder import Folder, find, split_accepted
 from jaxmodels.pretrained.limits import check_values
 from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers.bpe import MOST_TOKENS
@@ -270,7 +270,7 @@ def from_reference(reference: str, data_dir: str | None) -> PretrainedTokenizer:
     Raises:
       ConfigError: no such model, or it has no supported tokenizer.
     """
-    name = reference.removeprefix("hf:")
+    name = split_accepted(reference)[0].removeprefix("hf:")
     if data_dir and not storage.is_bucket(name) and not os.path.isdir(name) and storage.parse(storage.join(data_dir, name)).is_dir():
         reference = f"hf:{storage.join(data_dir, name)}"
     return from_folder(find(reference))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.models.functional import flatten, unflatten
 from jaxmodels.models.lora import ADAPTERS, Lora
+from jaxmodels.pretrained import preprocessing
 from jaxmodels.pretrained.folder import find, is_pretrained
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import Checkpoints, Progress
@@ -22,6 +23,7 @@ from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step.state import TrainState
 from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers import pretrained as pretrained_tokenizer
+from jaxmodels.training import classes
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 
 
@@ -84,6 +86,7 @@ def check_parent(experiment: Experiment) -> None:
     lost = [path for path in flatten(shapes.frozen) if path not in sources]
     if lost:
         raise ConfigError(f"config.training: {lost[0]} is frozen, but {located.name} has no weights for it, so it would stay at its random initial value.")
+    classes.compare(experiment, located, report, flatten(shapes.frozen))
     if located.folder is not None:
         _check_scale(experiment, located.folder, report)
         _check_tokenizer(experiment, located.folder, report)
@@ -175,6 +178,8 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     parts = {part: flatten(getattr(shapes, part)) for part in ("params", "frozen", "stats")}
     wanted = {path: x for tree in parts.values() for path, x in tree.items() if path in sources}
     found = weights_lib.read({path: located.arrays[source] for path, source in sources.items()}, wanted)
+    orders, named = classes.compare(experiment, located, report, parts["frozen"])
+    found |= {path: classes.reorder(found[path], order) for path, order in orders.items()}
     found |= {path: x for part in parts for path, x in flatten(getattr(state, part)).items()}
     filled = {part: unflatten({path: found[path] for path in tree}) for part, tree in parts.items()}
     # The EMA starts at the weights read, as a copy in its own sharding: the step donates both.
@@ -183,17 +188,29 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     state = state.replace(**filled, ema=ema)
     lines = _record_child(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
     if session.is_first():
-        folder.update_manifest(parents=_parents(located, report, folder))
+        folder.update_manifest(parents=_parents(located, report, folder, named))
+    named += [f"warning: {text}" for text in _other_images(experiment, located)]
+    for line in named if session.is_first() else ():
+        if line.startswith("warning: "):
+            folder.add_to_manifest("fallbacks", line.removeprefix("warning: "))
     step = f" at step {located.step}" if located.folder is not None else ""
     average = " (EMA)" if located.averaged else ""
     counts = ", ".join(f"{len(paths)} {word}" for word, paths in vars(report).items() if paths)
     notes = [f"note: {note}" for note in located.pretrained.notes] if located.pretrained else []
-    return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *report.lines()]
+    return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *report.lines(), *named]
 
 
-def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder) -> list[dict]:
+def _other_images(experiment: Experiment, located: weights_lib.Located) -> list[str]:
+    """Return in words how images differ from those that pretrained weights were trained on."""
+    shape = experiment.task.provides.get("image_shape")
+    if located.pretrained is None or shape is None:
+        return []
+    return preprocessing.differences(located.pretrained.folder, experiment.config["task"], shape)
+
+
+def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder, named: Sequence[str]) -> list[dict]:
     """Return the manifest's entries: the source of the weights, then the parent's own parents."""
-    entry = _relative(located.name, folder) | {"step": located.step} | dataclasses.asdict(report)
+    entry = _relative(located.name, folder) | {"step": located.step} | dataclasses.asdict(report) | ({"classes": list(named)} if named else {})
     if located.pretrained is not None:
         pretrained = located.pretrained
         own = {"run": pretrained.folder.reference, "path": located.name, "id": pretrained.fingerprint, "model_type": pretrained.architecture.name}

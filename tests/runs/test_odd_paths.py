@@ -85,3 +85,13 @@ def test_a_step_that_is_a_symbolic_link(tmp_path):
     assert jaxmodels.evaluate(f"{run}@30")["step"] == 30
     RunFolder(run).clear()
     assert not (run / "checkpoints").exists() and (disk / "20" / "state").is_dir()
+
+
+def test_a_run_whose_name_looks_like_a_step_of_another(tmp_path):
+    """`lr@10` is the folder of that name if there is one, and else step 10 of `lr`."""
+    config = small_configs.config(small_configs.CNN, training__steps=10, evaluation={}, checkpoint={"every": 5, "keep": 2})
+    jaxmodels.train(config, tmp_path / "lr", quiet=True)
+    assert jaxmodels.load(f"{tmp_path}/lr@10").step == 10 and jaxmodels.load(f"{tmp_path}/lr@5").step == 5
+    jaxmodels.train(small_configs.config(config, training__steps=6), tmp_path / "lr@10", quiet=True)
+    assert jaxmodels.load(f"{tmp_path}/lr@10").step == 6 and jaxmodels.load(f"{tmp_path}/lr@10@5").step == 5
+    assert jaxmodels.load(f"{tmp_path}/lr@latest").step == 10
