@@ -320,3 +320,56 @@ def test_they_are_in_the_manifest_and_printed(tmp_path, capsys):
     (guess,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["guesses"]
     assert "Train is train; Val is validation" in guess and "Train is train; Val is validation" in capsys.readouterr().out.replace("\n", "")
     assert not os.path.exists(tmp_path / "run" / "damaged")
+
+
+# Words and tags
+
+CONLLU = """# sent_id = 1
+# text = Vámonos al mar
+1-2\tVámonos\t_\t_\t_\t_\t_\t_\t_\t_
+1\tVamos\tir\tVERB\t_\t_\t0\troot\t_\t_
+2\tnos\tnosotros\tPRON\t_\t_\t1\tobj\t_\t_
+2.1\tya\tya\tADV\t_\t_\t_\t_\t_\t_
+3\tmar\tmar\tNOUN\t_\t_\t1\tobl\t_\t_
+
+# sent_id = 2
+1\tNo\tno\tADV\t_\t_\t0\troot\t_\t_
+"""
+
+
+def tagged(dataset):
+    """Return the tags of each sentence by name."""
+    rows = (dataset.splits["train"][i]["tags"] for i in range(len(dataset.splits["train"])))
+    return [[dataset.info["tags"][tag] for tag in row if tag >= 0] for row in rows]
+
+
+def test_conllu_is_recognised_and_its_comments_and_ranges_are_no_words(tmp_path):
+    write(tmp_path, train__conllu=CONLLU)
+    options = {"sequence_length": 40, "tokenizer": "byte", "holdout": 0.0, "scheme": "none"}
+    dataset = open_dataset(f"conll:{tmp_path}", options, None)
+    assert tagged(dataset) == [["VERB", "PRON", "NOUN"], ["ADV"]] and "Vamos nos mar" in texts(dataset)[0]
+    assert dataset.guesses == (f"{tmp_path}/train.conllu is CoNLL-U: words are column 1, tags are column 3 (data.token_column, data.tag_column)",)
+    lemmas = open_dataset(f"conll:{tmp_path}", options | {"token_column": 2, "tag_column": 7}, None)
+    assert tagged(lemmas) == [["root", "obj", "obl"], ["root"]] and lemmas.guesses == () and "ir nosotros mar" in texts(lemmas)[0]
+
+
+SCHEMES = {
+    "iob1": "I-A I-A B-A O I-B O I-B",
+    "bioes": "B-A E-A S-A O S-B O S-B",
+}
+
+
+@pytest.mark.parametrize("scheme", ["iob1", "bioes", "bilou"])
+def test_other_schemes_of_tags_are_converted(scheme, tmp_path):
+    tags = SCHEMES["bioes" if scheme == "bilou" else scheme].split()
+    tags = [tag.replace("S-", "U-").replace("E-", "L-") for tag in tags] if scheme == "bilou" else tags
+    write(tmp_path, train__conll="".join(f"w{i} {tag}\n" for i, tag in enumerate(tags)))
+    options = {"sequence_length": 40, "tokenizer": "byte", "holdout": 0.0}
+    dataset = open_dataset(f"conll:{tmp_path}", options | {"scheme": "iob1" if scheme == "iob1" else "bioes"}, None)
+    assert tagged(dataset) == ["B-A I-A B-A O B-B O B-B".split()]
+    with pytest.raises(ConfigError, match=r"data\.scheme='iob1'" if scheme == "iob1" else r"data\.scheme='bioes'"):
+        open_dataset(f"conll:{tmp_path}", options, None)
+    write(tmp_path, train__conll="a B-A\nb I-B\n")
+    if scheme != "iob1":
+        with pytest.raises(ConfigError, match="line 2: the tag 'I-B' follows 'B-A'"):
+            open_dataset(f"conll:{tmp_path}", options | {"scheme": "bioes"}, None)

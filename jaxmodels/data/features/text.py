@@ -204,13 +204,15 @@ class Tags(Names, Tokenized):
     Attributes:
       words_column: list of words; set with tags_column.
       tags_column: list of tags, as many as words.
-      scheme: `bio`: tags are O, B-NAME and I-NAME, and an I-NAME must follow a B-NAME or I-NAME; `none`: tags are any names.
+      scheme: how tags mark entities. `bio`: O, B-NAME and I-NAME, and an I-NAME must follow a B-NAME or I-NAME. Two others are converted to it:
+        `iob1`, where B-NAME only begins an entity right after one of the same name, and `bioes`, with S-NAME for a single word and E-NAME for
+        the last one (also written U and L). `none`: tags are any names.
     """
 
     arrays: ClassVar = ("tags",)
     words_column: Column | None = None
     tags_column: Column | None = None
-    scheme: Literal["bio", "none"] = "bio"
+    scheme: Literal["bio", "iob1", "bioes", "none"] = "bio"
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,12 +232,12 @@ class Tags(Names, Tokenized):
         if len(words) != len(tags) or not words:
             raise Problem(f"there are {len(words)} words and {len(tags)} tags.")
         before = "O"
-        for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
+        for i, (word, tag) in enumerate(zip(words, to_bio(tags, self.scheme), strict=True)):
             if not word.strip() or not tag.strip():
                 raise Problem(f"the {'tag' if word.strip() else 'word'} is empty.", _part(row, i))
             if not is_utf8(word + tag):
                 raise Problem(not_utf8(word + tag), _part(row, i))
-            if self.scheme == "bio" and (problem := _bio_problem(before, tag)):
+            if self.scheme != "none" and (problem := _bio_problem(before, tag)):
                 raise Problem(problem, _part(row, i))
             before = tag
 
@@ -243,11 +245,14 @@ class Tags(Names, Tokenized):
         return [" ".join(row.values[self.words_column])]
 
     def fit(self, rows):
-        self._numbers = {tag: i for i, tag in enumerate(sorted({tag for row in rows for tag in row.values[self.tags_column]}))}
+        self._numbers = {tag: i for i, tag in enumerate(sorted({tag for row in rows for tag in self._tags(row)}))}
+
+    def _tags(self, row: Row) -> list[str]:
+        return to_bio(row.values[self.tags_column], self.scheme)
 
     def check_known(self, row):
         """Raise Problem for a tag that no training row has."""
-        for i, tag in enumerate(row.values[self.tags_column]):
+        for i, tag in enumerate(self._tags(row)):
             if tag not in self._numbers:
                 raise Problem(f"the tag {tag!r} is not in train, which has {', '.join(self._numbers)}.{config_lib.suggest(tag, self._numbers)}", _part(row, i))
 
@@ -260,7 +265,7 @@ class Tags(Names, Tokenized):
 
     def encode(self, row):
         parts, tags = [], []
-        for word, tag in zip(row.values[self.words_column], row.values[self.tags_column], strict=True):
+        for word, tag in zip(row.values[self.words_column], self._tags(row), strict=True):
             pieces, first = self._word(f" {word}" if parts else word)
             parts.append(pieces)
             tags += [-1] * first + [self._numbers[tag]] + [-1] * (len(pieces) - first - 1)
@@ -341,13 +346,25 @@ def _part(row: Row, index: int) -> str | None:
     return row.parts[index] if row.parts else None
 
 
+def to_bio(tags: Sequence[str], scheme: str) -> list[str]:
+    """Return the tags of a sentence as B-NAME, I-NAME and O; those of no known form stay, and are refused."""
+    if scheme == "bioes":
+        letters = {"S": "B", "U": "B", "E": "I", "L": "I"}
+        return [letters.get(tag[:1], tag[:1]) + tag[1:] if tag[1:2] == "-" else tag for tag in tags]
+    if scheme == "iob1":
+        before = ["O", *tags[:-1]]
+        return [f"B-{tag[2:]}" if tag[:2] == "I-" and last[2:] != tag[2:] else tag for last, tag in zip(before, tags, strict=True)]
+    return list(tags)
+
+
 def _bio_problem(before: str, tag: str) -> str | None:
     if tag == "O":
         return None
     if tag[:2] not in ("B-", "I-") or len(tag) == 2:
-        return f"the tag {tag!r} is none of O, B-NAME and I-NAME (data.scheme='none' takes tags as they are)."
+        other = " Tags with S- and E- are data.scheme='bioes'." if tag[:2] in ("S-", "E-", "U-", "L-") else ""
+        return f"the tag {tag!r} is none of O, B-NAME and I-NAME (data.scheme='none' takes tags as they are).{other}"
     if tag[0] == "I" and before[2:] != tag[2:]:
-        return f"the tag {tag!r} follows {before!r}: an entity begins with 'B-{tag[2:]}' (data.scheme='none' takes tags as they are)."
+        return f"the tag {tag!r} follows {before!r}: an entity begins with 'B-{tag[2:]}' (data.scheme='iob1' if it need not, 'none' takes tags as they are)."
     return None
 
 
