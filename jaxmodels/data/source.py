@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxmodels.data.narrow import narrowed
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
 
@@ -176,7 +177,8 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
     numbers), `num_tags` likewise of `tags`, and `vocab_size` one more than the largest of `tokens`, `source` and `target`.
 
     Raises:
-      ConfigError: arrays of another kind; a label or tag above the largest of train; tags that are not one for each token.
+      ConfigError: arrays of another kind; numbers that are not finite, or do not fit in 32 bits; a label or tag above the largest of train; tags
+        that are not one for each token.
     """
     if given is None:
         raise ConfigError(
@@ -184,7 +186,7 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
         )
     if not isinstance(given, Mapping) or not all(isinstance(part, Mapping) for part in given.values()):
         raise ConfigError("data= must be arrays by split: {'train': {'image': ..., 'label': ...}, 'test': ...}.")
-    splits = {name: Arrays(part) for name, part in given.items()}
+    splits = {name: Arrays({key: _checked(key, name, value) for key, value in part.items()}) for name, part in given.items()}
     columns = {key: {name: part.arrays[key] for name, part in splits.items() if key in part.arrays} for key in ("image", "label", "tags", *_TOKENS)}
     info = {}
     if columns["image"]:
@@ -202,6 +204,14 @@ def arrays(given: Mapping[str, Mapping[str, np.ndarray]] | None) -> Dataset:
         if tokens is None or tags.shape != tokens.shape:
             raise ConfigError(f"data=: the tags of {name} must be one for each of its tokens; they are {tags.shape}, the tokens {np.shape(tokens)}.")
     return Dataset(splits, info)
+
+
+def _checked(key: str, split: str, values: Any) -> np.ndarray:
+    """Return an array in 32 bits."""
+    try:
+        return narrowed(np.asarray(values))
+    except ValueError as error:
+        raise ConfigError(f"data=: {key!r} of {split}: {error}.") from error
 
 
 def _range(key: str, columns: Mapping[str, np.ndarray], least: int) -> int:

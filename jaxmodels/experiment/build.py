@@ -61,6 +61,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     task, build = build_model(c, dataset.info)
     training = Training(**c["training"])
     steps = count_steps(training, len(dataset.splits.get("train", [])), loading.batch_size)
+    dataset = dataclasses.replace(dataset, guesses=(*dataset.guesses, *_rounded(training, dataset, loading.batch_size, steps)))
     options, own = optimizer.from_section(c["optimizer"])
     with as_config_error("config.model"):
         params = jax.eval_shape(lambda: functional.split(build(functional.new_rngs(params=0)))[1])
@@ -109,6 +110,16 @@ def count_steps(training: Training, examples: int, batch_size: int, step: int = 
     if position == step * batch_size:
         return max(1, round(training.epochs * examples / batch_size))
     return step + max(0, math.floor((Fraction(training.epochs) * examples - position) / batch_size + Fraction(1, 2)))
+
+
+def _rounded(training: Training, dataset: Dataset, batch_size: int, steps: int) -> list[str]:
+    """Return a line where a number of epochs is no number of steps, and rounding changes the length by more than a hundredth."""
+    if training.steps or "train" not in dataset.splits:
+        return []
+    exact = training.epochs * len(dataset.splits["train"]) / batch_size
+    if abs(steps - exact) <= exact / 100:
+        return []
+    return [f"training.epochs={training.epochs:g} of {len(dataset.splits['train']):,} examples are {exact:.4g} steps of {batch_size}, rounded to {steps}"]
 
 
 def with_steps(experiment: Experiment, steps: int) -> Experiment:

@@ -373,3 +373,45 @@ def test_other_schemes_of_tags_are_converted(scheme, tmp_path):
     if scheme != "iob1":
         with pytest.raises(ConfigError, match="line 2: the tag 'I-B' follows 'B-A'"):
             open_dataset(f"conll:{tmp_path}", options | {"scheme": "bioes"}, None)
+
+
+# Numbers that 32 bits do not hold
+
+
+BIG = {
+    "is not finite": np.array([[1.0], [np.nan]]),
+    "is too large for float32": np.array([[1.0], [1e39]]),
+    "is too large for int32": np.array([[1], [2**31]]),
+}
+
+
+@pytest.mark.parametrize("problem", BIG)
+def test_arrays_are_looked_at_before_they_are_narrowed(problem):
+    data = {"train": {"x": BIG[problem], "label": np.array([0, 1])}}
+    with pytest.raises(ConfigError, match=rf"data=: 'x' of train: .* {problem} \(at 1, 0\)"):
+        open_dataset("arrays", {}, None, data)
+    good = open_dataset("arrays", {}, None, {"train": {"x": np.array([[1.0], [2.5]]), "n": np.array([7, 2**31 - 1]), "f": np.array([True, False])}})
+    kinds = {name: array.dtype for name, array in good.splits["train"].arrays.items()}
+    assert kinds == {"x": np.float32, "n": np.int32, "f": np.bool_} and good.splits["train"].arrays["n"].tolist() == [7, 2**31 - 1]
+
+
+@pytest.mark.parametrize("label", ["1e39", "nan", "-inf", "1" * 400])
+def test_labels_beyond_float32_are_bad_examples(label, tmp_path):
+    write(tmp_path, train__tsv=f"a\t1.5\nb\t{label}\n")
+    with pytest.raises(ConfigError, match="line 2: the label 1 is .* not a finite number of float32"):
+        open_dataset(f"tsv:{tmp_path}", TEXT | {"label": "value", "header": False}, None)
+
+
+def test_epochs_that_are_rounded_say_so():
+    from jaxmodels.experiment.build import build_experiment
+
+    config = {
+        "model": {"name": "cnn", "features": (2,), "hidden": 2},
+        "task": {"name": "classify"},
+        "data": {"source": "arrays", "batch_size": 8},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1},
+        "training": {"epochs": 1},
+    }
+    data = {"train": {"image": np.zeros((10, 4, 4, 1), np.float32), "label": np.arange(10) % 2}}
+    assert build_experiment(config, data=data).dataset.guesses == ("training.epochs=1 of 10 examples are 1.25 steps of 8, rounded to 1",)
+    assert build_experiment(config | {"training": {"epochs": 4}}, data=data).dataset.guesses == ()

@@ -5,13 +5,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmodels.data.features.base import Feature
+from jaxmodels.data.features.base import Feature, Problem
+from jaxmodels.data.narrow import narrowed
 from jaxmodels.errors import ConfigError
 
 
 @dataclasses.dataclass(kw_only=True)
 class Array(Feature):
-    """A column of numbers as it is, under its own name; int64 becomes int32.
+    """A column of numbers as it is, under its own name, in 32 bits.
 
     Attributes:
       column: name of the column and the array.
@@ -28,10 +29,12 @@ class Array(Feature):
         return {self.column: self.column}
 
     def encode(self, row):
-        value = np.asarray(row.values[self.column])
-        return {self.column: value.astype(np.int32) if value.dtype == np.int64 else value}
+        try:
+            return {self.column: narrowed(np.asarray(row.values[self.column]))}
+        except ValueError as error:
+            raise Problem(f"{self.column!r}: {error}.") from error
 
     def blank(self):
         if None in self.shape:
             raise ConfigError(f"config.data.on_bad_example='skip' needs features of one size; {self.column!r} is {tuple(self.shape)}.")
-        return {self.column: np.zeros(self.shape, np.int32 if self.dtype == np.int64 else self.dtype)}
+        return {self.column: narrowed(np.zeros(self.shape, self.dtype))}

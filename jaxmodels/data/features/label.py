@@ -1,7 +1,6 @@
 """Labels: classes and numbers."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -94,11 +93,11 @@ class Number(Feature):
     def check(self, row):
         value = row.values[self.label_column]
         try:
-            finite = not isinstance(value, bool) and math.isfinite(float(value))
-        except (TypeError, ValueError):
+            finite = not isinstance(value, bool) and abs(float(value)) <= float(np.finfo(np.float32).max)  # false for NaN, too
+        except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
-            raise Problem(f"the label {self.label_column!r} is {value!r}, not a finite number, as data.label='value' requires.")
+            raise Problem(f"the label {self.label_column!r} is {value!r}, not a finite number of float32, as data.label='value' requires.")
 
     def encode(self, row):
         return {"label": np.float32(row.values[self.label_column])}
