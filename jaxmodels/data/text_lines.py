@@ -21,6 +21,15 @@ def check_kind(head: bytes, path: str) -> None:
         raise ConfigError(f"{path} is {found} by its first bytes, not a text file.")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def not_utf8(text: str) -> str:
     """Return what is wrong with a text that has lone surrogates, which stand for bytes that are not UTF-8, and what to do."""
     found = next(c for c in text if "\ud800" <= c <= "\udfff")

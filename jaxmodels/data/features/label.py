@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
+from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ class Label(Names, Feature):
         value = row.values[self.label_column]
         if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
             raise Problem(f"the label {self.label_column!r} is {value!r}, not the name or number of a class.")
+        if not is_utf8(str(value)):
+            raise Problem(f"the label {self.label_column!r} is not UTF-8: {not_utf8(value)}")
 
     def fit(self, rows):
         names = self.labels if self.labels is not None else class_names(rows, self.label_column)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts, padded
-from jaxmodels.data.text_lines import not_utf8
+from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer, frame
 
@@ -331,15 +331,6 @@ def check_text(value: Any, column: Column) -> None:
         raise Problem(f"the text of column {column!r} is empty.")
     if not is_utf8(value):
         raise Problem(f"the text of column {column!r} is not UTF-8: {not_utf8(value)}")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _part(row: Row, index: int) -> str | None:

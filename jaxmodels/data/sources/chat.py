@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Problem, Row, padded
-from jaxmodels.data.features.text import is_utf8
 from jaxmodels.data.files import find_files
 from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.keys import takes
@@ -17,7 +16,7 @@ from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
 from jaxmodels.data.source import Arrays, Dataset, find_file
 from jaxmodels.data.sources.rows import json_records
-from jaxmodels.data.text_lines import not_utf8
+from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.chat_template import CLOSE, OPEN, ChatTemplate, TemplateProblem

@@ -6,10 +6,9 @@ import io
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data.features.text import is_utf8
 from jaxmodels.data.guesses import guess
 from jaxmodels.data.source import Dataset, find_file, fingerprint
-from jaxmodels.data.text_lines import check_kind, csv_records, is_number, not_utf8
+from jaxmodels.data.text_lines import check_kind, csv_records, is_number, is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
 _ROUNDING = 1e-12  # of the largest value: deviations up to this come from rounding float64
