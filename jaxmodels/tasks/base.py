@@ -168,6 +168,12 @@ class Task(abc.ABC):
         return not math.isnan(value) and (than is None or (value > than if self.prefers_higher(name) else value < than))
 
 
+def read_tokens(model: nnx.Module, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+    """Return a model's output for `tokens`, with the `types` of two texts if the batch has them and the model tells them apart."""
+    types = {"types": batch["types"]} if "types" in batch and getattr(model, "types", None) is not None else {}
+    return model(batch["tokens"], **types, rngs=rngs)
+
+
 def require(info: Mapping, task_name: str, wants: str, *keys: str) -> None:
     """Raise ConfigError if the data set's `info` lacks one of the keys.
 

@@ -34,6 +34,7 @@ class Classify(Task):
         mix_probability: float = 1.0,
         loss: str = "cross_entropy",
         gamma: float = 2.0,
+        class_weights: tuple[float, ...] | None = None,
     ):
         """
         Args:
@@ -51,6 +52,7 @@ class Classify(Task):
           mix_probability: share of the examples that are mixed.
           loss: `cross_entropy`, `focal` (Lin et al. 2017), or `package.module:function`; see `tasks.losses`.
           gamma: focusing parameter γ of the focal loss; 0 gives cross-entropy.
+          class_weights: weight of each class in the training loss, in the order of the classes; the mean is over the sum of weights, as in PyTorch.
         """
         require(info, "classify", "images with labels that are whole numbers", "image_shape", "num_classes")
         if len(info["image_shape"]) != 3:
@@ -75,6 +77,7 @@ class Classify(Task):
         self.across_rows = mixup > 0 or cutmix > 0
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
         self.losses = losses.classification(loss, classes=info["num_classes"], gamma=gamma, label_smoothing=label_smoothing, mixed=self.across_rows)
+        self.class_weights = losses.check_class_weights(class_weights, info)
         self.crop, self.flip, self.mixup, self.cutmix, self.mix_probability = crop, flip, mixup, cutmix, mix_probability
 
     def predict(self, model, batch, key=None):
@@ -90,7 +93,8 @@ class Classify(Task):
         image, targets = self._augment(batch, rngs)
         logits = self._logits(model, image, rngs)
         values = self.losses(logits, targets, label_smoothing=self.label_smoothing)
-        return jnp.sum(values * batch["weight"]), jnp.sum(batch["weight"]), self._metrics(logits, targets, batch)
+        weight = losses.with_class_weights(batch["weight"], targets, self.class_weights)
+        return jnp.sum(values * weight), jnp.sum(weight), self._metrics(logits, targets, batch)
 
     def evaluate(self, model, batch, key):
         """Return `loss`, without label smoothing, and `accuracy`."""

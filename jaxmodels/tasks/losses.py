@@ -13,7 +13,7 @@ Shapes: B batch, T time, S length of a target, C classes, D width of an embeddin
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +147,31 @@ def errors(predicted: jax.Array, target: jax.Array, weight: jax.Array, *, loss: 
     total = jnp.sum(weight)
     functions = {"mse": mse, "mae": mae} | dict([loss])
     return {name: (jnp.sum(function(predicted, target) * weight), total) for name, function in functions.items()}
+
+
+def check_class_weights(weights: Sequence[float] | None, info: Mapping) -> tuple[float, ...] | None:
+    """Return the weights of classes; ConfigError unless there is one of each class, none negative, and not all 0."""
+    if weights is None:
+        return None
+    names = info.get("labels") or range(info["num_classes"])
+    if len(weights) != info["num_classes"] or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        shown = ", ".join(map(str, names))
+        raise ConfigError(f"config.task.class_weights={tuple(weights)}: give a number of at least 0 for each of the {info['num_classes']} classes, {shown}.")
+    return tuple(weights)
+
+
+def with_class_weights(weight: jax.Array, target: jax.Array, weights: tuple[float, ...] | None) -> jax.Array:
+    """Return the weights of examples [B], times those of their classes.
+
+    Args:
+      weight: [B].
+      target: class ids, int [B], or probabilities, float [B, C].
+      weights: of the classes; None for 1.
+    """
+    if weights is None:
+        return weight
+    of_class = jnp.asarray(weights, weight.dtype)
+    return weight * (of_class[target] if target.ndim == 1 else target @ of_class)
 
 
 def classification(loss: str, *, classes: int, gamma: float, label_smoothing: float = 0.0, mixed: bool = False) -> Callable:

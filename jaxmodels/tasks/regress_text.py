@@ -7,13 +7,13 @@ import numpy as np
 from scipy import stats
 
 from jaxmodels.tasks import losses
-from jaxmodels.tasks.base import Task, require
+from jaxmodels.tasks.base import Task, read_tokens, require
 
 
 class RegressText(Task):
     """A regression error, the squared error by default.
 
-    Batches: `tokens` int [B, T] (-1 is padding), `label` float [B], `weight` float [B].
+    Batches: `tokens` int [B, T] (-1 is padding), of two texts also `types` int [B, T], `label` float [B], `weight` float [B].
     """
 
     scores = ("pearson", "spearman")
@@ -38,7 +38,7 @@ class RegressText(Task):
         """
         require(info, "regress_text", "texts", "vocab_size")
         self.provides = {"vocab_size": info["vocab_size"], "head": ("value", 1)}
-        self.batch = {"tokens": (None,), "label": ()}
+        self.batch = {"tokens": (None,), "label": ()} | ({"types": (None,)} if info.get("pairs") else {})
         losses.check(delta=delta)
         self.center, self.scale = center, scale
         self.error = losses.regression(loss, delta)
@@ -75,4 +75,4 @@ class RegressText(Task):
         return losses.errors(self._value(model, batch, rngs), batch["label"], batch["weight"], loss=self.error)
 
     def _value(self, model, batch, rngs):
-        return self.center + self.scale * model(batch["tokens"], rngs=rngs)[:, 0].astype(jnp.float32)
+        return self.center + self.scale * read_tokens(model, batch, rngs)[:, 0].astype(jnp.float32)

@@ -1,5 +1,6 @@
 """The protocol of tokenizers, and helpers that all tokenizers share."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,19 @@ def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return the special tokens that a pretrained model's tokenizer adds before and after a text, int32; none for other tokenizers."""
     none = np.zeros(0, np.int32)
     return getattr(tokenizer, "frame", (none, none))
+
+
+def cut_longest(parts: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+    """Return parts that together have at most `limit` tokens: the longer one is cut first."""
+    if len(parts) == 1:
+        return [parts[0][:limit]]
+    short, long = sorted((len(parts[0]), len(parts[1])))
+    if short + long > limit:
+        long = max(short, limit - short)
+    if short + long > limit:
+        short, long = limit // 2, limit - limit // 2
+    first, second = (long, short) if len(parts[0]) > len(parts[1]) else (short, long)
+    return [parts[0][:first], parts[1][:second]]
 
 
 def checked_ids(tokens, vocab_size: int) -> list[int]:

@@ -18,6 +18,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.folder import Folder, find, split_accepted
 from jaxmodels.pretrained.limits import check_values
 from jaxmodels.storage import paths as storage
+from jaxmodels.tokenizers.base import cut_longest
 from jaxmodels.tokenizers.bpe import MOST_TOKENS
 from jaxmodels.tokenizers.files import make_coder
 
@@ -173,7 +174,7 @@ class PretrainedTokenizer:
             limit = length - sum(not isinstance(token, str) for token, _ in frame)
             if limit < len(parts):
                 raise ValueError(f"{length} tokens leave no space for a text between {length - limit} special tokens")
-            parts = _cut(parts, limit)
+            parts = cut_longest(parts, limit)
         texts = dict(zip("AB", parts, strict=False))
         pieces = [texts[token] if isinstance(token, str) else [token] for token, _ in frame]
         types = [np.full(len(piece), kind) for piece, (_, kind) in zip(pieces, frame, strict=True)]
@@ -320,16 +321,3 @@ def _around(single: Sequence[tuple[int | str, int]]) -> tuple[np.ndarray, np.nda
     tokens = [token for token, _ in single]
     place = tokens.index("A")
     return np.array(tokens[:place], np.int32), np.array(tokens[place + 1 :], np.int32)
-
-
-def _cut(parts: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
-    """Return parts that together have at most `limit` tokens: the longer one is cut first."""
-    if len(parts) == 1:
-        return [parts[0][:limit]]
-    short, long = sorted((len(parts[0]), len(parts[1])))
-    if short + long > limit:
-        long = max(short, limit - short)
-    if short + long > limit:
-        short, long = limit // 2, limit - limit // 2
-    first, second = (long, short) if len(parts[0]) > len(parts[1]) else (short, long)
-    return [parts[0][:first], parts[1][:second]]

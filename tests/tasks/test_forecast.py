@@ -59,7 +59,7 @@ def test_errors_of_a_table_are_named(table, tmp_path):
 
     assert "bad.csv, line 3" in error(HEADER + "d,1,2\nd,x,2\n")
     assert "bad.csv, line 2" in error(HEADER + "d,1\n")
-    assert "bad.csv, line 3: a value is not finite" in error(HEADER + "d,1,2\nd,nan,2\n", rows=(1, 1, 1))
+    assert "bad.csv, line 3: 'a' is nan, which is not finite" in error(HEADER + "d,1,2\nd,nan,2\n", rows=(1, 1, 1))
     assert "no column 'c'; it has date, a, b" in error(columns=("a", "c"))
     assert "more than the 60" in error(rows=(40, 14, 14))
     assert "hold no window" in error(lookback=29)

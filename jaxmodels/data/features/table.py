@@ -8,14 +8,20 @@ from jaxmodels.data.features.base import Feature
 from jaxmodels.data.features.image import Boxes, Image
 from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Pair, Tags, Text
+from jaxmodels.data.features.weight import Weight
 from jaxmodels.errors import ConfigError
 
-FEATURES: tuple[type[Feature], ...] = (Text, Pair, Tags, Label, Image, Boxes, Audio)
+FEATURES: tuple[type[Feature], ...] = (Text, Pair, Tags, Label, Image, Boxes, Audio, Weight)
 BY_ARRAY = {array: feature for feature in FEATURES for array in feature.arrays}  # for data sets that hold arrays alone, too
 
 
 def choose(keys: Mapping[str, Any]) -> list[Feature]:
-    """Return the features that the keys of a section of rows name: those whose column is set, or one text if none is; and a label."""
+    """Return the features that the keys of a section of rows name: those whose column is set, or one text if none is; a label, and a weight."""
+    return [*_inputs(keys), *([Weight.of(keys)] if keys["weight_column"] is not None else [])]
+
+
+def _inputs(keys: Mapping[str, Any]) -> list[Feature]:
+    """Return the features but for the weight."""
 
     def named(*columns: str) -> bool:
         return any(keys[column] is not None for column in columns)

@@ -13,7 +13,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts, padded
 from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
-from jaxmodels.tokenizers.base import Tokenizer, frame
+from jaxmodels.tokenizers.base import Tokenizer, cut_longest, frame
 
 TEXTS = ("tokens", "source", "target")
 _BINS = 8
@@ -97,7 +97,7 @@ class Tokenized(Feature):
     @staticmethod
     def show(name, example, info):
         tokenizer = info.get("tokenizer")
-        if name == "segments":
+        if name in ("segments", "types"):
             return None
         if name == "counts":
             return _learned(tokenizer, np.asarray(example["tokens"]), np.asarray(example[name])) if tokenizer is not None else None
@@ -119,31 +119,60 @@ class Tokenized(Feature):
 
 @dataclasses.dataclass(kw_only=True)
 class Text(Tokenized):
-    """One text: `tokens` int32 [T]. A pretrained model's tokenizer adds its own special tokens.
+    """One text, or two as one: `tokens` int32 [T], and of two also their `types` int32 [T]. A pretrained model's tokenizer adds its own special tokens.
 
     Attributes:
       text_column: the text's name, or its number from 0.
+      pair_column: a second text, for tasks on two sentences. Between the two are the special tokens of a pretrained model's tokenizer, or `<end>`.
     """
 
-    arrays: ClassVar = ("tokens", "segments", "counts")
+    arrays: ClassVar = ("tokens", "segments", "counts", "types")
     text_column: Column
+    pair_column: Column | None = None
 
     def columns(self):
-        return {"text_column": self.text_column}
+        return {"text_column": self.text_column} | ({} if self.pair_column is None else {"pair_column": self.pair_column})
 
     def check(self, row):
-        check_text(row.values[self.text_column], self.text_column)
+        for column in self.columns().values():
+            check_text(row.values[column], column)
 
     def texts(self, row):
-        return [row.values[self.text_column]]
+        return [row.values[column] for column in self.columns().values()]
+
+    def use(self, tokenizer):
+        super().use(tokenizer)
+        if self.pair_column is not None and not hasattr(tokenizer, "wrap"):
+            _, self._between = start_and_end(tokenizer, self.tokenizer)
+
+    def info(self):
+        return super().info() | ({"pairs": True} if self.pair_column is not None else {})
+
+    def _two(self, row: Row) -> dict[str, np.ndarray]:
+        """Return two texts as one; if they are too long, the longer one is cut first."""
+        parts = [self.tokens(text) for text in self.texts(row)]
+        wrapped = hasattr(self.coder, "wrap")
+        special = len(self.coder.wrap("", "")[0]) if wrapped else 1
+        self.check_lengths((len(parts[0]) + len(parts[1]), self.sequence_length - special))
+        if wrapped:
+            try:
+                tokens, types = self.coder.wrap(*self.texts(row), length=self.sequence_length)
+            except ValueError as error:
+                raise Problem(f"{error}.") from error
+        else:
+            one, two = cut_longest(parts, self.sequence_length - 1)
+            tokens, types = np.concatenate([one, [self._between], two]), np.repeat([0, 1], [len(one) + 1, len(two)])
+        return {"tokens": padded(tokens, self.sequence_length), "types": np.maximum(padded(types, self.sequence_length), 0)}
 
     def encode(self, row):
+        if self.pair_column is not None:
+            return self._two(row)
         tokens = self.tokens(row.values[self.text_column])
         self.check_lengths((len(tokens), self.max_tokens))
         return {"tokens": self.framed(tokens)}
 
     def blank(self):
-        return {"tokens": self.blank_tokens()}
+        return {"tokens": self.blank_tokens()} | ({} if self.pair_column is None else {"types": np.zeros(self.sequence_length, np.int32)})
 
 
 @dataclasses.dataclass(kw_only=True)
