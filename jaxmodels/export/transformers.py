@@ -236,6 +236,8 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
         values |= {"num_labels": 1, "problem_type": "regression"}
     elif labels and head != "tokens":
         values |= {"id2label": {str(i): str(name) for i, name in enumerate(labels)}, "label2id": {str(name): i for i, name in enumerate(labels)}}
+    if info.get("several_classes"):
+        values["problem_type"] = "multi_label_classification"
     imported = [parent["token_ids"] for parent in folder.manifest().get("parents", []) if "token_ids" in parent]
     values |= tokenizer_files.special_ids(tokenizer, architecture) if tokenizer is not None else imported[0] if imported else {}
     values["torch_dtype"] = dtypes[0] if len(dtypes) == 1 else "float32"

@@ -40,8 +40,13 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if any((folder.path / name).is_file() for name in _TOKENIZER_FILES):
             info["tokenizer"] = make_tokenizer(reference, (), None)
         info["vocab_size"] = folder.config["vocab_size"]
-        if head == "class":
+        kind = folder.config.get("problem_type") or ("regression" if len(labels) == 1 else None)
+        if head == "class" and kind == "regression":
+            task["name"] = "regress_text"
+        elif head == "class":
             info |= {"num_classes": len(labels), "labels": labels}
+            if kind == "multi_label_classification":
+                task["name"], info["several_classes"] = "several_classes_of_text", True
         elif head == "tags":
             info["tags"] = labels
         elif architecture.model == "encoder_decoder":

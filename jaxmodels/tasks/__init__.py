@@ -19,6 +19,8 @@ TASKS = {
     "language_model": "jaxmodels.tasks.language_model:LanguageModel",
     "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
     "regress_text": "jaxmodels.tasks.regress_text:RegressText",
+    "several_classes": "jaxmodels.tasks.several_classes:SeveralClassesOfImages",
+    "several_classes_of_text": "jaxmodels.tasks.several_classes:SeveralClassesOfText",
     "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
     "tag": "jaxmodels.tasks.tag:Tag",
     "transcribe": "jaxmodels.tasks.transcribe:Transcribe",

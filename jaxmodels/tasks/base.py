@@ -168,6 +168,12 @@ class Task(abc.ABC):
         return not math.isnan(value) and (than is None or (value > than if self.prefers_higher(name) else value < than))
 
 
+def one_class(info: Mapping, other: str) -> None:
+    """Raise ConfigError if the rows of a data set have several classes, which the task `other` learns."""
+    if info.get("several_classes"):
+        raise ConfigError(f"config.task: with data.label='classes' a row has several classes; use the task {other!r}.")
+
+
 def read_tokens(model: nnx.Module, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
     """Return a model's output for `tokens`, with the `types` of two texts if the batch has them and the model tells them apart."""
     types = {"types": batch["types"]} if "types" in batch and getattr(model, "types", None) is not None else {}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.tasks import augment, losses
-from jaxmodels.tasks.base import Task, require
+from jaxmodels.tasks.base import Task, one_class, require
 
 
 class Classify(Task):
@@ -55,6 +55,7 @@ class Classify(Task):
           class_weights: weight of each class in the training loss, in the order of the classes; the mean is over the sum of weights, as in PyTorch.
         """
         require(info, "classify", "images with labels that are whole numbers", "image_shape", "num_classes")
+        one_class(info, "several_classes")
         if len(info["image_shape"]) != 3:
             raise ConfigError(f"config.task: 'classify' needs images of (height, width, channels), got {tuple(info['image_shape'])}.")
         losses.check(label_smoothing=label_smoothing, gamma=gamma)
@@ -95,6 +96,11 @@ class Classify(Task):
         values = self.losses(logits, targets, label_smoothing=self.label_smoothing)
         weight = losses.with_class_weights(batch["weight"], targets, self.class_weights)
         return jnp.sum(values * weight), jnp.sum(weight), self._metrics(logits, targets, batch)
+
+    def logits(self, model, batch, rngs):
+        """Return the logits of scaled images, float32 [B, C]; in training (`rngs` given) of augmented ones that are not mixed."""
+        image = self._scaled(batch["image"]) if rngs is None else self._augment(batch, rngs)[0]
+        return self._logits(model, image, rngs)
 
     def evaluate(self, model, batch, key):
         """Return `loss`, without label smoothing, and `accuracy`."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.tasks import losses
-from jaxmodels.tasks.base import Task, read_tokens, require
+from jaxmodels.tasks.base import Task, one_class, read_tokens, require
 
 
 class ClassifyText(Task):
@@ -37,6 +37,7 @@ class ClassifyText(Task):
           class_weights: weight of each class in the training loss, in the order of the classes; the mean is over the sum of weights, as in PyTorch.
         """
         require(info, "classify_text", "texts with labels", "vocab_size", "num_classes")
+        one_class(info, "several_classes_of_text")
         losses.check(label_smoothing=label_smoothing, gamma=gamma)
         self.provides = {"vocab_size": info["vocab_size"], "head": ("class", info["num_classes"])}
         self.batch = {"tokens": (None,), "label": ()} | ({"types": (None,)} if info.get("pairs") else {})

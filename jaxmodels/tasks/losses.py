@@ -149,14 +149,14 @@ def errors(predicted: jax.Array, target: jax.Array, weight: jax.Array, *, loss: 
     return {name: (jnp.sum(function(predicted, target) * weight), total) for name, function in functions.items()}
 
 
-def check_class_weights(weights: Sequence[float] | None, info: Mapping) -> tuple[float, ...] | None:
+def check_class_weights(weights: Sequence[float] | None, info: Mapping, key: str = "class_weights") -> tuple[float, ...] | None:
     """Return the weights of classes; ConfigError unless there is one of each class, none negative, and not all 0."""
     if weights is None:
         return None
     names = info.get("labels") or range(info["num_classes"])
     if len(weights) != info["num_classes"] or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         shown = ", ".join(map(str, names))
-        raise ConfigError(f"config.task.class_weights={tuple(weights)}: give a number of at least 0 for each of the {info['num_classes']} classes, {shown}.")
+        raise ConfigError(f"config.task.{key}={tuple(weights)}: give a number of at least 0 for each of the {info['num_classes']} classes, {shown}.")
     return tuple(weights)
 
 

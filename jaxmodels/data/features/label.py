@@ -18,18 +18,18 @@ class Label(Names, Feature):
 
     Attributes:
       label_column: the label's name, or its number from 0.
-      label: `class`, the name or number of a class; `value`, a number to predict; `none`, no label is read.
+      label: `class`, the name or number of a class; `classes`, any number of them; `value`, a number to predict; `none`, no label is read.
       labels: class names in order; by default the distinct labels of the training rows, sorted.
     """
 
     arrays: ClassVar = ("label",)
     label_column: Column
-    label: Literal["class", "value", "none"] = "class"
+    label: Literal["class", "classes", "value", "none"] = "class"
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        if self.labels is not None and (len(set(self.labels)) != len(self.labels) or self.label != "class"):
-            raise ConfigError(f"config.data.labels names the classes of data.label='class', each once; got {list(self.labels)}.")
+        if self.labels is not None and (len(set(self.labels)) != len(self.labels) or self.label not in ("class", "classes")):
+            raise ConfigError(f"config.data.labels names the classes of data.label='class' or 'classes', each once; got {list(self.labels)}.")
         self._numbers: dict[str, int] = {}
 
     def columns(self):
@@ -69,6 +69,8 @@ class Label(Names, Feature):
         value = np.asarray(example[name])
         if value.dtype.kind in "iu" and info.get("labels"):
             return str(info["labels"][int(value)])
+        if value.ndim == 1 and info.get("several_classes"):
+            return ", ".join(str(info["labels"][i]) for i in np.flatnonzero(value)) or "none"
         return Feature.show(name, example, info)
 
     @staticmethod
@@ -76,7 +78,63 @@ class Label(Names, Feature):
         column = columns["label"]
         if column.dtype.kind in "iu":
             return {"labels": counts(column, info.get("labels") or range(info.get("num_classes", 0)))}
+        if info.get("several_classes"):
+            return {"labels": {str(name): int(count) for name, count in zip(info["labels"], column.sum(0), strict=True)}}
         return {"label": {"least": float(column.min()), "mean": float(column.mean()), "deviation": float(column.std()), "most": float(column.max())}}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Classes(Label):
+    """Any number of classes, also none: `label` float32 [C], 1 for each of them.
+
+    Attributes:
+      label_separator: between the names in a text; a list needs none.
+    """
+
+    label_separator: str = "|"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.label_separator.strip():
+            raise ConfigError("config.data.label_separator is blank; names of classes may hold spaces. Give another one.")
+
+    def _names(self, row: Row) -> list[str]:
+        value = row.values[self.label_column]
+        return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(self.label_separator)) if str(name).strip()]
+
+    def check(self, row):
+        value = row.values[self.label_column]
+        if not isinstance(value, (str, list)) or (isinstance(value, list) and not all(isinstance(name, str) or type(name) is int for name in value)):
+            raise Problem(f"the label {self.label_column!r} is {value!r}, not names of classes: a list, or a text with {self.label_separator!r} between them.")
+        names = self._names(row)
+        for name in names:
+            if not is_utf8(name):
+                raise Problem(f"the label {self.label_column!r} is not UTF-8: {not_utf8(name)}")
+        if len(set(names)) < len(names):
+            raise Problem(f"the label {self.label_column!r} names a class twice: {', '.join(names)}.")
+
+    def fit(self, rows):
+        names = self.labels if self.labels is not None else sorted({name for row in rows for name in self._names(row)})
+        if not names:
+            raise ConfigError(f"config.data.label_column={self.label_column!r}: no training row has a class.")
+        self._numbers = {name: i for i, name in enumerate(names)}
+
+    def is_missing(self, row):
+        return row.problem is None and row.values.get(self.label_column) is None
+
+    def encode(self, row):
+        result, names = self.blank()["label"], self._names(row)
+        unknown = next((name for name in names if name not in self._numbers), None)
+        if unknown is not None:
+            raise Problem(f"the class {unknown!r} is none of {', '.join(list(self._numbers)[:10])}.{config_lib.suggest(unknown, self._numbers)}")
+        result[[self._numbers[name] for name in names]] = 1
+        return {"label": result}
+
+    def blank(self):
+        return {"label": np.zeros(len(self._numbers), np.float32)}
+
+    def info(self):
+        return super().info() | {"several_classes": True}
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -6,12 +6,12 @@ from typing import Any
 from jaxmodels.data.features.audio import Audio
 from jaxmodels.data.features.base import Feature
 from jaxmodels.data.features.image import Boxes, Image
-from jaxmodels.data.features.label import Label, Number
+from jaxmodels.data.features.label import Classes, Label, Number
 from jaxmodels.data.features.text import Pair, Tags, Text
 from jaxmodels.data.features.weight import Weight
 from jaxmodels.errors import ConfigError
 
-FEATURES: tuple[type[Feature], ...] = (Text, Pair, Tags, Label, Image, Boxes, Audio, Weight)
+FEATURES: tuple[type[Feature], ...] = (Text, Pair, Tags, Classes, Label, Image, Boxes, Audio, Weight)
 BY_ARRAY = {array: feature for feature in FEATURES for array in feature.arrays}  # for data sets that hold arrays alone, too
 
 
@@ -37,8 +37,8 @@ def _inputs(keys: Mapping[str, Any]) -> list[Feature]:
         if named("image_column") and keys["fit"] != "stretch":
             raise ConfigError("config.data.fit must be 'stretch' with boxes: a crop would move them.")
         return [*chosen, Boxes.of(keys)]
-    label = {"class": Label, "value": Number}.get(keys["label"])
-    if keys["label"] != "class":
+    label = {"class": Label, "classes": Classes, "value": Number}.get(keys["label"])
+    if keys["label"] not in ("class", "classes"):
         Label.of(keys)  # checks `labels`
     texts = [Text.of(keys)] if not chosen or keys["sequence_length"] is not None else []  # a text beside an image or audio is its caption
     return [*chosen, *texts, *([label.of(keys)] if label else [])]

@@ -130,7 +130,7 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     rows = {split: _rows(datasets, part, columns, f"{folder} {split}") for split, part in parts.items()}
     for i, feature in enumerate(features):
         if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
-            features[i] = Label(label_column=feature.label_column, labels=rows["train"].classes[feature.label_column])
+            features[i] = dataclasses.replace(feature, labels=rows["train"].classes[feature.label_column])
     files = {split: list(dict.fromkeys(file["filename"] for file in part.cache_files)) for split, part in parts.items()}
     if Indexing.of(keys).applies(files, features):
         return open_indexed({split: _indexed(part, files[split]) for split, part in rows.items()}, features, Holdout.of(keys), data_dir)

@@ -1,5 +1,6 @@
 """Parquet files, read by row group and column."""
 
+import dataclasses
 import json
 import re
 import zlib
@@ -51,7 +52,7 @@ def parquet(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokeniz
     rows = {split: RowGroups(_open(arrow, paths, f"{path} ({split})"), f"{path} ({split})", columns, cache) for split, paths in files.items()}
     for i, feature in enumerate(features):
         if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
-            features[i] = Label(label_column=feature.label_column, labels=rows["train"].classes[feature.label_column])
+            features[i] = dataclasses.replace(feature, labels=rows["train"].classes[feature.label_column])
     return open_indexed(rows, features, Holdout.of(keys), data_dir)
 
 
