@@ -17,15 +17,19 @@ def add(commands) -> None:
     merge.add_argument("--output", required=True, metavar="DIR", help="a new folder")
 
     imports = add_command(commands, "import", run_import, "convert a pretrained model to a run folder, to evaluate, generate, export or fine-tune")
-    imports.add_argument("model", metavar="hf:DIR_OR_ID", help="a folder with config.json and safetensors, or an id on the Hugging Face Hub")
+    imports.add_argument("model", metavar="hf:DIR_OR_ID", help="a folder with config.json and safetensors, a GGUF file, or an id on the Hugging Face Hub")
     imports.add_argument("output", metavar="DIR", help="a new folder")
 
     export = add_command(commands, "export", run_export, "export a run for Transformers: safetensors, config.json, tokenizer, model card")
     export.add_argument("run", metavar="RUN[@best|@latest|@STEP]", help="run folder and checkpoint; adapters are merged, except with --format=peft")
     export.add_argument("output", metavar="DIR", help="a new folder")
-    formats = "transformers: weights, config, tokenizer, model card; peft: adapters only; stablehlo: the compiled forward pass (default: transformers)"
-    export.add_argument("--format", choices=("transformers", "peft", "stablehlo"), default="transformers", help=formats)
-    export.add_argument("--dtype", metavar="TYPE", help="of the weights: float32, bfloat16 or float16 (default: that of the imported model, else float32)")
+    formats = "transformers: weights, config, tokenizer, model card; gguf: one file for llama.cpp; peft: adapters only; stablehlo: the compiled forward pass (default: transformers)"
+    export.add_argument("--format", choices=("transformers", "gguf", "peft", "stablehlo"), default="transformers", help=formats)
+    export.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="of the weights: float32, bfloat16 or float16 (default: that of the imported model, else float32); of gguf, float16 or q8_0",
+    )
     export.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="maximum size of a weights file, in 10^9 bytes (default: 5)")
 
 
@@ -67,6 +71,10 @@ def run_export(options, _):
         from jaxmodels.export.stablehlo import export_stablehlo
 
         path = export_stablehlo(options.run, options.output)
+    elif options.format == "gguf":
+        from jaxmodels.export.gguf import export_gguf
+
+        path = export_gguf(options.run, options.output, dtype=options.dtype)
     elif options.format == "peft":
         from jaxmodels.export.peft import export_adapters
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import ConfigError, optional_import
-from jaxmodels.pretrained import safetensors
+from jaxmodels.pretrained import gguf, safetensors
 from jaxmodels.pretrained.limits import check_values
 from jaxmodels.pretrained.safetensors import Tensor
 from jaxmodels.storage import paths
@@ -78,8 +78,10 @@ def find(reference: str, *, weights: bool = False) -> Folder:
     """Find the folder of a pretrained model; download it if the reference is an id.
 
     Args:
-      reference: `hf:` and a folder (also one in a bucket, of which a copy is made in the cache), or the id of a model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found
-        without a network. `?accept=KEY,KEY` at the end accepts unknown keys of its config.json. For a folder with LoRA adapters only, the result is the model that their config names, with `adapters` set.
+      reference: `hf:` and a folder (also one in a bucket, of which a copy is made in the cache), a GGUF file (see `pretrained.gguf`), or the id of a
+        model on the Hugging Face Hub, optionally with `@REVISION`. Earlier downloads are found without a network. `?accept=KEY,KEY` at the end
+        accepts unknown keys of its config.json. For a folder with LoRA adapters only, the result is the model that their config names, with
+        `adapters` set.
       weights: also download the weights, not only the small files.
 
     Raises:
@@ -118,13 +120,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 def place(reference: str, *, weights: bool = False) -> Path:
     """Return the folder of `hf:PATH_OR_ID`, downloaded if it is an id, whatever it contains; arguments as of `find`."""
     if not is_pretrained(reference) or reference == PREFIX:
-        raise ConfigError(f"{reference!r}: a pretrained model is named hf:FOLDER or hf:OWNER/NAME.")
+        raise ConfigError(f"{reference!r}: a pretrained model is named hf:FOLDER, hf:FILE.gguf or hf:OWNER/NAME.")
     name = split_accepted(reference)[0].removeprefix(PREFIX)
     path = paths.parse(name, "hf").expanduser().absolute()
     if isinstance(path, BucketPath):
         if not path.is_dir():
             raise ConfigError(f"{reference}: there is nothing in {path}.")
         return paths.local_copy(path, lambda file: weights or not file.endswith(".safetensors"))
+    if path.suffix == gguf.SUFFIX and path.is_file():
+        return gguf.folder_of(path)
     if not path.is_dir():
         if path.exists() or not re.fullmatch(_HUB_ID, name):
             raise ConfigError(f"{reference}: there is no folder {path}, and {name!r} is no id of a model on the hub (OWNER/NAME).")

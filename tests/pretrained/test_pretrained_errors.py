@@ -98,7 +98,7 @@ def test_inconsistent_sizes(tmp_path, sizes):
 def test_names_without_a_model(tmp_path):
     """A hub id that is not in the cache needs a network."""
     for reference, problem in {
-        "hf:": "is named hf:FOLDER or hf:OWNER/NAME",
+        "hf:": "is named hf:FOLDER, hf:FILE.gguf or hf:OWNER/NAME",
         f"hf:{tmp_path}/none": "there is no folder",
         "hf:a/b/c": "there is no folder",
         "hf:nobody/such-model-here": r"there is no such folder, and the download from the hub failed .*name a folder: hf:/path/to/folder",
