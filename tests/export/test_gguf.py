@@ -56,7 +56,7 @@ def theirs(folder, file=None):
 
 
 @pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"attention_bias": False, "rope_theta": 5e4}], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", gguf_lib.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in gguf_lib.ARCHITECTURES if kind != "llama")])
 def test_a_model_goes_out_and_comes_back(kind, options, tmp_path):
     folder = model(tmp_path / "model", kind, **(options if kind == "llama" or "tie_word_embeddings" in options else {"rope_theta": 5e4}))
     run = import_run(f"hf:{folder}", str(tmp_path / "run"))

@@ -13,7 +13,8 @@ import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.export.transformers import export_run
 from jaxmodels.inference.pretrained import import_run
-from jaxmodels.pretrained import weights
+from jaxmodels.pretrained import preprocessing, weights
+from jaxmodels.pretrained.folder import Folder
 from jaxmodels.pretrained.safetensors import ToWrite, read_header, write
 from jaxmodels.pretrained.weights import describe, load_model, model_section
 from jaxmodels.runs.folder import RunFolder
@@ -65,15 +66,18 @@ def fine_tune(classifier, workdir, rename=str, **changes):
     return RunFolder(workdir)
 
 
-def test_an_output_layer_is_reordered_by_the_names_of_classes(classifier, tmp_path):
+@pytest.mark.parametrize("rename", [str, pytest.param(str.upper, marks=pytest.mark.slow)])
+def test_an_output_layer_is_reordered_by_the_names_of_classes(rename, classifier, tmp_path):
     """The data sorts its classes by name. The classifier's own predictions are its labels, so that the accuracy is 1 by the right names alone."""
-    run = fine_tune(classifier, tmp_path / "run")
-    assert run.manifest()["info"]["labels"] == sorted(NAMES)
+    run = fine_tune(classifier, tmp_path / "run", rename=rename)
+    assert run.manifest()["info"]["labels"] == sorted(map(rename, NAMES))
     assert run.metrics("validation")[-1]["accuracy"] == 1.0
     (line,) = run.manifest()["parents"][0]["classes"]
-    assert "is reordered by name, from neutral, positive, negative to negative, neutral, positive" in line
-    upper = fine_tune(classifier, tmp_path / "upper", rename=str.upper)
-    assert upper.metrics("validation")[-1]["accuracy"] == 1.0
+    assert f"is reordered by name, from neutral, positive, negative to {', '.join(sorted(map(rename, NAMES)))}" in line
+
+
+@pytest.mark.slow
+def test_an_output_layer_in_the_same_order_stays(classifier, tmp_path):
     same = fine_tune(classifier, tmp_path / "same", data__labels=tuple(NAMES))
     assert same.metrics("validation")[-1]["accuracy"] == 1.0 and "classes: neutral, positive, negative, as in" in same.manifest()["parents"][0]["classes"][0]
 
@@ -87,6 +91,7 @@ def test_other_names_are_an_error_that_lists_both_and_numbers_are_said(classifie
     assert any("classes are taken by number" in fallback for fallback in numbers.manifest()["fallbacks"])
 
 
+@pytest.mark.slow
 def test_runs_hand_on_their_classes_by_name_too(classifier, tmp_path):
     parent = fine_tune(classifier, tmp_path / "parent")
     own = {"model": parent.config()["model"], "data__labels": tuple(NAMES), "init_from": str(parent.path)}
@@ -144,12 +149,16 @@ def test_what_a_config_says_otherwise_is_a_warning(vit, tmp_path):
     run = see(vit, tmp_path / "own", task={"name": "classify", "mean": (0.4, 0.4, 0.4), "std": (0.5, 0.5, 0.5)})
     (fallback,) = run.manifest()["fallbacks"]
     assert fallback.startswith("config.task.mean=(0.4, 0.4, 0.4), and hf:") and "was trained with (0.5, 0.5, 0.5)" in fallback
-    preprocessor(vit, resample=2, size={"height": 32, "width": 32}, rescale_factor=1 / 127.5)
-    try:
-        fallbacks = see(vit, tmp_path / "resized").manifest()["fallbacks"]
-    finally:
-        preprocessor(vit)
-    assert [word in text for word, text in zip(("32 × 32", "bilinear", "0.00784314"), fallbacks, strict=True)] == [True] * 3
+
+
+def test_each_difference_of_images_is_told(tmp_path):
+    (tmp_path / "model").mkdir()
+    preprocessor(tmp_path, resample=2, size={"height": 32, "width": 32}, rescale_factor=1 / 127.5)
+    folder = Folder("hf:x", tmp_path / "model", {})
+    found = preprocessing.differences(folder, {"mean": [0.5] * 3, "std": None}, (16, 16, 3))
+    assert [word in text for word, text in zip(("config.task.std=None", "32 × 32", "bilinear", "0.00784314"), found, strict=True)] == [True] * 4
+    preprocessor(tmp_path, do_normalize=False, size={"shortest_edge": 20}, do_center_crop=True, crop_size=16)
+    assert preprocessing.differences(folder, {"mean": None, "std": None}, (16, 16, 3)) == []
 
 
 # Tied embeddings

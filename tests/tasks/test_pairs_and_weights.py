@@ -68,10 +68,11 @@ def test_a_tokenizer_of_ones_own_puts_its_end_between(indexed, tmp_path):
         list(map(dataset.splits["train"].__getitem__, range(3)))
 
 
-@pytest.mark.parametrize("task", ["classify_text", "regress_text"])
-@pytest.mark.parametrize(
-    "model", [{"name": "bert-tiny", "layers": 1, "width": 8, "heads": 2, "context": 16}, {"name": "lstm_encoder", "width": 8, "embedding": 8}]
-)
+BERT, LSTM = {"name": "bert-tiny", "layers": 1, "width": 8, "heads": 2, "context": 16}, {"name": "lstm_encoder", "width": 8, "embedding": 8}
+REST = [("classify_text", LSTM), ("regress_text", BERT), ("regress_text", LSTM)]
+
+
+@pytest.mark.parametrize(("task", "model"), [("classify_text", BERT), *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_tasks_of_two_texts_train(task, model, tmp_path):
     """Also models that do not tell the two apart."""
     data = {"source": rows(tmp_path), "batch_size": 2} | options("word:100", 16) | {"label": "value" if task == "regress_text" else "class", "validation": None}
@@ -113,7 +114,7 @@ def test_wrong_weights_of_classes_are_errors(weights):
         ClassifyText({"vocab_size": 5, "num_classes": 2, "labels": ["no", "yes"]}, class_weights=weights)
 
 
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("indexed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_row_of_weight_two_counts_as_two_rows(indexed, tmp_path):
     lines = [("good film", 1, 2), ("bad film", 0, 1), ("so so", 1, 0)]
     (tmp_path / "weighted.csv").write_text("text,label,w\n" + "".join(f"{t},{y},{w}\n" for t, y, w in lines))

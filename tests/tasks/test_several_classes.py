@@ -102,6 +102,7 @@ def test_a_published_regression_is_no_classification(tmp_path):
     assert found.shape == (1,) and found[0] != 1.0
 
 
+@pytest.mark.slow
 def test_images_are_learned(tmp_path):
     for i in range(16):
         left, right = i % 2 * 255, i // 2 % 2 * 255
