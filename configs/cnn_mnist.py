@@ -4,7 +4,7 @@
 
 The last 3,000 training images are the validation split. For comparison: Flax's example CNN has 99.17% after 10 epochs.
 
-Reached: test accuracy 0.9920 (99.20%).
+Reached: test accuracy 0.9926 (99.26%), the mean of three seeds.
 Time: 3 min 20 s of training on two CPU cores.
 """
 

@@ -4,7 +4,7 @@
 
 Published results (test MSE / MAE): DLinear 0.375 / 0.399, PatchTST/64 0.370 / 0.400.
 
-Reached: test MSE 0.389, MAE 0.414.
+Reached: test MSE 0.3900, the mean of three seeds.
 Time: 1 min 52 s of training on two CPU cores.
 """
 

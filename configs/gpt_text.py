@@ -4,7 +4,7 @@
 
 The last tenth is the validation split. Its unigram entropy is 3.24 nats per character (Python 3.11's text).
 
-Reached: validation loss 1.402 nats, next-character accuracy 0.613 (Python 3.11).
+Reached: validation loss 1.4214 nats, the mean of three seeds (Python 3.11).
 Time: 3 min 43 s of training on two CPU cores with a load from other programs: an upper bound.
 """
 

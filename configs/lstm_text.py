@@ -4,7 +4,7 @@
 
 The last tenth is the validation split. Its unigram entropy is 3.24 nats per character (Python 3.11's text).
 
-Reached: validation loss 1.344 nats, next-character accuracy 0.639 (Python 3.11).
+Reached: validation loss 1.3387 nats, the mean of three seeds (Python 3.11).
 Time: 3 min 31 s of training on two CPU cores with a load from other programs: an upper bound.
 """
 
