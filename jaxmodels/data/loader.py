@@ -262,6 +262,7 @@ class Loading:
       shuffle: whether each epoch has its own order; otherwise the source's order.
       shuffle_window: number of groups that are shuffled together, for sources whose rows are decoded in groups (row groups of Parquet, blocks of
         compressed files): an epoch takes the groups in random order, that many at a time, and decodes each once. By default all rows are shuffled.
+      balance: whether training sees each class equally often: examples of the rarer ones repeat until the largest class has been seen whole.
       threads: threads that read ahead; by default none for sources in memory, else 16.
       workers: processes that read ahead, instead of threads.
       buffer: number of batches read ahead.
@@ -273,6 +274,7 @@ class Loading:
     eval_batch_size: int | None = None
     shuffle: bool = True
     shuffle_window: int | None = None
+    balance: bool = False
     threads: int | None = None
     workers: int = 0
     buffer: int = 4

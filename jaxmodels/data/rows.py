@@ -156,7 +156,21 @@ def _encoded(splits, features: Sequence[Feature], options: Holdout, before: Call
         examples = encode_all(split, part, functools.partial(encode, features=features), skipping)
         arrays[split] = Arrays({key: np.stack([example[key] for example in examples]) for key in examples[0]})
         notes += filter(None, (feature.note(split, len(examples)) for feature in features))
+    for text in _shared(arrays):
+        guess(text)
     return Dataset(arrays, info_of(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
+
+
+def _shared(splits: Mapping[str, Arrays]) -> list[str]:
+    """Return in words how many examples of other splits train has, too: the same inputs, whatever their labels."""
+
+    def inputs(part: Arrays) -> list[int]:
+        columns = [np.ascontiguousarray(x).reshape(len(part), -1).view(np.uint8) for name, x in part.arrays.items() if name not in ("label", "weight", "tags")]
+        return [hash(row.tobytes()) for row in np.concatenate(columns, axis=1)] if columns else []
+
+    known = set(inputs(splits["train"])) if len(splits) > 1 else set()
+    found = {split: sum(example in known for example in inputs(part)) for split, part in splits.items() if split != "train"}
+    return [f"{count:,} of {len(splits[split]):,} examples of {split} have inputs that an example of train has, too" for split, count in found.items() if count]
 
 
 def encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:

@@ -12,12 +12,13 @@ from flax import nnx
 
 from jaxmodels import config as config_lib
 from jaxmodels import models, tasks
+from jaxmodels.data import balance
 from jaxmodels.data import registry as data_lib
 from jaxmodels.data.loader import Loading
 from jaxmodels.data.order import check_window
 from jaxmodels.data.rand_augment import RandAugment
-from jaxmodels.data.source import CachedSource, Dataset
-from jaxmodels.errors import RunError
+from jaxmodels.data.source import CachedSource, Dataset, DataSource
+from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.experiment.checks import agreed_info, check_fit, check_skip, check_train_split, check_trained, is_trained
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
@@ -176,9 +177,13 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
     try:
         dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+        uncached = dataset.splits.get("train")
+        if loading.balance and loading.shuffle_window is not None:
+            raise ConfigError("config.data.balance: examples of a class may be in any group, so data.shuffle_window must not be set with it.")
         if loading.shuffle_window is not None and "train" in dataset.splits:
             check_window(dataset.splits["train"], loading.shuffle_window, f"config.data.source={section['source']!r}")
-        return dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
+        dataset = dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
+        return _balanced(dataset, uncached) if loading.balance else dataset
     except OSError as error:
         raise RunError(f"config.data.source={section['source']!r} cannot be opened: {type(error).__name__}: {error}.") from error
 
@@ -188,6 +193,16 @@ def _with_pretrained_vocabulary(info: Mapping, init_from: Mapping | None) -> Map
     if init_from is None or not is_pretrained(init_from["run"]) or "vocab_size" not in info or "tokenizer" in info:
         return info
     return dict(info) | {"vocab_size": max(info["vocab_size"], find_pretrained(init_from["run"]).config.get("vocab_size", 0))}
+
+
+def _balanced(dataset: Dataset, uncached: DataSource | None) -> Dataset:
+    """Return the data set with a training split that has each class equally often; its labels are those of the split without a cache."""
+    if uncached is None:
+        return dataset
+    mixed, sizes = balance.balanced(dataset.splits["train"], balance.labels_of(uncached))
+    shown = ", ".join(f"{size:,}" for size in sizes[:10]) + (", …" if len(sizes) > 10 else "")
+    note = f"train: each of {len(sizes)} classes equally often, {len(mixed):,} examples an epoch of {sizes.sum():,} that there are ({shown})"
+    return dataclasses.replace(dataset, splits={**dataset.splits, "train": mixed}, notes=(*dataset.notes, note))
 
 
 def _cached(source, loading: Loading):

@@ -43,7 +43,7 @@ RULES = (
     Rule(("optimizer",), ON_REQUEST, "the state of the optimizer stays; refused if the change adds or removes arrays of it"),
     Rule(("data.batch_size",), ON_REQUEST, "the next batch begins with the next example: none is repeated or left out; `epochs` counts examples"),
     Rule(
-        ("data.sources.*.weight", "data.shuffle", "data.shuffle_window"),
+        ("data.sources.*.weight", "data.shuffle", "data.shuffle_window", "data.balance"),
         ON_REQUEST,
         "a new epoch begins: examples of the epoch that ends may come again, others of it not at all",
     ),

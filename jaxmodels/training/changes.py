@@ -34,7 +34,7 @@ Flat = dict[str, Any]  # dotted key -> JSON value
 ABSENT = "(absent)"  # in `config_lib.differences`
 _LENGTH = ("training.steps", "training.epochs", "data.batch_size")
 _RATE = (*_LENGTH, "optimizer.learning_rate", "optimizer.schedule")
-_ORDER = ("data.sources", "data.shuffle", "data.shuffle_window")
+_ORDER = ("data.sources", "data.shuffle", "data.shuffle_window", "data.balance")
 _ENDS = (*_LENGTH, "evaluation.patience", "checkpoint.best", "callbacks")  # with another value, a finished run may go on
 
 

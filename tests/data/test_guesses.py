@@ -415,3 +415,17 @@ def test_epochs_that_are_rounded_say_so():
     data = {"train": {"image": np.zeros((10, 4, 4, 1), np.float32), "label": np.arange(10) % 2}}
     assert build_experiment(config, data=data).dataset.guesses == ("training.epochs=1 of 10 examples are 1.25 steps of 8, rounded to 1",)
     assert build_experiment(config | {"training": {"epochs": 4}}, data=data).dataset.guesses == ()
+
+
+def test_examples_of_two_splits_are_counted(tmp_path):
+    """By their inputs: the labels may differ."""
+    write(tmp_path, train__tsv="a\tx\nb\ty\nc\tx\n", dev__tsv="b\tx\nd\ty\nb\ty\n", test__tsv="e\tx\n")
+    found = open_dataset(f"tsv:{tmp_path}", TEXT | {"header": False}, None).guesses
+    assert "2 of 3 examples of validation have inputs that an example of train has, too" in found and not any("of test" in guess for guess in found)
+
+
+def test_a_table_keeps_what_it_was_standardised_by(tmp_path):
+    options = {"lookback": 2, "horizon": 1, "rows": (10, 5, 5)}
+    dataset = open_dataset(table(tmp_path, lambda i: i, rows=20), options, None)
+    (past, *_), info = dataset.splits["train"][0]["past"], dataset.info
+    assert past * info["deviation"] + info["mean"] == pytest.approx([20.0, 0.0], abs=1e-5)

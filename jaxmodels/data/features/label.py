@@ -46,6 +46,10 @@ class Label(Names, Feature):
         names = self.labels if self.labels is not None else class_names(rows, self.label_column)
         self._numbers = {name: i for i, name in enumerate(names)}
 
+    def number(self, row: Row) -> int:
+        """Return the number of a row's class, -1 if it has none of the known ones."""
+        return -1 if row.problem is not None else self._numbers.get(str(row.values.get(self.label_column)).strip(), -1)
+
     def is_missing(self, row: Row) -> bool:
         """Return whether a row has no label: None, or the -1 that hidden labels of tests have, unless it is a class."""
         value = row.values.get(self.label_column)

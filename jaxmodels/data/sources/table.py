@@ -49,7 +49,7 @@ def csv_table(
 ) -> Dataset:
     """Read a CSV file with a header and one row for each time step, in order.
 
-    Every column is standardised by the mean and deviation of its training rows. The windows of validation and test
+    Every column is standardised by the mean and deviation of its training rows, which are `mean` and `deviation` of the run's `info`. The windows of validation and test
     forecast rows of those splits only; their past may reach into the split before.
 
     Args:
@@ -70,13 +70,14 @@ def csv_table(
     train, validation, test = rows
     if sum(rows) > len(values):
         raise ConfigError(f"config.data.rows={rows} are more than the {len(values)} of {found}.")
-    values = _scaled(values[: sum(rows)], train, names, found)
+    values, mean, deviation = _scaled(values[: sum(rows)], train, names, found)
     ends = np.cumsum(rows)
     parts = {"train": values[:train], "validation": values[train - lookback : ends[1]], "test": values[ends[1] - lookback : ends[2]]}
     splits = {name: Horizons(part, lookback, horizon) for name, part in parts.items()}
     if lookback > train or not all(len(split) for split in splits.values()):
         raise ConfigError(f"config.data: rows={rows} hold no window of lookback={lookback} and horizon={horizon}.")
-    return Dataset(splits, {"lookback": lookback, "horizon": horizon, "variables": len(names), "columns": list(names)})
+    info = {"lookback": lookback, "horizon": horizon, "variables": len(names), "columns": list(names)}
+    return Dataset(splits, info | {"mean": mean.tolist(), "deviation": deviation.tolist()})
 
 
 def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
@@ -128,8 +129,8 @@ def _choose(header: list[str], time_column: str, columns: tuple[str, ...] | None
     return wanted
 
 
-def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> np.ndarray:
-    """Return float32 values, standardised by the mean and deviation of the training rows.
+def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return float32 values, standardised by the mean and deviation of the training rows, and these two, float64 [columns].
 
     Raises:
       ConfigError: a column is constant in these rows but for rounding, or a value is too large for float32 afterwards.
@@ -149,4 +150,4 @@ def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> np.n
                 f"warning: {path}: {name!r} is up to {most:.3g} deviations from its mean in the training rows, where it hardly changes "
                 f"(deviation {deviation[column]:.3g}); leave it out with data.columns if that is an error"
             )
-    return scaled
+    return scaled, mean, deviation
