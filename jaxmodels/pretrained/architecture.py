@@ -15,6 +15,7 @@ from jaxmodels.pretrained.mapping import Entry
 ARCHITECTURES = {
     "bert": "jaxmodels.pretrained.bert:BERT",
     "roberta": "jaxmodels.pretrained.bert:ROBERTA",
+    "xlm-roberta": "jaxmodels.pretrained.bert:XLM_ROBERTA",
     "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
     "llama": "jaxmodels.pretrained.llama:LLAMA",
     "mistral": "jaxmodels.pretrained.llama:MISTRAL",

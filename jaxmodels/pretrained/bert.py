@@ -1,5 +1,6 @@
-"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) in the format of `transformers`."""
+"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019) and XLM-R in the format of `transformers`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -143,3 +144,6 @@ ROBERTA = Architecture(
     copies={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
     others=r"^(lm_head|classifier|roberta\.pooler)\.",
 )
+
+# XLM-R (Conneau et al. 2020) is RoBERTa with another vocabulary.
+XLM_ROBERTA = dataclasses.replace(ROBERTA, name="xlm-roberta", classes={f"XLM{name}": head for name, head in ROBERTA.classes.items()})

@@ -55,6 +55,7 @@ _QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token"
 DEFAULTS = {
     "bert": _BERT,
     "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
     "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "t5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "llama": _LLAMA,

@@ -271,6 +271,8 @@ def test_an_array_of_objects_is_read_as_its_items(tmp_path):
     for name in ("one.json", "many.JSON"):
         dataset = open_dataset(f"jsonl:{tmp_path}/{name}", TEXT, None)
         assert texts(dataset) == ["a", "b"] and f"{tmp_path}/{name} is one JSON array" in dataset.guesses[0]
+    with pytest.raises(ConfigError, match=r"many\.JSON is one JSON array, which has no index of its items"):
+        open_dataset(f"jsonl:{tmp_path}/many.JSON", TEXT | {"indexed": True}, None)
     with pytest.raises(ConfigError, match=r"cut\.json: the file begins with \[, as one array of objects does, and is no JSON"):
         open_dataset(f"jsonl:{tmp_path}/cut.json", TEXT, None)
 

@@ -34,6 +34,7 @@ MODELS = {
     "bert_classes": ("BertForSequenceClassification", {**_BERT, "num_labels": 3}),
     "bert_tags": ("BertForTokenClassification", {**_BERT, "num_labels": 5, "hidden_act": "relu"}),
     "roberta": ("RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}),
+    "xlm_roberta_classes": ("XLMRobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
     "roberta_classes": ("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),

@@ -23,8 +23,9 @@ from jaxmodels.data.indexed import open_indexed
 from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.rows import FileRows, Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized
+from jaxmodels.data.sources.header import find_header
 from jaxmodels.data.sources.row_index import RecordRows, open_records
-from jaxmodels.data.text_lines import check_kind, csv_records, is_number, lines, numbered, without_end
+from jaxmodels.data.text_lines import check_kind, csv_records, lines, numbered, without_end
 from jaxmodels.errors import ConfigError
 
 # A text is read unless the column of another feature is named, so that no feature's key is required.
@@ -151,6 +152,9 @@ def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Da
 def _indexed(paths: list[str], what: str, form: "_Format", columns: Mapping[str, Column], cache: GroupCache) -> RecordRows:
     """Return the rows of some files, by an index."""
     opened = open_records(paths, form.records, form.header is True, what)
+    for path, first in zip(paths, opened.index.header["first"], strict=True):
+        if form.fields is None and _begins_array(first):
+            raise ConfigError(f"{path} is one JSON array, which has no index of its items. Write an object a line: jq -c '.[]' {path} > NEW_FILE")
     parse: Any = JsonParser() if form.fields is None else TableParser(paths, opened.index.header["first"], form, columns)
     return RecordRows(opened, what, columns, parse, cache, "line" if form.records == "lines" else "row")
 
@@ -216,54 +220,6 @@ def _read_table(path: str, columns: Mapping[str, Column], *, records: Callable, 
         yield _table_row(f"{path}, line {number}", fields, places, count, folder)
 
 
-_NAMES = {"text", "label", "sentence", "sentence1", "sentence2", "class", "category", "target", "id", "idx", "index", "title", "body", "content", "comment"}
-_NAMES |= {"review", "tweet", "message", "question", "answer", "document", "premise", "hypothesis", "score", "rating", "sentiment", "source", "date", "url"}
-_LOOKED_AT = 1000  # rows
-
-
-def find_header(records: Callable, paths: Sequence[str], columns: Mapping[str, Column]) -> bool:
-    """Return whether the first line of each of some tables names its columns, by what it has and what the lines after it have.
-
-    Args:
-      records: path -> records.
-      paths: the tables.
-      columns: key of the section -> column.
-
-    Raises:
-      ConfigError: it cannot be seen, or the tables differ.
-    """
-    if any(isinstance(column, str) for column in columns.values()):
-        return True
-    label = columns.get("label_column")
-    found = {path: _has_header(list(itertools.islice(records(path), _LOOKED_AT)), label, path) for path in paths}
-    if len(set(found.values())) > 1:
-        one, other = (next(path for path, has in found.items() if has is value) for value in (True, False))
-        raise ConfigError(f"config.data.header: the first line of {one} seems to name columns, that of {other} does not. Set data.header.")
-    if any(found.values()):
-        guess(f"the first line of {next(iter(found))} names its columns (data.header=false if it is a row)")
-    return any(found.values())
-
-
-def _has_header(table: list[tuple[int, list[str] | str]], label: int | None, path: str) -> bool:
-    rows = [fields for _, fields in table if not isinstance(fields, str)]
-    if len(rows) < 2 or (label is not None and not label < min(map(len, rows))):
-        return False
-    first, rest = rows[0], rows[1:]
-    usual = sum(name.strip().lower() in _NAMES for name in first) * 2 >= len(first) and len(set(first)) == len(first)
-    if label is None:
-        return usual
-    name, others = first[label].strip(), [fields[label].strip() for fields in rest]
-    if name in others:
-        return False
-    numbers = all(is_number(value) for value in others)
-    if usual or (numbers and not is_number(name)):
-        return True
-    # A class that only the first row has, where every other class has several rows, may be a name of a column.
-    if not numbers and len(rest) >= 10 and all(others.count(value) > 1 for value in set(others)):
-        raise ConfigError(f"{path}, line 1: {name!r} is the label of no other line. Is it the name of the column? Set data.header=true or data.header=false.")
-    return False
-
-
 def _layout(first: list[str] | str | None, path: str, header: bool, columns: Mapping[str, Column]) -> tuple[dict[Column, int], int]:
     """Return the place of each column and their number, given the fields of a file's first record, what is wrong with it, or None."""
     if first is None or isinstance(first, str):
@@ -304,7 +260,7 @@ def read_jsonl(path: str, columns: Mapping[str, str]) -> Iterator[Row]:
 def json_records(path: str) -> Iterator[tuple[str, dict | str]]:
     """Yield file and line, and the object or what is wrong, of each line of a file that is not blank, or of each item of its one array."""
     for i, (number, line) in enumerate(numbered(path)):
-        if i == 0 and line.lstrip().startswith("[") and _may_be_array(line):
+        if i == 0 and _begins_array(line):
             break
         yield f"{path}, line {number}", json_object(line)
     else:
@@ -317,8 +273,10 @@ def json_records(path: str) -> Iterator[tuple[str, dict | str]]:
     yield from ((f"{path}, item {i}", item if isinstance(item, dict) else "not a JSON object.") for i, item in enumerate(items))
 
 
-def _may_be_array(line: str) -> bool:
-    """Return whether a line that begins with [ may begin an array of objects: it is one, or it is no JSON because the array goes on."""
+def _begins_array(line: str) -> bool:
+    """Return whether the first line of a file begins an array of objects: it is one, or it is no JSON because the array goes on."""
+    if not line.lstrip().startswith("["):
+        return False
     try:
         items = json.loads(line)
     except (ValueError, RecursionError):
