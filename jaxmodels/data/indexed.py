@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmodels.data.features.base import Feature, Problem, Row
-from jaxmodels.data.features.label import Label
+from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.holdout import Draw, Part, Whole
 from jaxmodels.data.index import Opened, Progress
@@ -108,7 +108,7 @@ def open_indexed(splits: Mapping[str, IndexedRows], features: Sequence[Feature],
             raise ConfigError("config.data: no training row is left beside data.holdout; train has one row.")
     for feature in features:
         _fit(feature, train)
-    label = next((feature for feature in features if isinstance(feature, Label)), None)
+    label = next((feature for feature in features if isinstance(feature, Label | Number)), None)
     scanned = {split: rows.scan(label.columns()) for split, rows in splits.items() if split != "train"} if label else {}
     for split in scanned.keys() - set(with_labels(scanned, features)):
         del parts[split]

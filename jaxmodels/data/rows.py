@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmodels.data.features.base import Feature, Problem, Row
-from jaxmodels.data.features.label import Label
+from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.guesses import guess
 from jaxmodels.data.holdout import hold_out
@@ -108,7 +108,7 @@ def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], o
 
 def with_labels(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature]) -> list[str]:
     """Return the splits that have labels, or that need none. Of the others, tests whose labels nobody gives away, a guess is recorded."""
-    label = next((feature for feature in features if isinstance(feature, Label)), None)
+    label = next((feature for feature in features if isinstance(feature, Label | Number)), None)
     if label is None:
         return list(splits)
     unlabelled = [split for split, rows in splits.items() if _has_no_label(rows, label)]
@@ -117,7 +117,7 @@ def with_labels(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature]
     return [split for split in splits if split not in unlabelled]
 
 
-def _has_no_label(rows: Iterable[Row], label: Label) -> bool:
+def _has_no_label(rows: Iterable[Row], label: Label | Number) -> bool:
     missing = False
     for row in rows:
         missing = label.is_missing(row)

@@ -131,6 +131,16 @@ def test_hidden_labels_and_splits_of_other_names(indexed, saved):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
+def test_hidden_numbers(indexed, tmp_path):
+    """As the scores of STS-B's test: -1, where train has none."""
+    write(tmp_path, train__tsv="a\t0.5\nb\t4\n", dev__tsv="c\t2\n", test__tsv="d\t-1\ne\t-1.0\n")
+    options = TEXT | {"label": "value", "header": False, "indexed": indexed}
+    assert sorted(open_dataset(f"tsv:{tmp_path}", options, None).splits) == ["train", "validation"]
+    write(tmp_path, train__tsv="a\t-1\nb\t4\n")
+    assert sorted(open_dataset(f"tsv:{tmp_path}", options, None).splits) == ["test", "train", "validation"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
 def test_numbers_of_classes_are_read_by_the_names_of_their_own_split(indexed, saved):
     source = saved("animals", train=(["cat", "dog", "fox"], [0, 1, 2]), test=(["dog", "fox"], [0, 1, 0]))
     assert labels(open_dataset(source, TEXT | {"indexed": indexed}, None), "test") == ["dog", "fox", "dog"]

@@ -403,6 +403,7 @@ def test_a_difference_is_reported_before_the_last_process_connects():
     assert time.monotonic() - started < 20 and "config.seed is 0 in process 0, 5 in process 1" in str(crowd.errors[1])
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_number_and_another_count():
     crowd = Crowd(3).join(0).join(1).join(1, key="other").met()
     assert len(crowd.errors) == 3 and {e.exit_status for e in crowd.errors.values()} == {2}
@@ -504,6 +505,7 @@ def test_a_phase_has_a_limit_of_its_own():
     assert all(reason.startswith("no process has restored for 1 s (--setup_limit); all are at the same step") for _, reason in crowd.left.values())
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_an_error_of_one_makes_all_leave_with_its_status_and_reason():
     crowd = everybody(3)

@@ -33,7 +33,7 @@ NEEDS_DATA = (
     "vit_cifar10",
     "vit_hf_cifar10",
 )
-NEEDS_CHATS = ("llama_hf_sft_lora",)  # it needs the user's data: tests/pretrained/test_pretrained_recipes.py trains it
+NEEDS_OWN_DATA = ("llama_hf_sft_lora", "bert_hf_glue")  # the user's data: tests/pretrained/test_pretrained_recipes.py trains them
 
 
 def load(path, published):
@@ -50,7 +50,7 @@ def test_config_resolves_and_states_its_results(path, published):
     assert "Reached" in header and "Time" in header, "the header gives the result and the time"
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in NEEDS_DATA + NEEDS_CHATS], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in NEEDS_DATA + NEEDS_OWN_DATA], ids=lambda p: p.stem)
 def test_config_builds(path, published):
     assert jax.tree.leaves(build_experiment(load(path, published)).state_shapes().params)
 

@@ -85,7 +85,15 @@ def vit(folder, **options) -> Path:
     return Path(folder)
 
 
-RECIPES = {"bert_hf_sst2": bert, "bert_hf_ner": bert, "gpt2_hf_text": gpt2, "llama_hf_sft_lora": llama, "t5_hf_seq2seq": t5, "vit_hf_cifar10": vit}
+RECIPES = {
+    "bert_hf_sst2": bert,
+    "bert_hf_glue": bert,
+    "bert_hf_ner": bert,
+    "gpt2_hf_text": gpt2,
+    "llama_hf_sft_lora": llama,
+    "t5_hf_seq2seq": t5,
+    "vit_hf_cifar10": vit,
+}
 
 
 def _save(model, config, folder) -> None:

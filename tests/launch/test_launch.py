@@ -185,6 +185,7 @@ def test_the_worker_with_the_permanent_error_decides(fake):
     assert len(fake.read("starts")) == 2
 
 
+@pytest.mark.slow
 def test_called_again_it_follows_the_running_run(fake):
     fake.write(outcomes="slow")
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), *TPU, "--bucket=things", "--", *TRAIN]

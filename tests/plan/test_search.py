@@ -193,6 +193,7 @@ def test_the_fastest_compiled_setting_is_best_and_the_others_have_reasons(decode
     assert order == sorted(order, reverse=True)
 
 
+@pytest.mark.slow
 def test_few_settings_of_the_same_mesh_are_compiled(modelled):
     chosen = search.promising(modelled)
     of_mesh = collections.Counter(tuple(v for k, v in each.changes.items() if k.startswith("mesh.")) for each in chosen if not each.own)

@@ -82,6 +82,7 @@ def test_an_output_layer_in_the_same_order_stays(classifier, tmp_path):
     assert same.metrics("validation")[-1]["accuracy"] == 1.0 and "classes: neutral, positive, negative, as in" in same.manifest()["parents"][0]["classes"][0]
 
 
+@pytest.mark.slow
 def test_other_names_are_an_error_that_lists_both_and_numbers_are_said(classifier, tmp_path):
     with pytest.raises(ConfigError, match=r"has the classes neutral, positive, negative, the data bad, good, meh.*init_from\.skip=\['head/output/'\]"):
         fine_tune(classifier, tmp_path / "other", rename=dict(zip(NAMES, ("meh", "good", "bad"), strict=True)).get)
@@ -145,6 +146,7 @@ def test_images_are_normalised_as_the_pretrained_model_saw_them(vit, tmp_path):
     assert run.config()["task"]["mean"] == [0.5, 0.5, 0.5] and jaxmodels.evaluate(str(run.path), split="validation")["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_what_a_config_says_otherwise_is_a_warning(vit, tmp_path):
     run = see(vit, tmp_path / "own", task={"name": "classify", "mean": (0.4, 0.4, 0.4), "std": (0.5, 0.5, 0.5)})
     (fallback,) = run.manifest()["fallbacks"]

@@ -197,6 +197,7 @@ def _train(tmp_path, config, data):
     return export_run(str(tmp_path / "run"), str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_models_trained_here_are_the_same_in_transformers(tmp_path):
     """A decoder like Llama with stacked layers, and a text classifier without token types: trained from random weights, exported."""
     check_trained_here(tmp_path, "llama", "encoder")

@@ -3,6 +3,7 @@
 pytest tests/pretrained/test_pretrained_recipes.py -m slow     # the recipes that the default suite leaves out
 """
 
+import importlib.util
 import json
 import re
 
@@ -16,6 +17,14 @@ from tokenizer_folders import LINES
 import jaxmodels
 from jaxmodels.config import load_config
 from jaxmodels.experiment.build import build_experiment
+
+
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 QUICK = ("llama_hf_sft_lora",)
 WORDS = " ".join(LINES).split()
@@ -33,6 +42,9 @@ def write_data(folder, name: str) -> dict:
         for split in ("train", "dev", "test"):
             (folder / "sst2" / f"{split}.tsv").write_text("".join(f"{text(6)}\t{i % 2}\n" for i in range(16)))
         return {"data.batch_size": 4}
+    if name == "bert_hf_glue":
+        glue(folder, "sst2", ["sentence"], text)
+        return {"data.batch_size": 4, "data.sequence_length": 32}
     if name == "bert_hf_ner":
         (folder / "wikiann_en").mkdir()
         for split in ("train", "dev", "test"):
@@ -50,6 +62,36 @@ def write_data(folder, name: str) -> dict:
     if name == "t5_hf_seq2seq":
         return {"data.batch_size": 4, "data.examples": 40, "data.held_out": 8}
     return {"data.batch_size": 4, "training.accumulate": 2, "training.precision": "float32", "data.eval_batch_size": 4}
+
+
+def glue(folder, task, columns, text):
+    """Save a task of GLUE with few rows, as its authors publish it: the labels of tests are -1."""
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.Value("float32") if task == "stsb" else datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"label": kind, "idx": datasets.Value("int32")})
+    splits = ("train", "validation_matched", "validation_mismatched", "test_matched") if task == "mnli" else ("train", "validation", "test")
+    parts = {}
+    for size, split in zip((16, 8, 6, 4), splits, strict=False):
+        labels = [-1 if split.startswith("test") else i % 2 for i in range(size)]
+        rows = {name: [text(5) for _ in range(size)] for name in columns} | {"label": labels, "idx": list(range(size))}
+        parts[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(parts).save_to_disk(str(folder / "glue" / task))
+
+
+def test_each_task_of_glue_is_one_command(tmp_path, published):
+    """Its columns, its kind of label and its splits."""
+    changes = {"data.batch_size": 4, "data.sequence_length": 32, "optimizer.schedule.warmup": 1}
+    tasks = load_module(ROOT / "configs" / "bert_hf_glue.py").TASKS
+    model = published("bert_hf_glue")
+    for task, (one, two, metric) in tasks.items():
+        folder = task.partition("_")[0]
+        if not (tmp_path / "glue" / folder).exists():
+            glue(tmp_path, folder, [one] + ([two] if two else []), lambda count: " ".join(WORDS[:count]))
+        experiment = build_experiment(load_config(f"{ROOT / 'configs' / 'bert_hf_glue.py'}:{model},{task}", changes), data_dir=str(tmp_path))
+        sizes = {split: len(part) for split, part in experiment.dataset.splits.items()}
+        assert sizes == {"train": 16, "validation": 6 if task == "mnli_mismatched" else 8}, task
+        assert ("types" in experiment.dataset.splits["train"][0]) == (two is not None)
+        assert metric in (*experiment.task.shown, *experiment.task.scores)
 
 
 def images():
@@ -83,7 +125,13 @@ def test_a_recipe_trains_evaluates_and_is_loaded(name, tmp_path):
     parent = json.loads((tmp_path / "run" / "manifest.json").read_text())["parents"][0]
     assert parent["run"] == f"hf:{folder}" and len(parent["taken"]) > 10
     # Parameters without pretrained weights are initialised: the new head of a fine-tuned encoder, the adapters.
-    fresh = {"bert_hf_sst2": "head/output", "bert_hf_ner": "head/output", "llama_hf_sft_lora": "lora_", "vit_hf_cifar10": "output/"}.get(name)
+    fresh = {
+        "bert_hf_sst2": "head/output",
+        "bert_hf_glue": "head/output",
+        "bert_hf_ner": "head/output",
+        "llama_hf_sft_lora": "lora_",
+        "vit_hf_cifar10": "output/",
+    }.get(name)
     assert all(fresh and fresh in path for path in parent["initialised"]) and bool(parent["initialised"]) == bool(fresh)
     loaded = jaxmodels.load(run)
     if loaded.tokenizer is not None:

@@ -99,6 +99,7 @@ def test_a_read_only_run_is_read(family, found, tmp_path):
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+@pytest.mark.slow
 def test_a_moved_family_is_read(family, found, tmp_path):
     place = tmp_path / "one"
     shutil.copytree(family, place)

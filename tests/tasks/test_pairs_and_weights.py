@@ -30,7 +30,7 @@ def options(tokenizer, length):
     return {"text_column": "one", "pair_column": "two", "sequence_length": length, "tokenizer": tokenizer, "holdout": 0.0}
 
 
-@pytest.mark.parametrize("length", [40, 12])  # the second cuts the longer of the two
+@pytest.mark.parametrize("length", [40, pytest.param(12, marks=pytest.mark.slow)])  # the second cuts the longer of the two
 def test_two_texts_are_those_of_transformers(length, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = pretrained_folders.bert(tmp_path / "model", with_head=True, type_vocab_size=2, initializer_range=0.5)
@@ -97,6 +97,7 @@ def test_weights_of_classes_are_those_of_pytorch():
     assert float(metrics["loss"][0] / metrics["loss"][1]) == pytest.approx(plain, rel=1e-6)  # metrics count each example once
 
 
+@pytest.mark.slow
 def test_weights_of_classes_of_images_and_mixed_ones():
     info = {"image_shape": (4, 4, 1), "num_classes": 2}
     batch = {"image": jax.random.uniform(jax.random.key(0), (4, 4, 4, 1)), "label": jnp.array([0, 1, 1, 0]), "weight": jnp.ones(4)}

@@ -85,6 +85,7 @@ def test_padding_changes_nothing():
     assert np.ptp(one[valid]) > 0
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_transcribe():
     config = {
         "model": {"name": "gru_frames", "width": 24},

@@ -71,6 +71,7 @@ def test_an_error_that_passes_is_not_seen(run, tmp_path):
     assert lines(tmp_path / "x") == lines(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_lost_mount_ends_the_process_though_other_reads_hang(tmp_path):
     """Python waits at its end for threads, and these never end."""
     (tmp_path / "hang").write_text("")

@@ -125,7 +125,7 @@ def test_a_metric_that_the_task_lacks_is_an_error(tmp_path):
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     config = small_configs.config(small_configs.CNN)
     images = np.zeros((64, 8, 8, 1), np.float32)
-    images[40:] = np.nan  # unshuffled batches of 8: step 6 is the first with one
+    images[40:] = 3e38  # unshuffled batches of 8: step 6 is the first whose loss is not finite
     data = {"train": {"image": images, "label": np.arange(64) % 10}}
     config |= {"data": {"source": "arrays", "batch_size": 8, "shuffle": False}, "checkpoint": {"every": 2}, "evaluation": {}}
     with pytest.raises(Diverged, match="diverged at step 6.*latest good checkpoint is step 4") as caught:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
-from jaxmodels.data.text_lines import is_utf8, not_utf8
+from jaxmodels.data.text_lines import is_number, is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
 
@@ -152,8 +152,25 @@ class Number(Feature):
     arrays: ClassVar = ("label",)
     label_column: Column
 
+    def __post_init__(self):
+        self._least = -np.inf
+
     def columns(self):
         return {"label_column": self.label_column}
+
+    def fit(self, rows):
+        self._least = min((float(row.values[self.label_column]) for row in rows), default=-np.inf)
+
+    def state(self):
+        return self._least
+
+    def restore(self, state):
+        self._least = state
+
+    def is_missing(self, row: Row) -> bool:
+        """Return whether a row has no label: None, or the -1 that hidden labels of tests have, where all labels of train are above it."""
+        value = row.values.get(self.label_column)
+        return row.problem is None and (value is None or (self._least > -1 and is_number(str(value)) and float(value) == -1))
 
     def check(self, row):
         value = row.values[self.label_column]
