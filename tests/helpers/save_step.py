@@ -33,6 +33,7 @@ def compiled_here(config) -> CompiledStep:
 
 def main(config: str, folder: str, devices: str, coordinator: str | None = None, process: str | None = None) -> None:
     mesh_lib.simulate_devices(int(devices))
+    jax.config.update("jax_enable_compilation_cache", False)  # as `plan --save` does: a CPU's program that came from the cache cannot be saved again
     if coordinator is not None:
         session.join(processes.find(coordinator, "2", process), {})
     step = compiled_here(load_config(config))
