@@ -7,7 +7,7 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     """Return whole numbers of 64 bits as int32, and float64 as float32; other types as they are.
 
     Raises:
-      ValueError: a number is not finite, is too large, or is a whole number that float32 cannot hold; it names the first one.
+      ValueError: a number is not finite or is too large; it names the first one.
     """
     kind = values.dtype.kind
     if kind in "iu" and values.dtype.itemsize >= 4 and values.dtype != np.int32:

@@ -9,7 +9,13 @@ from jaxmodels.errors import ConfigError
 
 MAX_FIELD = 1 << 28  # characters of a field of comma-separated values; a quotation mark that nothing closes reaches the end of the file
 csv.field_size_limit(MAX_FIELD)
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a ZIP archive or a spreadsheet", b"\x1f\x8b": "compressed by gzip", b"PAR1": "a Parquet file"}
+_MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet",
+    b"\x1f\x8b": "compressed by gzip",
+    b"PAR1": "a Parquet file",
+}
 
 
 def check_kind(head: bytes, path: str) -> None:

@@ -202,6 +202,14 @@ def test_a_header_is_recognised_or_asked_for(tmp_path):
             open_dataset(f"tsv:{tmp_path}/two", options, None)
 
 
+def test_other_kinds_of_files_are_named_by_their_first_bytes(tmp_path):
+    """A text may begin with the letters PK; a spreadsheet begins with two more bytes."""
+    write(tmp_path, a__tsv="PK number\tx\nb\ty\n", b__tsv=b"PK\x03\x04" + b"\0" * 30)
+    assert texts(open_dataset(f"tsv:{tmp_path}/a.tsv", TEXT | {"sequence_length": 20, "header": False}, None)) == ["PK number", "b"]
+    with pytest.raises(ConfigError, match=r"b\.tsv is a ZIP archive or a spreadsheet by its first bytes"):
+        open_dataset(f"tsv:{tmp_path}/b.tsv", TEXT, None)
+
+
 def test_two_columns_of_one_name(tmp_path):
     write(tmp_path, rows__csv="text,label,label\na,x,y\nb,y,x\n", table__csv="date,load,load\n" + "1,2,3\n" * 9)
     with pytest.raises(ConfigError, match=r"label_column: .*rows\.csv has 2 columns 'label'"):

@@ -49,8 +49,8 @@ def csv_table(
 ) -> Dataset:
     """Read a CSV file with a header and one row for each time step, in order.
 
-    Every column is standardised by the mean and deviation of its training rows, which are `mean` and `deviation` of the run's `info`. The windows of validation and test
-    forecast rows of those splits only; their past may reach into the split before.
+    Every column is standardised by the mean and deviation of its training rows, which are `mean` and `deviation` of the run's `info`. The windows of
+    validation and test forecast rows of those splits only; their past may reach into the split before.
 
     Args:
       path: absolute, or relative to the working directory or else to the data directory.
