@@ -5,7 +5,7 @@ Shapes: B batch, T time, D width, N heads, K width of a head, L layers.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from jaxmodels.parallel.layout import constrain, row_major
 from jaxmodels.parallel.pipeline import over_layers
 
 Norm = Literal["layer", "rms"]
+Rotary = Mapping[str, tuple[jax.Array, jax.Array]]  # tables of rotary positions by name
 
 
 def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs) -> nnx.Module:
@@ -75,12 +76,16 @@ class Block(nnx.Module):
         window: int | None = None,
         norm: Norm = "layer",
         epsilon: float = 1e-5,
+        input_norm: bool = True,
+        output_norm: bool = False,
         post_norm: bool = False,
         activation: Activation = "gelu",
         bias: bool = True,
         qkv_bias: bool | None = None,
+        mlp_bias: bool | None = None,
         query_key_norm: bool = False,
         scale: float | None = None,
+        rotary: str = "global",
         relative: bool = False,
         memory: bool = False,
         attention: Implementation = "auto",
@@ -96,11 +101,14 @@ class Block(nnx.Module):
           dropout: rate on the residuals.
           layers: number of blocks in the model.
           norm, epsilon: kind and epsilon of the normalizations, as in `make_norm`.
-          post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs of attention and feed-forward.
+          input_norm: normalize the inputs of attention and feed-forward.
+          output_norm: normalize what they return, before it is added to the residual stream (Gemma 2, OLMo 2).
+          post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs.
           activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu` and `geglu`.
           bias: whether matrices and layer normalizations have a bias.
           kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
-          qkv_bias: whether queries, keys and values have a bias. The default is `bias`.
+          qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
+          rotary: name of its table of rotary positions, if calls pass any.
           relative: whether calls pass a bias for the products of self-attention.
           memory: whether the block has cross-attention.
           attention: its implementation, as in `attention.attend`.
@@ -121,15 +129,23 @@ class Block(nnx.Module):
         options = {"kv_heads": kv_heads, "head_width": head_width, "query_key_norm": query_key_norm, "epsilon": epsilon}
         options |= {"bias": bias if qkv_bias is None else qkv_bias, "out_bias": bias, "scale": scale, "implementation": attention}
         options |= {"init": matrix, "query_init": query, "out_init": out, "rngs": rngs}
-        self.attention_norm = make_norm(norm, width, epsilon, bias, rngs)
+
+        def normalization(wanted: bool) -> nnx.Module | None:
+            return make_norm(norm, width, epsilon, bias, rngs) if wanted else None
+
+        self.attention_norm = normalization(input_norm or post_norm)
         self.attention = Attention(width, heads, causal=causal, window=window, biased=relative, **options)
-        self.memory_norm = make_norm(norm, width, epsilon, bias, rngs) if memory else None
+        self.attention_output_norm = normalization(output_norm)
+        self.memory_norm = normalization(memory)
         self.memory_attention = Attention(width, heads, **options) if memory else None
-        self.mlp_norm = make_norm(norm, width, epsilon, bias, rngs)
+        self.mlp_norm = normalization(input_norm or post_norm)
         if mlp is None:
-            self.mlp = MLP(width, mlp_width or 4 * width, activation=activation, bias=bias, init=matrix, out_init=out, rngs=rngs)
+            mlp_bias = bias if mlp_bias is None else mlp_bias
+            self.mlp = MLP(width, mlp_width or 4 * width, activation=activation, bias=mlp_bias, init=matrix, out_init=out, rngs=rngs)
         else:
             self.mlp = mlp(rngs)
+        self.mlp_output_norm = normalization(output_norm)
+        self.rotary = rotary
         self.dropout, self.post_norm = dropout, post_norm
 
     def __call__(
@@ -137,7 +153,7 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         rngs: nnx.Rngs | None = None,
         *,
-        rotary: tuple[jax.Array, jax.Array] | None = None,
+        rotary: Rotary | None = None,
         segments: jax.Array | None = None,
         bias: jax.Array | None = None,
         memory: jax.Array | None = None,
@@ -149,7 +165,7 @@ class Block(nnx.Module):
         Args:
           x_BTD: float [B, T, D].
           rngs: provides the `dropout` stream; None to evaluate.
-          rotary: cosines and sines of `positions.rotary_table`.
+          rotary: cosines and sines of `positions.rotary_table` by name; a block whose name is missing rotates nothing.
           segments: int [B, T]; a position sees only those with its own number.
           bias: added to the products of self-attention.
           memory: float [B, S, D], for blocks made with `memory`.
@@ -160,18 +176,19 @@ class Block(nnx.Module):
           [B, T, D]; and the dict of the module in the feed-forward's place, if it returns one.
         """
         pair = None if segments is None else (segments, segments)
-        x_BTD, _ = self._add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary=rotary, segments=pair, bias=bias), rngs)
+        attend = functools.partial(self.attention, rotary=self._rotary(rotary), segments=pair, bias=bias)
+        x_BTD, _ = self._add(x_BTD, self.attention_norm, attend, rngs, self.attention_output_norm)
         x_BTD = checkpoint_name(x_BTD, "middle")
         if self.memory_attention is not None:
             x_BTD, _ = self._add(x_BTD, self.memory_norm, lambda x: self.memory_attention(x, memory, segments=memory_segments), rngs)
-        x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs)
+        x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs, self.mlp_output_norm)
         return x_BTD if aux is None else (x_BTD, aux)
 
-    def prefill(self, x_BTD: jax.Array, layer: dict, *, rotary, segments: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
+    def prefill(self, x_BTD: jax.Array, layer: dict, *, rotary: Rotary | None, segments: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
         """Run the block without a memory, and write keys and values into the empty cache `layer`; see `models.cache`."""
-        attend = functools.partial(self.attention.prefill, layer=layer, rotary=rotary, segments=(segments, segments))
-        x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None)
-        return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
+        attend = functools.partial(self.attention.prefill, layer=layer, rotary=self._rotary(rotary), segments=(segments, segments))
+        x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None, self.attention_output_norm)
+        return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None, self.mlp_output_norm)[0], layer
 
     def extend(
         self,
@@ -181,34 +198,54 @@ class Block(nnx.Module):
         left_padding: jax.Array,
         *,
         index: jax.Array | None = None,
-        rotary=None,
+        rotary: Rotary | None = None,
         bias: jax.Array | None = None,
         memory: dict | None = None,
         memory_valid: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Run the block on one token; arguments as in `attention.Attention.extend`, and `read` for the memory. Return [B, 1, D] and the cache layer."""
-        attend = functools.partial(self.attention.extend, layer=layer, slot=slot, left_padding_B=left_padding, index=index, rotary=rotary, bias=bias)
-        x_B1D, layer = self._add(x_B1D, self.attention_norm, attend, None)
+        attend = functools.partial(self.attention.extend, layer=layer, slot=slot, left_padding_B=left_padding, index=index, bias=bias)
+        attend = functools.partial(attend, rotary=self._rotary(rotary))
+        x_B1D, layer = self._add(x_B1D, self.attention_norm, attend, None, self.attention_output_norm)
         if self.memory_attention is not None:
             x_B1D, _ = self._add(x_B1D, self.memory_norm, lambda x: self.memory_attention.read(x, memory, memory_valid), None)
-        return self._add(x_B1D, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None)[0], layer
+        return self._add(x_B1D, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None, self.mlp_output_norm)[0], layer
 
     def make_layer(self, batch: int, length: int, dtype: Any) -> dict:
         """Return an empty layer of a cache."""
         a = self.attention
         return cache_lib.make_layer(batch, length, a.kv_heads, a.head_width, a.window, dtype)
 
-    def _add(self, x_BTD, norm, function, rngs):
-        change = function(x_BTD if self.post_norm else norm(x_BTD))
+    def _rotary(self, tables: Rotary | None) -> tuple[jax.Array, jax.Array] | None:
+        return None if tables is None else tables.get(self.rotary)
+
+    def _add(self, x_BTD, norm, function, rngs, output_norm=None):
+        change = function(x_BTD if self.post_norm or norm is None else norm(x_BTD))
         change, aux = change if isinstance(change, tuple) else (change, None)
+        change = change if output_norm is None else output_norm(change)
         x_BTD = row_major(constrain(x_BTD + dropout(change, self.dropout, rngs), "batch", "sequence", None))
         return norm(x_BTD) if self.post_norm else x_BTD, aux
 
 
-def make_blocks(make: Callable[[nnx.Rngs], nnx.Module], layers: int, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """Return a list of `layers` blocks; with `scan`, one module with the parameters of all blocks stacked, [L, ...]."""
-    return nnx.vmap(make)(rngs.split(layers)) if scan else nnx.List([make(rngs) for _ in range(layers)])
+def make_blocks(make: Callable[..., nnx.Module], layers: int, scan: bool, rngs: nnx.Rngs, differ: Sequence[Mapping[str, Any]] = ({},)) -> nnx.Module:
+    """Return a list of `layers` blocks; with `scan`, one module with the parameters of all blocks stacked, [L, ...].
+
+    Args:
+      make: called as make(rngs, **options).
+      layers, scan: as above.
+      rngs: of the initial parameters.
+      differ: options of the first layers, which repeat for those after.
+
+    Raises:
+      ValueError: `scan` with layers that differ.
+    """
+    differ = [differ[i % len(differ)] for i in range(layers)]
+    if not scan:
+        return nnx.List([make(rngs, **options) for options in differ])
+    if any(options != differ[0] for options in differ):
+        raise ValueError("scan=True loops over blocks that are alike, and those of this model differ (layer_types); use scan=False")
+    return nnx.vmap(lambda rngs: make(rngs, **differ[0]))(rngs.split(layers))
 
 
 def apply_blocks(

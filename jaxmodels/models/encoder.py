@@ -3,6 +3,7 @@
 Shapes: B batch, T time, D width, V vocabulary.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -11,8 +12,9 @@ from flax import nnx
 
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, make_blocks, make_norm
+from jaxmodels.models.layer_types import LayerType, RotaryTables, differing
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
-from jaxmodels.models.positions import positions_in, rotary_table, sinusoids
+from jaxmodels.models.positions import positions_in, sinusoids
 from jaxmodels.models.remat import Remat
 
 _ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
@@ -83,6 +85,8 @@ class Encoder(nnx.Module):
         rotary_base: float = 10000.0,
         types: int = 0,
         window: int | None = None,
+        layer_types: tuple[LayerType, ...] | None = None,
+        local_rotary_base: float | None = None,
         norm: Norm = "layer",
         epsilon: float = 1e-12,
         post_norm: bool = True,
@@ -101,10 +105,11 @@ class Encoder(nnx.Module):
           head: kind and size of the output: `("tokens", V)` scores of tokens, by the embedding; `("tags", K)` scores for
             each token; `("class", C)` scores and `("value", 1)` numbers for the sequence.
           context: the longest sequence.
-          layers, heads, width, kv_heads, mlp_width, window: of the blocks, as in `blocks.Block`.
+          layers, heads, width, kv_heads, mlp_width: of the blocks, as in `blocks.Block`.
           positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys.
           position_offset: of the first token in the table of learned positions (2 in RoBERTa).
           rotary_base: of the wavelengths of `rotary`.
+          window, layer_types, local_rotary_base: as in `transformer.Decoder`; a position sees the others less than `window` away.
           types: number of token types (2 in BERT, for a first and a second text); 0 for none.
           norm: `layer` or `rms`.
           epsilon: of the normalization.
@@ -125,12 +130,13 @@ class Encoder(nnx.Module):
         self.types = Embed(types, width, init=init, name=None, rngs=rngs) if types else None
         self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if post_norm else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
-        options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "window": window, "norm": norm, "epsilon": epsilon}
+        options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
         options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "attention": attention}
         options |= {"causal": False, "dropout": dropout, "layers": layers}
-        self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
+        make = functools.partial(Block, width, heads, **options)
+        self.blocks = make_blocks(lambda rngs, **own: make(**own, rngs=rngs), layers, scan, rngs, differing(layer_types, window))
         self.head = Head(*head, width, pool=pool, dropout=dropout, activation=activation, norm=norm, epsilon=epsilon, rngs=rngs)
-        self.rotary = (width // heads, rotary_base) if positions == "rotary" else None
+        self.rotary = RotaryTables.of(width // heads, rotary_base, None, local_rotary_base, layer_types) if positions == "rotary" else None
         self.sinusoidal = positions == "sinusoidal"
         self.context, self.position_offset, self.remat, self.dropout = context, position_offset, remat, dropout
 
@@ -180,7 +186,7 @@ class Encoder(nnx.Module):
             x_BTD = x_BTD + self.types(jnp.zeros_like(tokens) if types is None else types)
         x_BTD = x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
         shared = {
-            "rotary": None if self.rotary is None else rotary_table(positions, *self.rotary),
+            "rotary": None if self.rotary is None else self.rotary(positions),
             "segments": jnp.where(valid, 0 if segments is None else segments, -1),
             "valid": valid,
         }

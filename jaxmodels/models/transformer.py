@@ -4,6 +4,7 @@ Shapes: B batch, T time, D width, N heads, K width of a head, V vocabulary, L la
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from flax import nnx
 from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm, prefill_blocks, residual_init
+from jaxmodels.models.layer_types import LayerType, RotaryTables, differing
 from jaxmodels.models.layers import Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.moe import Mixture, MoE, statistics
-from jaxmodels.models.positions import RotaryScaling, positions_in, rotary_table, sinusoids
+from jaxmodels.models.positions import RotaryScaling, positions_in, sinusoids
 from jaxmodels.models.remat import Remat
 from jaxmodels.models.sizes import DECODERS
 from jaxmodels.parallel.layout import constrain, gathered, sum_over_devices
@@ -51,12 +53,17 @@ class Decoder(nnx.Module):
         rotary_base: float = 10000.0,
         rotary_scaling: RotaryScaling | None = None,
         window: int | None = None,
+        layer_types: tuple[LayerType, ...] | None = None,
+        local_rotary_base: float | None = None,
         norm: Norm = "layer",
         epsilon: float = 1e-5,
+        input_norm: bool = True,
+        output_norm: bool = False,
         post_norm: bool = False,
         activation: Activation = "gelu",
         bias: bool = True,
         qkv_bias: bool | None = None,
+        mlp_bias: bool | None = None,
         query_key_norm: bool = False,
         moe: Mixture | None = None,
         dropout: float = 0.0,
@@ -78,13 +85,17 @@ class Decoder(nnx.Module):
           positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys (Su et al. 2021).
           rotary_base: of the wavelengths of `rotary`.
           rotary_scaling: for contexts longer than that of pretraining.
-          window: number of last positions that a position sees (Jiang et al. 2023).
+          window: number of last positions that a position sees (Jiang et al. 2023), in all layers or in local ones.
+          layer_types: `global`, `local` (has the window) or `unrotated` (no rotary positions) for each layer; a shorter list repeats.
+            The default is layers that are alike.
+          local_rotary_base: `rotary_base` of local layers, which then have no scaling (Gemma 3).
           norm: `layer` or `rms`.
           epsilon: of the normalization.
+          input_norm, output_norm: normalize the inputs of attention and feed-forward; and what they return (Gemma 2, OLMo 2).
           post_norm: normalize each residual sum, not the inputs of attention and feed-forward.
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
           bias: whether matrices and layer normalizations have a bias.
-          qkv_bias: whether queries, keys and values have a bias. The default is `bias`.
+          qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
           query_key_norm: whether queries and keys are normalized (Qwen 3).
           moe: each feed-forward is a mixture of experts, each of width `mlp_width`: `{"experts": 8, "top_k": 2}`.
           dropout: rate on the embedding and on the residuals of each block.
@@ -106,14 +117,16 @@ class Decoder(nnx.Module):
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
-        options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "window": window, "norm": norm, "epsilon": epsilon}
-        options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "qkv_bias": qkv_bias, "query_key_norm": query_key_norm}
+        options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
+        options |= {"input_norm": input_norm, "output_norm": output_norm, "post_norm": post_norm, "activation": activation}
+        options |= {"bias": bias, "qkv_bias": qkv_bias, "mlp_bias": mlp_bias, "query_key_norm": query_key_norm}
         options |= {"attention": attention, "dropout": dropout, "layers": layers}
         if self.mixture is not None:
             options["mlp"] = _experts(self.mixture, width, mlp_width or 4 * width, activation, residual_init(post_norm, layers))
-        self.blocks = make_blocks(lambda rngs: Block(width, heads, **options, rngs=rngs), layers, scan, rngs)
-        scaling = RotaryScaling(**rotary_scaling) if isinstance(rotary_scaling, Mapping) else rotary_scaling
-        self.rotary = (head_width or width // heads, rotary_base, scaling) if positions == "rotary" else None
+        make = functools.partial(Block, width, heads, **options)
+        self.blocks = make_blocks(lambda rngs, **own: make(**own, rngs=rngs), layers, scan, rngs, differing(layer_types, window))
+        rotary = (head_width or width // heads, rotary_base, rotary_scaling, local_rotary_base, layer_types)
+        self.rotary = RotaryTables.of(*rotary) if positions == "rotary" else None
         self.sinusoidal = positions == "sinusoidal"
         self.context, self.layers, self.dropout = context, layers, dropout
         remat_lib.check(remat, offload)
@@ -194,13 +207,13 @@ class Decoder(nnx.Module):
         return logits, {"layers": layers, "left_padding": left_padding, "slot": slot + 1}
 
     def _enter(self, tokens, positions):
-        """Return the input of the blocks, [B, T, D], and the rotary table."""
+        """Return the input of the blocks, [B, T, D], and the rotary tables."""
         x_BTD = self.embed(tokens)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions)
         if self.sinusoidal:
             x_BTD = x_BTD + sinusoids(positions, x_BTD.shape[-1]).astype(x_BTD.dtype)
-        return x_BTD, None if self.rotary is None else rotary_table(positions, *self.rotary)
+        return x_BTD, None if self.rotary is None else self.rotary(positions)
 
     def _logits(self, x):
         x = x if self.final_norm is None else self.final_norm(x)

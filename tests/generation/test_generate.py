@@ -37,6 +37,7 @@ MORE = {
     "llama, stacked": ("gpt", LLAMA | {"scan": True}),
     "mistral": ("gpt", LLAMA | {"window": 5}),
     "qwen": ("gpt", LLAMA | {"query_key_norm": True, "qkv_bias": True, "rotary_scaling": {"kind": "yarn", "factor": 2.0, "original_context": 32}}),
+    "local and global": ("gpt", LLAMA | {"window": 5, "layer_types": ["local", "global"], "local_rotary_base": 100.0, "output_norm": True}),
     "sinusoidal": ("gpt", SIZE | {"positions": "sinusoidal", "scan": True}),
     "no positions": ("gpt", SIZE | {"positions": "none", "post_norm": True}),
     "experts, unrolled": ("gpt", LLAMA | MOE),

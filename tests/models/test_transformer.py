@@ -165,6 +165,7 @@ OPTIONS = {
     "mistral": {"positions": "rotary", "rotary_scaling": {"kind": "linear", "factor": 2.0}, "window": 3, "qkv_bias": True, "bias": False},
     "original": {"positions": "sinusoidal", "post_norm": True, "activation": "relu"},
     "none": {"positions": "none", "activation": "gelu_exact"},
+    "differing": {"positions": "rotary", "layer_types": ["local", "unrotated"], "window": 3, "input_norm": False, "output_norm": True, "mlp_bias": False},
 }
 
 
@@ -181,6 +182,30 @@ def test_a_decoder_attends_only_to_its_past(name):
     if name in ("gpt2", "llama"):
         alone = np.asarray(jax.jit(model)(tokens[:4]))  # without segments
         np.testing.assert_allclose(alone[tokens[:4] >= 0], y[:4][tokens[:4] >= 0], atol=1e-4)
+
+
+def test_layers_of_several_types():
+    def make(positions="rotary", **options):
+        return Decoder(11, context=8, layers=3, width=8, heads=2, positions=positions, **options, rngs=nnx.Rngs(0))
+
+    x = jnp.asarray(rows_of_texts()[0][:1])
+    types = ("local", "global")  # repeats: local, global, local
+    alike = make(window=3)(x)
+    assert np.abs(make(window=3, layer_types=types)(x) - alike).max() > 1e-3
+    np.testing.assert_array_equal(make(window=3, layer_types=("local",), local_rotary_base=1e4)(x), alike)
+    np.testing.assert_array_equal(make(layer_types=("unrotated",))(x), make("none")(x))
+    bases = make(window=9, layer_types=types, rotary_base=50.0)(x)
+    assert np.abs(make(window=9, layer_types=types, rotary_base=50.0, local_rotary_base=1e4)(x) - bases).max() > 1e-6
+    np.testing.assert_array_equal(make(window=9, layer_types=types, rotary_base=50.0, local_rotary_base=50.0)(x), bases)
+    for options, problem in (
+        ({"layer_types": types}, "local layers, and only these, need a window"),
+        ({"layer_types": ("global",), "window": 3}, "local layers, and only these, need a window"),
+        ({"layer_types": ("sliding",)}, "got 'sliding'"),
+        ({"layer_types": ()}, "layer_types is empty"),
+        ({"layer_types": types, "window": 3, "scan": True}, "use scan=False"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            make(**options)
 
 
 def rms(x, scale, epsilon):
