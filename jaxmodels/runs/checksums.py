@@ -19,9 +19,7 @@ from jaxmodels.errors import RunError
 
 _SMALL = 1 << 16  # elements: up to here NumPy takes less time than compiling, once for each shape
 _BLOCK = 1 << 15  # elements that NumPy hashes at a time, so that they stay in the cache
-_LARGE = 1 << 18  # elements that XLA hashes at a time: unlike those of NumPy, its operations are long, so that threads do not wait for each other
-_PARTS = 16  # of such a block
-_WAITING = 32  # such blocks that may wait for XLA: those of 8 or 16 bits are copied to 32
+_PARTS = 8  # of an array that a CPU holds whole
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: indices that are near become keys that are far apart
 _FACTORS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
@@ -83,7 +81,7 @@ def _sums(arrays: Mapping[str, tuple[Any, str]]) -> dict[str, int]:
     """Return the checksum of each array as if it were of a type: path -> (array, name of the type)."""
     on_host = {path for path, (x, _) in arrays.items() if _on_host(x)}
     # In one order in all processes, since arrays that are sharded over processes are summed together.
-    started = {path: _compiled(dtype, _replicated(x.sharding))(x) for path, (x, dtype) in arrays.items() if path not in on_host}
+    started = {path: _start(x, dtype) for path, (x, dtype) in arrays.items() if path not in on_host}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda path: _hash_on_host(_as_numpy(arrays[path][0]), arrays[path][1]), on_host)
         sums = dict(zip(on_host, found, strict=True))
@@ -96,10 +94,17 @@ def _as_numpy(x: Any) -> np.ndarray:
 
 
 def _on_host(x: Any) -> bool:
-    """Return whether the host computes the checksum, in blocks: of arrays that are small, or that a CPU holds whole."""
+    """Return whether NumPy computes the checksum: of arrays that are small, and not sharded."""
+    return x.size <= _SMALL and (not isinstance(x, jax.Array) or x.is_fully_replicated) if hasattr(x, "size") else True
+
+
+def _start(x: Any, dtype: str) -> jax.Array:
+    """Start computing the checksum of an array where it is, uint32; NumPy arrays are copied."""
     if not isinstance(x, jax.Array):
-        return True
-    return x.is_fully_replicated and (x.size <= _SMALL or next(iter(x.sharding.device_set)).platform == "cpu")
+        return _compiled_flat("uint32")(_bits(x, dtype, np))
+    if x.is_fully_replicated and next(iter(x.sharding.device_set)).platform == "cpu":
+        return _compiled_flat(dtype)(x.addressable_data(0))
+    return _compiled(dtype, _replicated(x.sharding))(x)
 
 
 def _replicated(sharding: Any) -> Any:
@@ -119,15 +124,21 @@ def _hash(x: jax.Array, dtype: str) -> jax.Array:
     return jnp.sum(_hashes(_bits(x, dtype, jnp)), dtype=jnp.uint32)
 
 
-@jax.jit
-def _hash_block(bits: jax.Array, key: jax.Array) -> jax.Array:
-    """Return the sum of the hashes of bits, uint32; `key` is that of the first.
+@functools.cache
+def _compiled_flat(dtype: str):
+    return jax.jit(lambda x: _hash_flat(_bits(x, dtype, jnp).reshape(-1)))
 
-    The parts of the block are added before its elements are summed: XLA's CPU compiler makes vectors of additions and not of sums.
+
+def _hash_flat(bits: jax.Array) -> jax.Array:
+    """Return the same as `_hash`, for bits in one dimension.
+
+    Parts of the array are added before elements are summed: XLA's CPU compiler makes vectors of additions and not of sums. `_hash` took 5 times as
+    long for the embedding of GPT-2.
     """
     size = len(bits) // _PARTS
-    parts = (_hashes(bits[i * size :][:size], key + jnp.uint32(i * size * _GOLDEN % 2**32)) for i in range(_PARTS))
-    return jnp.sum(functools.reduce(jnp.add, parts), dtype=jnp.uint32)
+    parts = (_hashes(bits[i * size :][:size], i * size * _GOLDEN % 2**32) for i in range(_PARTS))
+    rest = _hashes(bits[_PARTS * size :], _PARTS * size * _GOLDEN % 2**32)
+    return jnp.sum(functools.reduce(jnp.add, parts), dtype=jnp.uint32) + jnp.sum(rest, dtype=jnp.uint32)
 
 
 def _hashes(bits: jax.Array, key: Any = 0) -> jax.Array:
@@ -143,20 +154,12 @@ def _hashes(bits: jax.Array, key: Any = 0) -> jax.Array:
 
 
 def _hash_on_host(x: np.ndarray, dtype: str) -> int:
-    """Return the same as `_hash`, block by block: large blocks by XLA, the rest by NumPy in place."""
+    """Return the same as `_hash`, by NumPy: block by block, in place."""
     flat = np.ascontiguousarray(x).reshape(-1)
-    total, first, rest = 0, 0, 0
-    if flat.size >= _LARGE and jax.default_backend() == "cpu":
-        rest, sums = flat.size - flat.size % _LARGE, []
-        for start in range(0, rest, _LARGE):
-            bits = _bits(flat[start : start + _LARGE], dtype, np)
-            sums.append(_hash_block(bits.reshape(-1), np.uint32(first * _GOLDEN % 2**32)))
-            first += bits.size
-            if len(sums) == _WAITING or start + _LARGE == rest:
-                total, sums = total + sum(map(int, sums)), []
+    total, first = 0, 0
     keys = np.arange(2 * _BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN)
     h, shifted = np.empty(2 * _BLOCK, np.uint32), np.empty(2 * _BLOCK, np.uint32)
-    for start in range(rest, flat.size, _BLOCK):
+    for start in range(0, flat.size, _BLOCK):
         bits = _bits(flat[start : start + _BLOCK], dtype, np).reshape(-1)
         a, b = h[: bits.size], shifted[: bits.size]
         np.add(bits, keys[: bits.size], out=a)

@@ -62,13 +62,12 @@ def test_the_checksum_is_that_of_the_bits_by_numpy_and_compiled(dtype, monkeypat
     assert checksums.of({"x": x}) == words
     monkeypatch.setattr(checksums, "_BLOCK", 7)
     assert checksums.of({"x": x}) == words
-    monkeypatch.setattr(checksums, "_LARGE", 8)
-    monkeypatch.setattr(checksums, "_PARTS", 2)
-    monkeypatch.setattr(checksums, "_WAITING", 2)
+    monkeypatch.setattr(checksums, "_on_host", lambda x: False)
     assert checksums.of({"x": x}) == words
     if x.dtype.itemsize < 8 or dtype == "complex64":
-        monkeypatch.setattr(checksums, "_on_host", lambda x: False)
         assert checksums.of({"x": jnp.asarray(x)}) == words
+        sharded = jax.device_put(x, jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data")))
+        assert int(checksums._compiled(dtype, None)(sharded)) == int(words["x"].rpartition(":")[2], 16)
 
 
 def test_every_bit_and_every_exchange_changes_it():
