@@ -444,6 +444,26 @@ def test_examples_of_two_splits_are_counted(tmp_path):
     assert "2 of 3 examples of validation have inputs that an example of train has, too" in found and not any("of test" in guess for guess in found)
 
 
+def test_images_of_two_splits_are_counted(tmp_path):
+    """By their files: another name or class does not matter, and another picture of the same size in bytes is none."""
+    for place, colour in (
+        ("train/a/1", 10),
+        ("train/a/2", 20),
+        ("train/b/1", 30),
+        ("val/a/9", 30),
+        ("val/b/1", 20),
+        ("val/b/2", 40),
+        ("test/a/1", 50),
+        ("test/b/1", 60),
+    ):
+        file = tmp_path / f"{place}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(file)
+    for _ in range(2):  # the second time from the index
+        found = open_dataset(f"images:{tmp_path}", {"size": 8}, None).guesses
+        assert "2 of 3 images of validation are copies of images of train" in found and not any("of test" in guess for guess in found)
+
+
 def test_a_table_keeps_what_it_was_standardised_by(tmp_path):
     options = {"lookback": 2, "horizon": 1, "rows": (10, 5, 5)}
     dataset = open_dataset(table(tmp_path, lambda i: i, rows=20), options, None)

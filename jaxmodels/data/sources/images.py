@@ -1,9 +1,10 @@
 """Folders of images, one folder a class."""
 
+import contextlib
 import dataclasses
 import os
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.image import Image
 from jaxmodels.data.features.label import Label
 from jaxmodels.data.files import find_folder, guess_splits, is_litter, splits_by_name
+from jaxmodels.data.guesses import guess
 from jaxmodels.data.holdout import Part, Whole
 from jaxmodels.data.index import Opened, Writer, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
@@ -26,6 +28,7 @@ from jaxmodels.data.source import Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 
 _ROWS = 4096  # files indexed or read at once
+_END = 4096  # bytes at each end of a file that are compared
 
 
 class ClassFolders(IndexedBase):
@@ -184,6 +187,9 @@ def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenize
             has, lacks = (split, "train") if odd[0] in names else ("train", split)
             raise ConfigError(f"config.data.source: {folder}: the class {odd[0]!r} is in {has}, but not in {lacks}.")
         _check_suspects(rows[split], options)
+    for split in rows.keys() - {"train"}:
+        if count := _copies(rows["train"], rows[split]):
+            guess(f"{count:,} of {len(rows[split]):,} images of {split} are copies of images of train")
     return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes["train"]))], options, data_dir)
 
 
@@ -199,6 +205,29 @@ def _check_suspects(rows: ClassFolders, options: Holdout) -> None:
                 pass
         except PillowImage.UnidentifiedImageError as error:
             raise BadExample(path, "it is no image. Delete it, or move it out of the folders of classes.") from error
+
+
+def _copies(train: ClassFolders, other: ClassFolders) -> int:
+    """Return how many images of another split train has, too: files of the same size, and the same first and last bytes.
+
+    Only files whose sizes occur in both splits are opened, and once: the index stores the result.
+    """
+
+    sizes = [rows.opened.index["size"] for rows in (train, other)]
+
+    def contents(rows: ClassFolders, size: np.ndarray, both: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        for index in np.flatnonzero(np.isin(size, both)).tolist():
+            with contextlib.suppress(OSError), open(rows[index].values["image"], "rb") as file:  # an error when the image is read
+                first = file.read(_END)
+                file.seek(max(0, int(size[index]) - _END))
+                yield int(size[index]), zlib.crc32(first), zlib.crc32(file.read(_END))
+
+    def compute() -> int:
+        both = np.intersect1d(*sizes)
+        known = set(contents(train, sizes[0], both))
+        return sum(content in known for content in contents(other, sizes[1], both))
+
+    return train.opened.index.derived(["copies", other.fingerprint(Whole(len(other)))], compute)
 
 
 def _is_named(file: str) -> bool:
