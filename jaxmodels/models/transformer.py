@@ -171,7 +171,8 @@ class Decoder(nnx.Module):
 
     def head(self) -> Callable[[jax.Array], jax.Array]:
         """Map features [B, T, D] to logits [B, T, V]. For several calls on parts: the matrix is gathered once, and gradients add up in float32."""
-        plain = self.output is None or (type(self.output) is nnx.Linear and self.output.bias is None)
+        # Layers with adapters compute more than a product with one matrix.
+        plain = type(self.embed) is Embed if self.output is None else type(self.output) is nnx.Linear and self.output.bias is None
         if not plain:
             return lambda x_BTD: constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
         matrix, names = (self.embed.embedding[...], ("vocab", "embed")) if self.output is None else (self.output.kernel[...], ("embed", "vocab"))
