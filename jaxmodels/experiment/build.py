@@ -155,7 +155,7 @@ def build_model(config: Mapping, info: Mapping) -> tuple[tasks.Task, Callable[[n
         rngs = functional.with_default_stream(rngs)
         model = functional.accept_rngs(constructor(*arguments, **options, rngs=rngs))
         if lora is not None:
-            add_lora(model, rank=lora.rank, alpha=lora.scale * lora.rank, targets=lora.targets, rngs=rngs)
+            add_lora(model, rank=lora.rank, alpha=lora.scale * lora.rank, targets=lora.targets, dora=lora.dora, rngs=rngs)
         return model
 
     return task, build

@@ -1,4 +1,4 @@
-"""Export a run's adapters in PEFT's format, which `pretrained/peft.py` describes.
+"""Export a run's adapters in PEFT's format, which `pretrained/peft_folder.py` and `pretrained/peft.py` describe.
 
 Shapes: R rank, D input width, F output width.
 """
@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.models.lora import ADAPTERS, Lora
+from jaxmodels.models.lora import ADAPTERS, PAIR, Lora
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import mapping, safetensors
 from jaxmodels.pretrained.architecture import Architecture
 from jaxmodels.pretrained.folder import is_pretrained, split_accepted, whole_folder
 from jaxmodels.pretrained.mapping import Link
-from jaxmodels.pretrained.peft import CONFIG, KINDS, MATRIX, PREFIX, TABLE, WEIGHTS
+from jaxmodels.pretrained.peft import KINDS
+from jaxmodels.pretrained.peft_folder import CONFIG, MAGNITUDE, MATRIX, PREFIX, TABLE, WEIGHTS
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.weights import Stored
@@ -103,7 +104,7 @@ def _base(folder: RunFolder) -> dict[str, str]:
 
 def _content(architecture: Architecture, links: Sequence[Link], located: weights_lib.Located, lora: Lora) -> _Content:
     own = [path for path, stored in located.arrays.items() if isinstance(stored, Stored) and stored.checkpoints == located.folder.checkpoints]
-    own += [path for path in located.arrays if path.endswith(ADAPTERS) and path not in own]
+    own += [path for path in located.arrays if (path.endswith(ADAPTERS) or path in located.saved) and path not in own]
     arrays = _read(located, own)
     adapted = {path.rpartition("/")[0] for path in own if path.endswith(ADAPTERS)}
     content = _Content(tied="output/kernel" not in located.arrays and not any(path.startswith("head/output") for path in located.arrays))
@@ -120,12 +121,15 @@ def _content(architecture: Architecture, links: Sequence[Link], located: weights
             _add_table(content, architecture, module, layers[0], arrays, located.name)
         else:
             content.fan_in_fan_out |= parts[0].form == "same"
+            if lora.dora and (bare := [layer for layer in layers if layer not in adapted]):
+                raise ConfigError(f"{located.name}: {name} has DoRA for some of its parts only, none for {bare[0]}, which PEFT cannot represent. {_INSTEAD}")
             a, b = _matrices(parts, layers, arrays, lora.rank)
             content.modules[module] = len(a)
             content.tensors |= {PREFIX + module + end: x for end, x in zip(MATRIX, (a, b), strict=True)}
+            content.tensors |= _magnitudes(module, parts, layers, arrays) if lora.dora else {}
     if lost := sorted(adapted - found):
         raise ConfigError(f"{located.name}: {lost[0]} has an adapter, but {architecture.name} has no such layer. {_INSTEAD}")
-    _add_saved(content, links, {path: arrays[path] for path in own if not path.endswith(ADAPTERS)}, located.name)
+    _add_saved(content, architecture, links, {path: arrays[path] for path in own if not path.endswith(ADAPTERS)}, located.name)
     return content
 
 
@@ -142,7 +146,7 @@ def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str,
     """
     pairs = []
     for link, layer in zip(parts, layers, strict=True):
-        pairs.append(tuple(arrays[path][link.index].T if path in arrays else None for path in (f"{layer}/{name}" for name in ADAPTERS)))
+        pairs.append(tuple(arrays[path][link.index].T if path in arrays else None for path in (f"{layer}/{name}" for name in PAIR)))
     first = next(a for a, _ in pairs if a is not None)
     if all(a is not None and a.tobytes() == first.tobytes() for a, _ in pairs):
         return first, np.concatenate([b for _, b in pairs])
@@ -154,14 +158,25 @@ def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str,
     return np.concatenate([np.zeros_like(first) if a is None else a for a, _ in pairs]), whole
 
 
+def _magnitudes(module: str, parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensor of DoRA's magnitudes [F] of a PEFT module by its name; those of several of our layers follow each other, as their columns do."""
+    pieces = [arrays[f"{layer}/lora_m"][link.index] for link, layer in zip(parts, layers, strict=True)]
+    return {PREFIX + module + MAGNITUDE: np.concatenate(pieces)}
+
+
 def _add_table(content: _Content, architecture: Architecture, module: str, layer: str, arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Add an embedding's adapter, and the same for the output layer if it is tied."""
     if architecture.model == "encoder_decoder":
         raise ConfigError(f"{where}: {layer} has an adapter, but PEFT does not share adapters between the modules that share {module}. {_INSTEAD}")
-    a, b = (arrays[f"{layer}/{name}"].T for name in ADAPTERS)
+    link = Link(f"{layer}/embedding", (), f"{module}.weight", "same", None)
+    a, b = (arrays[f"{layer}/{name}"].T for name in PAIR)
+    dora = f"{layer}/lora_m" in arrays
     content.modules[module] = len(a)
     content.tensors |= {PREFIX + module + end: x for end, x in zip(TABLE, (a, b), strict=True)}
+    content.tensors |= _magnitudes(module, [link], [layer], arrays) if dora else {}
     if content.tied and layer == "embed":
+        if dora:
+            raise ConfigError(f"{where}: {layer} has DoRA and is also the output layer, where PEFT has other magnitudes. {_INSTEAD}")
         if architecture.model != "gpt":
             problem = f"{layer} has an adapter and is also the output layer, which PEFT does not adapt in {architecture.name}"
             raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
@@ -169,20 +184,27 @@ def _add_table(content: _Content, architecture: Architecture, module: str, layer
         content.tensors |= {f"{PREFIX}lm_head{end}": x for end, x in zip(MATRIX, (b.T, a.T), strict=True)}
 
 
-def _add_saved(content: _Content, links: Sequence[Link], arrays: Mapping[str, np.ndarray], where: str) -> None:
+def _add_saved(content: _Content, architecture: Architecture, links: Sequence[Link], arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Add the modules with trained parameters other than adapters, each in full."""
     by_name = mapping.by_tensor(links)
     modules = dict.fromkeys(link.tensor.rpartition(".")[0] for link in links if link.path in arrays)
     for module in modules:
         inside = [name for name in by_name if name.startswith(module + ".")]
         parts = [link for name in inside for link in by_name[name]]
-        bad = next((link for link in parts if link.path not in arrays or link.part is not None or link.path.endswith("/embedding")), None)
+        bad = next((link for link in parts if link.path not in arrays or link.part is not None), None)
         if bad is not None or any("." in name.removeprefix(module + ".") for name in inside) or module in content.modules:
             trained = next(link.path for link in links if link.path in arrays and link.tensor.rpartition(".")[0] == module)
             problem = f"{trained} was trained in addition to the adapters; PEFT saves such modules in full, but {module} was not trained in full"
             raise ConfigError(f"{where}: {problem}. {_INSTEAD}")
         content.saved.append(module)
         content.tensors |= {PREFIX + name: mapping.tensor_of(by_name[name], arrays) for name in inside}
+        if parts[0].path == "embed/embedding" and (content.tied or architecture.model == "encoder_decoder"):
+            if architecture.model != "gpt":
+                raise ConfigError(
+                    f"{where}: embed/embedding was trained, but PEFT does not share its copy with the other modules that use {module}. {_INSTEAD}"
+                )
+            content.saved.append("lm_head")
+            content.tensors[f"{PREFIX}lm_head.weight"] = content.tensors[f"{PREFIX}{module}.weight"]
 
 
 def _config(architecture: Architecture, links: Sequence[Link], content: _Content, lora: Lora, base: str) -> dict[str, Any]:
@@ -205,7 +227,7 @@ def _config(architecture: Architecture, links: Sequence[Link], content: _Content
         "modules_to_save": content.saved or None,
         "fan_in_fan_out": content.fan_in_fan_out,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "init_lora_weights": True,
     }
 

@@ -1,10 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021): the trained part of a layer is a product of two thin matrices.
+"""Low-rank adapters: the trained part of a layer is a product of two thin matrices (LoRA, Hu et al. 2021).
+
+With DoRA (Liu et al. 2024) the columns of the sum of both matrices are also rescaled to trained lengths, the magnitudes.
 
 Shapes: D width in, F width out, R rank, V rows of an embedding; stacked layers have additional leading axes.
 """
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,24 @@ from flax import nnx
 
 from jaxmodels.models.layers import Embed
 
-ADAPTERS = ("lora_a", "lora_b")  # the last part of the parameters' paths
+PAIR = ("lora_a", "lora_b")  # the last part of the paths of the two thin matrices
+MAGNITUDE = "lora_m"  # and of DoRA's magnitudes
+ADAPTERS = (*PAIR, MAGNITUDE)
+
+
+def lengths(matrix: jax.Array) -> jax.Array:
+    """Return the Euclidean length of each column of matrices [..., D, F], float32 [..., F]."""
+    return jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float32)), axis=-2))
+
+
+def factors(matrix: jax.Array, magnitude: jax.Array) -> jax.Array:
+    """Return what rescales the columns of `matrix` [..., D, F] to the lengths `magnitude` [..., F].
+
+    The gradient takes the lengths of the columns as constants (section 4.3 of Liu et al. 2024). A column of zeros, which has no direction,
+    counts as one of length 1.
+    """
+    found = lengths(jax.lax.stop_gradient(matrix))
+    return (magnitude / jnp.where(found > 0, found, 1.0)).astype(magnitude.dtype)
 
 
 class LoRALinear(nnx.Linear):
@@ -34,11 +54,31 @@ class LoRALinear(nnx.Linear):
         return super().__call__(x) + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale
 
 
+class DoRALinear(LoRALinear):
+    """A linear layer with an adapter and magnitudes m [F]: x V · m / ‖V‖ + b, where V = W + scale · A B and ‖V‖ are the lengths of its columns.
+
+    Initially m are the lengths of the columns of W, so that the layer computes what it did.
+    """
+
+    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+        super().__init__(linear, rank, scale, rngs=rngs)
+        self.lora_m = nnx.Param(lengths(linear.kernel[...]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns [..., F]."""
+        y = (x @ self.kernel[...] + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale) * factors(_sum(self), self.lora_m[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def _sum(linear: LoRALinear) -> jax.Array:
+    return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
+
+
 def matrix(linear: nnx.Linear) -> jax.Array:
-    """Return the matrix of a linear layer, [D, F], with its adapter's product added, for callers that do not call the layer."""
+    """Return the matrix of a linear layer, [D, F], with its adapter merged, for callers that do not call the layer."""
     if not isinstance(linear, LoRALinear):
         return linear.kernel[...]
-    return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
+    return _sum(linear) * factors(_sum(linear), linear.lora_m[...])[..., None, :] if isinstance(linear, DoRALinear) else _sum(linear)
 
 
 class LoRAEmbed(Embed):
@@ -60,7 +100,26 @@ class LoRAEmbed(Embed):
         return super().attend(x) + (x @ self.lora_b[...].T) @ self.lora_a[...].T * self.scale
 
 
-LAYERS = {nnx.Linear: LoRALinear, Embed: LoRAEmbed}
+class DoRAEmbed(LoRAEmbed):
+    """An embedding with an adapter and magnitudes m [D], one for each column of the table, as in PEFT."""
+
+    def __init__(self, embed: Embed, rank: int, scale: float, *, rngs: nnx.Rngs):
+        super().__init__(embed, rank, scale, rngs=rngs)
+        self.lora_m = nnx.Param(lengths(embed.embedding[...]))
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """indices: int of any shape, each in [0, V). Returns [..., D]."""
+        return super().__call__(indices) * self._factors()
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns products with every row, [..., V]."""
+        return super().attend(x * self._factors())
+
+    def _factors(self) -> jax.Array:
+        return factors(self.embedding[...] + self.scale * self.lora_a[...] @ self.lora_b[...], self.lora_m[...])
+
+
+LAYERS = {nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed)}  # kind of layer -> with LoRA, with DoRA
 
 
 def _take_over(module: nnx.Module, other: nnx.Module) -> None:
@@ -70,7 +129,7 @@ def _take_over(module: nnx.Module, other: nnx.Module) -> None:
             setattr(module, name, value)
 
 
-def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, ...], rngs: nnx.Rngs) -> None:
+def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, ...], dora: bool = False, rngs: nnx.Rngs) -> None:
     """Add an adapter to every linear layer and embedding of `model` whose path matches one of `targets` anywhere.
 
     Args:
@@ -78,6 +137,7 @@ def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, 
       rank: R.
       alpha: the adapter's output is multiplied by alpha / rank.
       targets: regular expressions on paths such as `blocks/0/attention/query`.
+      dora: also rescale the columns to trained lengths.
       rngs: draws A from its `params` stream.
 
     Raises:
@@ -93,7 +153,7 @@ def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, 
         parent = model
         for key in path[:-1]:
             parent = _child(parent, key)
-        adapted = LAYERS[type(layer)](layer, rank, alpha / rank, rngs=rngs)
+        adapted = LAYERS[type(layer)][dora](layer, rank, alpha / rank, rngs=rngs)
         if isinstance(path[-1], str) and not isinstance(parent, dict | nnx.Dict):
             setattr(parent, path[-1], adapted)
         else:
@@ -112,15 +172,26 @@ def merge_adapters(params: dict, scale: float) -> dict:
       scale: alpha / rank.
 
     Returns:
-      The weights without adapters, whose products are added to their layers' matrices: W + scale · A B.
+      The weights without adapters, whose products are added to their layers' matrices: W + scale · A B. With magnitudes, its columns have their lengths.
     """
     merged = {path: value for path, value in params.items() if not path.endswith(ADAPTERS)}
-    for path, a in params.items():
-        if path.endswith(ADAPTERS[0]):
-            layer = path.removesuffix(ADAPTERS[0])
-            matrix = layer + ("kernel" if layer + "kernel" in params else "embedding")
-            merged[matrix] = params[matrix] + scale * jnp.matmul(a, params[layer + ADAPTERS[1]], precision="highest")
+    for path in params:
+        if path.endswith(PAIR[0]):
+            layer = path.removesuffix(PAIR[0])
+            name, whole = _adapted(params, layer, scale)
+            merged[name] = whole * factors(whole, params[layer + MAGNITUDE])[..., None, :] if layer + MAGNITUDE in params else whole
     return merged
+
+
+def _adapted(params: dict, layer: str, scale: float) -> tuple[str, jax.Array]:
+    """Return the path of a layer's matrix, and the matrix with the product of the thin ones added."""
+    name = layer + ("kernel" if layer + "kernel" in params else "embedding")
+    return name, params[name] + scale * jnp.matmul(params[layer + PAIR[0]], params[layer + PAIR[1]], precision="highest")
+
+
+def magnitudes(params: dict, paths: Iterable[str], scale: float) -> dict[str, jax.Array]:
+    """Return the magnitudes at `paths` with which DoRA begins: the lengths of the columns of W + scale · A B, of the same parameters."""
+    return {path: lengths(_adapted(params, path.removesuffix(MAGNITUDE), scale)[1]) for path in paths}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,11 +202,13 @@ class Lora:
       rank: inner size R of an adapter's two matrices.
       targets: patterns on paths of linear layers and embeddings.
       alpha: an adapter's output is multiplied by alpha / rank. The default is `rank`.
+      dora: also train the length of each column of the adapted matrices (DoRA, Liu et al. 2024).
     """
 
     rank: int
     targets: tuple[str, ...]
     alpha: float | None = None
+    dora: bool = False
 
     @property
     def scale(self) -> float:

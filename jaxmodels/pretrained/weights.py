@@ -20,7 +20,7 @@ from jaxmodels.models.functional import new_rngs
 from jaxmodels.models.lora import ADAPTERS
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import folder as folder_lib
-from jaxmodels.pretrained import mapping, peft
+from jaxmodels.pretrained import mapping, peft, peft_folder
 from jaxmodels.pretrained.architecture import Architecture, Keys
 from jaxmodels.pretrained.folder import Folder
 from jaxmodels.pretrained.mapping import LazyParameter, Link
@@ -47,7 +47,7 @@ class PretrainedWeights:
       dropped: tensors of heads that our model lacks.
       notes: differences between our model and the pretrained one.
       fingerprint: hash of the files' headers; it does not depend on the values.
-      links: tensor of each parameter.
+      links: tensor of each parameter, also of a head that the folder lacks.
     """
 
     folder: Folder
@@ -109,16 +109,16 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
     notes = [*notes, *_differences(reference, model, options)]
     head = architecture.head_in(paths)
     pretrained_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
-    entries = architecture.table(options)
-    # The output layer is transferred only for the same kind of head, since it depends on the classes or tags.
-    entries += [entry for entry in architecture.heads[head] if pretrained_head == head or not entry.path.startswith("head/output/")]
+    entries = architecture.table(options) + architecture.heads[head]
     tensors = mapping.renamed(folder.tensors(), architecture.renames)
-    adapters = peft.read(str(folder.adapters)) if folder.adapters else None
+    adapters = peft_folder.read(str(folder.adapters)) if folder.adapters else None
     read = tensors | (adapters.tensors if adapters else {})
     fingerprint = hashlib.sha256("".join(f"{name}{t.dtype}{t.shape}{t.offset}" for name, t in sorted(read.items())).encode()).hexdigest()[:32]
     if mapping.unprefixed(tensors, architecture.prefix):
         tensors = {architecture.prefix + name: tensor for name, tensor in tensors.items()}
-    links = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
+    every = mapping.expand(entries, architecture.sizes(options), stacked=bool(model.get("scan")))
+    # The output layer is transferred only for the same kind of head, since it depends on the classes or tags.
+    links = [link for link in every if pretrained_head == head or not link.path.startswith("head/output/")]
     if differs := _differing_copy(tensors, architecture, {link.tensor for link in links}):
         raise ConfigError(f"{folder.path}: {differs}, of which it should be a copy. {_HOW_TO_UNTIE if 'tie_embeddings' in options else _NO_SUCH_MODEL}")
     arrays, missing = {}, []
@@ -133,9 +133,9 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
     dropped = [name for name in rest if re.search(architecture.others, name)]
     _check_complete(folder, missing, [name for name in rest if name not in dropped])
     if adapters:
-        arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links))
+        arrays = peft.merged(arrays, adapters, peft.under_our_names(adapters, architecture, links)) | peft.saved(adapters, architecture, every)
     fresh = tuple(path for path in paths if path.startswith(architecture.head_paths) and path not in arrays and not path.endswith(ADAPTERS))
-    return PretrainedWeights(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, links)
+    return PretrainedWeights(folder, architecture, arrays, fresh, tuple(dropped), tuple(notes), fingerprint, every)
 
 
 def _untied(folder: Folder, architecture: Architecture) -> str | None:
@@ -176,12 +176,12 @@ def lora_section(reference: str, model: Mapping[str, Any], directory: str) -> di
       directory: of the adapters.
 
     Raises:
-      ConfigError: as `describe`, `peft.read` and `peft.under_our_names`.
+      ConfigError: as `describe`, `peft_folder.read` and `peft.under_our_names`.
     """
     _, architecture, options, _ = describe(reference)
     entries = [*architecture.table(options), *(entry for table in architecture.heads.values() for entry in table)]
     links = mapping.expand(dict.fromkeys(entries), architecture.sizes(options), stacked=bool(model.get("scan")))
-    return peft.section(peft.read(directory), architecture, links)
+    return peft.section(peft_folder.read(directory), architecture, links)
 
 
 def _differences(reference: str, model: Mapping, options: Mapping) -> list[str]:

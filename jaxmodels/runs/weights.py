@@ -16,7 +16,7 @@ import jax
 from jaxmodels.errors import ConfigError
 from jaxmodels.models.functional import flatten, unflatten
 from jaxmodels.models.lora import ADAPTERS
-from jaxmodels.pretrained import peft
+from jaxmodels.pretrained import peft, peft_folder
 from jaxmodels.pretrained import weights as pretrained_lib
 from jaxmodels.pretrained.folder import is_pretrained, split_accepted
 from jaxmodels.pretrained.mapping import LazyParameter
@@ -58,6 +58,7 @@ class Located:
       arrays: path -> array to read, of all parameters and statistics.
       pretrained: the pretrained weights; None of a run.
       adapters: unmerged adapters of the pretrained weights; None if there are none.
+      saved: parameters that come from the folder of adapters, where their modules were trained in full.
     """
 
     name: str
@@ -66,7 +67,8 @@ class Located:
     averaged: bool
     arrays: Mapping[str, "Stored | LazyParameter"]
     pretrained: PretrainedWeights | None = None
-    adapters: peft.Adapters | None = None
+    adapters: peft_folder.Adapters | None = None
+    saved: tuple[str, ...] = ()
 
 
 def locate(reference: str) -> Located:
@@ -88,23 +90,26 @@ def locate(reference: str) -> Located:
     parents = folder.manifest().get("parents", [])
     sources = {path: path for path in parents[0].get("taken", ())} | parents[0].get("renamed", {}) if parents else {}
     elsewhere = {here: there for here, there in sources.items() if here not in arrays}
+    saved = tuple(here for here, there in elsewhere.items() if there in parents[0].get("modules_to_save", ()))
     if elsewhere and is_pretrained(parents[0]["run"]):
-        adapters = parents[0].get("adapters") if any(path.endswith(ADAPTERS) for path in elsewhere.values()) else None
+        adapters = parents[0].get("adapters") if saved or any(path.endswith(ADAPTERS) for path in elsewhere.values()) else None
         parent = _find_pretrained(folder, parents[0], [*arrays, *sources], adapters)
     elif elsewhere:
         parent = locate(find_parent(folder, parents[0]))
     arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
-    return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays)
+    return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays, saved=saved)
 
 
 def locate_pretrained(reference: str, model: Mapping[str, Any], paths: Sequence[str], adapters: str | None = None) -> Located:
-    """Locate pretrained weights, and optionally adapters; arguments and errors as of `pretrained.weights.locate` and `pretrained.peft.read`."""
+    """Locate pretrained weights, and optionally adapters; arguments and errors as of `pretrained.weights.locate`, and `peft_folder.read`."""
     found = pretrained_lib.locate(reference, model, paths)
     if adapters is None:
         return Located(str(found.path), None, 0, False, found.arrays, found)
-    beside = peft.read(adapters)
-    arrays = {**found.arrays, **peft.under_our_names(beside, found.architecture, found.links).arrays}
-    return Located(str(found.path), None, 0, False, arrays, found, beside)
+    beside = peft_folder.read(adapters)
+    saved = peft.saved(beside, found.architecture, found.links)
+    arrays = {**found.arrays, **peft.under_our_names(beside, found.architecture, found.links).arrays, **saved}
+    found = dataclasses.replace(found, fresh=tuple(path for path in found.fresh if path not in saved))
+    return Located(str(found.path), None, 0, False, arrays, found, beside, tuple(saved))
 
 
 def locate_whole(reference: str, model: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Located:

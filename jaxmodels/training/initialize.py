@@ -14,7 +14,7 @@ from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.models.functional import flatten, unflatten
-from jaxmodels.models.lora import ADAPTERS, Lora
+from jaxmodels.models.lora import ADAPTERS, MAGNITUDE, Lora, magnitudes
 from jaxmodels.pretrained import preprocessing
 from jaxmodels.pretrained.folder import find, is_pretrained
 from jaxmodels.runs import weights as weights_lib
@@ -56,7 +56,9 @@ def start(
         return init(key), Progress(), [f"initialised with seed {experiment.config['seed']}"], record
     matched = _match(experiment, shapes)
     # Parameters that are read are not initialised: without them as outputs, the compiler removes their computation and its temporaries.
-    without_read = functools.partial(_without, paths=set(matched[2]))
+    # DoRA's magnitudes follow from those that are read.
+    follow = {path for path in flatten(shapes.params) if path.endswith(MAGNITUDE)}
+    without_read = functools.partial(_without, paths=set(matched[2]) | follow)
     init, record = compile_ahead(
         "init", lambda key: without_read(experiment.init_function()(key)), key, out_shardings=jax.tree.map(lambda x: x.sharding, without_read(shapes))
     )
@@ -118,6 +120,8 @@ def _check_adapters(experiment: Experiment, here: Mapping[str, Any], located: we
             f"config.lora.alpha: the scale alpha / rank of adapters is {lora.scale:g} here, but {adapters.scale:g} in {where}. "
             f"Set alpha={adapters.scale * adapters.rank:g}, or remove the section lora."
         )
+    if lora.dora != adapters.dora:
+        raise ConfigError(f"config.lora.dora={lora.dora}, but {where} has use_dora={adapters.dora}. Remove the section lora: it is then read from that file.")
     here_layers, file_layers = ({path.rpartition("/")[0] for path in paths if path.endswith(ADAPTERS)} for paths in (here, located.arrays))
     if here_layers != file_layers:
         differences = [f"{layer} has an adapter here, but none in {adapters.path}" for layer in sorted(here_layers - file_layers)]
@@ -181,6 +185,7 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     orders, named = classes.compare(experiment, located, report, parts["frozen"])
     found |= {path: classes.reorder(found[path], order) for path, order in orders.items()}
     found |= {path: x for part in parts for path, x in flatten(getattr(state, part)).items()}
+    found |= _magnitudes(found, {path: x for path, x in parts["params"].items() if path.endswith(MAGNITUDE) and path not in sources}, experiment)
     filled = {part: unflatten({path: found[path] for path in tree}) for part, tree in parts.items()}
     # The EMA starts at the weights read, as a copy in its own sharding: the step donates both.
     ema_shardings = jax.tree.map(lambda x: x.sharding, shapes.ema)
@@ -200,6 +205,16 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     return state, [*lines, *notes, f"initialised from {located.name}{step}{average}: {counts}", *report.lines(), *named]
 
 
+def _magnitudes(found: Mapping[str, jax.Array], shapes: Mapping[str, jax.ShapeDtypeStruct], experiment: Experiment) -> dict[str, jax.Array]:
+    """Return the magnitudes with which DoRA begins at the weights in `found`, with the shardings of `shapes`."""
+    if not shapes:
+        return {}
+    layers = {path.rpartition("/")[0] for path in shapes}
+    beside = {path: x for path, x in found.items() if path.rpartition("/")[0] in layers}
+    begin = functools.partial(magnitudes, paths=tuple(shapes), scale=Lora(**experiment.config["lora"]).scale)
+    return jax.jit(begin, out_shardings={path: x.sharding for path, x in shapes.items()})(beside)
+
+
 def _other_images(experiment: Experiment, located: weights_lib.Located) -> list[str]:
     """Return in words how images differ from those that pretrained weights were trained on."""
     shape = experiment.task.provides.get("image_shape")
@@ -215,6 +230,7 @@ def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, f
         pretrained = located.pretrained
         own = {"run": pretrained.folder.reference, "path": located.name, "id": pretrained.fingerprint, "model_type": pretrained.architecture.name}
         own |= {"adapters": str(located.adapters.path)} if located.adapters is not None else {}
+        own |= {"modules_to_save": list(located.saved)} if located.saved else {}
         return [own | {"weights": "published"} | entry]
     parent = located.folder
     own = {"run": str(parent.path), "id": parent.manifest().get("id"), "weights": "ema" if located.averaged else "params"}

@@ -1,39 +1,25 @@
 """LoRA adapters in PEFT's format, against PEFT on the same models. More cases: pytest -m slow tests/export/test_peft.py"""
 
-import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import peft
+import peft_cases
 import pytest
 import random_pretrained
-import torch
-from flax import nnx
+from peft_cases import TARGETS, TOKENS, begin, config_of, drawn, model_of, run, set_keys, there
 from safetensors.numpy import load_file, save_file
-from untrained_runs import begun_run, untrained_run
+from untrained_runs import untrained_run
 
 import jaxmodels
 from jaxmodels.cli import main as cli
 from jaxmodels.errors import ConfigError
 from jaxmodels.export.peft import export_adapters, shortest
-from jaxmodels.models.functional import flatten, split, unflatten
-from jaxmodels.pretrained.peft import read
+from jaxmodels.models.functional import flatten, split
+from jaxmodels.pretrained.peft_folder import read
 from jaxmodels.pretrained.weights import load_model
-from jaxmodels.runs.checkpoint import Checkpoints, Progress, open_run
 from jaxmodels.runs.merge import merge
-from jaxmodels.step.state import TrainState
-
-TOKENS = np.random.default_rng(0).integers(3, random_pretrained.VOCABULARY, (4, 13)).astype(np.int32)
-TOKENS[0, 0] = random_pretrained.VOCABULARY - 1  # the vocabulary of a source of arrays ends with its largest token
-LABELS = np.arange(4, dtype=np.int32) % 3
-# Name of a module in PEFT -> the corresponding layers here.
-TARGETS = {
-    "llama": (["q_proj", "down_proj", "embed_tokens"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/down$", "^embed$"]),
-    "gpt2": (["c_attn", "c_fc"], [*(rf"^blocks/\d+/attention/{name}$" for name in ("key", "query", "value")), r"^blocks/\d+/mlp/up$"]),
-    "bert_classes": (["query", "intermediate.dense"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/up$"]),
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,63 +44,11 @@ def adapters(base, tmp_path_factory):
     def get(name, **options):
         key = (name, str(options))
         if key not in made:
-            torch.manual_seed(1)
-            model = _model(name, base(name))
-            config = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS[name][0]} | options
-            adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
-            with torch.no_grad():
-                for key_, parameter in adapted.named_parameters():
-                    if "lora_" in key_:
-                        parameter.copy_(0.3 * torch.randn_like(parameter))
-                named = dict(adapted.named_parameters())
-                for key_ in named:
-                    if "lm_head.lora_A" in key_ and name == "gpt2":  # parts of what is one matrix in PEFT share the adapter
-                        a, b = (next(x for other, x in named.items() if f"lora_embedding_{side}" in other) for side in "AB")
-                        named[key_].copy_(b.T)
-                        named[key_.replace("lora_A", "lora_B")].copy_(a.T)
             folder = tmp_path_factory.mktemp("adapters")
-            adapted.save_pretrained(folder, save_embedding_layers=False)
-            _set(folder, base_model_name_or_path=str(base(name)))
-            made[key] = (folder, random_pretrained.logits(adapted.eval(), (TOKENS,)))
+            made[key] = (folder, peft_cases.write(name, base(name), folder, **options))
         return made[key]
 
     return get
-
-
-def _model(name, path):
-    return type(random_pretrained.make(name)).from_pretrained(path).eval()
-
-
-def _set(folder, **values):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def config_of(name, init_from, **changes):
-    classes = name == "bert_classes"
-    config = {
-        "init_from": init_from,
-        "task": "classify_text" if classes else {"name": "language_model", "sample_length": 0},
-        "data": {"source": "arrays", "batch_size": 4},
-        "optimizer": {"name": "sgd", "learning_rate": 1e-30},
-        "training": {"steps": 1},
-        "log": {"tensorboard": False},
-    }
-    return config | changes
-
-
-def begin(config, workdir):
-    return begun_run(config, {"train": {"tokens": TOKENS, "label": LABELS} if config["task"] == "classify_text" else {"tokens": TOKENS}}, workdir)
-
-
-def run(model, tokens=TOKENS):
-    graph, state = nnx.split(model)
-    return np.asarray(_run(graph, state, tokens))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(graph, state, tokens):
-    return nnx.merge(graph, state)(tokens)
 
 
 @pytest.mark.parametrize(("name", "scan"), [("llama", True), ("gpt2", False), pytest.param("bert_classes", False, marks=pytest.mark.slow)])
@@ -135,31 +69,10 @@ def test_adapters_are_imported_and_exported_unchanged(base, adapters, tmp_path, 
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert value.tobytes() == after[key].tobytes() and value.shape == after[key].shape, key
-    again = peft.PeftModel.from_pretrained(_model(name, base(name)), out)
+    again = peft.PeftModel.from_pretrained(model_of(name, base(name)), out)
     np.testing.assert_allclose(random_pretrained.logits(again.eval(), (TOKENS,)), expected, atol=1e-6)
     values = json.loads((out / "adapter_config.json").read_text())
     assert sorted(values["target_modules"]) == sorted(TARGETS[name][0]) and values["base_model_name_or_path"] == str(base(name))
-
-
-def there(name, path, out):
-    """PEFT's logits with adapters."""
-    model = peft.PeftModel.from_pretrained(_model(name, path), out)
-    return random_pretrained.logits(model.eval(), (TOKENS,))
-
-
-def drawn(path):
-    """Return the run with random adapters, because zeros would hide differences."""
-    opened = jaxmodels.load(path)
-    folder, checkpoints, step = open_run(path)
-    checkpoints.close()
-    flat = {name: x for name, x in flatten(split(opened.model)[1]).items() if "lora_" in name or name.startswith("head/")}
-    random = np.random.default_rng(2)
-    flat = {name: jax.numpy.asarray(0.2 * random.standard_normal(x.shape, np.float32)) for name, x in flat.items()}
-    state = TrainState(jax.numpy.int32(step + 1), unflatten(flat), {}, {}, {}, {}, {}, jax.numpy.zeros((), jax.numpy.int32))
-    checkpoints = Checkpoints(folder.checkpoints)
-    checkpoints.save(state, Progress(finished=True))
-    checkpoints.close()
-    return path
 
 
 @pytest.mark.parametrize(
@@ -211,8 +124,8 @@ def test_a_head_trained_with_the_adapters_is_exported_in_full(base, tmp_path):
     out = export_adapters(drawn(begin(config, tmp_path / "run")), str(tmp_path / "out"))
     assert sorted(json.loads((out / "adapter_config.json").read_text())["modules_to_save"]) == ["bert.pooler.dense", "classifier"]
     np.testing.assert_allclose(there("bert_classes", path, out), run(jaxmodels.load(str(tmp_path / "run")).model), atol=1e-4)
-    config["training"]["trainable"] = ("head/", "^embed/")
-    with pytest.raises(ConfigError, match="embed/embedding was trained in addition to the adapters"):
+    config["training"]["trainable"] = ("head/", "^blocks/0/attention/key/kernel")
+    with pytest.raises(ConfigError, match="blocks/0/attention/key/kernel was trained in addition to the adapters"):
         export_adapters(begin(config, tmp_path / "more"), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -229,14 +142,25 @@ def test_root_of_the_rank_as_scale(base, adapters, tmp_path):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"use_dora": True}, "use_dora=True changes what the adapters compute"),
+        ({"use_dora": True}, "has .*lora_embedding_A but no .*lora_magnitude_vector"),
         ({"bias": "all"}, "bias='all' changes"),
         ({"lora_bias": True}, "lora_bias=True changes"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] changes"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] changes"),
+        ({"bias": "lora_only"}, "bias='lora_only' changes"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, of which adapter_model.safetensors has no tensors"),
+        ({"trainable_token_indices": [0, 3]}, r"trainable_token_indices=\[0, 3\] changes"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters=\['mlp.experts.gate_up_proj'\] changes"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] changes"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] changes"),
+        ({"use_qalora": True}, "use_qalora=True changes"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config={'loftq_bits': 4} changes"),
+        ({"alpha_pattern": {"q_proj": 1}}, "alpha_pattern={'q_proj': 1}: adapters of different ranks or scales"),
+        ({"rank_pattern": {".*proj": 3}}, "rank_pattern has '.*proj', which is no name of a module; regular expressions are not supported"),
         ({"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 1}}, r"rank_pattern={'up_proj': 3}: adapters of different ranks or scales"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 2, but .* has shape .3, 32."),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base model's weights"),
+        *(
+            ({"init_lora_weights": name}, f"init_lora_weights='{name}' changes the base")
+            for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        ),
         ({"some_new_option": 1}, "some_new_option=1 changes"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; only LORA is"),
         ({"r": "three"}, "r='three' and lora_alpha=6: r must be an integer"),
@@ -245,9 +169,24 @@ def test_root_of_the_rank_as_scale(base, adapters, tmp_path):
 def test_unsupported_options_are_errors_with_their_names(adapters, tmp_path, values, problem):
     copy = tmp_path / "copy"
     shutil.copytree(adapters("llama")[0], copy)
-    _set(copy, **values)
+    set_keys(copy, **values)
     with pytest.raises(ConfigError, match=problem):
         read(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("options", "modules"),
+    [
+        ({"target_modules": r".*\.1\.self_attn\.q_proj"}, 1),
+        pytest.param({"target_modules": ["q_proj"], "layers_to_transform": [0]}, 1, marks=pytest.mark.slow),
+        pytest.param({"target_modules": "all-linear", "exclude_modules": ["down_proj"], "init_lora_weights": "gaussian"}, 2 * 6, marks=pytest.mark.slow),
+    ],
+)
+def test_modules_with_adapters_are_those_in_the_file(adapters, options, modules):
+    """However the config chooses them: by names, one expression, `all-linear`, layers, or exceptions."""
+    folder, expected = adapters("llama", **options)
+    np.testing.assert_allclose(run(load_model(f"hf:{folder}")), expected, atol=1e-4)
+    assert len(read(str(folder)).modules) == modules
 
 
 def test_bad_adapters_are_refused(base, adapters, tmp_path):
@@ -293,10 +232,10 @@ def test_bad_adapters_are_refused(base, adapters, tmp_path):
     assert "blocks/0/mlp/up has an adapter here, but none in" in differs and "embed has an adapter in" in differs
     assert "config.init_from.adapters=" in error(lambda copy: None, init_from=str(tmp_path), model={"name": "gpt"})
     with pytest.raises(ConfigError, match="lacks base_model_name_or_path, the model of its adapters"):
-        _set(tmp_path / "0", base_model_name_or_path=None)
+        set_keys(tmp_path / "0", base_model_name_or_path=None)
         load_model(f"hf:{tmp_path / '0'}")
     with pytest.raises(ConfigError, match="adapter_model.bin, a pickle"):
-        _set(tmp_path / "0", base_model_name_or_path=str(base("llama")))
+        set_keys(tmp_path / "0", base_model_name_or_path=str(base("llama")))
         load_model(f"hf:{tmp_path / '0'}")
 
 

@@ -1,6 +1,6 @@
 """Train small models on simulated devices and write the results: `python train_on_mesh.py DEVICES CASES.json OUTPUT`.
 
-A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "optimizer", "steps"}. The losses of all steps and the final parameters are
+A case is {"model", "mesh", "partition", "accumulate", "dropout", "sharding", "optimizer", "steps", "lora"}; adapters start from a run of one step. The losses of all steps and the final parameters are
 written to OUTPUT/NUMBER.npz. With "compile", the step is only compiled, and its collectives and bytes are written to OUTPUT/NUMBER.json.
 """
 
@@ -74,14 +74,25 @@ def config(case: dict) -> dict:
     return config | {"log": {"every": 1, "tensorboard": False}, "checkpoint": {"every": steps}}
 
 
-def run(case: dict, output: Path) -> None:
-    """Train a case with `Trainer`, as `train` does."""
-    with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
-        experiment = build_experiment(config(case))
+def train(config: dict, folder: str) -> Trainer:
+    """Train a config in a folder."""
+    with StopSignals() as stop:
+        experiment = build_experiment(config)
         RunFolder(folder).write_config(experiment.config)
         trainer = Trainer(experiment, RunFolder(folder), stop, Console(quiet=True))
         trainer.run()
         trainer.close()
+    return trainer
+
+
+def run(case: dict, output: Path) -> None:
+    """Train a case with `Trainer`, as `train` does."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as parent:
+        start = {}
+        if "lora" in case:
+            train(config(case | {"steps": 1}), parent)
+            start = {"init_from": parent, "lora": case["lora"]}
+        trainer = train(config(case) | start, folder)
         losses = [values["loss"] for _, split, values in trainer.lines if split == "train"]
         rest = [values["loss"] for _, split, values in trainer.lines if split != "train"]
         state = jax.device_get({"params": trainer.state.params, "ema": trainer.state.ema, "stats": trainer.state.stats})

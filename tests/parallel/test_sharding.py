@@ -67,6 +67,15 @@ def test_a_sharded_step_equals_that_of_one_device(model, tmp_path):
     assert not list(run["notes"])
 
 
+@pytest.mark.slow
+def test_adapters_on_a_mesh_are_those_of_one_device(tmp_path):
+    """With DoRA, columns are measured whose parts are on several devices, also those of stacked layers and of an embedding."""
+    case = {"model": "gpt", "optimizer": {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9}, "steps": 4}
+    case["lora"] = {"rank": 2, "alpha": 4.0, "targets": ("attention/query", "mlp/down", "^embed$"), "dora": True}
+    (run,) = assert_equal_runs(tmp_path, [case | {"mesh": {"fsdp": 4, "tensor": 2, "data": 1}}])
+    assert any(path.endswith("lora_m") for path in run)
+
+
 def test_pmap_is_the_same_step(tmp_path):
     assert_equal_runs(tmp_path, [{"model": "cnn", "partition": "pmap", "mesh": {"data": 8}, "accumulate": 2, "steps": 4}])
 

@@ -11,7 +11,7 @@ from pretrained import test_pretrained_errors
 from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import folder as folder_lib
-from jaxmodels.pretrained import peft, safetensors
+from jaxmodels.pretrained import peft_folder, safetensors
 from jaxmodels.pretrained.safetensors import ToWrite
 from jaxmodels.pretrained.weights import load_model, model_section
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
@@ -146,10 +146,10 @@ def test_safetensors_headers(tmp_path, text, problem):
 def test_adapters(tmp_path, changes, problem):
     module = f"base_model.model.{'a' * 40}!"
     tensors = {f"{module}.lora_A.weight": np.zeros((2, 8), np.float32), f"{module}.lora_B.weight": np.zeros((8, 2), np.float32)}
-    safetensors.write(tmp_path / peft.WEIGHTS, {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}, {})
-    (tmp_path / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | changes))
+    safetensors.write(tmp_path / peft_folder.WEIGHTS, {name: ToWrite(x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}, {})
+    (tmp_path / peft_folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | changes))
     with pytest.raises(ConfigError, match=problem):
-        peft.read(str(tmp_path))
+        peft_folder.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -81,20 +81,22 @@ def test_frozen_batch_norms_do_not_update_statistics():
     jax.tree.map(np.testing.assert_array_equal, first.stats, after.stats)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_an_adapter_starts_as_zero_and_merges_into_its_layer(scan):
+@pytest.mark.parametrize(("scan", "dora"), [(False, False), (True, False), (True, True)])
+def test_an_adapter_starts_as_zero_and_merges_into_its_layer(scan, dora):
     def make(rngs):
         return create("gpt", 11, context=4, layers=2, heads=1, width=4, scan=scan, rngs=rngs)
 
     tokens = jnp.arange(4)[None]
     plain, adapted = make(nnx.Rngs(params=0)), make(nnx.Rngs(params=0))
-    add_lora(adapted, rank=2, alpha=6.0, targets=(r"blocks/.*up$", "^embed$"), rngs=nnx.Rngs(params=1))
-    np.testing.assert_array_equal(adapted(tokens), plain(tokens))
+    add_lora(adapted, rank=2, alpha=6.0, targets=(r"blocks/.*up$", "^embed$"), dora=dora, rngs=nnx.Rngs(params=1))
+    np.testing.assert_allclose(adapted(tokens), plain(tokens), rtol=1e-5 if dora else 0, atol=1e-6 if dora else 0)
     graph, params, stats = split(adapted)
     # Initially zero: B of linear layers, A of embeddings.
     flat = {path: 0.1 * jnp.ones_like(x) if path.endswith(("up/lora_b", "embed/lora_a")) else x for path, x in flatten(params).items()}
     assert sum(path.endswith("lora_a") for path in flat) == (2 if scan else 3)
-    with_b = merge_model(graph, combine({}, flat), stats)(tokens)
+    whole = merge_model(graph, combine({}, flat), stats)
+    with_b = whole(tokens)
+    np.testing.assert_allclose(whole.head()(whole.features(tokens)[0]), with_b, rtol=1e-5, atol=1e-5)  # as losses in tiles compute them
     assert not np.allclose(with_b, plain(tokens))
     merged = merge_adapters(flat, 3.0)
     assert set(merged) == set(flatten(split(plain)[1]))
