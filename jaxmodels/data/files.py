@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jaxmodels import config as config_lib
 from jaxmodels.data import access
+from jaxmodels.data.evaluation_sets import EvaluationSets, key_of
 from jaxmodels.data.guesses import guess
-from jaxmodels.data.keys import Keys
 from jaxmodels.errors import ConfigError
 
 # Names that a split's file or folder may have, in any capitals.
@@ -62,7 +62,7 @@ def _places(path: str, data_dir: str | None) -> list[str]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class SplitFiles(Keys):
+class SplitFiles(EvaluationSets):
     """Keys of sources that read files of each split.
 
     Attributes:
@@ -86,18 +86,18 @@ class SplitFiles(Keys):
         Raises:
           ConfigError: nothing is found, or more than one name of a split.
         """
-        return _split_files(path, data_dir, dataclasses.asdict(self), extensions, any_name)
+        return _split_files(path, data_dir, self.given(), extensions, any_name)
 
 
-def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None], extensions: tuple[str, ...], any_name: bool) -> dict[str, list[str]]:
+def _split_files(path: str, data_dir: str | None, given: Mapping[str, str], extensions: tuple[str, ...], any_name: bool) -> dict[str, list[str]]:
     places = _places(path, data_dir)
     folder = next((place for place in places if access.is_folder(place)), None)
     if folder is not None:
         found = {split: _in_folder(folder, split, extensions) for split in NAMES if not given.get(split)}
         there = sorted(file for e in extensions for file in _glob(os.path.join(glob.escape(folder), f"*{_any_case(e)}")))
-        if any_name and not any(found.values()) and not any(given.values()):
+        if any_name and not any(found.values()) and not given:
             found["train"] = there
-        elif not any(given.values()):
+        elif not given:
             used = {file for files in found.values() for file in files}
             first = {split: os.path.relpath(files[0], folder) for split, files in found.items() if files}
             odd = {split: name for split, name in first.items() if not name.startswith(split)}
@@ -109,11 +109,10 @@ def _split_files(path: str, data_dir: str | None, given: Mapping[str, str | None
         if found["train"] and given.get("train"):
             raise ConfigError(f"config.data.train: the training file is {path!r} already; give a folder, or leave train out.")
     for split, own in given.items():
-        if own:
-            roots = [root for root in (folder, "", data_dir) if root is not None]
-            found[split] = next((files for root in roots if (files := _glob(os.path.join(root, own)))), [])
-            if not found[split]:
-                raise ConfigError(f"config.data.{split}: there is no file {' nor '.join(os.path.join(root, own) for root in roots)}.")
+        roots = [root for root in (folder, "", data_dir) if root is not None]
+        found[split] = next((files for root in roots if (files := _glob(os.path.join(root, own)))), [])
+        if not found[split]:
+            raise ConfigError(f"{key_of(split)}: there is no file {' nor '.join(os.path.join(root, own) for root in roots)}.")
     found = {split: files for split, files in found.items() if files}
     if "train" not in found:
         raise ConfigError(_nothing(path, places, folder, extensions))

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxmodels.data import fitted
+from jaxmodels.data.evaluation_sets import is_named
 from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
@@ -107,7 +109,7 @@ def open_indexed(splits: Mapping[str, IndexedRows], features: Sequence[Feature],
         if not len(parts["train"][1]):
             raise ConfigError("config.data: no training row is left beside data.holdout; train has one row.")
     for feature in features:
-        _fit(feature, train)
+        fitted.fit(feature, functools.partial(_fit, feature, train))
     label = next((feature for feature in features if isinstance(feature, Label | Number)), None)
     scanned = {split: rows.scan(label.columns()) for split, rows in splits.items() if split != "train"} if label else {}
     for split in scanned.keys() - set(with_labels(scanned, features)):
@@ -117,7 +119,7 @@ def open_indexed(splits: Mapping[str, IndexedRows], features: Sequence[Feature],
         return _dataset(parts, features, options)
 
     def training_texts(spec: str | Tokenizer = text.tokenizer) -> Iterator[str]:
-        wanted = {split: part for split, part in parts.items() if split == "train" or spec == "character"}
+        wanted = {split: part for split, part in parts.items() if split == "train" or (spec == "character" and not is_named(split))}
         return (value for rows, part in wanted.values() for row in _usable(rows, text, part) for value in text.texts(row))
 
     def tokenize(spec: str | Tokenizer) -> Dataset:
@@ -187,7 +189,7 @@ def _tokenizer(spec: str | Tokenizer, texts, splits: Mapping[str, IndexedRows], 
     """Return a tokenizer; one that is trained here is trained once."""
     if not is_trained(spec):
         return make_tokenizer(spec, (), data_dir)
-    identity = [spec, LIBRARY_VERSION, key, {split: [list(file) for file in rows.opened.index.files] for split, rows in splits.items()}]
+    identity = [spec, LIBRARY_VERSION, key, {split: [list(file) for file in rows.opened.index.files] for split, rows in splits.items() if not is_named(split)}]
     return from_json(splits["train"].opened.index.derived(["tokenizer", identity], lambda: make_tokenizer(spec, texts(), data_dir).to_json()))
 
 

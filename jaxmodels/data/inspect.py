@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxmodels import config as config_lib
 from jaxmodels.data import registry as data_lib
+from jaxmodels.data.evaluation_sets import SPLITS, EvaluationSets, of
 from jaxmodels.data.features.base import Feature
 from jaxmodels.data.features.table import BY_ARRAY
 from jaxmodels.data.features.text import TEXTS
@@ -38,8 +39,9 @@ def inspect(config: Mapping, *, data_dir: str | None = None, examples: int = 3, 
     """
     started = time.perf_counter()
     section = config["data"]
-    options = {key: value for key, value in section.items() if key != "source" and key not in config_lib.fields(Loading)}
-    dataset = data_lib.open_dataset(section["source"], options, data_dir)
+    shared = config_lib.fields(Loading) | config_lib.fields(EvaluationSets)
+    options = {key: value for key, value in section.items() if key != "source" and key not in shared}
+    dataset = data_lib.open_dataset(section["source"], options, data_dir, sets=EvaluationSets.of(section).named())
     seconds = round(time.perf_counter() - started, 2)
     info = {key: list(value) if isinstance(value, tuple) else value for key, value in dataset.info.items() if key != "tokenizer"}
     first = "train" if "train" in dataset.splits else next(iter(dataset.splits))
@@ -47,7 +49,7 @@ def inspect(config: Mapping, *, data_dir: str | None = None, examples: int = 3, 
         "source": section["source"],
         "seconds": seconds,
         "info": info,
-        "splits": {name: describe(dataset, name, limit) for name in data_lib.SPLITS if name in dataset.splits},
+        "splits": {name: describe(dataset, name, limit) for main in SPLITS for name in of(dataset.splits, main)},
         "examples": [readable(dataset, dataset.splits[first][i]) for i in range(min(examples, len(dataset.splits[first])))],
         "guesses": list(dataset.guesses),
         "notes": list(dataset.notes),

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxmodels.data import fitted
+from jaxmodels.data.evaluation_sets import is_named
 from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
@@ -83,8 +85,9 @@ def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequenc
 
 
 def _texts(rows: Splits, text: Tokenized, spec: str | Tokenizer) -> Iterator[str]:
-    """Yield what a tokenizer is trained on: `character`, which has no token for unknown characters, needs the texts of all splits."""
-    return (value for split, part in rows.items() if split == "train" or spec == "character" for row in part for value in text.texts(row))
+    """Yield what a tokenizer is trained on: `character`, which has no token for unknown characters, needs the texts of the main splits."""
+    wanted = (part for split, part in rows.items() if split == "train" or (spec == "character" and not is_named(split)))
+    return (value for part in wanted for row in part for value in text.texts(row))
 
 
 def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], options: Holdout, skipping: Skipping) -> dict[str, list[Row]]:
@@ -98,7 +101,7 @@ def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], o
         good["validation"] = _passing("validation", rows["validation"], functools.partial(check, features=features), skipping)
     skipping.check_rest("train", len(good["train"]))
     for feature in features:
-        feature.fit(good["train"] + (good["validation"] if held_out else []))
+        fitted.fit(feature, functools.partial(feature.fit, good["train"] + (good["validation"] if held_out else [])))
     for split in with_labels({split: part for split, part in rows.items() if split not in good}, features):
         good[split] = _passing(split, rows[split], functools.partial(check, features=features), skipping)
     for feature in features:
@@ -156,12 +159,12 @@ def _encoded(splits, features: Sequence[Feature], options: Holdout, before: Call
         examples = encode_all(split, part, functools.partial(encode, features=features), skipping)
         arrays[split] = Arrays({key: np.stack([example[key] for example in examples]) for key in examples[0]})
         notes += filter(None, (feature.note(split, len(examples)) for feature in features))
-    for text in _shared(arrays):
+    for text in shared_examples(arrays):
         guess(text)
     return Dataset(arrays, info_of(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
 
 
-def _shared(splits: Mapping[str, Arrays]) -> list[str]:
+def shared_examples(splits: Mapping[str, Arrays]) -> list[str]:
     """Return in words how many examples of other splits train has, too: the same inputs, whatever their labels."""
 
     def inputs(part: Arrays) -> list[int]:
@@ -257,7 +260,7 @@ def open_on_read(splits: Mapping[str, Rows], features: Sequence[Feature], option
     parts = {split: (rows, range(len(rows))) for split, rows in splits.items()}
     cheap = {split: _cheap(rows, eager) for split, rows in splits.items()} if eager else {}
     for feature in eager:
-        feature.fit([row for row in cheap["train"] if is_usable(row, eager)])
+        fitted.fit(feature, lambda feature=feature: feature.fit([row for row in cheap["train"] if is_usable(row, eager)]))
     if cheap:
         labelled = ["train", *with_labels({split: rows for split, rows in cheap.items() if split != "train"}, eager)]
         parts = {split: parts[split] for split in labelled}

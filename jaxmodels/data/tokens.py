@@ -185,13 +185,13 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
     described = {}
     for split, pieces in texts.items():
         ends, size = [], 0
-        with open(folder / f"{split}.tokens", "wb") as file:
+        with open(_file(folder, split, "tokens"), "wb") as file:
             for tokens in _encoded(pieces(), tokenizer):
                 file.write(tokens.astype(dtype).tobytes())
                 size += len(tokens)
                 ends.append(size)
-        np.array(ends, np.int64).tofile(folder / f"{split}.ends")
-        checksums = [cache.checksum(folder / f"{split}.{kind}") for kind in ("tokens", "ends")]
+        np.array(ends, np.int64).tofile(_file(folder, split, "ends"))
+        checksums = [cache.checksum(_file(folder, split, kind)) for kind in ("tokens", "ends")]
         described[split] = {"tokens": size, "documents": len(ends), "crc32": checksums}
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     checksum = cache.checksum(folder / "tokenizer.json")
@@ -208,7 +208,7 @@ def _open(folder: Path, final: Path) -> TokenizedTexts:
     header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
     splits = {}
     for split, described in header["splits"].items():
-        files = [folder / f"{split}.{kind}" for kind in ("tokens", "ends")]
+        files = [_file(folder, split, kind) for kind in ("tokens", "ends")]
         if [cache.checksum(file) for file in files] != described["crc32"]:
             raise ValueError(f"the checksum of {split} is not the recorded one")
         values = _mapped(files[0], header["dtype"], described["tokens"])
@@ -220,6 +220,11 @@ def _open(folder: Path, final: Path) -> TokenizedTexts:
         raise ValueError("the checksum of the tokenizer is not the recorded one")
     tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     return TokenizedTexts(splits, tokenizer, header["texts"])
+
+
+def _file(folder: Path, split: str, kind: str) -> Path:
+    """Return the path of a split's file; the names of further sets have a slash."""
+    return folder / f"{split.replace('/', '-')}.{kind}"
 
 
 def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:

@@ -14,12 +14,14 @@ from jaxmodels import config as config_lib
 from jaxmodels import models, tasks
 from jaxmodels.data import balance
 from jaxmodels.data import registry as data_lib
+from jaxmodels.data.evaluation_sets import EvaluationSets
+from jaxmodels.data.fitted import agreed_info
 from jaxmodels.data.loader import Loading
 from jaxmodels.data.order import check_window
 from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.source import CachedSource, Dataset, DataSource
 from jaxmodels.errors import ConfigError, RunError
-from jaxmodels.experiment.checks import agreed_info, check_fit, check_skip, check_train_split, check_trained, is_trained
+from jaxmodels.experiment.checks import check_fit, check_skip, check_train_split, check_trained, is_trained
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
 from jaxmodels.models import functional
@@ -42,8 +44,8 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
       config: a config, as returned by `load_config`.
       data_dir: the data directory; if None, `JAXMODELS_DATA_DIR`.
       data: split -> arrays, for the source `arrays`.
-      trained_info: to evaluate a run, the `info` of its training data. Model and task are built from it, the data must be
-        compatible with it, and no train split is needed.
+      trained_info: to evaluate a run, the `info` of its training data. Model and task are built from it, the data is opened with its tokenizer,
+        class names and statistics and must be compatible with it, and no train split is needed.
 
     Raises:
       ConfigError: any error of the config or its data; no device is used.
@@ -51,7 +53,7 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     data_dir = None if data_dir is None else str(storage.parse(data_dir, "--data_dir"))
     c = resolve(config)
     loading = _loading(c["data"])
-    dataset = _open(c["data"], loading, data_dir, data)
+    dataset = _open(c["data"], loading, data_dir, data, trained_info)
     if trained_info is None:
         dataset = dataclasses.replace(dataset, info=_with_pretrained_vocabulary(dataset.info, c["init_from"]))
         check_train_split(dataset, c["data"])
@@ -172,11 +174,12 @@ def _without_name(section: dict) -> dict:
     return {key: value for key, value in section.items() if key != "name"}
 
 
-def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None) -> Dataset:
-    shared = config_lib.fields(Loading)
+def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None, trained_info: Mapping | None) -> Dataset:
+    shared = config_lib.fields(Loading) | config_lib.fields(EvaluationSets)
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
     try:
-        dataset = data_lib.open_dataset(section["source"], options, data_dir, data)
+        sets = EvaluationSets.of(section).named()
+        dataset = data_lib.open_dataset(section["source"], options, data_dir, data, sets=sets, trained=trained_info)
         uncached = dataset.splits.get("train")
         if loading.balance and loading.shuffle_window is not None:
             raise ConfigError("config.data.balance: examples of a class may be in any group, so data.shuffle_window must not be set with it.")

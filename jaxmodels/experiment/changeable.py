@@ -37,6 +37,11 @@ RULES = (
     Rule(_DEVICES, FREE, "the same result, up to rounding"),
     Rule(_READING, FREE, "the same result; metrics up to rounding with another `data.eval_batch_size`"),
     Rule(("training.steps", "training.epochs"), FREE, "the learning rate follows the schedule of the new length; data and everything else as before"),
+    Rule(
+        ("data.validation_sets", "data.test_sets"),
+        FREE,
+        "the same training; a set that is added is evaluated from then on, or tested if the run has finished; one name stands for the same examples",
+    ),
     Rule(("evaluation", "checkpoint", "callbacks"), FREE, "the same training; evaluations, checkpoints and the end of patience by the new values"),
     Rule(("log",), FREE, "the same training; with another `log.every`, the first line is the mean since the change"),
     Rule(("optimizer.name",), NEVER, "its state belongs to one optimizer"),

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels import config as config_lib
+from jaxmodels.data import evaluation_sets
 from jaxmodels.data.source import Dataset, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment, as_config_error
@@ -46,24 +48,6 @@ def check_train_split(dataset: Dataset, section: Mapping) -> None:
         raise ConfigError(f"config.data.batch_size={section['batch_size']} is larger than the {size} training examples of {section['source']!r}.")
 
 
-def agreed_info(info: Mapping, trained: Mapping) -> Mapping:
-    """Return `trained`, the info of the training data; raise ConfigError unless the data to evaluate is compatible. It may have fewer classes."""
-    for key, value in trained.items():
-        current = info.get(key)
-        if key == "tokenizer":
-            agree = current is not None and current.to_json() == value.to_json()
-        elif key in ("num_classes", "num_tags", "vocab_size"):
-            agree = current is None or current <= value
-        elif key in ("labels", "tags"):
-            agree = current is None or list(current) == list(value)[: len(current)]
-        else:
-            agree = current is None or np.array_equal(np.asarray(current), np.asarray(value))
-        if not agree:
-            shown = "not the one of the run" if key == "tokenizer" else f"{value} when the run was trained, {current} now"
-            raise ConfigError(f"config.data: the data has changed: {key}: {shown}.")
-    return trained
-
-
 def check_skip(init_from: Mapping | None, params: Any) -> None:
     """Raise ConfigError unless every pattern of `init_from.skip` matches a parameter."""
     for pattern in init_from["skip"] if init_from else ():
@@ -100,15 +84,19 @@ def check_fit(experiment: Experiment) -> None:
 
 
 def _check_best(experiment: Experiment) -> None:
-    """Raise ConfigError unless `checkpoint.best` is a metric of the task with a known direction, and there is a validation split."""
-    best = experiment.checkpoint.best
-    if best is None:
+    """Raise ConfigError unless `checkpoint.best` is a metric of the task, with a known direction, on a split that validates."""
+    if experiment.best is None:
         return
-    if "validation" not in experiment.dataset.splits:
+    best, (split, metric) = experiment.checkpoint.best, experiment.best
+    sets = evaluation_sets.of(experiment.dataset.splits, "validation")
+    if not sets:
         raise ConfigError(f"config.checkpoint.best={best!r} needs a validation split; the data has {', '.join(experiment.dataset.splits)}.")
     state = experiment.state_shapes()
     shapes = experiment.eval_metric_shapes(state.weights, state.stats)
     given = experiment.task.summarize(dict.fromkeys((*shapes, *experiment.task.scores), 1.0))
-    if best not in given:
-        raise ConfigError(f"config.checkpoint.best: the task {experiment.config['task']['name']!r} has no metric {best!r}; it has {', '.join(given)}.")
-    experiment.task.prefers_higher(best)
+    if metric not in given or split not in sets:
+        names = [f"{name.partition('/')[2]}/{each}".lstrip("/") for name in sets for each in given]
+        task = experiment.config["task"]["name"]
+        lacking = f"the task {task!r} has no metric {best!r}" if split in sets else f"the data has no main validation split for {best!r}"
+        raise ConfigError(f"config.checkpoint.best: {lacking}; it has {', '.join(names)}.{config_lib.suggest(best, names)}")
+    experiment.task.prefers_higher(metric)

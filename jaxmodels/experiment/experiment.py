@@ -122,10 +122,19 @@ class Experiment:
         return jax.random.fold_in(jax.random.key(self.config["seed"]), 3)  # the trainer uses 0 to 2
 
     @property
-    def shown(self) -> tuple[str, ...]:
-        """Names of the metrics to print: those of the task, and `checkpoint.best`."""
+    def best(self) -> tuple[str, str] | None:
+        """The split and the metric of `checkpoint.best`: (`validation`, `accuracy`) of `accuracy`, (`validation/NAME`, `accuracy`) of `NAME/accuracy`."""
         best = self.checkpoint.best
-        return (*self.task.shown, *([best] if best is not None and best not in self.task.shown else []))
+        if best is None:
+            return None
+        name, _, metric = best.partition("/")
+        return (f"validation/{name}", metric) if f"validation/{name}" in self.dataset.splits else ("validation", best)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the metrics to print: those of the task, and that of `checkpoint.best`."""
+        best = [] if self.best is None else [self.best[1]]
+        return (*self.task.shown, *(name for name in best if name not in self.task.shown))
 
     def reading(self, source) -> dict[str, int]:
         """Return the arguments of `data.loader.read_ahead` for a source."""

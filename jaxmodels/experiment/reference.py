@@ -16,6 +16,7 @@ from typing import Any
 from jaxmodels import config as config_lib
 from jaxmodels import models, tasks
 from jaxmodels.data import registry
+from jaxmodels.data.evaluation_sets import EvaluationSets
 from jaxmodels.data.loader import Loading
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.changeable import rule_of
@@ -123,8 +124,10 @@ def groups() -> list[Group]:
     found += [Group("task", (), "The task: losses, metrics and predictions.", (_name_key("task.name", tasks.TASKS, "Name of the task"),))]
     found += _by_constructor("task", {name: tasks.find(name) for name in tasks.TASKS})
     source = _name_key("data.source", registry.SOURCES, "Name of the data source; some take an argument, `NAME:ARGUMENT`")
-    found += [Group("data", (), "The data: keys of all sources.", (source, *describe_keys("data.", Loading)))]
-    found += _by_constructor("data", {name: _source(name) for name in registry.SOURCES})
+    shared = (source, *describe_keys("data.", Loading), *describe_keys("data.", EvaluationSets))
+    found += [Group("data", (), "The data: keys of all sources.", shared)]
+    own = _by_constructor("data", {name: _source(name) for name in registry.SOURCES})
+    found += [dataclasses.replace(group, keys=tuple(key for key in group.keys if key not in shared)) for group in own]
     found += [Group("optimizer", (), _summary(optimizer.Optimizer), describe_keys("optimizer.", optimizer.Optimizer))]
     found += [Group(name, (), _summary(section), describe_keys(f"{name}.", section)) for name, section in PLAIN.items()]
     return _with_shared_meanings(found)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jaxmodels import config as config_lib
 from jaxmodels import models, tasks
 from jaxmodels.data import registry as data_lib
+from jaxmodels.data.evaluation_sets import EvaluationSets
 from jaxmodels.data.loader import Loading
 from jaxmodels.errors import ConfigError
 from jaxmodels.hardware import compiler_options
@@ -49,7 +50,7 @@ class Evaluation:
     """Evaluation during training.
 
     Attributes:
-      every: steps between evaluations on the validation split. None evaluates only at the end.
+      every: steps between evaluations on the validation split and the further `data.validation_sets`. None evaluates only at the end.
       patience: stop training after this many consecutive evaluations without an improvement of `checkpoint.best`. None never stops early.
     """
 
@@ -64,8 +65,8 @@ class Checkpointing:
     Attributes:
       every: steps between checkpoints.
       keep: number of latest checkpoints to keep, of those at multiples of `every` and the very latest.
-      best: name of a metric of the task on the validation split; the checkpoint with its best value is kept too, and is evaluated on the test
-        split at the end. None keeps only recent checkpoints.
+      best: name of a metric of the task on the validation split, such as `accuracy`, or on one of `data.validation_sets`, `NAME/accuracy`; the
+        checkpoint with its best value is kept too, and is evaluated on the test split at the end. None keeps only recent checkpoints.
       checksums: save a checksum of each array, and verify it when the array is restored. False saves that time, for very large states.
     """
 
@@ -277,7 +278,7 @@ def _resolve_task(section: dict) -> dict:
 
 
 def _resolve_data(section: dict) -> dict:
-    return data_lib.resolve_source(section, config_lib.fields(Loading))
+    return data_lib.resolve_sets(data_lib.resolve_source(section, config_lib.fields(Loading) | config_lib.fields(EvaluationSets)))
 
 
 def _check_values(c: dict) -> None:

@@ -35,7 +35,7 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
         the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder; or `hf:DIR_OR_ID`, that
         of a pretrained model. A tokenizer is returned as it is.
       texts: training texts; read only if the tokenizer is trained. `character`, which has no `unknown`, needs the texts of
-        all splits.
+        the main splits, too.
       data_dir: directory where relative paths are looked for, after the working directory.
 
     Raises:

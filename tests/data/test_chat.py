@@ -279,6 +279,19 @@ def test_templates_are_named_where_they_are_missing_or_wrong(model, tmp_path):
         dataset(model("{{ nobody }}{{ messages[0].content }}"), rows)
 
 
+def test_further_sets_and_other_data_have_the_template_of_the_run(model, tmp_path):
+    rows = [{"messages": TALK}, {"messages": SYSTEM}]
+    write(tmp_path, {"far.jsonl": json.dumps(rows[1]) + "\n", "own.jinja": CHATML})
+    keys = {"template": str(tmp_path / "own.jinja"), "packing": "none"}
+    training = dataset(model(None), rows, **keys)
+    far = dataset(model(None), rows, **keys, validation_sets={"far": str(tmp_path / "far.jsonl")}).splits["validation/far"]
+    np.testing.assert_array_equal(far.arrays["tokens"][0], training.splits["train"].arrays["tokens"][1])
+    (tmp_path / "own.jinja").unlink()
+    options = {"sequence_length": 128, "tokenizer": "hf:gone", "holdout": 0.0, **keys}
+    other = open_dataset(f"chat:{tmp_path}/far.jsonl", options, None, trained=training.info).splits["train"]
+    np.testing.assert_array_equal(other.arrays["tokens"], far.arrays["tokens"])
+
+
 def test_templates_run_in_a_sandbox_without_a_clock():
     for text in (
         "{{ messages.__class__ }}",

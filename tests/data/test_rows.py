@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from jaxmodels import api
-from jaxmodels.data import loader
+from jaxmodels.data import fitted, loader
 from jaxmodels.data.features.array import Array
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.rows import Holdout, open_on_read
@@ -21,7 +21,6 @@ from jaxmodels.data.skipping import BadExample, Forgiving
 from jaxmodels.data.source import Arrays, CachedSource, get_batch
 from jaxmodels.data.sources import tfds
 from jaxmodels.errors import ConfigError
-from jaxmodels.experiment import checks
 from jaxmodels.inference import evaluate
 from jaxmodels.models import create
 from jaxmodels.tasks.classify import Classify
@@ -470,11 +469,11 @@ def test_info_of_arrays():
 def test_a_split_with_fewer_tags_agrees_with_the_run():
     trained = open_dataset("arrays", {}, None, {"train": TAGS}).info
     fewer = open_dataset("arrays", {}, None, {"test": TAGS | {"tags": np.array([[0, 0, -1]])}}).info
-    assert fewer["tags"] == ["0"] and checks.agreed_info(fewer, trained) == trained
+    assert fewer["tags"] == ["0"] and fitted.agreed_info(fewer, trained) == trained
     with pytest.raises(ConfigError, match="num_tags: 1 when the run was trained, 2 now"):
-        checks.agreed_info(trained, fewer)
+        fitted.agreed_info(trained, fewer)
     with pytest.raises(ConfigError, match="labels"):
-        checks.agreed_info({"labels": ["b", "a"]}, {"labels": ["a", "b"]})
+        fitted.agreed_info({"labels": ["b", "a"]}, {"labels": ["a", "b"]})
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ class Feature(Keys):
     def restore(self, state: Any) -> None:
         """Set what `state` returned, in place of a call of `fit`."""
 
+    def restore_from(self, info: Mapping[str, Any]) -> bool:
+        """Set what `fit` derives from the `info` of the training data, where it is there; return whether it is. For data that is evaluated alone."""
+        return False
+
     def check_known(self, row: Row) -> None:
         """Raise Problem if a row has names that the training rows lack. Called after `fit`, before a tokenizer is trained."""
 
@@ -101,8 +105,14 @@ class Feature(Keys):
 
 
 class Names:
-    """Mixin of features whose values are names, which `fit` numbers from 0 in `_numbers`."""
+    """Mixin of features whose values are names, which `fit` numbers from 0 in `_numbers`.
 
+    Attributes:
+      listed: key of `Dataset.info` that lists the names.
+    """
+
+    listed: ClassVar[str] = "labels"
+    labels: tuple[str, ...] | None = None
     _numbers: dict[str, int]
 
     def state(self):
@@ -110,6 +120,12 @@ class Names:
 
     def restore(self, state):
         self._numbers = {name: i for i, name in enumerate(state)}
+
+    def restore_from(self, info):
+        if self.listed in info and self.labels is None:  # names that the config gives stay, and are compared with those of the run
+            self.restore(info[self.listed])
+            return True
+        return False
 
 
 def padded(values: np.ndarray, length: int) -> np.ndarray:

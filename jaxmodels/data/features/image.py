@@ -127,6 +127,7 @@ class Boxes(Names, Feature):
     """
 
     arrays: ClassVar = ("boxes", "box_labels")
+    listed: ClassVar = "box_labels"
     boxes_column: Column | None = None
     box_labels_column: Column | None = None
     max_boxes: int = 32

@@ -239,6 +239,7 @@ class Tags(Names, Tokenized):
     """
 
     arrays: ClassVar = ("tags",)
+    listed: ClassVar = "tags"
     words_column: Column | None = None
     tags_column: Column | None = None
     scheme: Literal["bio", "iob1", "bioes", "none"] = "bio"

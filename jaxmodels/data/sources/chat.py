@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import fitted
+from jaxmodels.data.evaluation_sets import EvaluationSets, key_of
 from jaxmodels.data.features.base import Problem, Row, padded
 from jaxmodels.data.files import find_files
 from jaxmodels.data.holdout import hold_out
@@ -36,7 +38,7 @@ _REFUSED = {  # keys of a row that change what is learned
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}  # of `conversations`
 
 
-@takes(Holdout)
+@takes(Holdout, EvaluationSets)
 def chat(
     path: str,
     data_dir: str | None,
@@ -80,9 +82,9 @@ def chat(
         raise ConfigError(f"config.data.sequence_length must be at least 1, got {sequence_length}.")
     options = Holdout.of(keys)
     files = {"train": find_files(path, data_dir)}
-    for split, paths in (("validation", validation), ("test", test)):
+    for split, paths in {"validation": validation, "test": test, **EvaluationSets.of(keys).named()}.items():
         if paths is not None:
-            files[split] = find_files(paths, data_dir, f"config.data.{split}")
+            files[split] = find_files(paths, data_dir, key_of(split))
     coder = _with_template(tokenizer, template, data_dir)
     parts = {split: [row for file in paths for row in _read(file)] for split, paths in files.items()}
     if "validation" not in parts and options.holdout:
@@ -113,7 +115,7 @@ def _with_template(spec: Any, template: str | None, data_dir: str | None) -> Pre
     coder = None if is_trained(spec) else make_tokenizer(spec, (), data_dir)
     if not isinstance(coder, PretrainedTokenizer):
         raise ConfigError(f"config.data.tokenizer={spec!r}: conversations need the tokenizer of a pretrained model, hf:DIR_OR_ID, which has a chat template.")
-    if template is None:
+    if template is None or fitted.is_given():  # the tokenizer of a run has its template
         return coder
     path = find_file(template, data_dir)
     try:

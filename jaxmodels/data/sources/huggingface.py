@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access
+from jaxmodels.data import access, fitted
+from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
 from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.files import find_folder, guess_splits, splits_by_name
 from jaxmodels.data.index import Opened, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
-from jaxmodels.data.keys import Keys, takes
+from jaxmodels.data.keys import takes
 from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized, fingerprint
 from jaxmodels.data.sources.rows import OPTIONAL, Indexing
@@ -80,7 +81,7 @@ def _indexed(rows: TableRows, paths: list[str]) -> IndexedTable:
 
 
 @dataclasses.dataclass(kw_only=True)
-class SplitNames(Keys):
+class SplitNames(EvaluationSets):
     """Keys of data sets whose splits have names.
 
     Attributes:
@@ -93,14 +94,16 @@ class SplitNames(Keys):
 
     def find(self, names: Sequence[str], where: str) -> dict[str, str]:
         """Return split -> its name; ConfigError if there is none for train, or a given name does not exist."""
-        given = {split: name for split, name in dataclasses.asdict(self).items() if name}
+        given = self.given()
         for split, name in given.items():
             if name not in names:
-                raise ConfigError(f"config.data.{split}: {where} has no split {name!r}.{config_lib.suggest(name, names)} It has {', '.join(names)}.")
-        found, rest = splits_by_name([name for name in names if name not in given.values()], where)
+                raise ConfigError(f"{key_of(split)}: {where} has no split {name!r}.{config_lib.suggest(name, names)} It has {', '.join(names)}.")
+        main = [name for split, name in given.items() if not is_named(split)]  # a further set may be a main one, too
+        found, rest = splits_by_name([name for name in names if name not in main], where)
         if "train" not in found | given:
             raise ConfigError(f"config.data.source: {where} has no split 'train', but {', '.join(names)}; name it with data.train=SPLIT.")
-        guess_splits({split: name for split, name in found.items() if split not in given}, rest, where)
+        left_out = [name for name in rest if name not in given.values()]
+        guess_splits({split: name for split, name in found.items() if split not in given}, left_out, where)
         return found | given
 
 
@@ -129,7 +132,7 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     columns = {key: column for feature in features for key, column in feature.columns().items()}
     rows = {split: _rows(datasets, part, columns, f"{folder} {split}") for split, part in parts.items()}
     for i, feature in enumerate(features):
-        if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
+        if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes and fitted.get("labels") is None:
             features[i] = dataclasses.replace(feature, labels=rows["train"].classes[feature.label_column])
     files = {split: list(dict.fromkeys(file["filename"] for file in part.cache_files)) for split, part in parts.items()}
     if Indexing.of(keys).applies(files, features):

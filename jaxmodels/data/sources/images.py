@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access
+from jaxmodels.data import access, fitted
 from jaxmodels.data.access import FileId
+from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.image import Image
 from jaxmodels.data.features.label import Label
@@ -21,7 +22,7 @@ from jaxmodels.data.guesses import guess
 from jaxmodels.data.holdout import Part, Whole
 from jaxmodels.data.index import Opened, Writer, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
-from jaxmodels.data.keys import Keys, takes
+from jaxmodels.data.keys import takes
 from jaxmodels.data.rows import Holdout
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.data.source import Dataset, Untokenized
@@ -116,7 +117,7 @@ def _open(folder: str, leave_out: Collection[str] = ()) -> Opened:
 
 
 @dataclasses.dataclass(kw_only=True)
-class SplitFolders(Keys):
+class SplitFolders(EvaluationSets):
     """Keys of folders of images.
 
     Attributes:
@@ -129,11 +130,11 @@ class SplitFolders(Keys):
 
     def find(self, folder: str) -> dict[str, tuple[str, list[str]]]:
         """Return split -> its folder, and the names in it that are no classes but other splits."""
-        given = {split: os.path.normpath(name) for split, name in dataclasses.asdict(self).items() if name}
+        given = {split: os.path.normpath(name) for split, name in self.given().items()}
         for split, name in given.items():
             if not os.path.isdir(os.path.join(folder, name)):
                 names = [name for name in os.listdir(folder) if not is_litter(name)]
-                raise ConfigError(f"config.data.{split}: {folder} has no folder {name!r}.{config_lib.suggest(name, names)}")
+                raise ConfigError(f"{key_of(split)}: {folder} has no folder {name!r}.{config_lib.suggest(name, names)}")
         if "train" not in given:
             given = self._by_name(folder, given) | given
         return {split: (os.path.normpath(os.path.join(folder, name)), list({*given.values()} - {name}) if name == "." else []) for split, name in given.items()}
@@ -141,8 +142,10 @@ class SplitFolders(Keys):
     @staticmethod
     def _by_name(folder: str, given: Mapping[str, str]) -> dict[str, str]:
         """Return the folders of splits by their names; the folder itself trains if there is none."""
-        names = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in given.values()]
+        main = [name for split, name in given.items() if not is_named(split)]  # a further set may be a main one, too
+        names = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in main]
         found, rest = splits_by_name(names, folder)
+        rest = [name for name in rest if name not in given.values()]
         if not found:
             return {"train": "."}
         if len(found) + len(given) == 1 and rest:
@@ -180,17 +183,19 @@ def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenize
     image, options = Image.of(keys | {"image_column": "image"}), Holdout.of(keys)
     folder = find_folder(path, data_dir)
     rows = {split: ClassFolders(_open(*place), place[0]) for split, place in SplitFolders.of(keys).find(folder).items()}
-    classes = {split: part.classes for split, part in rows.items()}
-    for split, names in classes.items():
-        odd = sorted(set(names) ^ set(classes["train"]))
-        if odd:
-            has, lacks = (split, "train") if odd[0] in names else ("train", split)
-            raise ConfigError(f"config.data.source: {folder}: the class {odd[0]!r} is in {has}, but not in {lacks}.")
-        _check_suspects(rows[split], options)
-    for split in rows.keys() - {"train"}:
-        if count := _copies(rows["train"], rows[split]):
-            guess(f"{count:,} of {len(rows[split]):,} images of {split} are copies of images of train")
-    return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes["train"]))], options, data_dir)
+    known = fitted.get("labels")
+    classes = rows["train"].classes if known is None else known
+    for split, part in rows.items():
+        lacking = [] if known is not None or is_named(split) else sorted(set(classes) - set(part.classes))  # other data may lack some classes
+        odd = min([*lacking, *(set(part.classes) - set(classes))], default=None)
+        if odd is not None:
+            trained = "train" if known is None else "the training data"
+            has, lacks = (split, trained) if odd in part.classes else (trained, split)
+            raise ConfigError(f"config.data.source: {folder}: the class {odd!r} is in {has}, but not in {lacks}.")
+        _check_suspects(part, options)
+        if split != "train" and known is None and (count := _copies(rows["train"], part)):
+            guess(f"{count:,} of {len(part):,} images of {split} are copies of images of train")
+    return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes))], options, data_dir)
 
 
 def _check_suspects(rows: ClassFolders, options: Holdout) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxmodels import config as config_lib
 from jaxmodels.data import guesses
 from jaxmodels.data import registry as data_lib
+from jaxmodels.data.evaluation_sets import KEYS
 from jaxmodels.data.source import Dataset, DataSource, Untokenized, fingerprint, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
@@ -92,7 +93,7 @@ def resolve_parts(sources: Mapping[str, Any], where: str) -> dict[str, dict]:
         if "tokenizer" in part:
             above = where.removesuffix("sources")
             raise ConfigError(f"config.{where}.{name}.tokenizer: the parts of a mixture share one; set config.{above}tokenizer.")
-        parts[name] = data_lib.resolve_source(part, {"weight": (float, 1.0)}, f"{where}.{name}", without=("tokenizer",))
+        parts[name] = data_lib.resolve_source(part, {"weight": (float, 1.0)}, f"{where}.{name}", without=("tokenizer", *KEYS.values()))
         if not 0 < parts[name]["weight"] < float("inf"):
             raise ConfigError(f"config.{where}.{name}.weight must be above 0, got {parts[name]['weight']}.")
     least = min(parts, key=lambda name: parts[name]["weight"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access
+from jaxmodels.data import access, fitted
 from jaxmodels.data.access import FileId, Files
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
@@ -51,7 +51,7 @@ def parquet(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokeniz
     files = SplitFiles.of(keys).find(path, data_dir, (".parquet",), any_name=True)
     rows = {split: RowGroups(_open(arrow, paths, f"{path} ({split})"), f"{path} ({split})", columns, cache) for split, paths in files.items()}
     for i, feature in enumerate(features):
-        if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes:
+        if isinstance(feature, Label) and feature.labels is None and feature.label_column in rows["train"].classes and fitted.get("labels") is None:
             features[i] = dataclasses.replace(feature, labels=rows["train"].classes[feature.label_column])
     return open_indexed(rows, features, Holdout.of(keys), data_dir)
 

@@ -6,6 +6,7 @@ import io
 import numpy as np
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import fitted
 from jaxmodels.data.guesses import guess
 from jaxmodels.data.source import Dataset, find_file, fingerprint
 from jaxmodels.data.text_lines import check_kind, csv_records, is_number, is_utf8, not_utf8
@@ -49,8 +50,8 @@ def csv_table(
 ) -> Dataset:
     """Read a CSV file with a header and one row for each time step, in order.
 
-    Every column is standardised by the mean and deviation of its training rows, which are `mean` and `deviation` of the run's `info`. The windows of
-    validation and test forecast rows of those splits only; their past may reach into the split before.
+    Every column is standardised by the mean and deviation of its training rows, which are `mean` and `deviation` of the run's `info`; also in other data
+    that the run is evaluated on. The windows of validation and test forecast rows of those splits only; their past may reach into the split before.
 
     Args:
       path: absolute, or relative to the working directory or else to the data directory.
@@ -133,11 +134,16 @@ def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> tupl
     """Return float32 values, standardised by the mean and deviation of the training rows, and these two, float64 [columns].
 
     Raises:
-      ConfigError: a column is constant in these rows but for rounding, or a value is too large for float32 afterwards.
+      ConfigError: a column is constant in these rows but for rounding, or a value is too large for float32 afterwards; the columns of other data are not
+        those of training.
     """
     mean, deviation = values[:train].mean(0), values[:train].std(0)
+    if fitted.get("deviation") is not None:
+        if names != list(fitted.get("columns")):
+            raise ConfigError(f"config.data.columns: {path} has {', '.join(names)}; the run was trained on {', '.join(fitted.get('columns'))}, in this order.")
+        mean, deviation = np.array(fitted.get("mean")), np.array(fitted.get("deviation"))
     constant = [name for name, d, most in zip(names, deviation, np.abs(values[:train]).max(0), strict=True) if d <= _ROUNDING * most]
-    if constant:
+    if constant and fitted.get("deviation") is None:
         raise ConfigError(f"{path}: {', '.join(constant)} never changes in the training rows; leave it out with data.columns.")
     with np.errstate(over="ignore"):
         scaled = ((values - mean) / deviation).astype(np.float32)

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels.data import cache
+from jaxmodels.data import cache, fitted
 from jaxmodels.data import tokens as tokens_lib
+from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.files import find_files
 from jaxmodels.data.keys import Keys, takes
 from jaxmodels.data.packing import Packed, Windows
@@ -37,7 +38,7 @@ class TextKeys(Keys):
     Attributes:
       sequence_length: tokens that a model reads in one example; `tokens` have one more.
       tokenizer: specification of a tokenizer (see `tokenizers.factory.make_tokenizer`), trained on the training text where it is trained;
-        the alphabet of `character` comes from all splits.
+        the alphabet of `character` comes from the main splits.
       packing: `contiguous`, windows of the whole text, or `examples`, rows of whole documents with `segments`. If the tokenizer
         has an `end`, each document is followed by it.
       stride: tokens between the starts of two training windows; `sequence_length` by default. With 1, a window starts at every token.
@@ -107,6 +108,7 @@ class Corpus:
         key = self._key(tokenizer)
         notes, fallbacks, done = [], [], None
         if key is not None:
+            key = self._key_of_training(tokenizer) or key
             done, problem = tokens_lib.read_cache(key)
             notes += [f"warning: {problem}; it is written again"] if problem else []
             notes += [f"{done.size:,} tokens read from {tokens_lib.entry(key)}"] if done else []
@@ -130,6 +132,13 @@ class Corpus:
         info = {"vocab_size": done.tokenizer.vocab_size, "tokenizer": done.tokenizer}
         return Dataset(splits, info, notes=(*done.header["notes"], *notes), fallbacks=tuple(fallbacks), skipped=dict(done.header["skipped"]))
 
+    def _key_of_training(self, tokenizer: str | Tokenizer) -> str | None:
+        """Return the key by which the training of a run has cached these tokens, that of its tokenizer's specification; None if there are none."""
+        spec = fitted.get("specification")
+        key = self._key(spec) if spec is not None and is_trained(spec) else None
+        done = None if key is None else tokens_lib.read_cache(key)[0]
+        return key if done is not None and done.tokenizer.to_json() == tokenizer.to_json() else None
+
     def _key(self, tokenizer: str | Tokenizer) -> str | None:
         """Return the key of the tokens in the cache, or None if they are not cached."""
         quick = isinstance(tokenizer, (CharacterTokenizer, ByteTokenizer)) or tokenizer in QUICK
@@ -141,19 +150,20 @@ class Corpus:
     def _examples(self, split: str, tokens: tokens_lib.Tokens, ends: np.ndarray) -> Windows | Packed:
         """Return the examples of a split; ConfigError if there are none."""
         length, packed = self.text.sequence_length, self.text.packing == "examples"
-        examples = Packed(tokens, ends, length) if packed else Windows(tokens, length, self.text.stride or length, cover=split != "train")
+        trains = split == "train" and not fitted.is_given()
+        examples = Packed(tokens, ends, length) if packed else Windows(tokens, length, self.text.stride or length, cover=not trains)
         if not len(examples):
-            least = "one window" if split == "train" and not packed else "one target"
+            least = "one window" if trains and not packed else "one target"
             raise ConfigError(f"config.data: {self.where} has {len(tokens)} tokens in {split}: less than {least} of sequence_length={length}.")
         return examples
 
 
 def _texts(corpora: Mapping[str, Iterable[str]], spec: str | Tokenizer) -> Iterator[str]:
-    """Yield what a tokenizer is trained on: `character`, which has no token for unknown characters, needs the texts of all splits."""
-    return itertools.chain.from_iterable(corpora.values() if spec == "character" else [corpora["train"]])
+    """Yield what a tokenizer is trained on: `character`, which has no token for unknown characters, needs the texts of the main splits."""
+    return itertools.chain.from_iterable(corpora.values() if spec == "character" else [corpora[split] for split in corpora if split == "train"])
 
 
-@takes(TextKeys, DocumentKeys)
+@takes(TextKeys, DocumentKeys, EvaluationSets)
 def text(path: str, data_dir: str | None, *, validation: str | None = None, test: str | None = None, text_column: str = "text", **keys: Any) -> Untokenized:
     """Read UTF-8 text files, each of which is a document; in JSON lines (`.jsonl`, `.ndjson`), each line is one.
 
@@ -168,16 +178,30 @@ def text(path: str, data_dir: str | None, *, validation: str | None = None, test
       ConfigError: a file is missing; a document is bad, by file and line; a split is shorter than one example.
     """
     files = {"train": find_files(path, data_dir)}
-    for split, paths in (("validation", validation), ("test", test)):
+    for split, paths in {"validation": validation, "test": test, **EvaluationSets.of(keys).named()}.items():
         if paths is not None:
-            files[split] = find_files(paths, data_dir, f"config.data.{split}")
+            files[split] = find_files(paths, data_dir, key_of(split))
 
-    def digests():
-        return [{split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in paths] for split, paths in files.items()}, text_column]
+    def corpus(*splits: str) -> Corpus:
+        documents = {split: functools.partial(read_documents, files[split], text_column) for split in splits}
+        size = sum(os.path.getsize(path) for split in splits for path in files[split])
+        return Corpus(documents, path, TextKeys.of(keys), DocumentKeys.of(keys), data_dir, size, functools.partial(digests, splits))
 
-    documents = {split: functools.partial(read_documents, paths, text_column) for split, paths in files.items()}
-    size = sum(os.path.getsize(path) for paths in files.values() for path in paths)
-    return Corpus(documents, path, TextKeys.of(keys), DocumentKeys.of(keys), data_dir, size, digests).open()
+    def digests(splits):
+        return [{split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in files[split]] for split in splits}, text_column]
+
+    main, further = corpus(*(split for split in files if not is_named(split))), [corpus(split) for split in files if is_named(split)]
+    return dataclasses.replace(main.open(), tokenize=functools.partial(_tokenize, main, further))
+
+
+def _tokenize(main: Corpus, further: Sequence[Corpus], tokenizer: str | Tokenizer) -> Dataset:
+    """Tokenize the main splits, and each further set with their tokenizer. A set has tokens of its own in the cache, so adding one costs its own only."""
+    dataset = main.tokenize(tokenizer)
+    sets = [corpus.tokenize(dataset.info["tokenizer"]) for corpus in further]
+    splits = dict(item for part in (dataset, *sets) for item in part.splits.items())
+    skipped = dict(item for part in (dataset, *sets) for item in part.skipped.items())
+    notes, fallbacks = ([text for part in (dataset, *sets) for text in texts(part)] for texts in (lambda part: part.notes, lambda part: part.fallbacks))
+    return dataclasses.replace(dataset, splits=splits, skipped=skipped, notes=tuple(notes), fallbacks=tuple(fallbacks))
 
 
 @takes(TextKeys, DocumentKeys, without=("on_bad_example",))

@@ -3,11 +3,14 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from jaxmodels.data.evaluation_sets import EvaluationSets
 from jaxmodels.data.features.array import Array
 from jaxmodels.data.features.base import Row
+from jaxmodels.data.keys import takes
 from jaxmodels.data.reading import is_unavailable
 from jaxmodels.data.rows import Holdout, open_on_read
 from jaxmodels.data.skipping import Policy
@@ -41,6 +44,7 @@ class SplitRows:
             return Row(where, problem=f"cannot be decoded: {error}.")
 
 
+@takes(EvaluationSets)
 def tfds(
     name: str,
     data_dir: str | None,
@@ -48,6 +52,7 @@ def tfds(
     splits: Mapping[str, str] | None = None,
     holdout: int = 10,
     on_bad_example: Policy = "error",
+    **keys: Any,
 ) -> Dataset:
     """Read a prepared TFDS data set: `tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION`. Examples are its numeric features by name.
 
@@ -57,7 +62,7 @@ def tfds(
         `~/tensorflow_datasets` if None.
       splits: split -> TFDS split, with slices: `{"train": "train[:90%]", "validation": "train[90%:]"}`. By default
         those that the data set has, and without a validation split, the end of train.
-      holdout: percent of train that validates in that case.
+      holdout: percent of train that validates in that case; 0 for none.
       on_bad_example: for an example that cannot be decoded: `error` ends the run when it is read; `skip` gives its row
         weight 0 and counts it in the metric `skipped_examples`.
 
@@ -66,14 +71,15 @@ def tfds(
     """
     import tensorflow_datasets
 
-    if not 0 < holdout < 100:
-        raise ConfigError(f"config.data.holdout is a percentage between 0 and 100, got {holdout}.")
+    if not 0 <= holdout < 100:
+        raise ConfigError(f"config.data.holdout is a percentage of at least 0 and below 100, got {holdout}.")
     folder = _find_folder(name, data_dir)
     builder = tensorflow_datasets.builder_from_directory(folder)
     if splits is None:
         splits = {s: s for s in ("train", "validation", "test") if s in builder.info.splits}
-        if "train" in splits and "validation" not in splits:
+        if "train" in splits and "validation" not in splits and holdout:
             splits |= {"train": f"train[:{100 - holdout}%]", "validation": f"train[{100 - holdout}%:]"}
+    splits = dict(splits) | EvaluationSets.of(keys).named()
     if not splits or not all(isinstance(value, str) for value in splits.values()):
         raise ConfigError(f"config.data.splits: give each split as TFDS writes it, {{'train': 'train[:90%]'}}; got {dict(splits)}.")
     features = builder.info.features
