@@ -1,7 +1,6 @@
 """Open a run or pretrained weights, and load the model."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +20,6 @@ from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.checkpoint import parse_run
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step import state
-from jaxmodels.storage import paths as storage
 from jaxmodels.tokenizers import factory as tokenizers
 
 
@@ -104,16 +102,6 @@ def portable_config(config: dict) -> dict:
     if model.get("kernel") == "cudnn":
         model["kernel"] = "xla"
     return config | {"model": model}
-
-
-def with_own_tokenizer(config: dict, folder: RunFolder, data_dir: str | None) -> dict:
-    """Return the config with the run's own copy of its tokenizer if `data.tokenizer` names a file that is gone: the run may have been moved."""
-    spec = config["data"].get("tokenizer")
-    if not isinstance(spec, str) or not tokenizers.is_path(spec) or not folder.tokenizer_file.is_file():
-        return config
-    if any(storage.parse(storage.join(place, spec)).exists() for place in ("", data_dir or os.environ.get("JAXMODELS_DATA_DIR", ""))):
-        return config
-    return config | {"data": dict(config["data"]) | {"tokenizer": str(folder.path)}}
 
 
 def trained_info_of(folder: RunFolder) -> dict[str, Any]:
