@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jaxmodels.data import evaluation_sets
+
 ROOT = Path(__file__).parent.parent
 # The reported metric is the first of these that a run has, unless OWN names another.
 METRICS = ("f1", "accuracy", "exact_match", "label_error_rate", "mse", "loss")
@@ -44,7 +46,8 @@ def train(name: str, seed: int, folder: Path, also: list[str]) -> Path:
 def read(workdir: Path, name: str) -> tuple[str, float, float]:
     """Return the name of the reported split and metric, its value, and the seconds of training."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    split = "test" if any(line["split"] == "test" for line in lines) else "validation"
+    splits = dict.fromkeys(line["split"] for line in lines)
+    split = [*evaluation_sets.of(splits, "test"), *evaluation_sets.of(splits, "validation")][0]
     last = [line for line in lines if line["split"] == split][-1]
     metric = OWN.get(name.partition(":")[0]) or next(metric for metric in METRICS if metric in last)
     return f"{split} {metric}", last[metric], [line for line in lines if line["split"] == "train"][-1]["seconds"]

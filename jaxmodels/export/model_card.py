@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import evaluation_sets
 from jaxmodels.pretrained.architecture import Architecture
 from jaxmodels.pretrained.folder import split_accepted
 from jaxmodels.runs import lineage
@@ -71,7 +72,8 @@ def _use(name: str, task: str) -> str:
 
 def _results(folder: RunFolder, step: int) -> str:
     rows = []
-    for split in ("test", "validation", "train"):
+    there = dict.fromkeys(line["split"] for line in folder.metrics())
+    for split in (split for main in ("test", "validation", "train") for split in evaluation_sets.of(there, main)):
         lines = [line for line in folder.metrics(split) if line["step"] <= step]
         if lines:
             rows += [f"| {split} | {key} | {value:.6g} |" for key, value in lines[-1].items() if isinstance(value, float) and not key.startswith("_")]

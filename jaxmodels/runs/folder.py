@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.data.evaluation_sets import main_of
 from jaxmodels.errors import ConfigError
 from jaxmodels.runs.json_files import append_line, append_text, read_json, read_lines, replace, write_json
 from jaxmodels.storage import paths
@@ -201,7 +202,7 @@ class RunFolder:
     # Metrics
 
     def metrics(self, split: str | None = None) -> list[dict]:
-        """Return the lines of `metrics.jsonl`, of one split if given, without damaged ones."""
+        """Return the lines of `metrics.jsonl`, of one split if given, without damaged ones. Those of further sets have the splits `validation/NAME` and `test/NAME`."""
         return [
             {key: float(value) if value in _NOT_FINITE else value for key, value in line.items()}
             for line in read_lines(self.metrics_file, _is_metrics)[0]
@@ -229,7 +230,7 @@ class RunFolder:
           finished: whether training ended there; the test, whose line may carry an earlier step, comes after.
         """
         until = {"validation": evaluated_at, "test": step if finished else -1}
-        remaining = [line for line in self.metrics() if line["step"] <= until.get(line["split"], step)]
+        remaining = [line for line in self.metrics() if line["step"] <= until.get(main_of(line["split"]), step)]
         if self.metrics_file.is_file():
             replace(self.metrics_file, "".join(map(self.metrics_line, remaining)))
         if self.samples_file.is_file():

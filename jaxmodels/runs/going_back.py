@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.data.evaluation_sets import main_of
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError
 from jaxmodels.runs import bucket_store, disk
@@ -94,7 +95,7 @@ def later_media(folder: RunFolder, step: int) -> list[Path | BucketPath]:
 
 def set_tests_aside(folder: RunFolder) -> str | None:
     """Keep the lines of the test in `set_aside/tests.jsonl`, before a finished run goes on and is tested again; return that file if there are any."""
-    lines = folder.metrics("test")
+    lines = [line for line in folder.metrics() if main_of(line["split"]) == "test"]
     if not lines:
         return None
     file = folder.path / "set_aside" / "tests.jsonl"

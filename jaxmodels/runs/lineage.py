@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.tree import Tree
 
+from jaxmodels.data.evaluation_sets import of
 from jaxmodels.pretrained.folder import is_pretrained
 from jaxmodels.runs.folder import RunFolder
 
@@ -107,8 +108,9 @@ def _label(node: Mapping, asked: str) -> str:
     if node.get("parameters"):
         share = "" if node["trained_parameters"] in (None, node["parameters"]) else f", {node['trained_parameters']:,} trained"
         parts.append(f"{node['parameters']:,} parameters{share}")
-    last = node["metrics"].get("test") or node["metrics"].get("validation") or {}
+    splits = of(node["metrics"], "test") or of(node["metrics"], "validation")
+    last = node["metrics"][splits[0]] if splits else {}
     shown = [f"{key} {value:.4g}" for key, value in last.items() if key not in ("step", "seconds") and isinstance(value, float)][:3]
     if shown:
-        parts.append(("test " if "test" in node["metrics"] else "validation ") + ", ".join(shown))
+        parts.append(f"{splits[0]} {', '.join(shown)}")
     return f"{name}: " + "; ".join(parts)

@@ -36,7 +36,8 @@ class Callback:
     def on_evaluate(self, run: "RunContext", step: int, split: str, values: dict[str, float]) -> None:
         """Called before the metrics of a split are written. Entries that are added to `values` are written too.
 
-        At each evaluation it is called for `validation`, with empty values where the data has no such split; at the end for `test`.
+        At each evaluation it is called for `validation`, with empty values where the data has no such split, and then for each further set,
+        `validation/NAME`; at the end for `test` and each `test/NAME`.
         """
 
     def on_media(self, run: "RunContext", step: int, name: str, media: Any, kind: str, **options: Any) -> None:

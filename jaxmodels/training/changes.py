@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels import config as config_lib
+from jaxmodels.data.evaluation_sets import KEYS, is_named
 from jaxmodels.distributed import session
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import count_steps, with_steps
@@ -35,6 +36,7 @@ ABSENT = "(absent)"  # in `config_lib.differences`
 _LENGTH = ("training.steps", "training.epochs", "data.batch_size")
 _RATE = (*_LENGTH, "optimizer.learning_rate", "optimizer.schedule")
 _ORDER = ("data.sources", "data.shuffle", "data.shuffle_window", "data.balance")
+_SETS = tuple(f"data.{key}" for key in KEYS.values())
 _ENDS = (*_LENGTH, "evaluation.patience", "checkpoint.best", "callbacks")  # with another value, a finished run may go on
 
 
@@ -187,7 +189,7 @@ def take_up(experiment: Experiment, folder: RunFolder, step: int, progress: Prog
         progress = dataclasses.replace(progress, finished=at_end or (was_finished and exhausted))
         if was_finished and exhausted and step < experiment.steps:
             more += [f"the run stays finished: {experiment.checkpoint.best} has not improved in {patience} evaluations. Raise evaluation.patience to go on."]
-    elif was_finished and touched("optimizer", "data", "training", "model"):
+    elif was_finished and any(covers(("optimizer", "data", "training", "model"), key) and not covers(_SETS, key) for key in changed):
         more += [f"the run has finished at step {step}: the change has no effect before training.steps is raised"]
     reopened = was_finished and (not progress.finished or touched("checkpoint.best"))
     if reopened and session.is_first():
@@ -199,7 +201,8 @@ def take_up(experiment: Experiment, folder: RunFolder, step: int, progress: Prog
     entries = [entry | ({"note": notes[entry["key"]]} if entry["key"] in notes else {}) for entry in entries]
     known = {_identity(entry): entry for entry in there["changes"]}  # also by a start that died before its first checkpoint
     entries = [*_entries_until(there["changes"], step, before), *(known.get(_identity(entry), entry) for entry in entries)]
-    lines = [f"from step {step} on, config.{key} is {new!r}; it was {old!r}" for key, (old, new) in changed.items()]
+    shown = {key: pair for key, pair in changed.items() if set(map(str, pair)) != {"None", ABSENT}}  # no sets at all, and then the first one
+    lines = [f"from step {step} on, config.{key} is {new!r}; it was {old!r}" for key, (old, new) in shown.items()]
     return TakenUp(
         experiment=experiment,
         progress=progress,
@@ -228,7 +231,8 @@ def _read(experiment: Experiment, folder: RunFolder, step: int, progress: Progre
     config = _config_of(folder, step, progress)
     lines = folder.metrics()
     rates = [[line["step"], line["learning_rate"]] for line in lines if line["split"] == "train" and line["step"] <= step and "learning_rate" in line]
-    evaluations = [line for line in lines if line["split"] == "validation" and line["step"] <= progress.evaluated_at]
+    split = experiment.best[0] if experiment.best is not None else None
+    evaluations = [line for line in lines if line["split"] == split and line["step"] <= progress.evaluated_at]
     saved = saved_steps(folder)
     found = {"config": config, "rate": rates[-1] if rates else None, "best": _best(experiment, evaluations, saved), "saved": saved}
     manifest = folder.manifest()
@@ -243,8 +247,8 @@ def _entries_until(entries: Sequence[Mapping], step: int, config: Flat) -> list[
 
 def _best(experiment: Experiment, evaluations: Sequence[Mapping], saved: Sequence[int]) -> tuple[float | None, int | None, int]:
     """Return the best value of `checkpoint.best`, its step, and the number of evaluations after it; only steps that have a checkpoint count."""
-    metric, best, best_step, after = experiment.checkpoint.best, None, None, 0
-    for line in evaluations if metric is not None else ():
+    metric, best, best_step, after = experiment.best[1] if experiment.best is not None else "", None, None, 0
+    for line in evaluations:
         if line["step"] in saved and metric in line and experiment.task.is_better(metric, line[metric], best):
             best, best_step, after = line[metric], line["step"], 0
         elif best is not None:
@@ -284,7 +288,8 @@ class Record(Callback):
         before, entries = manifest.get("changes", []), list(up.changes)
         values = {"steps": up.experiment.steps} | ({"changes": entries} if entries or before else {})
         if entries != before:  # else the data is the same, and need not be read for its checksum
-            values["data"] = describe_data(up.experiment)
+            known = {split: entry for split, entry in manifest.get("data", {}).items() if is_named(split)}  # also of sets that are gone
+            values["data"] = known | describe_data(up.experiment)
         if all(manifest.get(key) == value for key, value in values.items()) and self._folder.config() == up.config:
             return
 

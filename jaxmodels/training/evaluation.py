@@ -27,7 +27,7 @@ class Evaluator:
         self._key = experiment.evaluation_key
 
     def run(self, params, stats, source: DataSource) -> dict[str, float]:
-        """Return the metrics of a split, and the `seconds` it took.
+        """Return the metrics of a split, and the `seconds` it took. All splits have one compiled step.
 
         Metrics do not depend on batch size, devices or processes beyond rounding, unless the task's own do (see `Task.evaluate`).
 

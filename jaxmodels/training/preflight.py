@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxmodels import config as config_lib
+from jaxmodels.data.evaluation_sets import is_named
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.changeable import ON_REQUEST, check_allowed, check_changes, covers, new_run, rule_of
 from jaxmodels.experiment.experiment import Experiment
@@ -101,6 +102,9 @@ def _check_same_state(experiment: Experiment, there: changes.Flat, changed: Coll
 def _check_same_data(experiment: Experiment, folder: RunFolder, changed: Collection[str]) -> None:
     """Raise ConfigError if a run would resume with other data than it started with. Other weights of a mixture change the length of an epoch."""
     before, here = folder.manifest().get("data"), describe_data(experiment)
+    if before is not None:  # further sets come and go, but a name stands for the same examples
+        gone = {split for split in before.keys() ^ here.keys() if is_named(split)}
+        before, here = ({split: values for split, values in data.items() if split not in gone} for data in (before, here))
     if before is not None and any(covers(["data.sources"], key) for key in changed):
         before, here = ({split: values for split, values in data.items() if split != "train"} for data in (before, here))
     if before is not None and before != here:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from jaxmodels.data import evaluation_sets
 from jaxmodels.data.reading import ReadError
 from jaxmodels.data.skipping import BadExample
 from jaxmodels.distributed import session
@@ -261,20 +262,22 @@ class Trainer:
         return step > 0 and (step == self.experiment.steps or (every is not None and step % every == 0))
 
     def _evaluate(self, step: int) -> None:
-        """Evaluate the validation split, if there is one, and update the progress."""
+        """Evaluate the validation split, if there is one, and the further validation sets; update the progress."""
         progress = dataclasses.replace(self.progress, evaluated_at=step, finished=step == self.experiment.steps)
-        source = self.experiment.dataset.splits.get("validation")
-        values = {}
-        if source is not None:
-            values = self._write(step, "validation", self.evaluator.run(self.state.weights, self.state.stats, source))
-        else:
-            self.hooks.metrics("on_evaluate", step, "validation", values=values)
-        best, patience = self.experiment.checkpoint.best, self.experiment.evaluation.patience
-        if best is not None and values:
-            progress = progress.after(step, values[best], self.experiment.task.is_better(best, values[best], progress.best), patience)
+        splits = evaluation_sets.of(self.experiment.dataset.splits, "validation")
+        if "validation" not in splits:
+            self.hooks.metrics("on_evaluate", step, "validation", values={})
+        found = {}
+        for split in splits:
+            found[split] = self._write(step, split, self.evaluator.run(self.state.weights, self.state.stats, self.experiment.dataset.splits[split]))
+        patience = self.experiment.evaluation.patience
+        if self.experiment.best is not None:
+            split, metric = self.experiment.best
+            value = found[split][metric]
+            progress = progress.after(step, value, self.experiment.task.is_better(metric, value, progress.best), patience)
             if progress.finished and step != self.experiment.steps:
                 shown = f"best {progress.best:.4f} at step {progress.best_step}"
-                self.terminal.say(f"stopping early: {best} has not improved in {patience} evaluations; {shown}")
+                self.terminal.say(f"stopping early: {self.experiment.checkpoint.best} has not improved in {patience} evaluations; {shown}")
         self.progress = progress
 
     def _save(self, step: int) -> None:
@@ -326,20 +329,22 @@ class Trainer:
         return f"saved {self.checkpoints.folder / str(step)}. The same command resumes the run."
 
     def _finish(self) -> Result:
-        """Test the best weights, or the last, once. Return the result."""
+        """Test the best weights, or the last, once on each test set. Return the result."""
         step = int(self.state.step)
         self.saver.finish(step, lambda: self._save(step), attempts=5)
-        source = self.experiment.dataset.splits.get("test")
-        tested = next((at for at, split, _ in self.lines if split == "test"), None)
-        if tested is None:
+        done = {split: at for at, split, _ in self.lines if evaluation_sets.main_of(split) == "test"}
+        waiting = [split for split in evaluation_sets.of(self.experiment.dataset.splits, "test") if split not in done]
+        tested = next(iter(done.values()), None)
+        if waiting or tested is None:
             tested = saving.step_to_test(self.progress, self.checkpoints, step, self.manifest.warn)
-            if source is not None:
-                params, stats = self.state.weights, self.state.stats
-                if tested != step:
-                    located = weights_lib.locate(f"{self.folder.path}@{tested}")
-                    params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats)
-                self._write(tested, "test", self.evaluator.run(params, stats, source))
-        final = {split: values for at, split, values in self.lines if split != "validation" or at == tested}
+        if waiting:
+            params, stats = self.state.weights, self.state.stats
+            if tested != step:
+                located = weights_lib.locate(f"{self.folder.path}@{tested}")
+                params, stats = self.stop.run(weights_lib.read_model, located, self.shapes.weights, self.shapes.stats)
+            for split in waiting:
+                self._write(tested, split, self.evaluator.run(params, stats, self.experiment.dataset.splits[split]))
+        final = {split: values for at, split, values in self.lines if evaluation_sets.main_of(split) != "validation" or at == tested}
         return Result(str(self.folder.path), step, tested, final, self.progress.seconds)
 
     def close(self) -> None:

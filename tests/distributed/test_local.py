@@ -126,12 +126,14 @@ def compare(one, other, *, rtol, atol):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """The batches, losses and parameters are the same; only the first process writes files and prints."""
-    one, two = Run(tmp_path, CONFIG, "one"), Run(tmp_path, CONFIG, "two")
+    """The batches, losses and parameters are the same, and the metrics of each set; only the first process writes files and prints."""
+    config = small_configs.config(CONFIG, data__validation_sets={"more": {"size": 90}}, checkpoint__best="more/loss")
+    one, two = Run(tmp_path, config, "one"), Run(tmp_path, config, "two")
     one.start(0, 2).end()
     output = two.start(2, 1).end()
     assert two.global_batches(12)[:40] == one.global_batches(24)[:40]
     compare(one, two, rtol=1e-4, atol=1e-5)
+    assert [line["step"] for line in RunFolder(two.workdir).metrics("validation/more")] == [20, 40]
     manifest = RunFolder(two.workdir).manifest()
     assert manifest["starts"][0]["processes"] == 2 and len(manifest["starts"]) == 1
     log = two.outputs()

@@ -299,12 +299,14 @@ def test_tensorboard_events(tmp_path):
     each(started, "on_end", run, object())
     run, started = start(tmp_path, ["jsonl", "tensorboard"], step=5)
     each(started, "on_evaluate", run, 7, "validation", {"loss": 0.25})
+    each(started, "on_evaluate", run, 7, "validation/far", {"loss": 0.75})
     each(started, "on_end", run, object())
     found = events(tmp_path / "tensorboard")
     assert not run.warnings and [event.file_version for event in found if event.file_version] == ["brain.Event:2"]
     assert [event.step for event in found if event.HasField("session_log")] == [1, 6]  # from this step on TensorBoard hides older events
     values = {(value.tag, event.step): value for event in found for value in event.summary.value}
     assert values["train/loss", 5].simple_value == 0.5 and values["validation/loss", 7].simple_value == 0.25
+    assert values["validation/far/loss", 7].simple_value == 0.75
     shown = values["image", 5].image
     np.testing.assert_array_equal(png(io.BytesIO(shown.encoded_image_string)), image)
     assert (shown.height, shown.width, shown.colorspace) == (2, 2, 3)
