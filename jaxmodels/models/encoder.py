@@ -93,6 +93,7 @@ class Encoder(nnx.Module):
         activation: Activation = "gelu_exact",
         bias: bool = True,
         pool: Literal["first", "mean"] = "first",
+        vocab_multiple: int = 1,
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
@@ -117,15 +118,16 @@ class Encoder(nnx.Module):
           activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
           bias: whether matrices and layer normalizations have a bias.
           pool: a sequence is represented by its `first` token (BERT), or by the `mean` of its tokens.
+          vocab_multiple: round the rows of the embedding up to a multiple of this, with zeros that take no part in losses, so that they divide over devices.
           dropout: rate on the embedding, on the residuals of each block, and in the head.
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
-        check_sizes(context=context, layers=layers, heads=heads, width=width)
+        check_sizes(context=context, layers=layers, heads=heads, width=width, vocab_multiple=vocab_multiple)
         init = nnx.initializers.normal(0.02)
-        self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
+        self.embed = Embed(vocab_size, width, init=init, multiple=vocab_multiple, rngs=rngs)
         self.positions = Embed(context + position_offset, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.types = Embed(types, width, init=init, name=None, rngs=rngs) if types else None
         self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if post_norm else None

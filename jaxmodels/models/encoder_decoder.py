@@ -12,7 +12,7 @@ from flax import nnx
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm
-from jaxmodels.models.layers import Activation, Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Activation, Embed, Output, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import RelativePositions, sinusoids
 from jaxmodels.models.remat import Remat
 
@@ -119,6 +119,7 @@ class EncoderDecoder(nnx.Module):
         scale_attention: bool = True,
         scale_embeddings: bool = True,
         tie_embeddings: bool = True,
+        vocab_multiple: int = 1,
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
@@ -141,23 +142,25 @@ class EncoderDecoder(nnx.Module):
           scale_attention: divide the products by the square root of the head width (not in T5).
           scale_embeddings: multiply embeddings by the square root of D (not in T5).
           tie_embeddings: the output matrix is the embedding's.
+          vocab_multiple: round the rows of the embedding and the columns of the output up to a multiple of this, with zeros that take no part in
+            losses or generation, so that they divide over devices.
           dropout: rate on embeddings and on the residuals of each block; for pre-norm also on the final output of each side (T5).
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
-        check_sizes(context=context, layers=layers, heads=heads, width=width)
+        check_sizes(context=context, layers=layers, heads=heads, width=width, vocab_multiple=vocab_multiple)
         # Embeddings that are scaled up by the square root of D are initialized smaller by that factor.
         embed_init = nnx.initializers.normal(width**-0.5 if tie_embeddings else 1.0)
-        self.embed = Embed(vocab_size, width, init=embed_init, rngs=rngs)
+        self.embed = Embed(vocab_size, width, init=embed_init, multiple=vocab_multiple, rngs=rngs)
         options = {"positions": positions, "context": context, "kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width}
         options |= {"norm": norm, "epsilon": epsilon, "post_norm": post_norm, "activation": activation, "bias": bias, "layers": layers}
         options |= {"scale": None if scale_attention else 1.0, "dropout": dropout, "attention": attention, "scan": scan, "remat": remat}
         self.encoder = Side(width, heads, causal=False, **options, rngs=rngs)
         self.decoder = Side(width, heads, causal=True, **options, rngs=rngs)
         init = nnx.initializers.normal(width**-0.5)
-        self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
+        self.output = None if tie_embeddings else Output(width, vocab_size, init=init, multiple=vocab_multiple, rngs=rngs)
         self.context, self.scale = context, width**0.5 if scale_embeddings else None
 
     def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -1,13 +1,14 @@
 """Layers and functions that several families of models share."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.parallel.layout import gathered
+from jaxmodels.parallel.layout import constrain, gathered
 
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 
@@ -74,19 +75,56 @@ def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> j
 class Embed(nnx.Module):
     """An embedding table: looked up by index, or multiplied with vectors to score every row. Returns the dtype of the table."""
 
-    def __init__(self, rows: int, width: int, *, init, name: str | None = "vocab", rngs: nnx.Rngs):
-        """`name` is the logical axis of the rows in `parallel.layout`."""
-        self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
-        self.names = (name, "embed")
+    def __init__(self, rows: int, width: int, *, init, name: str | None = "vocab", multiple: int = 1, rngs: nnx.Rngs):
+        """`name` is the logical axis of the rows in `parallel.layout`. Rows of zeros are added up to a multiple of `multiple`; they score nothing."""
+        self.embedding = nnx.Param(padded_init(init, 0, multiple)(rngs.params(), (rows, width)))
+        self.names, self.rows = (name, "embed"), rows
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """indices: int of any shape, each in [0, rows). Returns [..., width]."""
         return jnp.take(gathered(self.embedding[...], *self.names), indices, axis=0, mode="clip")
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """x: [..., width]. Returns products with every row, [..., rows]."""
+        """x: [..., width]. Returns products with every row but those of padding, [..., rows]."""
         # As a dot_general the table is not transposed: XLA for CPUs copies a transposed table for a single vector.
-        return jax.lax.dot_general(x, gathered(self.embedding[...], *self.names), (((x.ndim - 1,), (1,)), ((), ())))
+        return first_scores(jax.lax.dot_general(x, gathered(self.embedding[...], *self.names), (((x.ndim - 1,), (1,)), ((), ()))), self.rows)
+
+
+def padded_size(size: int, multiple: int) -> int:
+    """Return a size rounded up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def padded_init(init: Callable, axis: int, multiple: int) -> Callable:
+    """Return an initializer whose values are those of `init`, followed by zeros up to a multiple along `axis`; it is called with the shape without them."""
+
+    def padded(key, shape, *dtype):
+        extra = padded_size(shape[axis], multiple) - shape[axis]
+        return jnp.pad(init(key, shape, *dtype), [(0, extra if i == axis else 0) for i in range(len(shape))])
+
+    return init if multiple == 1 else padded
+
+
+class Output(nnx.Linear):
+    """A linear layer without bias that scores tokens; its columns are padded with zeros, which score nothing, up to a multiple of `multiple`."""
+
+    def __init__(self, width: int, tokens: int, *, init, multiple: int = 1, rngs: nnx.Rngs):
+        """tokens: number of scores, V."""
+        super().__init__(width, tokens, use_bias=False, kernel_init=padded_init(init, 1, multiple), rngs=rngs)
+        self.tokens = tokens
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., width]. Returns [..., tokens]."""
+        return first_scores(super().__call__(x), self.tokens)
+
+
+def first_scores(scores: jax.Array, tokens: int) -> jax.Array:
+    """Return the scores [..., tokens] of scores [..., V] with V >= tokens: the rest is padding, and takes no part in a softmax, a maximum or a gradient."""
+    if scores.shape[-1] == tokens:
+        return scores
+    # The sharding of all columns: the compiler divides those that are left over the same devices, unevenly.
+    names = (*{1: (), 2: ("rows",), 3: ("rows", "sequence")}.get(scores.ndim, (None,) * (scores.ndim - 1)), "vocab")
+    return constrain(scores, *names)[..., :tokens]
 
 
 def max_pool_2x2(image: jax.Array) -> jax.Array:

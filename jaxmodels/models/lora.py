@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import Embed
+from jaxmodels.models.layers import Embed, Output, first_scores
 
 PAIR = ("lora_a", "lora_b")  # the last part of the paths of the two thin matrices
 MAGNITUDE = "lora_m"  # and of DoRA's magnitudes
@@ -97,7 +97,7 @@ class LoRAEmbed(Embed):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns products with every row, [..., V]."""
-        return super().attend(x) + (x @ self.lora_b[...].T) @ self.lora_a[...].T * self.scale
+        return super().attend(x) + first_scores((x @ self.lora_b[...].T) @ self.lora_a[...].T * self.scale, self.rows)
 
 
 class DoRAEmbed(LoRAEmbed):
@@ -119,7 +119,24 @@ class DoRAEmbed(LoRAEmbed):
         return factors(self.embedding[...] + self.scale * self.lora_a[...] @ self.lora_b[...], self.lora_m[...])
 
 
-LAYERS = {nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed)}  # kind of layer -> with LoRA, with DoRA
+class LoRAOutput(LoRALinear):
+    """A scoring of tokens (`layers.Output`) with an adapter."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns [..., V]."""
+        return first_scores(super().__call__(x), self.tokens)
+
+
+class DoRAOutput(DoRALinear):
+    """The same with DoRA."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns [..., V]."""
+        return first_scores(super().__call__(x), self.tokens)
+
+
+# Kind of layer -> with LoRA, with DoRA.
+LAYERS = {nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed), Output: (LoRAOutput, DoRAOutput)}
 
 
 def _take_over(module: nnx.Module, other: nnx.Module) -> None:

@@ -16,7 +16,7 @@ from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, extend_blocks, make_blocks, make_layers, make_norm, prefill_blocks, residual_init
 from jaxmodels.models.layer_types import LayerType, RotaryTables, differing
-from jaxmodels.models.layers import Activation, Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Activation, Embed, Output, check_rate, check_sizes, dropout, first_scores
 from jaxmodels.models.moe import Mixture, MoE, statistics
 from jaxmodels.models.positions import RotaryScaling, positions_in, sinusoids
 from jaxmodels.models.remat import Remat
@@ -68,6 +68,7 @@ class Decoder(nnx.Module):
         moe: Mixture | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
+        vocab_multiple: int = 1,
         attention: Implementation = "auto",
         scan: bool = False,
         remat: Remat | tuple[str, ...] = "none",
@@ -100,6 +101,8 @@ class Decoder(nnx.Module):
           moe: each feed-forward is a mixture of experts, each of width `mlp_width`: `{"experts": 8, "top_k": 2}`.
           dropout: rate on the embedding and on the residuals of each block.
           tie_embeddings: the output matrix is the token embedding's (Press and Wolf 2017).
+          vocab_multiple: round the rows of the embedding and the columns of the output up to a multiple of this, with zeros that take no part in
+            losses or generation, so that they divide over devices.
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan: stack the blocks' parameters, [L, ...], and loop over them: compiling takes the time of one block for any number of layers.
           remat: what the backward pass recomputes of each block: `none`, `full` (all), `dots` (all but matrix products), `dots_no_batch` (all but matrix
@@ -108,15 +111,15 @@ class Decoder(nnx.Module):
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
-        check_sizes(context=context, layers=layers, heads=heads, width=width)
+        check_sizes(context=context, layers=layers, heads=heads, width=width, vocab_multiple=vocab_multiple)
         if rotary_scaling is not None and positions != "rotary":
             raise ValueError(f"rotary_scaling needs positions='rotary', got positions={positions!r}")
         init = nnx.initializers.normal(0.02)
         self.mixture = Mixture(**moe) if isinstance(moe, Mapping) else moe
-        self.embed = Embed(vocab_size, width, init=init, rngs=rngs)
+        self.embed = Embed(vocab_size, width, init=init, multiple=vocab_multiple, rngs=rngs)
         self.positions = Embed(context, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
-        self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
+        self.output = None if tie_embeddings else Output(width, vocab_size, init=init, multiple=vocab_multiple, rngs=rngs)
         options = {"kv_heads": kv_heads, "head_width": head_width, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
         options |= {"input_norm": input_norm, "output_norm": output_norm, "post_norm": post_norm, "activation": activation}
         options |= {"bias": bias, "qkv_bias": qkv_bias, "mlp_bias": mlp_bias, "query_key_norm": query_key_norm}
@@ -151,7 +154,7 @@ class Decoder(nnx.Module):
         Of these, `loss` is the sum over layers; all others are the mean.
         """
         x_BTD, auxiliary = self.features(tokens, segments=segments, rngs=rngs)
-        return constrain(self._logits(x_BTD), "rows", "sequence", "vocab"), auxiliary
+        return self._whole(self._logits(x_BTD)), auxiliary
 
     def features(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the final hidden states [B, T, D] and the statistics: `with_auxiliary` without the output layer, `head`."""
@@ -172,16 +175,16 @@ class Decoder(nnx.Module):
     def head(self) -> Callable[[jax.Array], jax.Array]:
         """Map features [B, T, D] to logits [B, T, V]. For several calls on parts: the matrix is gathered once, and gradients add up in float32."""
         # Layers with adapters compute more than a product with one matrix.
-        plain = type(self.embed) is Embed if self.output is None else type(self.output) is nnx.Linear and self.output.bias is None
+        plain = type(self.embed) is Embed if self.output is None else type(self.output) is Output
         if not plain:
-            return lambda x_BTD: constrain(self._logits(x_BTD), "rows", "sequence", "vocab")
+            return lambda x_BTD: self._whole(self._logits(x_BTD))
         matrix, names = (self.embed.embedding[...], ("vocab", "embed")) if self.output is None else (self.output.kernel[...], ("embed", "vocab"))
         whole = gathered(matrix, *names).astype(jnp.float32)
 
         def logits(x_BTD):
             x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
             products = jax.lax.dot_general(x_BTD, whole.astype(matrix.dtype), (((2,), (names.index("embed"),)), ((), ())))
-            return constrain(products, "rows", "sequence", "vocab")
+            return self._whole(first_scores(products, self.embed.rows))
 
         return logits
 
@@ -196,7 +199,7 @@ class Decoder(nnx.Module):
         left_padding = jnp.argmax(valid, axis=1).astype(jnp.int32)
         x_BTD, rotary = self._enter(tokens, jnp.maximum(jnp.arange(tokens.shape[1])[None] - left_padding[:, None], 0))
         x_BTD, layers = prefill_blocks(self.blocks, x_BTD, cache["layers"], rotary=rotary, segments=jnp.where(valid, 0, -1), valid=valid)
-        logits = constrain(self._logits(x_BTD[:, -1]), "rows", "vocab")
+        logits = self._whole(self._logits(x_BTD[:, -1]))
         return logits, {"layers": layers, "left_padding": left_padding, "slot": jnp.asarray(tokens.shape[1], jnp.int32)}
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
@@ -204,7 +207,7 @@ class Decoder(nnx.Module):
         slot, left_padding = cache["slot"], cache["left_padding"]
         x_B1D, rotary = self._enter(tokens[:, None], (slot - left_padding)[:, None])
         x_B1D, layers = extend_blocks(self.blocks, x_B1D, cache["layers"], slot=slot, left_padding=left_padding, rotary=rotary, valid=tokens[:, None] >= 0)
-        logits = constrain(self._logits(x_B1D[:, 0]), "rows", "vocab")
+        logits = self._whole(self._logits(x_B1D[:, 0]))
         return logits, {"layers": layers, "left_padding": left_padding, "slot": slot + 1}
 
     def _enter(self, tokens, positions):
@@ -219,3 +222,9 @@ class Decoder(nnx.Module):
     def _logits(self, x):
         x = x if self.final_norm is None else self.final_norm(x)
         return self.embed.attend(x) if self.output is None else self.output(x)
+
+    def _whole(self, logits):
+        """Constrain the sharding of logits of all rows; those of padded rows have theirs already."""
+        if self.embed.embedding.shape[0] > self.embed.rows:
+            return logits
+        return constrain(logits, "rows", *("sequence",) * (logits.ndim - 2), "vocab")

@@ -27,7 +27,7 @@ from jaxmodels.pretrained.mapping import LazyParameter, Link
 from jaxmodels.pretrained.safetensors import Tensor
 
 # Options that do not change the result of evaluation, or only the layout of the parameters.
-FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe"}
+FREE = {"dropout", "stochastic_depth", "attention", "scan", "remat", "context", "moe", "vocab_multiple"}
 
 
 _COMPARED = 1 << 24  # bytes that are compared at a time
