@@ -39,9 +39,9 @@ def summarize(experiment: Experiment) -> dict:
     stages = mesh.shape["pipeline"]
     return {
         "parameters": params,
-        "parameter_count": sum(x.size for x in params.values()),
-        "active_parameter_count": active_parameters(shapes.weights, experiment.config["model"]),
-        "trained_count": sum(x.size for x in jax.tree.leaves(shapes.params)),
+        "parameter_count": experiment.count_parameters(shapes.weights),
+        "active_parameter_count": active_parameters(shapes.weights, experiment.config["model"]) - experiment.padding(shapes.weights),
+        "trained_count": experiment.count_parameters(shapes.params),
         "sharding": {path: x.sharding.spec for path, x in params.items()},
         "state_bytes_per_device": mesh_lib.bytes_per_device(shapes),
         "bytes_per_device": {part: mesh_lib.bytes_per_device(getattr(shapes, part)) for part in ("params", "frozen", "opt_state", "ema")},

@@ -18,7 +18,7 @@ from jaxmodels.data.loader import Loading
 from jaxmodels.data.source import Dataset, get_batch
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training
-from jaxmodels.models import attention, functional, rnn
+from jaxmodels.models import attention, functional, rnn, vocabulary
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel.layout import Layout
 from jaxmodels.parallel.mesh import MeshSizes
@@ -95,6 +95,14 @@ class Experiment:
     def kernels(self) -> dict[str, dict[str, str]]:
         """The implementation of `attention` and `recurrent` layers, and the reason for it; only kinds of layers that the model has."""
         return self._graph_and_kernels[1]
+
+    def padding(self, params: Any) -> int:
+        """Return how many values of parameters (nested arrays or shapes) are padding, by `model.vocab_multiple`."""
+        return vocabulary.padding(functional.flatten(params), self.config["model"], self.task.provides.get("vocab_size"))
+
+    def count_parameters(self, params: Any) -> int:
+        """Return the number of parameters, without padding."""
+        return sum(x.size for x in jax.tree.leaves(params)) - self.padding(params)
 
     @functools.cached_property
     def _graph_and_kernels(self):

@@ -1,5 +1,6 @@
 """Export a run as a pretrained model that `transformers` loads: safetensors, config.json, tokenizer and model card."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from jaxmodels.pretrained.safetensors import ToWrite
 from jaxmodels.pretrained.weights import FREE, resolve_options
 from jaxmodels.runs import weights as weights_lib
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.resized import without_padding
 from jaxmodels.storage import paths as storage
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -52,6 +54,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     located = weights_lib.locate(run)
     folder = located.folder
     config, manifest = folder.config(), folder.manifest()
+    located = dataclasses.replace(located, arrays=without_padding(located.arrays, config["model"], manifest["info"].get("vocab_size")))
     architecture, notes = choose(config["model"], manifest)
     head = architecture.head_in(located.arrays)
     stacked = bool(config["model"].get("scan"))

@@ -23,12 +23,13 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.generation import beam, decoding
 from jaxmodels.generation.beam import Beams
 from jaxmodels.generation.full_forward import with_cache
+from jaxmodels.generation.known import with_known_tokens
 from jaxmodels.generation.sampling import Sampling
 from jaxmodels.generation.stop_strings import GeneratedText
 from jaxmodels.models import functional
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
-from jaxmodels.tokenizers.base import Tokenizer, frame
+from jaxmodels.tokenizers.base import Tokenizer, frame, known_tokens
 
 Prompt = str | Sequence[int]
 
@@ -147,7 +148,8 @@ class Generator:
         self.start = special("start") if start is None else start
         self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
         self._eos_ids = np.array(self.ends or (-2,), np.int32)  # never empty, so that the shape, and so the compiled function, is the same
-        self._programs = _programs(graph, jnp.dtype(dtype)) if layout is None else Programs(graph, dtype, layout)
+        known = known_tokens(tokenizer)
+        self._programs = _programs(graph, jnp.dtype(dtype), known) if layout is None else Programs(graph, dtype, layout, known)
         if self.reads_sources and self.start is None:
             raise ConfigError("the tokenizer has no start token for targets: give its id as start.")
 
@@ -347,9 +349,9 @@ def _options(options: Mapping[str, Any]) -> Options:
 class Programs:
     """The compiled functions of one model; each is compiled once for a padded length and a `sampling.Shape`."""
 
-    def __init__(self, graph: Any, dtype: Any, layout: layout_lib.Layout | None = None):
-        """graph: of `models.functional.split`."""
-        self.graph, self.dtype, self.layout = graph, dtype, layout
+    def __init__(self, graph: Any, dtype: Any, layout: layout_lib.Layout | None = None, known: int | None = None):
+        """graph: of `models.functional.split`; known: number of tokens that may be chosen, None for all rows of the vocabulary."""
+        self.graph, self.dtype, self.layout, self.known = graph, dtype, layout, known
         self.start = jax.jit(self._start, static_argnames=("max_new_tokens", "shape"))
         self.advance = jax.jit(self._advance, static_argnames="shape", donate_argnames="state")
         self.start_beams = jax.jit(self._start_beams, static_argnames=("max_new_tokens", "beams", "shape"))
@@ -358,7 +360,7 @@ class Programs:
     def _run(self, params, stats, function: Callable) -> Any:
         """Call a function with the model."""
         with layout_lib.use(self.layout):
-            return function(functional.evaluation_model(self.graph, params, stats, self.dtype))
+            return function(with_known_tokens(functional.evaluation_model(self.graph, params, stats, self.dtype), self.known))
 
     def _start(self, params, stats, *inputs, max_new_tokens, key, shape, numbers, eos_ids):
         def start(model):
@@ -397,6 +399,6 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(graph: Any, dtype: Any) -> Programs:
-    """Return the compiled functions of a model on one device, shared by all calls on equal models."""
-    return Programs(graph, dtype)
+def _programs(graph: Any, dtype: Any, known: int | None) -> Programs:
+    """Return the compiled functions of a model on one device, shared by all calls on equal models and as many tokens."""
+    return Programs(graph, dtype, known=known)

@@ -39,6 +39,11 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         if any((folder.path / name).is_file() for name in _TOKENIZER_FILES):
             info["tokenizer"] = make_tokenizer(reference, (), None)
+            if info["tokenizer"].vocab_size > info["tokenizer"].rows:
+                raise ConfigError(
+                    f"{reference}: its tokenizer has {info['tokenizer'].tokens:,} tokens, its model rows for {info['tokenizer'].rows:,}: tokens were "
+                    f"added to it, and no rows to the model. Train it with config.init_from.run={reference}, which gives them rows."
+                )
         info["vocab_size"] = folder.config["vocab_size"]
         kind = folder.config.get("problem_type") or ("regression" if len(labels) == 1 else None)
         if head == "class" and kind == "regression":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.models import vocabulary
 from jaxmodels.models.functional import unflatten
 from jaxmodels.models.lora import Lora, merge_adapters
 from jaxmodels.runs import weights as weights_lib
@@ -88,7 +89,7 @@ def write_run(folder: RunFolder, config: Mapping, params: dict, stats: dict, ste
             checkpoints.close()
         if tokenizer is not None:
             folder.tokenizer_file.write_text(tokenizer, encoding="utf-8")
-        count = sum(x.size for x in params.values())
+        count = sum(x.size for x in params.values()) - vocabulary.padding(params, config["model"], info.get("vocab_size"))
         folder.update_manifest(parameters=count, info={key: value for key, value in info.items() if key != "tokenizer"}, parents=parents)
         folder.identify()
         folder.write_config(config)

@@ -23,6 +23,7 @@ from jaxmodels.pretrained.mapping import LazyParameter
 from jaxmodels.pretrained.weights import PretrainedWeights
 from jaxmodels.runs.checkpoint import Checkpoints, open_run
 from jaxmodels.runs.folder import RunFolder
+from jaxmodels.runs.resized import Resized
 from jaxmodels.storage.paths import BucketPath
 
 
@@ -65,7 +66,7 @@ class Located:
     folder: RunFolder | None
     step: int
     averaged: bool
-    arrays: Mapping[str, "Stored | LazyParameter"]
+    arrays: Mapping[str, "Stored | LazyParameter | Resized"]
     pretrained: PretrainedWeights | None = None
     adapters: peft_folder.Adapters | None = None
     saved: tuple[str, ...] = ()
@@ -96,7 +97,8 @@ def locate(reference: str) -> Located:
         parent = _find_pretrained(folder, parents[0], [*arrays, *sources], adapters)
     elif elsewhere:
         parent = locate(find_parent(folder, parents[0]))
-    arrays |= {here: parent.arrays[there] for here, there in elsewhere.items()}
+    rows = parents[0].get("resized", {}) if parents else {}
+    arrays |= {here: Resized(parent.arrays[there], **rows[here]) if here in rows else parent.arrays[there] for here, there in elsewhere.items()}
     return Located(str(folder.path), folder, step, bool(stored["ema"]), arrays, saved=saved)
 
 
@@ -158,8 +160,12 @@ def find_parent(folder: RunFolder, entry: Mapping[str, Any]) -> str:
     return f"{same[0]}@{entry['step']}"
 
 
-def read(arrays: Mapping[str, Stored | LazyParameter], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read(arrays: Mapping[str, Stored | LazyParameter | Resized], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read the arrays of the paths in `shapes`, each with the sharding of its shape."""
+    if resized := {path: x for path in shapes if isinstance(x := arrays[path], Resized)}:
+        sources = {path: x.source for path, x in resized.items()}
+        found = read({**arrays, **sources}, {path: resized[path].source_shape(shape) if path in resized else shape for path, shape in shapes.items()})
+        return {path: resized[path].apply(found.pop(path), shape.sharding) if path in resized else found.pop(path) for path, shape in shapes.items()}
     requests: dict[tuple[Path | BucketPath, int], dict[str, dict]] = {}
     lazy = {path: shape for path, shape in shapes.items() if isinstance(arrays[path], LazyParameter)}
     for path, shape in shapes.items():

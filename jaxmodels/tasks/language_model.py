@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.generation import decoding
+from jaxmodels.generation.known import with_known_tokens
 from jaxmodels.parallel.layout import current
 from jaxmodels.tasks.base import Sample, Task, require
 from jaxmodels.tasks.losses import cross_entropy
+from jaxmodels.tokenizers.base import known_tokens
 
 
 class LanguageModel(Task):
@@ -74,7 +76,7 @@ class LanguageModel(Task):
         if not self.sample_length or self.tokenizer is None:
             return {}
         first = self.tokenizer.special("end") or 0
-        return {"sample": decoding.sample(model, first, self.sample_length, key, temperature=self.temperature)}
+        return {"sample": decoding.sample(with_known_tokens(model, known_tokens(self.tokenizer)), first, self.sample_length, key, temperature=self.temperature)}
 
     def show(self, outputs):
         """Return the generated text."""

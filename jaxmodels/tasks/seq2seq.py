@@ -8,8 +8,10 @@ import numpy as np
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.generation import decoding
+from jaxmodels.generation.known import with_known_tokens
 from jaxmodels.tasks.base import Task, require
 from jaxmodels.tasks.losses import cross_entropy
+from jaxmodels.tokenizers.base import known_tokens
 
 SCORES = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL")
 
@@ -64,7 +66,7 @@ class Seq2Seq(Task):
         length = self.max_length or self._target_length
         if length is None:
             raise ValueError("the length of the data's targets is unknown: set task.max_length")
-        return decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
+        return self._decode(model, batch["source"], length)
 
     def loss(self, model, batch, rngs):
         """Return the sum of cross-entropies over targets that count, their number, and metrics."""
@@ -80,7 +82,7 @@ class Seq2Seq(Task):
     def outputs(self, model, batch, key):
         """Return the greedily decoded targets, and the true ones without the start token, int32 [B, …], -1 after the end."""
         length = self.max_length or batch["target"].shape[1] - 1
-        predicted = decoding.greedy(model, batch["source"], length, start=self.start, end=self.end)
+        predicted = self._decode(model, batch["source"], length)
         return {"predicted": predicted, "target": batch["target"][:, 1:]}
 
     def score(self, outputs):
@@ -101,6 +103,9 @@ class Seq2Seq(Task):
         """Return a decoded row, int [T], as text up to its end token."""
         tokens = np.asarray(tokens).tolist()
         return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in (self.end, -1), tokens)))
+
+    def _decode(self, model, source, length):
+        return decoding.greedy(with_known_tokens(model, known_tokens(self.tokenizer)), source, length, start=self.start, end=self.end)
 
     def _forward(self, model, batch, rngs):
         target = batch["target"]

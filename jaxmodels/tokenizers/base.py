@@ -17,6 +17,9 @@ KNOWN_SPECIAL = {
 }
 
 
+Added = tuple[str, bool]  # an added token: its text, and whether it is special
+
+
 class Tokenizer(Protocol):
     """A tokenizer as text sources and tasks use it.
 
@@ -40,6 +43,11 @@ def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return the special tokens that a pretrained model's tokenizer adds before and after a text, int32; none for other tokenizers."""
     none = np.zeros(0, np.int32)
     return getattr(tokenizer, "frame", (none, none))
+
+
+def known_tokens(tokenizer: Tokenizer | None) -> int | None:
+    """Return the number of a tokenizer's tokens; a model's vocabulary may have rows after them that no token has. None without a tokenizer."""
+    return None if tokenizer is None else getattr(tokenizer, "tokens", tokenizer.vocab_size)
 
 
 def cut_longest(parts: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, check_special, checked_ids
+from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, Added, check_special, checked_ids
 
 MOST_TOKENS = 1 << 24  # of a vocabulary that is read from a file; an embedding has a row for each id
 _PIECE, _PIECES = 1 << 18, 16  # minimum characters of a piece of a long text, and pieces encoded at once
@@ -70,6 +70,24 @@ class TokenizersTokenizer:
     def to_json(self) -> str:
         return self._tokenizer.to_str()
 
+    def with_added(self, tokens: Sequence[Added]) -> "TokenizersTokenizer":
+        """Return the tokenizer with further tokens, whose ids follow its own; ConfigError for one that it has."""
+        tokenizer = library.Tokenizer.from_str(self.to_json())
+        add(tokenizer, tokens)
+        return type(self)(tokenizer.to_str())
+
+    def added_from(self, first: int) -> list[Added]:
+        """Return the added tokens whose ids are `first` or above, in order."""
+        return [(token.content, token.special) for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if number >= first]
+
+
+def add(tokenizer: library.Tokenizer, tokens: Sequence[Added]) -> None:
+    """Add tokens (text, whether it is special) to a tokenizer of the library, in place; ConfigError for a text that is one of its tokens already."""
+    for text, special in tokens:
+        if (number := tokenizer.token_to_id(text)) is not None:
+            raise ConfigError(f"config.data.tokenizer: {text!r} is a token already (id {number}): do not add it.")
+        tokenizer.add_tokens([library.AddedToken(text, special=special, normalized=False)])
+
 
 @contextlib.contextmanager
 def panics_are_errors() -> Iterator[None]:
@@ -85,6 +103,8 @@ def panics_are_errors() -> Iterator[None]:
 def _is_plain_byte_level(serialized: str) -> bool:
     """Whether a text may be cut before a space that follows a letter, and the pieces encoded one by one."""
     values = json.loads(serialized)
+    if any(" " in token["content"] for token in values.get("added_tokens") or ()):
+        return False
     pre = values.get("pre_tokenizer") or {}
     return values.get("normalizer") is None and pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
 

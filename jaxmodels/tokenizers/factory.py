@@ -14,7 +14,7 @@ import tokenizers as library
 from jaxmodels import config as config_lib
 from jaxmodels.errors import ConfigError
 from jaxmodels.storage import paths as storage
-from jaxmodels.tokenizers.base import SPECIAL, Tokenizer
+from jaxmodels.tokenizers.base import SPECIAL, Added, Tokenizer
 from jaxmodels.tokenizers.bpe import TokenizersTokenizer
 from jaxmodels.tokenizers.sentencepiece import SentencePieceTokenizer
 from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer, WordTokenizer
@@ -33,7 +33,9 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
       spec: `character` (the alphabet of `texts`) or `byte`, both also with `+special`, which puts the special tokens first;
         `word:MAX` and `word-lower:MAX` (the most frequent words of `texts`); `bpe:SIZE` (byte-level BPE trained on `texts`);
         the path of a file of the `tokenizers` library, of a SentencePiece `.model`, or of a run's folder; or `hf:DIR_OR_ID`, that
-        of a pretrained model. A tokenizer is returned as it is.
+        of a pretrained model. A tokenizer is returned as it is. `?add=TOKEN,TOKEN` at the end adds tokens to one of the `tokenizers` library
+        (`bpe:SIZE`, a run, a file, `hf:`): a text is never split within one. Those of `?add_special=TOKEN` are recognised in the text of chat
+        templates only, as other special tokens.
       texts: training texts; read only if the tokenizer is trained. `character`, which has no `unknown`, needs the texts of
         the main splits, too.
       data_dir: directory where relative paths are looked for, after the working directory.
@@ -43,6 +45,12 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
     """
     if not isinstance(spec, str):
         return spec
+    spec, added = split_added(spec)
+    if added:
+        tokenizer = make_tokenizer(spec, texts, data_dir)
+        if not hasattr(tokenizer, "with_added"):
+            raise ConfigError(f"config.data.tokenizer={spec!r} takes no added tokens; bpe:SIZE, hf:DIR_OR_ID and files of the `tokenizers` library do.")
+        return tokenizer.with_added(added)
     if spec in ("byte", "byte+special"):
         return ByteTokenizer(special=spec.endswith("special"))
     if spec in ("character", "character+special"):
@@ -59,13 +67,31 @@ def make_tokenizer(spec: str | Tokenizer, texts: Iterable[str], data_dir: str | 
     return _from_path(spec, data_dir)
 
 
+def split_added(spec: str) -> tuple[str, tuple[Added, ...]]:
+    """Return a specification without the tokens that it adds (`SPEC?add=TOKEN,TOKEN?add_special=TOKEN`), and these, in order.
+
+    Raises:
+      ConfigError: a token is empty, or is added twice.
+    """
+    spec, *parts = re.split(r"\?(?=add=|add_special=)", spec)
+    keys = [part.partition("=") for part in parts]
+    tokens = [(text, key == "add_special") for key, _, texts in keys for text in texts.split(",")]
+    texts = [text for text, _ in tokens]
+    if "" in (text.strip() for text in texts):
+        raise ConfigError(f"config.data.tokenizer: an added token is empty, in ?{parts[0][:80]}: give SPEC?add=TOKEN,TOKEN.")
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        raise ConfigError(f"config.data.tokenizer adds {twice[0]!r} twice.")
+    return spec, tuple(tokens)
+
+
 def is_trained(spec: str | Tokenizer) -> bool:
     """Whether a specification trains a tokenizer on texts."""
-    return isinstance(spec, str) and re.fullmatch(r"character(\+special)?|(word|word-lower|bpe):.*", spec) is not None
+    return isinstance(spec, str) and re.fullmatch(r"character(\+special)?|(word|word-lower|bpe):.*", split_added(spec)[0]) is not None
 
 
 def is_path(spec: str) -> bool:
     """Whether a specification names a file or a run's folder."""
+    spec = split_added(spec)[0]
     return not (is_trained(spec) or spec in FORMS or spec.startswith("hf:"))
 
 
@@ -130,3 +156,20 @@ def from_json(text: str) -> Tokenizer:
         return TokenizersTokenizer(text)
     known = "character, byte, word, sentencepiece, published, and files of the `tokenizers` library"
     raise ValueError(f"unknown kind of tokenizer {kind!r}; there are {known}")
+
+
+def extends(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a tokenizer is that of the JSON `text`, or that one with added tokens."""
+    if tokenizer.to_json() == text:
+        return True
+    other = from_json(text)
+    if isinstance(other, TokenizersTokenizer) and isinstance(tokenizer, TokenizersTokenizer):
+        added = tokenizer.added_from(other.vocab_size)
+    elif hasattr(tokenizer, "added"):
+        added = tokenizer.added[len(getattr(other, "added", ())) :]
+    else:
+        return False
+    try:
+        return bool(added) and other.with_added(added).to_json() == tokenizer.to_json()
+    except (ConfigError, AttributeError):
+        return False

@@ -10,9 +10,13 @@ import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxmodels.errors import ConfigError, optional_import
-from jaxmodels.tokenizers.bpe import TokenizersTokenizer, panics_are_errors
+from jaxmodels.tokenizers.base import Added
+from jaxmodels.tokenizers.bpe import TokenizersTokenizer, add, panics_are_errors
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+_NEED_A_FILE = (
+    "need a tokenizer.json, and this one is a SentencePiece model alone. Load it with transformers' AutoTokenizer and save it again: that writes one."
+)
 _MOST_EXTRA_IDS = 10_000  # T5 has 100
 # Qwen's pre-tokenization: contractions, letters, single digits, punctuation, line breaks, spaces.
 _QWEN_WORDS = (
@@ -57,6 +61,19 @@ class _Library(TokenizersTokenizer):
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
+    def with_added(self, tokens: Sequence[Added]) -> "_Library":
+        """Return the tokenizer with further tokens."""
+        tokenizer = library.Tokenizer.from_str(self._serialized)
+        add(tokenizer, tokens)
+        return _Library(tokenizer)
+
+    def to_json(self) -> str:
+        return self._serialized
+
+    def added_ids(self) -> set[int]:
+        """Return the ids of tokens that were added to the vocabulary."""
+        return set(self._tokenizer.get_added_tokens_decoder())
+
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
@@ -81,10 +98,14 @@ class _SentencePiece:
         return np.array(self._processor.encode(text), np.int32)
 
     def read(self, text: str):
-        raise ConfigError(
-            "config.data.tokenizer: conversations need a tokenizer.json, and this one is a SentencePiece model alone. Load it with transformers' "
-            "AutoTokenizer and save it again: that writes one."
-        )
+        raise ConfigError(f"config.data.tokenizer: conversations {_NEED_A_FILE}")
+
+    def with_added(self, tokens: Sequence[Added]):
+        raise ConfigError(f"config.data.tokenizer: added tokens {_NEED_A_FILE}")
+
+    def added_ids(self) -> set[int]:
+        """Return the ids of tokens that were added to the model's."""
+        return set(self._added)
 
     def decode(self, tokens) -> str:
         parts, run = [], []

@@ -18,7 +18,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.pretrained.folder import Folder, find, split_accepted
 from jaxmodels.pretrained.limits import check_values
 from jaxmodels.storage import paths as storage
-from jaxmodels.tokenizers.base import cut_longest
+from jaxmodels.tokenizers.base import Added, cut_longest
 from jaxmodels.tokenizers.bpe import MOST_TOKENS
 from jaxmodels.tokenizers.files import make_coder
 
@@ -74,15 +74,17 @@ class PretrainedTokenizer:
     the first token of a target.
     """
 
-    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], where: str = "the tokenizer"):
+    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any], where: str = "the tokenizer", added: Sequence[Added] = ()):
         """
         Args:
           files: name -> content, for names in `FILES`.
           config: the model's `config.json`.
           where: origin of the files, for errors.
+          added: further tokens, whose ids follow those of the files.
 
         Raises:
-          ConfigError: the files cannot be read, or the tokenizer has more tokens than the model's embedding has rows.
+          ConfigError: the files cannot be read; an added token is one of theirs; or the tokenizer has more tokens than the model's embedding
+            has rows, and they were not added to its vocabulary.
         """
         self._files = {name: bytes(files[name]) for name in sorted(files) if name in FILES}
         self.config = {key: config[key] for key in _KEPT if config.get(key) is not None}
@@ -97,14 +99,17 @@ class PretrainedTokenizer:
             raise ConfigError(f"config.data.tokenizer: {where} has files of a tokenizer that cannot be read: {error}") from error
         if self._coder is None:
             raise ConfigError(f"config.data.tokenizer: {where} has no supported tokenizer: {_missing(self._files, self._kind)}")
-        self.tokens = self._coder.vocab_size
-        self.vocab_size = max(self.tokens, int(self.config.get("vocab_size", 0)))
-        rows = self.config.get("vocab_size", self.tokens)
-        if self.tokens > rows:
+        self.published_tokens = self._coder.vocab_size
+        self.rows = self.config.get("vocab_size", self.published_tokens)
+        if not set(range(self.rows, self.published_tokens)) <= self._coder.added_ids():
             raise ConfigError(
-                f"config.data.tokenizer: {where} has {self.tokens:,} tokens, its model rows for {rows:,} (vocab_size in config.json): they do not "
+                f"config.data.tokenizer: {where} has {self.published_tokens:,} tokens, its model rows for {self.rows:,} (vocab_size in config.json): they do not "
                 "belong together. Use the tokenizer files that belong to these weights."
             )
+        self._where, self.added = where, tuple((str(text), bool(special)) for text, special in added)
+        self._coder = self._coder.with_added(self.added) if self.added else self._coder
+        self.tokens = self._coder.vocab_size
+        self.vocab_size = max(self.tokens, int(self.config.get("vocab_size", 0)))
         self._special = {name: self._find_special(name) for name in NAMES}
 
     @property
@@ -193,11 +198,15 @@ class PretrainedTokenizer:
 
     def with_chat_template(self, template: str) -> "PretrainedTokenizer":
         """Return the tokenizer with another chat template."""
-        return PretrainedTokenizer(self._files | {CHAT_TEMPLATE: template.encode("utf-8")}, self.config)
+        return PretrainedTokenizer(self._files | {CHAT_TEMPLATE: template.encode("utf-8")}, self.config, self._where, self.added)
+
+    def with_added(self, tokens: Sequence[Added]) -> "PretrainedTokenizer":
+        """Return the tokenizer with further tokens, whose ids follow its own; ConfigError for one that it has."""
+        return PretrainedTokenizer(self._files, self.config, self._where, (*self.added, *tokens))
 
     def files(self) -> dict[str, bytes]:
-        """Return the original files, byte for byte."""
-        return dict(self._files)
+        """Return the original files, byte for byte; with added tokens, `tokenizer.json` is written anew."""
+        return self._files | ({"tokenizer.json": self._coder.to_json().encode("utf-8")} if self.added else {})
 
     def has_tokens_of(self, files: Mapping[str, bytes]) -> bool:
         """Whether the files define the same vocabulary; settings and templates may differ."""
@@ -205,12 +214,13 @@ class PretrainedTokenizer:
 
     def to_json(self) -> str:
         files = {name: _as_json(content) for name, content in self._files.items()}
-        return json.dumps({"kind": "published", "config": self.config, "files": files}, ensure_ascii=False)
+        added = {"added": [list(token) for token in self.added]} if self.added else {}
+        return json.dumps({"kind": "published", "config": self.config, "files": files, **added}, ensure_ascii=False)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "PretrainedTokenizer":
         """Return the tokenizer of the parsed JSON of `to_json`."""
-        return cls({name: _from_json(content) for name, content in values["files"].items()}, values["config"])
+        return cls({name: _from_json(content) for name, content in values["files"].items()}, values["config"], added=values.get("added", ()))
 
     def _object(self, name: str) -> dict:
         """Return the JSON object of a file, or {} if the file is missing."""

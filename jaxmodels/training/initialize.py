@@ -22,8 +22,9 @@ from jaxmodels.runs.checkpoint import Checkpoints, Progress
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.step.state import TrainState
 from jaxmodels.storage import paths as storage
+from jaxmodels.tokenizers import factory as tokenizers
 from jaxmodels.tokenizers import pretrained as pretrained_tokenizer
-from jaxmodels.training import classes
+from jaxmodels.training import classes, vocabulary
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 
 
@@ -105,6 +106,7 @@ def _match(experiment: Experiment, shapes: TrainState):
         unasked = {"fresh": located.pretrained.fresh, "dropped": located.pretrained.dropped}
     else:
         located = weights_lib.locate(init_from.run)
+    located = vocabulary.fit(experiment, located, here)
     report, sources = weights_lib.match(here, located.arrays, skip=init_from.skip, rename=init_from.rename, **unasked)
     return located, report, sources
 
@@ -146,7 +148,7 @@ def _check_tokenizer(experiment: Experiment, parent: RunFolder, report: weights_
     embeddings = [path for path in (*report.taken, *report.renamed) if "embed" in path]
     if tokenizer is None or not embeddings or not parent.tokenizer_file.is_file():
         return
-    if parent.tokenizer_file.read_text(encoding="utf-8") != tokenizer.to_json():
+    if not tokenizers.extends(tokenizer, parent.tokenizer_file.read_text(encoding="utf-8")):
         raise ConfigError(
             f"config.data.tokenizer: {parent.path} was trained with another tokenizer, so its {embeddings[0]} belongs to other tokens. "
             f"Use that tokenizer, --config.data.tokenizer={parent.path}, or skip the embeddings with init_from.skip and init_from.rename."
@@ -192,8 +194,10 @@ def _fill(state: TrainState, shapes: TrainState, experiment: Experiment, folder:
     ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=ema_shardings)(filled["params"]) if shapes.ema else {}
     state = state.replace(**filled, ema=ema)
     lines = _record_child(located, folder, experiment.frozen_in_parent) if session.is_first() and located.folder is not None else []
+    rows = {path: x.record() for path, x in vocabulary.resized(located, sources).items()}
     if session.is_first():
-        folder.update_manifest(parents=_parents(located, report, folder, named))
+        folder.update_manifest(parents=_parents(located, report, folder, named, rows))
+    named += vocabulary.lines(experiment, located, sources, parts["frozen"])
     named += [f"warning: {text}" for text in _other_images(experiment, located)]
     for line in named if session.is_first() else ():
         if line.startswith("warning: "):
@@ -223,9 +227,10 @@ def _other_images(experiment: Experiment, located: weights_lib.Located) -> list[
     return preprocessing.differences(located.pretrained.folder, experiment.config["task"], shape)
 
 
-def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder, named: Sequence[str]) -> list[dict]:
+def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder, named: Sequence[str], rows: Mapping[str, dict]) -> list[dict]:
     """Return the manifest's entries: the source of the weights, then the parent's own parents."""
     entry = _relative(located.name, folder) | {"step": located.step} | dataclasses.asdict(report) | ({"classes": list(named)} if named else {})
+    entry |= {"resized": dict(rows)} if rows else {}
     if located.pretrained is not None:
         pretrained = located.pretrained
         own = {"run": pretrained.folder.reference, "path": located.name, "id": pretrained.fingerprint, "model_type": pretrained.architecture.name}

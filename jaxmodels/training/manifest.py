@@ -78,7 +78,7 @@ class Manifest:
         """Record a start from `step`: versions, devices, kernels, parameters and data."""
         if not self._active:
             return
-        trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in (shapes.params, shapes.frozen))
+        trained, frozen = (experiment.count_parameters(part) for part in (shapes.params, shapes.frozen))
         devices = mesh.devices.flatten()
         start = {
             "time": now(),
