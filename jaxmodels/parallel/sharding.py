@@ -279,7 +279,8 @@ def notes(layout: Layout) -> list[str]:
     busy = {*layout.used, *layout.rules["batch"]}
     idle = [axis for axis, size in layout.mesh.shape.items() if size > 1 and axis not in busy and layout.axis is None]
     repeated = [f"mesh.{axis}={layout.mesh.shape[axis]} shards no part of this model: its devices repeat the same work" for axis in idle]
-    return [*repeated, *(f"{note}: it is replicated on their devices" for note in layout.left_whole)]
+    fix = "; model.vocab_multiple rounds it up"
+    return [*repeated, *(f"{note}: it is replicated on their devices{fix if note.startswith('vocab ') else ''}" for note in layout.left_whole)]
 
 
 def replicated_notes(shapes: Any, section: Sharding, layout: Layout) -> list[str]:

@@ -222,7 +222,17 @@ def _same(op: Op, k: int, number: int) -> list[tuple[int, int]]:
             return []
         case "expand_dims" | "pallas_call":  # unknown without a constraint
             return []
+        case "slice" | "pad" if k == 0 and len(x.shape) == len(y.shape):  # scores of tokens without those of padding, and their gradients
+            return [(i, i) for i, (m, n) in enumerate(zip(x.shape, y.shape, strict=True)) if m == n or (_from_start(op, i) and 2 * min(m, n) > max(m, n))]
     return [(i, i) for i, n in enumerate(x.shape) if n == y.shape[i]] if len(x.shape) == len(y.shape) else []
+
+
+def _from_start(op: Op, i: int) -> bool:
+    """Return whether a slice or padding keeps the beginning of a dimension where it is."""
+    if op.name == "pad":
+        low, _, between = op.params["padding_config"][i]
+        return low == between == 0
+    return op.params["start_indices"][i] == 0 and (op.params["strides"] is None or op.params["strides"][i] == 1)
 
 
 def _gathered(op: Op, k: int) -> list[tuple[int, int]]:

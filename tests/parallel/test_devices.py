@@ -15,7 +15,7 @@ from jaxmodels.runs.folder import RunFolder
 SPREADS = {
     "cnn": (["--config.partition=pmap"], {"model__dropout": 0.0}),
     "lstm": (["--config.mesh.fsdp=8", "--config.mesh.data=1"], {}),
-    "gpt": (["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.sharding.optimizer=data"], {}),
+    "gpt": (["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.sharding.optimizer=data"], {"model__vocab_multiple": 128}),
 }
 
 

@@ -181,7 +181,12 @@ def test_an_axis_that_shards_only_the_last_layer_is_noted():
     assert any("mesh.tensor=2" in note for note in sharding_lib.notes(where))
     data = {"source": "synthetic", "vocab_size": 103, "sequence_length": 16, "examples": 64, "batch_size": 8}
     sharding_lib.place_state(build_experiment(small_configs.config(small_configs.GPT, data=data, task__sample_length=0)).state_shapes(), Sharding(), where)
-    assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it is replicated on their devices"]
+    assert sharding_lib.notes(where) == ["vocab of 103 does not divide over tensor=2: it is replicated on their devices; model.vocab_multiple rounds it up"]
+    padded = small_configs.config(small_configs.GPT, data=data, task__sample_length=0, model__vocab_multiple=8)
+    where = layout(tensor=2)
+    state = sharding_lib.place_state(build_experiment(padded).state_shapes(), Sharding(), where)
+    assert state.params["embed"]["embedding"].shape[0] == 104 and state.params["embed"]["embedding"].sharding.spec[0] == ("tensor",)
+    assert sharding_lib.notes(where) == []
 
 
 def test_names_mean_nothing_without_a_mesh():
