@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.models import vocabulary
 from jaxmodels.models.lora import ADAPTERS, PAIR, Lora
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import mapping, safetensors
@@ -72,6 +73,7 @@ def export_adapters(run: str, output: str) -> Path:
     if config["lora"] is None:
         raise ConfigError(f"{folder.path} has no adapters (config.lora); export it without --format=peft.")
     lora, base = Lora(**config["lora"]), _base(folder)
+    _check_rows(located, config["model"])
     architecture = architecture_lib.load(base["model_type"])
     head = architecture.head_in(located.arrays)
     model = config["model"]
@@ -83,6 +85,16 @@ def export_adapters(run: str, output: str) -> Path:
         values = _config(architecture, links, content, lora, base["name"])
         (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return storage.parse(output).expanduser().absolute()
+
+
+def _check_rows(located: weights_lib.Located, model: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the run has other rows of the vocabulary than its base model: added tokens, or trained tables with padding."""
+    parents, info = located.folder.manifest().get("parents", []), located.folder.manifest().get("info", {})
+    if any(rows["stop"] > rows["start"] for rows in (parents[0] if parents else {}).get("resized", {}).values()):
+        raise ConfigError(f"{located.name} has added tokens, for which the base model of its adapters has no rows. {_INSTEAD}")
+    trained = {path: x for path, x in located.arrays.items() if isinstance(x, Stored) and x.checkpoints == located.folder.checkpoints}
+    if vocabulary.padding(trained, model, info.get("vocab_size")):
+        raise ConfigError(f"{located.name}: its trained tables have the rows of model.vocab_multiple, which the base model lacks. {_INSTEAD}")
 
 
 def _base(folder: RunFolder) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Parameters with a row for each token, and rows of zeros that make their number divide over devices (`model.vocab_multiple`)."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,4 +27,4 @@ def padding(params: Mapping[str, Any], model: Mapping[str, Any], tokens: int | N
         return 0
     own, whole = sizes(model, tokens)
     padded = [x for path, x in params.items() if (axis := axis_of(path)) is not None and x.shape[axis] == whole]
-    return sum(x.size // whole * (whole - own) for x in padded)
+    return sum(math.prod(x.shape) // whole * (whole - own) for x in padded)

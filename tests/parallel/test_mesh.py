@@ -185,7 +185,7 @@ def test_an_axis_that_shards_only_the_last_layer_is_noted():
     padded = small_configs.config(small_configs.GPT, data=data, task__sample_length=0, model__vocab_multiple=8)
     where = layout(tensor=2)
     state = sharding_lib.place_state(build_experiment(padded).state_shapes(), Sharding(), where)
-    assert state.params["embed"]["embedding"].shape[0] == 104 and state.params["embed"]["embedding"].sharding.spec[0] == ("tensor",)
+    assert state.params["embed"]["embedding"].shape[0] == 104 and state.params["embed"]["embedding"].sharding.spec[0] == "tensor"
     assert sharding_lib.notes(where) == []
 
 

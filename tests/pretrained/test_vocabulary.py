@@ -13,6 +13,7 @@ from tokenizer_folders import LINES
 
 import jaxmodels
 from jaxmodels.errors import ConfigError
+from jaxmodels.export.peft import export_adapters
 from jaxmodels.export.transformers import export_run
 from jaxmodels.pretrained.safetensors import read_header
 from jaxmodels.runs.folder import RunFolder
@@ -25,6 +26,7 @@ KINDS = {
     "llama": (pretrained_folders.llama, "language_model"),
     "bert": (pretrained_folders.bert, "masked_lm"),
 }
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "bert", "t5")]
 OPTIONS = {"bert": {"with_head": True}}
 
 
@@ -59,7 +61,7 @@ def tensors(folder) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor.view()) for name, tensor in read_header(folder / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", *SLOW])
 def test_added_tokens_start_at_the_mean(kind, tmp_path):
     """Closed form: with learning rate 0 an export has the published rows, then their mean; ids and logits are those of `transformers`."""
     make, task = KINDS.get(kind, (pretrained_folders.t5, "seq2seq"))
@@ -106,6 +108,8 @@ def test_the_report_says_it_and_a_frozen_table_is_read_from_the_parent(tmp_path,
     start = run.tokenizer.published_tokens
     np.testing.assert_allclose(table[start : start + 2], np.broadcast_to(table[:start].mean(0), (2, table.shape[1])), atol=1e-6)
     jaxmodels.train(values | {"training": {"steps": 2}}, workdir=str(tmp_path / "run"), quiet=True)
+    with pytest.raises(ConfigError, match="added tokens"):
+        export_adapters(str(tmp_path / "run"), str(tmp_path / "adapters"))
 
 
 def test_tokens_that_were_published_without_rows(tmp_path):
@@ -124,6 +128,7 @@ def test_tokens_that_were_published_without_rows(tmp_path):
     np.testing.assert_allclose(table[rows], table[:rows].mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokenizer_gets_tokens(tmp_path):
     """From a run, also one with padding, and on with further tokens."""
     folder = pretrained_folders.gpt2(tmp_path / "published")
@@ -191,7 +196,7 @@ def test_rows_without_a_token_are_never_chosen(tmp_path):
         assert all(token < tokens for completion in done for token in completion.tokens)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", *SLOW])
 def test_padding_changes_nothing(kind, tmp_path):
     """Trained from the same weights: losses and parameters are equal, padding stays zero, the export is bitwise equal, and so is the count."""
     make, task = KINDS.get(kind, (pretrained_folders.t5, "seq2seq"))
@@ -235,7 +240,7 @@ def test_new_rows_of_zeros_leave_other_values_as_they_are():
                 total, weight, _ = task.loss(functional.evaluation_model(graph, params, stats), batch, None)
                 return total / weight
 
-            value, gradients = jax.value_and_grad(loss)(params)
+            value, gradients = jax.jit(jax.value_and_grad(loss))(params)
             found.append((float(value), functional.flatten(gradients)))
         for value, gradients in found[1:]:
             np.testing.assert_allclose(value, found[0][0], rtol=1e-6)
