@@ -232,8 +232,8 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
     values = {"architectures": [architecture.class_of(head)], "model_type": architecture.name} | architecture.config(config["model"])
     if "vocab_size" in info:
         values["vocab_size"] = info["vocab_size"]
-    if "image_shape" in info and architecture.name == "vit":
-        values["image_size"] = info["image_shape"][0]
+    if "image_shape" in info:
+        values.setdefault("image_size", info["image_shape"][0])
     labels = info.get("tags") or info.get("labels") or [str(i) for i in range(info.get("num_classes", 0))]
     if config["task"]["name"] == "regress_text":
         values |= {"num_labels": 1, "problem_type": "regression"}

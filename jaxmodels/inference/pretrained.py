@@ -32,7 +32,7 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
     task, info = {"name": _TASKS.get(head, "language_model")}, {}
     names = folder.config.get("id2label") or {}
     labels = [names[key] for key in sorted(names, key=int)] or [str(i) for i in range(pretrained_lib.number_of_labels(folder.config))]
-    if architecture.model in ("vit", "resnet50"):
+    if architecture.images:
         shape, count = pretrained_lib.pretrained_arguments(folder, architecture)
         info = {"image_shape": shape, "num_classes": count, "labels": labels}
         task = {"name": "classify"} | preprocessing.normalisation(folder)

@@ -63,6 +63,7 @@ class ConvNeXt(nnx.Module):
         patch: int = 4,
         kernel: int = 7,
         layer_scale: float = 1e-6,
+        epsilon: float = 1e-6,
         stochastic_depth: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -75,6 +76,7 @@ class ConvNeXt(nnx.Module):
           patch: side in pixels of the square that becomes one position of the first stage; 1 or 2 for small images.
           kernel: side of the depthwise convolutions, odd.
           layer_scale: initial value of the scales on the outputs of blocks (Touvron et al. 2021).
+          epsilon: of the last normalization; that of the others is 1e-6.
           stochastic_depth: rate at which examples skip the last block; it rises linearly from 0 at the first block.
           rngs: draws the initial parameters from its `params` stream.
         """
@@ -96,7 +98,7 @@ class ConvNeXt(nnx.Module):
             blocks.append(nnx.List([ConvNeXtBlock(channels, kernel=kernel, layer_scale=layer_scale, rate=rate, rngs=rngs) for rate in rates]))
             done += count
         self.norms, self.merges, self.blocks = nnx.List(norms), nnx.List(merges), nnx.List(blocks)
-        self.norm = nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
+        self.norm = nnx.LayerNorm(channels, epsilon=epsilon, rngs=rngs)
         self.output = nnx.Linear(channels, num_classes, kernel_init=init, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "t5": "jaxmodels.pretrained.t5:T5",
     "vit": "jaxmodels.pretrained.vit:VIT",
     "resnet": "jaxmodels.pretrained.resnet:RESNET",
+    "convnext": "jaxmodels.pretrained.convnext:CONVNEXT",
 }
 
 # Keys of a config.json that do not change what a model computes: names, token ids, settings of training and generation.
@@ -121,6 +122,7 @@ class Architecture:
       others: pattern on names of head tensors, which are dropped if our model has another head.
       head_paths: prefixes of the paths of our head's parameters.
       constants: options of our model -> tensors that `transformers` expects and our model lacks.
+      images: whether the model reads images.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Architecture:
     others: str = r"^$"
     head_paths: tuple[str, ...] = ("head/",)
     constants: Callable[[Mapping], dict[str, np.ndarray]] = lambda options: {}
+    images: bool = False
 
     def entries(self, options: Mapping, head: str) -> list[Entry]:
         """Return the table of a model with this kind of head."""

@@ -41,6 +41,8 @@ FORMS: dict[str, tuple[Callable, Callable]] = {
     "transposed": (lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2)),
     # The tensor is [out, in, height, width], the parameter [height, width, in, out].
     "convolution": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
+    # The tensor is [channels, 1, height, width], the parameter [height, width, channels].
+    "depthwise": (lambda x: x.transpose(2, 3, 1, 0)[:, :, 0], lambda x: x.transpose(2, 0, 1)[:, None]),
     # The tensor has a leading axis of length 1.
     "first": (lambda x: x[0], lambda x: x[None]),
 }

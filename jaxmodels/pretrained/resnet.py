@@ -16,7 +16,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("num_channels", 3, 3)
     keys.must("downsample_in_first_stage", False, False)
     keys.must("downsample_in_bottleneck", False, False)
-    keys.ignore("out_features", "out_indices", "stage_names")
+    keys.ignore("out_features", "out_indices", "stage_names", "image_size")
     block = keys.must("layer_type", "bottleneck", *_EXPANSION)
     width, widths = keys.get("embedding_size"), keys.get("hidden_sizes")
     if widths != [width * _EXPANSION[block] * 2**stage for stage in range(len(widths))]:
@@ -73,5 +73,6 @@ RESNET = Architecture(
     ignored=(r"num_batches_tracked$",),
     others=r"^classifier\.",
     head_paths=("output/",),
+    images=True,
     constants=lambda options: {f"{tensor}.normalization.num_batches_tracked": np.zeros((), np.int64) for _, tensor in _layers(options)},
 )

@@ -66,4 +66,5 @@ VIT = Architecture(
     prefix="vit.",
     others=r"^(classifier|vit\.pooler)\.",
     head_paths=("output/",),
+    images=True,
 )

@@ -243,7 +243,7 @@ def pretrained_arguments(folder: Folder, architecture: Architecture) -> tuple:
     """Return the positional arguments of our model, by the config.json."""
     config = folder.config
     head = pretrained_head(folder, architecture)
-    if architecture.model in ("vit", "resnet50"):
+    if architecture.images:
         size = config.get("image_size") or 224
         return (size, size, config.get("num_channels") or 3), number_of_labels(config)
     vocabulary = Keys(config, str(folder.path / "config.json")).get("vocab_size")

@@ -27,6 +27,7 @@ _BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True
 _EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
 _RESNET = {"embedding_size": 8, "num_labels": 5}
+_CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5, "layer_scale_init_value": 0.3, "image_size": 16}
 
 # name -> (class, arguments of its config). The name says which options differ from the default.
 MODELS = {
@@ -53,7 +54,9 @@ MODELS = {
     "vit": ("ViTForImageClassification", {**_VIT, "num_labels": 5}),
     "resnet": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck"}),
     "resnet_basic": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic"}),
+    "convnext": ("ConvNextForImageClassification", {**_CONVNEXT, "patch_size": 2}),
 }
+IMAGES = ("vit", "resnet", "convnext", "deit", "dinov2", "swin")  # models of images
 
 
 def make(name: str):
@@ -76,8 +79,9 @@ def make(name: str):
 def inputs(name: str) -> tuple[np.ndarray, ...]:
     """Return a model's inputs: images, or tokens of the maximum length, with the first row padded with -1."""
     random = np.random.default_rng(0)
-    if name.startswith(("vit", "resnet")):
-        return (random.normal(size=(2, 16, 16, 3) if name == "vit" else (2, 64, 64, 3)).astype(np.float32),)
+    if name.startswith(IMAGES):
+        side = 64 if name.startswith("resnet") else 16
+        return (random.normal(size=(2, side, side, 3)).astype(np.float32),)
     tokens = random.integers(3, VOCABULARY, (2, CONTEXT)).astype(np.int32)
     tokens[0, 40:] = -1
     if name.startswith("t5"):

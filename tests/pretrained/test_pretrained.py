@@ -357,6 +357,7 @@ def test_published_sizes_survive_a_round_trip():
         "t5": ("t5-v1.1-small",),
         "vit": ("vit_b16",),
         "resnet": ("resnet50", "resnet18"),
+        "convnext": ("convnext_t", "convnext_b"),
     }
     for architecture, names in published_as.items():
         for name in names:

@@ -32,6 +32,7 @@ OTHER = {
     "t5": ("t5-v1.1-small", {"feed_forward_proj": "relu", "num_decoder_layers": 3, "relative_attention_num_buckets": 16}),
     "vit": ("vit_b16", {"hidden_act": "gelu_new"}),
     "resnet": ("resnet50", {"layer_type": "inverted", "downsample_in_first_stage": True, "hidden_sizes": [1, 2, 3, 4]}),
+    "convnext": ("convnext_t", {"hidden_act": "relu", "num_channels": 1, "hidden_sizes": [96, 96, 96, 96], "layer_scale_init_value": 0.0}),
 }
 VOCABULARY = 30
 LLAMA = {"name": "llama2-7b", "layers": 1, "heads": 2, "kv_heads": 2, "width": 8, "mlp_width": 12, "context": 16}
