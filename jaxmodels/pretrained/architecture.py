@@ -25,6 +25,8 @@ ARCHITECTURES = {
     "qwen3_moe": "jaxmodels.pretrained.llama:QWEN3_MOE",
     "t5": "jaxmodels.pretrained.t5:T5",
     "vit": "jaxmodels.pretrained.vit:VIT",
+    "deit": "jaxmodels.pretrained.vit:DEIT",
+    "dinov2": "jaxmodels.pretrained.dinov2:DINOV2",
     "resnet": "jaxmodels.pretrained.resnet:RESNET",
     "convnext": "jaxmodels.pretrained.convnext:CONVNEXT",
 }
@@ -112,7 +114,7 @@ class Architecture:
       options: (keys of the config.json, function that returns the names of the tensors) -> options of our model.
       config: options of our model -> keys of the config.json.
       table: options of our model -> table without the head.
-      heads: kind of head -> its table: `tokens`, `class`, `tags`; "" for models with one head.
+      heads: kind of head -> its table: `tokens`, `class`, `tags`; "" for models with one head, and those of which another head is an extension.
       classes: class name in `architectures` -> kind of its head; None without a head.
       sizes: options of our model -> numbers of values of `{layer}` and `{expert}`.
       prefix: of the base model's tensors; absent if the base model was saved alone.
@@ -153,7 +155,9 @@ class Architecture:
     def head_in(self, paths: Iterable[str]) -> str:
         """Return the kind of head of a model with these parameters."""
         if "" in self.heads:
-            return ""
+            paths = set(paths)
+            fitting = [kind for kind, entries in self.heads.items() if paths.issuperset(entry.path for entry in entries)]
+            return max(fitting, key=lambda kind: len(self.heads[kind]), default="")
         names = {path.split("/")[1] for path in paths if path.startswith("head/")}
         return "tokens" if "norm" in names else "class" if "dense" in names else "tags"
 

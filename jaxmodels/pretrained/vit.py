@@ -1,5 +1,6 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021) in the format of `transformers`."""
+"""The Vision Transformer (Dosovitskiy et al. 2021) and DeiT (Touvron et al. 2021) in the format of `transformers`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxmodels.pretrained.architecture import Architecture, Keys, linear, norm
@@ -67,4 +68,35 @@ VIT = Architecture(
     others=r"^(classifier|vit\.pooler)\.",
     head_paths=("output/",),
     images=True,
+)
+
+
+_TEACHER = "DeiTForImageClassificationWithTeacher"
+
+
+def _deit_options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
+    # The class name alone says whether there is a second output layer.
+    return _options(keys, names) | {"distillation": "output" if _TEACHER in (keys.get("architectures", None) or ()) else "token"}
+
+
+def _deit_config(options: Mapping) -> dict:
+    return _config(options) | ({"architectures": [_TEACHER]} if options["distillation"] == "output" else {})
+
+
+def _deit_table(options: Mapping) -> list[Entry]:
+    entries = [dataclasses.replace(entry, tensor="deit" + entry.tensor.removeprefix("vit")) for entry in _table(options)]
+    return [*entries, Entry("distillation_token", "deit.embeddings.distillation_token")]
+
+
+DEIT = dataclasses.replace(
+    VIT,
+    name="deit",
+    options=_deit_options,
+    config=_deit_config,
+    table=_deit_table,
+    heads=VIT.heads | {"teacher": linear("output", "cls_classifier") + linear("output_distilled", "distillation_classifier")},
+    classes={"DeiTForImageClassification": "", _TEACHER: "teacher", "DeiTModel": None},
+    prefix="deit.",
+    others=r"^(classifier|cls_classifier|distillation_classifier|deit\.pooler)\.",
+    head_paths=("output/", "output_distilled/"),
 )

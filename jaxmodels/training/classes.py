@@ -15,7 +15,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.runs.weights import Located, TransferReport
 
-_OUTPUT = r"(^|/)output/(kernel|bias)$"
+_OUTPUT = r"(^|/)output(_distilled)?/(kernel|bias)$"
 _NUMBER = r"(LABEL_)?\d+"  # a name that says nothing
 
 
@@ -47,7 +47,7 @@ def compare(experiment: Experiment, located: Located, report: TransferReport, fr
     if places is None:
         raise ConfigError(
             f"config.init_from: {located.name} has the {what} {_shown(theirs)}, the data {_shown(ours)}. Rename those of the data, or train a new "
-            f"output layer: init_from.skip={[_pattern(path) for path in taken][:1]}."
+            f"output layer: init_from.skip={list(dict.fromkeys(_pattern(path) for path in taken))}."
         )
     if wrong := [path for path in taken if path in frozen and experiment.frozen_in_parent]:
         raise ConfigError(

@@ -26,6 +26,7 @@ _ROBERTA = {**_BERT, "max_position_embeddings": CONTEXT + 2}
 _BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}
 _EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
+_DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 16, "patch_size": 4, "num_labels": 5}
 _RESNET = {"embedding_size": 8, "num_labels": 5}
 _CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5, "layer_scale_init_value": 0.3, "image_size": 16}
 
@@ -52,6 +53,10 @@ MODELS = {
     "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "vit": ("ViTForImageClassification", {**_VIT, "num_labels": 5}),
+    "deit": ("DeiTForImageClassification", {**_VIT, "num_labels": 5, "qkv_bias": False}),
+    "deit_teacher": ("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
+    "dinov2": ("Dinov2ForImageClassification", {**_DINOV2, "use_mask_token": False}),
+    "dinov2_swiglu": ("Dinov2ForImageClassification", {**_DINOV2, "use_swiglu_ffn": True, "use_mask_token": False}),
     "resnet": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck"}),
     "resnet_basic": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic"}),
     "convnext": ("ConvNextForImageClassification", {**_CONVNEXT, "patch_size": 2}),

@@ -37,13 +37,16 @@ def normal(*shape):
         ("vit_l16", 304_326_632),
         ("vit_l32", 306_535_400),
         ("vit_g14", 1_012_611_432),
+        ("deit_ti16", 5_910_800),
+        ("deit_s16", 22_436_432),
+        ("deit_b16", 87_338_192),
         ("convnext_t", 28_589_128),
         ("convnext_s", 50_223_688),
         ("convnext_b", 88_591_464),
     ],
 )
 def test_sizes_have_the_published_parameter_counts(name, parameters):
-    options = {"scan": True} if name.startswith("vit") else {}
+    options = {"scan": True} if name.startswith(("vit", "deit")) else {}
     shapes = nnx.eval_shape(lambda: create(name, (224, 224, 3), 1000, rngs=new_rngs(0), **options))
     assert sum(x.size for x in jax.tree.leaves(split(shapes)[1])) == parameters
 

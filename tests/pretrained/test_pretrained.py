@@ -56,7 +56,7 @@ def test_logits_are_those_of_transformers(folder, name):
     assert np.abs(random_pretrained.real(expected, arrays)).std() > 1e-3
 
 
-@pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "vit"))
+@pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "deit_teacher", "dinov2"))
 def test_stacked_layers_are_read(folder, name):
     path, model = folder(name)
     arrays = random_pretrained.inputs(name)
@@ -356,6 +356,7 @@ def test_published_sizes_survive_a_round_trip():
         "roberta": ("roberta-base",),
         "t5": ("t5-v1.1-small",),
         "vit": ("vit_b16",),
+        "deit": ("deit_b16",),
         "resnet": ("resnet50", "resnet18"),
         "convnext": ("convnext_t", "convnext_b"),
     }

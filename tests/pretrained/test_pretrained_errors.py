@@ -31,6 +31,8 @@ OTHER = {
     "qwen3_moe": ("qwen3-30b-a3b", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
     "t5": ("t5-v1.1-small", {"feed_forward_proj": "relu", "num_decoder_layers": 3, "relative_attention_num_buckets": 16}),
     "vit": ("vit_b16", {"hidden_act": "gelu_new"}),
+    "deit": ("deit_b16", {"hidden_act": "relu", "num_channels": 1}),
+    "dinov2": ("vit_b16", {"hidden_act": "relu", "num_channels": 1}),
     "resnet": ("resnet50", {"layer_type": "inverted", "downsample_in_first_stage": True, "hidden_sizes": [1, 2, 3, 4]}),
     "convnext": ("convnext_t", {"hidden_act": "relu", "num_channels": 1, "hidden_sizes": [96, 96, 96, 96], "layer_scale_init_value": 0.0}),
 }
