@@ -17,7 +17,7 @@ from jaxmodels.export import tokenizer_files
 from jaxmodels.export.model_card import model_card
 from jaxmodels.models.lora import ADAPTERS, Lora, merge_adapters
 from jaxmodels.pretrained import architecture as architecture_lib
-from jaxmodels.pretrained import mapping, safetensors
+from jaxmodels.pretrained import mapping, preprocessing, safetensors
 from jaxmodels.pretrained.architecture import ARCHITECTURES, Architecture, Keys
 from jaxmodels.pretrained.folder import whole_folder
 from jaxmodels.pretrained.safetensors import ToWrite
@@ -56,6 +56,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     config, manifest = folder.config(), folder.manifest()
     located = dataclasses.replace(located, arrays=without_padding(located.arrays, config["model"], manifest["info"].get("vocab_size")))
     architecture, notes = choose(config["model"], manifest)
+    _check_windows(architecture, config, manifest["info"])
     head = architecture.head_in(located.arrays)
     stacked = bool(config["model"].get("scan"))
     links = mapping.expand(architecture.entries(config["model"], head), architecture.sizes(config["model"]), stacked=stacked)
@@ -68,7 +69,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
         values = _config_json(architecture, head, folder, tokenizer_files.tokenizer_of(folder), sorted({t.name for t in types.values()}))
         _write_json(target / "config.json", values)
         notes += tokenizer_files.write(folder, target)
-        _write_processor(target, config, manifest["info"])
+        notes += _write_processor(target, config, manifest["info"])
         (target / "README.md").write_text(model_card(folder, located.step, architecture, values, notes), encoding="utf-8")
     return storage.parse(output).expanduser().absolute()
 
@@ -140,6 +141,19 @@ def _notes(model: Mapping) -> list[str]:
     if model.get("moe") and model["moe"]["dispatch"] == "capacity":
         return ["The model was trained with a limited number of tokens per expert (dispatch='capacity'); `transformers` has no such limit."]
     return []
+
+
+def _check_windows(architecture: Architecture, config: Mapping, info: Mapping) -> None:
+    """Raise ConfigError for a Swin whose images are smaller than a window in some stage, which `transformers` cannot compute."""
+    if architecture.name != "swin" or "image_shape" not in info:
+        return
+    model, size = config["model"], _image_size(config, info)
+    last = min(-(-side // (model["patch"] * 2 ** (len(model["stages"]) - 1))) for side in size)
+    if last < model["window"]:
+        raise ConfigError(
+            f"config.model.window={model['window']}: images of {size[0]} × {size[1]} have {last} positions on a side of the last stage, and `transformers` "
+            f"has no smaller windows there. Train with window={last}, or use --format=stablehlo."
+        )
 
 
 def _check_covered(links: Sequence[mapping.Link], located: weights_lib.Located, folder: RunFolder) -> None:
@@ -233,7 +247,7 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
     if "vocab_size" in info:
         values["vocab_size"] = info["vocab_size"]
     if "image_shape" in info:
-        values.setdefault("image_size", info["image_shape"][0])
+        values.setdefault("image_size", _image_size(config, info)[0])
     labels = info.get("tags") or info.get("labels") or [str(i) for i in range(info.get("num_classes", 0))]
     if config["task"]["name"] == "regress_text":
         values |= {"num_labels": 1, "problem_type": "regression"}
@@ -247,15 +261,20 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _write_processor(folder: Path, config: Mapping, info: Mapping) -> None:
-    """Write the image preprocessing of an image run."""
+def _write_processor(folder: Path, config: Mapping, info: Mapping) -> list[str]:
+    """Write the image preprocessing of an image run: the published one if its weights were only imported. Return notes on what it cannot say."""
     if "image_shape" not in info:
-        return
-    height, width, channels = info["image_shape"]
-    mean, std = config["task"].get("mean"), config["task"].get("std")
-    values = {"do_resize": True, "size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255}
-    values |= {"do_normalize": bool(mean or std), "image_mean": list(mean or [0.0] * channels), "image_std": list(std or [1.0] * channels)}
-    _write_json(folder / "preprocessor_config.json", values | {"image_processor_type": "ViTImageProcessor"})
+        return []
+    height, width = _image_size(config, info)
+    values, notes = preprocessing.processor(height, width, info["image_shape"][2], config["task"], config["data"])
+    _write_json(folder / preprocessing.FILE, info.get("preprocessor") or values)
+    return [] if info.get("preprocessor") else notes
+
+
+def _image_size(config: Mapping, info: Mapping) -> tuple[int, int]:
+    """Return the height and width of what the model reads."""
+    height, width = config["task"].get("resize") or info["image_shape"][:2]
+    return height, width
 
 
 def _write_json(path: Path, values: Mapping) -> None:

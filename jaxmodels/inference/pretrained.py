@@ -35,6 +35,7 @@ def pretrained_config(reference: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if architecture.images:
         shape, count = pretrained_lib.pretrained_arguments(folder, architecture)
         info = {"image_shape": shape, "num_classes": count, "labels": labels}
+        info |= {"preprocessor": values} if (values := preprocessing.read(folder)) else {}  # an export writes it back
         task = {"name": "classify"} | preprocessing.normalisation(folder)
     else:
         if any((folder.path / name).is_file() for name in _TOKENIZER_FILES):

@@ -224,7 +224,7 @@ def _other_images(experiment: Experiment, located: weights_lib.Located) -> list[
     shape = experiment.task.provides.get("image_shape")
     if located.pretrained is None or shape is None:
         return []
-    return preprocessing.differences(located.pretrained.folder, experiment.config["task"], shape)
+    return preprocessing.differences(located.pretrained.folder, experiment.config["task"], shape, experiment.config["data"])
 
 
 def _parents(located: weights_lib.Located, report: weights_lib.TransferReport, folder: RunFolder, named: Sequence[str], rows: Mapping[str, dict]) -> list[dict]:

@@ -107,6 +107,8 @@ def test_boxes_belong_to_their_image(tmp_path):
     assert inspect.describe(dataset, "train", 9)["box_labels"] == {"cat": 1, "dog": 1}
     with pytest.raises(ConfigError, match=r"config\.data\.fit must be 'stretch'"):
         open_dataset(source, options | {"fit": "crop"}, None)
+    with pytest.raises(ConfigError, match=r"config\.data\.fit must be 'stretch' with boxes, without scale_to"):
+        open_dataset(source, options | {"scale_to": 8}, None)
 
 
 @pytest.mark.parametrize(

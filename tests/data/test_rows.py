@@ -284,6 +284,9 @@ def test_cropped_or_stretched(tmp_path):
     options = {"size": 10, "channels": 1, "holdout": 0.0}
     crop, stretch = (open_dataset(f"images:{tmp_path}", options | {"fit": fit}, None).splits["train"][0]["image"] for fit in ("crop", "stretch"))
     assert crop.max() < 30 and stretch[:, 0].min() > 225 and stretch[:, -1].min() > 225 and stretch[:, 5].max() < 30
+    for wrong in ({"scale_to": 9}, {"scale_to": (10,)}, {"scale_to": (12, 12)}, {"scale_to": (12, 9), "fit": "stretch"}):
+        with pytest.raises(ConfigError, match=r"config\.data\.scale_to"):
+            open_dataset(f"images:{tmp_path}", options | wrong, None)
 
 
 def test_a_broken_image_is_named_or_weighs_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Weights are taken by what they mean, not by their shapes alone: class names, image normalisation, tied embeddings, keys of a config.json."""
 
 import json
+import shutil
 
 import numpy as np
 import pretrained_folders
@@ -10,6 +11,8 @@ import tokenizer_folders
 from PIL import Image
 
 import jaxmodels
+from jaxmodels.data.features.image import Image as ImageFeature
+from jaxmodels.data.features.image import to_array
 from jaxmodels.errors import ConfigError
 from jaxmodels.export.transformers import export_run
 from jaxmodels.inference.pretrained import import_run
@@ -134,7 +137,7 @@ def preprocessor(folder, **changes):
 
 
 def see(folder, workdir, **changes):
-    data = {"source": f"images:{folder / 'photos'}", "size": 16, "batch_size": 8}
+    data = {"source": f"images:{folder / 'photos'}", "size": 16, "fit": "stretch", "batch_size": 8}
     config = {"init_from": f"hf:{folder / 'model'}", "task": {"name": "classify"}, "data": data, **FROZEN_STEP}
     jaxmodels.train(small_configs.config(config, **changes), str(workdir), quiet=True)
     return RunFolder(workdir)
@@ -161,6 +164,79 @@ def test_each_difference_of_images_is_told(tmp_path):
     assert [word in text for word, text in zip(("config.task.std=None", "32 × 32", "bilinear", "0.00784314"), found, strict=True)] == [True] * 4
     preprocessor(tmp_path, do_normalize=False, size={"shortest_edge": 20}, do_center_crop=True, crop_size=16)
     assert preprocessing.differences(folder, {"mean": None, "std": None}, (16, 16, 3)) == []
+
+
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 20, "width": 24}, "resample": 2},
+    "swin": {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "resample": 3},
+    "deit": {"image_processor_type": "DeiTImageProcessor", "size": {"height": 28, "width": 28}, "crop_size": {"height": 24, "width": 24}},
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}},
+    "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 24}, "crop_pct": 0.875, "resample": 3},
+    "convnext_whole": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "resample": 3},
+}
+PHOTOS = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (*shape, 3), np.uint8)) for i, shape in enumerate([(31, 47), (60, 33), (26, 26)])]
+
+
+def seen_here(image, data, mean, std):
+    """Return an image as a model sees it in a run with this data section, [H, W, C]."""
+    feature = ImageFeature(image_column="image", size=data["size"], fit=data["fit"], scale_to=data["scale_to"], resample=data["resample"])
+    pixels = to_array(image, feature._size, 3, feature.fit, feature._scaled, feature.resample)
+    return (pixels / 255 - np.array(mean)) / np.array(std)
+
+
+def seen_there(folder, image):
+    """Return an image as `transformers` prepares it by the file of the folder, [H, W, C]."""
+    return transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_cut_and_scaled_as_the_image_processors_do(tmp_path, name):
+    """The keys of data that a preprocessor_config.json stands for, against the image processors of `transformers`."""
+    values = {"do_resize": True, "image_mean": [0.4] * 3, "image_std": [0.3] * 3, "do_normalize": True, "do_rescale": True} | PROCESSORS[name]
+    (tmp_path / preprocessing.FILE).write_text(json.dumps(values))
+    keys = preprocessing.geometry(values)
+    for image in PHOTOS:
+        np.testing.assert_allclose(seen_here(image, keys, [0.4] * 3, [0.3] * 3), seen_there(tmp_path, image), atol=1e-5)
+    folder, task = Folder("hf:x", tmp_path, {}), {"mean": (0.4,) * 3, "std": (0.3,) * 3}
+    assert preprocessing.differences(folder, task, (*keys["size"], 3), keys) == []
+    changed = {"fit": "crop" if keys["fit"] == "stretch" else "stretch", "scale_to": 30, "resample": "box"}
+    told = preprocessing.differences(folder, task, (*keys["size"], 3), changed)
+    assert [f"config.data.{key}=" in text for key, text in zip(changed, told, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"size": (20, 24), "fit": "stretch", "scale_to": None, "resample": "bicubic"},
+        {"size": (24, 24), "fit": "stretch", "scale_to": (28, 30), "resample": "bilinear"},
+        {"size": (20, 24), "fit": "crop", "scale_to": 26, "resample": "bicubic"},
+        {"size": (24, 24), "fit": "crop", "scale_to": None, "resample": "bicubic"},
+        {"size": (20, 24), "fit": "crop", "scale_to": None, "resample": "bicubic"},
+    ],
+)
+def test_an_exported_image_processor_gives_the_pixels_of_the_run(tmp_path, data):
+    task = {"mean": (0.4,) * 3, "std": (0.3,) * 3}
+    values, notes = preprocessing.processor(*data["size"], 3, task, data)
+    (tmp_path / preprocessing.FILE).write_text(json.dumps(values))
+    equal = [np.allclose(seen_here(image, data, *task.values()), seen_there(tmp_path, image), atol=1e-5) for image in PHOTOS]
+    assert all(equal) == (not notes)
+    assert not notes or data["fit"] == "crop"
+
+
+def test_an_imported_image_processor_is_exported_as_it_was(vit, tmp_path):
+    values = PROCESSORS["dinov2"] | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "own": [1, {"a": None}]}
+    shutil.copytree(vit / "model", tmp_path / "model")
+    (tmp_path / "model" / preprocessing.FILE).write_text(json.dumps(values))
+    out = export_run(str(import_run(f"hf:{tmp_path / 'model'}", str(tmp_path / "run")).path), str(tmp_path / "out"))
+    assert json.loads((out / preprocessing.FILE).read_text()) == values
+
+
+def test_an_unknown_image_processor_is_told(tmp_path):
+    (tmp_path / preprocessing.FILE).write_text(json.dumps({"image_processor_type": "OtherImageProcessor", "size": 16}))
+    (told,) = preprocessing.differences(Folder("hf:x", tmp_path, {}), {}, (16, 16, 3))
+    assert "prepared by OtherImageProcessor, which is not known here" in told
+    with pytest.raises(ConfigError, match="crop_pct=0 is not a share"):
+        preprocessing.geometry(PROCESSORS["convnext"] | {"crop_pct": 0})
 
 
 # Tied embeddings

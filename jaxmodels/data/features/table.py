@@ -34,8 +34,8 @@ def _inputs(keys: Mapping[str, Any]) -> list[Feature]:
         return [Tags.of(keys)]
     chosen = [feature.of(keys) for feature, column in ((Image, "image_column"), (Audio, "audio_column")) if named(column)]
     if named("boxes_column", "box_labels_column"):
-        if named("image_column") and keys["fit"] != "stretch":
-            raise ConfigError("config.data.fit must be 'stretch' with boxes: a crop would move them.")
+        if named("image_column") and (keys["fit"] != "stretch" or keys["scale_to"] is not None):
+            raise ConfigError("config.data.fit must be 'stretch' with boxes, without scale_to: a crop would move them.")
         return [*chosen, Boxes.of(keys)]
     label = {"class": Label, "classes": Classes, "value": Number}.get(keys["label"])
     if keys["label"] not in ("class", "classes"):
