@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "vit": "jaxmodels.pretrained.vit:VIT",
     "deit": "jaxmodels.pretrained.vit:DEIT",
     "dinov2": "jaxmodels.pretrained.dinov2:DINOV2",
+    "swin": "jaxmodels.pretrained.swin:SWIN",
     "resnet": "jaxmodels.pretrained.resnet:RESNET",
     "convnext": "jaxmodels.pretrained.convnext:CONVNEXT",
 }

@@ -36,11 +36,12 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
     def refuse(key: str, value: Any, allowed: str):
         raise ConfigError(f"{where}: {key}={str(value)[:80]!r} is not {allowed}. Copy or download the file again.")
 
+    lists = _LISTS | ({"num_heads": int} if isinstance(values.get("num_heads"), list) and "depths" in values else {})  # of each stage of a Swin
     for key, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None:
             continue
-        if key in _LARGEST:
+        if key in _LARGEST and key not in lists:
             least = 0 if key in _MAY_BE_ZERO else 1
             if not (is_number and isinstance(value, int)) or not least <= value <= _LARGEST[key]:
                 refuse(key, value, f"a whole number from {least} to {_LARGEST[key]:,}")
@@ -50,10 +51,10 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             refuse(key, value, "a fraction from 0 to below 1")
         elif key == "mlp_ratio" and not (is_number and 0 < value <= _MOST_RATIO):
             refuse(key, value, f"a number above 0, and at most {_MOST_RATIO:,}")
-        elif key in _LISTS and not (isinstance(value, list) and all(type(item) is _LISTS[key] for item in value)):
-            refuse(key, value, f"a list of {'texts' if _LISTS[key] is str else 'whole numbers'}")
-        elif key in ("hidden_sizes", "depths"):
-            largest = _LARGEST["hidden_size" if key == "hidden_sizes" else "num_layers"]
+        elif key in lists and not (isinstance(value, list) and all(type(item) is lists[key] for item in value)):
+            refuse(key, value, f"a list of {'texts' if lists[key] is str else 'whole numbers'}")
+        elif key in ("hidden_sizes", "depths", "num_heads"):
+            largest = _LARGEST[{"hidden_sizes": "hidden_size", "depths": "num_layers"}.get(key, key)]
             if not 1 <= len(value) <= _MOST_STAGES or not all(1 <= item <= largest for item in value):
                 refuse(key, value, f"a list of 1 to {_MOST_STAGES} whole numbers from 1 to {largest:,}")
         elif key in ("rope_parameters", "rope_scaling", "id2label"):

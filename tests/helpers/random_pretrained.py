@@ -27,6 +27,7 @@ _BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True
 _EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
 _DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 16, "patch_size": 4, "num_labels": 5}
+_SWIN = {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 16, "patch_size": 2, "mlp_ratio": 1.5, "num_labels": 5}
 _RESNET = {"embedding_size": 8, "num_labels": 5}
 _CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5, "layer_scale_init_value": 0.3, "image_size": 16}
 
@@ -57,6 +58,8 @@ MODELS = {
     "deit_teacher": ("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
     "dinov2": ("Dinov2ForImageClassification", {**_DINOV2, "use_mask_token": False}),
     "dinov2_swiglu": ("Dinov2ForImageClassification", {**_DINOV2, "use_swiglu_ffn": True, "use_mask_token": False}),
+    "swin": ("SwinForImageClassification", _SWIN),
+    "swin_padded": ("SwinForImageClassification", {**_SWIN, "image_size": 26, "window_size": 3, "qkv_bias": False, "depths": [2, 2]}),
     "resnet": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_type": "bottleneck"}),
     "resnet_basic": ("ResNetForImageClassification", {**_RESNET, "hidden_sizes": [8, 16], "depths": [2, 1], "layer_type": "basic"}),
     "convnext": ("ConvNextForImageClassification", {**_CONVNEXT, "patch_size": 2}),
@@ -85,7 +88,7 @@ def inputs(name: str) -> tuple[np.ndarray, ...]:
     """Return a model's inputs: images, or tokens of the maximum length, with the first row padded with -1."""
     random = np.random.default_rng(0)
     if name.startswith(IMAGES):
-        side = 64 if name.startswith("resnet") else 16
+        side = 64 if name.startswith("resnet") else MODELS[name][1]["image_size"]
         return (random.normal(size=(2, side, side, 3)).astype(np.float32),)
     tokens = random.integers(3, VOCABULARY, (2, CONTEXT)).astype(np.int32)
     tokens[0, 40:] = -1

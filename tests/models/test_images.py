@@ -12,7 +12,7 @@ from jaxmodels.models import create
 from jaxmodels.models.convnext import ConvNeXtBlock
 from jaxmodels.models.functional import merge, new_rngs, split
 from jaxmodels.models.layers import stochastic_depth
-from jaxmodels.models.vit import sincos
+from jaxmodels.models.vit import interpolated, sincos
 
 
 def drawn(make, *args, **options):
@@ -40,6 +40,10 @@ def normal(*shape):
         ("deit_ti16", 5_910_800),
         ("deit_s16", 22_436_432),
         ("deit_b16", 87_338_192),
+        ("swin-tiny", 28_288_354),
+        ("swin-small", 49_606_258),
+        ("swin-base", 87_768_224),
+        ("swin-large", 196_532_476),
         ("convnext_t", 28_589_128),
         ("convnext_s", 50_223_688),
         ("convnext_b", 88_591_464),
@@ -163,6 +167,38 @@ def test_convnext_halves_by_stage_and_skips_blocks_more_often_later():
     np.testing.assert_allclose([block.rate for blocks in model.blocks for block in blocks], [0, 0.1, 0.2, 0.3])
 
 
+def test_positions_of_another_grid_are_interpolated_as_pytorch_does():
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).normal(size=(5, 5, 3)).astype(np.float32)
+    for grid in [(7, 2), (4, 11), (5, 5)]:
+        expected = torch.nn.functional.interpolate(torch.tensor(table).permute(2, 0, 1)[None], size=grid, mode="bicubic", align_corners=False)[0]
+        np.testing.assert_allclose(interpolated(jnp.asarray(table), grid), expected.permute(1, 2, 0).numpy(), atol=1e-5)
+
+
+def test_a_small_image_uses_the_middle_of_the_table_of_windows():
+    """A window of 7 on 4×4 positions is a window of 4 with the offsets from -3 to 3."""
+    options = {"stages": (2,), "heads": (2,), "width": 8, "patch": 2}
+    large, small = (drawn(create, "swin", (8, 8, 3), 5, window=window, **options) for window in (7, 4))
+    graph, params, stats = split(small)
+    own = dict(split(large)[1])
+    cut = {str(i): block | {"relative": block["relative"].reshape(13, 13, 2)[3:10, 3:10].reshape(49, 2)} for i, block in own["blocks"]["0"].items()}
+    assert jax.tree.map(jnp.shape, own | {"blocks": {"0": cut}}) == jax.tree.map(jnp.shape, params)
+    image = normal(2, 8, 8, 3)
+    run = jax.jit(lambda: (large(image), merge(graph, own | {"blocks": {"0": cut}}, stats)(image)))
+    np.testing.assert_allclose(*run(), atol=1e-5)
+
+
+def test_swin_rematerialised_is_the_same_function_in_training():
+    options = {"stages": (2, 1), "heads": (1, 2), "width": 8, "patch": 2, "window": 2, "stochastic_depth": 0.3, "dropout": 0.1}
+    image, got = normal(4, 12, 8, 3), []
+    for remat in ("none", "full"):
+        graph, params, stats = split(drawn(create, "swin", (12, 8, 3), 5, remat=remat, **options))
+        loss = jax.jit(jax.grad(lambda p, g=graph, s=stats: jnp.sum(merge(g, p, s)(image, rngs=nnx.Rngs(dropout=1)) ** 2)))
+        got.append(jax.tree.leaves(loss(params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *got)
+    assert all(np.abs(x).max() > 0 for x in got[0])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -170,6 +206,10 @@ def test_convnext_halves_by_stage_and_skips_blocks_more_often_later():
         ("vit", {"heads": 5}, "heads must divide"),
         ("vit", {"width": 6, "positions": "sincos"}, "divides by 4"),
         ("vit", {"stochastic_depth": 1.0}, "stochastic_depth"),
+        ("vit", {"distillation": "token", "pool": "mean"}, "needs pool='token'"),
+        ("vit", {"grid": (2, 2), "positions": "sincos"}, "grid is the rows and columns"),
+        ("swin", {"heads": (2, 4)}, "one number for each stage"),
+        ("swin", {"heads": (5, 4, 8)}, "heads must divide width"),
         ("convnext", {"kernel": 4}, "odd"),
         ("convnext", {}, "to nothing"),
     ],

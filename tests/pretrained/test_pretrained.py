@@ -21,7 +21,7 @@ from jaxmodels import models
 from jaxmodels.errors import ConfigError
 from jaxmodels.export.transformers import choose, export_run
 from jaxmodels.inference.pretrained import import_run
-from jaxmodels.pretrained.weights import load_model, resolve_options
+from jaxmodels.pretrained.weights import describe, load_model, locate, resolve_options
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,41 @@ def check_trained_here(tmp_path, *names):
         assert f"- jax: {jax.__version__}" in card
 
 
+@pytest.mark.parametrize("name", ["convnext", "swin", "dinov2"])
+def test_images_of_another_size(folder, name):
+    """Their parameters do not depend on it; the positions of DINOv2 are interpolated, also to another shape."""
+    path, model = folder(name)
+    image = np.random.default_rng(1).normal(size=(2, 32, 16, 3)).astype(np.float32)
+    ours = run(load_model(f"hf:{path}", (32, 16, 3), 5), (image,))
+    np.testing.assert_allclose(ours, random_pretrained.logits(model, (image,)), atol=1e-4)
+
+
+def test_the_mask_token_of_dinov2_is_left_out(tmp_path):
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**random_pretrained.MODELS["dinov2"][1] | {"use_mask_token": True}))
+    model.save_pretrained(tmp_path / "model")
+    section = {"name": "vit"} | resolve_options("vit", describe(f"hf:{tmp_path / 'model'}")[2])
+    found = locate(f"hf:{tmp_path / 'model'}", section, ["output/kernel"])
+    assert found.dropped == ("dinov2.embeddings.mask_token",) and found.fresh == ("output/kernel",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [("dinov2_swiglu", 24), ("deit_teacher", 16), ("convnext", 20), ("swin", 20)])
+def test_image_models_are_fine_tuned_on_fewer_classes_and_exported(folder, tmp_path, name, side):
+    """pytest -m slow -k fewer_classes tests/pretrained/test_pretrained.py"""
+    path, _ = folder(name)
+    random = np.random.default_rng(1)
+    train = {"image": random.normal(size=(8, side, side, 3)).astype(np.float32), "label": np.arange(8, dtype=np.int32) % 3}
+    config = {"init_from": {"run": f"hf:{path}", "skip": ("output",)}, "task": "classify", "data": {"source": "arrays", "batch_size": 4}}
+    config["model"] = {"stochastic_depth": 0.1} | ({} if name == "convnext" else {"remat": "full"})
+    out = _train(tmp_path, config, {"train": train})
+    values = json.loads((out / "config.json").read_text())
+    there, account = getattr(transformers, values["architectures"][0]).from_pretrained(out, output_loading_info=True)
+    assert not any(account[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = run(jaxmodels.load(str(tmp_path / "run")).model, (train["image"],))
+    assert ours.shape == (8, 3)
+    np.testing.assert_allclose(ours, random_pretrained.logits(there.eval(), (train["image"],)), atol=1e-4)
+
+
 def test_adapters_are_merged(folder, tmp_path):
     path, _ = folder("llama")
     tokens = np.random.default_rng(0).integers(3, 99, (8, 33)).astype(np.int32)
@@ -357,6 +392,7 @@ def test_published_sizes_survive_a_round_trip():
         "t5": ("t5-v1.1-small",),
         "vit": ("vit_b16",),
         "deit": ("deit_b16",),
+        "swin": ("swin-tiny", "swin-large"),
         "resnet": ("resnet50", "resnet18"),
         "convnext": ("convnext_t", "convnext_b"),
     }

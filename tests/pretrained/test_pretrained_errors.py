@@ -33,6 +33,7 @@ OTHER = {
     "vit": ("vit_b16", {"hidden_act": "gelu_new"}),
     "deit": ("deit_b16", {"hidden_act": "relu", "num_channels": 1}),
     "dinov2": ("vit_b16", {"hidden_act": "relu", "num_channels": 1}),
+    "swin": ("swin-tiny", {"hidden_act": "relu", "use_absolute_embeddings": True}),
     "resnet": ("resnet50", {"layer_type": "inverted", "downsample_in_first_stage": True, "hidden_sizes": [1, 2, 3, 4]}),
     "convnext": ("convnext_t", {"hidden_act": "relu", "num_channels": 1, "hidden_sizes": [96, 96, 96, 96], "layer_scale_init_value": 0.0}),
 }
@@ -168,6 +169,14 @@ def test_experts_that_differ_in_shape_are_refused(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_model(f"hf:{folder}")
     assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): their shapes must be equal" in str(error.value)
+
+
+def test_a_swin_of_images_that_are_smaller_than_a_window_is_not_exported(tmp_path):
+    """`transformers` cannot compute it."""
+    config = {"model": {"name": "swin", "stages": (1, 1), "heads": (1, 2), "width": 8, "window": 7}, "task": "classify"} | REST
+    run = untrained_run(config, {"image_shape": (32, 64, 3), "num_classes": 3}, tmp_path / "run")
+    with pytest.raises(ConfigError, match="window=7: images of 32 × 64 have 4 positions on a side of the last stage"):
+        export_run(run, str(tmp_path / "out"))
 
 
 def test_a_model_of_another_kind_than_the_pretrained_one(copy):
