@@ -56,7 +56,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     config, manifest = folder.config(), folder.manifest()
     located = dataclasses.replace(located, arrays=without_padding(located.arrays, config["model"], manifest["info"].get("vocab_size")))
     architecture, notes = choose(config["model"], manifest)
-    _check_windows(architecture, config, manifest["info"])
+    _check_images(architecture, config, manifest["info"])
     head = architecture.head_in(located.arrays)
     stacked = bool(config["model"].get("scan"))
     links = mapping.expand(architecture.entries(config["model"], head), architecture.sizes(config["model"]), stacked=stacked)
@@ -143,11 +143,15 @@ def _notes(model: Mapping) -> list[str]:
     return []
 
 
-def _check_windows(architecture: Architecture, config: Mapping, info: Mapping) -> None:
-    """Raise ConfigError for a Swin whose images are smaller than a window in some stage, which `transformers` cannot compute."""
-    if architecture.name != "swin" or "image_shape" not in info:
+def _check_images(architecture: Architecture, config: Mapping, info: Mapping) -> None:
+    """Raise ConfigError for images of a size that `transformers` cannot compute with this architecture."""
+    if architecture.name not in ("swin", "dinov2") or "image_shape" not in info:
         return
     model, size = config["model"], _image_size(config, info)
+    if architecture.name == "dinov2" and model["grid"] is None and size[0] != size[1]:
+        raise ConfigError(f"images of {size[0]} × {size[1]}: `transformers` has positions of a square grid only. --format=stablehlo exports the forward pass.")
+    if architecture.name == "dinov2":
+        return
     last = min(-(-side // (model["patch"] * 2 ** (len(model["stages"]) - 1))) for side in size)
     if last < model["window"]:
         raise ConfigError(
@@ -247,7 +251,8 @@ def _config_json(architecture: Architecture, head: str, folder: RunFolder, token
     if "vocab_size" in info:
         values["vocab_size"] = info["vocab_size"]
     if "image_shape" in info:
-        values.setdefault("image_size", _image_size(config, info)[0])
+        height, width = _image_size(config, info)
+        values.setdefault("image_size", height if height == width else [height, width])
     labels = info.get("tags") or info.get("labels") or [str(i) for i in range(info.get("num_classes", 0))]
     if config["task"]["name"] == "regress_text":
         values |= {"num_labels": 1, "problem_type": "regression"}

@@ -31,6 +31,10 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.ignore("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states", "use_mask_token")
     options = {option: keys.get(key) for option, key in _SIZES.items()}
     size, scale = keys.get("image_size", None), keys.get("layerscale_value", 1.0)
+    if isinstance(size, list):
+        if size[0] != size[1]:
+            raise ConfigError(f"{keys.where}: image_size={size} is not supported; the grid of the positions must be square.")
+        size = size[0]
     if size is not None and size < options["patch"]:
         raise ConfigError(f"{keys.where}: image_size={size} is smaller than patch_size={options['patch']}.")
     return options | {

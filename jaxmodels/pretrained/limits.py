@@ -43,7 +43,8 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             continue
         if key in _LARGEST and key not in lists:
             least = 0 if key in _MAY_BE_ZERO else 1
-            if not (is_number and isinstance(value, int)) or not least <= value <= _LARGEST[key]:
+            sides = value if key == "image_size" and isinstance(value, list) and len(value) == 2 else [value]  # height and width
+            if not all(type(side) is int and least <= side <= _LARGEST[key] for side in sides):
                 refuse(key, value, f"a whole number from {least} to {_LARGEST[key]:,}")
         elif key in _ABOVE_ZERO and not (is_number and 0 < value < math.inf):
             refuse(key, value, "a number above 0")

@@ -245,7 +245,8 @@ def pretrained_arguments(folder: Folder, architecture: Architecture) -> tuple:
     head = pretrained_head(folder, architecture)
     if architecture.images:
         size = config.get("image_size") or 224
-        return (size, size, config.get("num_channels") or 3), number_of_labels(config)
+        height, width = size if isinstance(size, list) else (size, size)
+        return (height, width, config.get("num_channels") or 3), number_of_labels(config)
     vocabulary = Keys(config, str(folder.path / "config.json")).get("vocab_size")
     if architecture.model == "encoder":
         sizes = {"tokens": vocabulary, "class": number_of_labels(config), "tags": number_of_labels(config)}

@@ -54,6 +54,7 @@ MODELS = {
     "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "vit": ("ViTForImageClassification", {**_VIT, "num_labels": 5}),
+    "vit_wide": ("ViTForImageClassification", {**_VIT, "num_labels": 5, "image_size": [8, 12]}),
     "deit": ("DeiTForImageClassification", {**_VIT, "num_labels": 5, "qkv_bias": False}),
     "deit_teacher": ("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
     "dinov2": ("Dinov2ForImageClassification", {**_DINOV2, "use_mask_token": False}),
@@ -88,8 +89,8 @@ def inputs(name: str) -> tuple[np.ndarray, ...]:
     """Return a model's inputs: images, or tokens of the maximum length, with the first row padded with -1."""
     random = np.random.default_rng(0)
     if name.startswith(IMAGES):
-        side = 64 if name.startswith("resnet") else MODELS[name][1]["image_size"]
-        return (random.normal(size=(2, side, side, 3)).astype(np.float32),)
+        size = 64 if name.startswith("resnet") else MODELS[name][1]["image_size"]
+        return (random.normal(size=(2, *(size if isinstance(size, list) else (size, size)), 3)).astype(np.float32),)
     tokens = random.integers(3, VOCABULARY, (2, CONTEXT)).astype(np.int32)
     tokens[0, 40:] = -1
     if name.startswith("t5"):

@@ -69,6 +69,8 @@ def test_absurd_sizes_are_refused_with_file_and_key(tmp_path, name):
         ("swin", {"mlp_ratio": 10**9}, "mlp_ratio='1000000000' is not a number above 0"),
         ("convnext", {"num_stages": 3}, "must have one value for each stage"),
         ("dinov2", {"image_size": 8}, "image_size=8 is smaller than patch_size=16"),
+        ("dinov2", {"image_size": [224, 448]}, "the grid of the positions must be square"),
+        ("vit", {"image_size": [224, 0]}, "image_size=.* is not a whole number from 1 to"),
         ("vit", {"id2label": 5}, "id2label='5' is not an object"),
         ("vit", {"architectures": [{}]}, "architectures=.* is not a list of texts"),
         ("gpt2", {"model_type": ["gpt2"]}, r"model_type=\['gpt2'\] is not supported"),

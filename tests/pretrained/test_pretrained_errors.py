@@ -171,11 +171,16 @@ def test_experts_that_differ_in_shape_are_refused(tmp_path):
     assert f"{name.format(0)} is (12, 8), {name.format(1)} is (12, 7): their shapes must be equal" in str(error.value)
 
 
-def test_a_swin_of_images_that_are_smaller_than_a_window_is_not_exported(tmp_path):
-    """`transformers` cannot compute it."""
-    config = {"model": {"name": "swin", "stages": (1, 1), "heads": (1, 2), "width": 8, "window": 7}, "task": "classify"} | REST
-    run = untrained_run(config, {"image_shape": (32, 64, 3), "num_classes": 3}, tmp_path / "run")
-    with pytest.raises(ConfigError, match="window=7: images of 32 × 64 have 4 positions on a side of the last stage"):
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({"name": "swin", "stages": (1, 1), "heads": (1, 2), "width": 8}, "window=7: images of 32 × 64 have 4 positions on a side of the last stage"),
+        ({"name": "vit", "layers": 1, "heads": 2, "width": 8, "pool": "both", "layer_scale": 1.0}, "images of 32 × 64: .* positions of a square grid only"),
+    ],
+)
+def test_images_that_transformers_cannot_compute_are_not_exported(tmp_path, model, problem):
+    run = untrained_run({"model": model, "task": "classify"} | REST, {"image_shape": (32, 64, 3), "num_classes": 3}, tmp_path / "run")
+    with pytest.raises(ConfigError, match=problem):
         export_run(run, str(tmp_path / "out"))
 
 
