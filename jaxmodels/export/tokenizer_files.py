@@ -30,7 +30,7 @@ def special_ids(tokenizer: Tokenizer, architecture: Architecture) -> dict[str, A
         return {key: value for key, value in tokenizer.config.items() if key.endswith("_token_id")}
     start, end = tokenizer.special("start"), tokenizer.special("end")
     ids = {"bos_token_id": start, "eos_token_id": end}
-    if architecture.name == "t5":
+    if architecture.name in ("t5", "mt5"):
         ids |= {"decoder_start_token_id": start, "pad_token_id": end}
     return ids
 

@@ -97,11 +97,17 @@ MODELS = {
     "encoder_decoder": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "transformer-base": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "transformer-big": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "t5-small": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "t5-base": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "t5-large": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "t5-v1.1-small": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "t5-v1.1-base": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "t5-v1.1-large": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "t5-v1.1-xl": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "t5-v1.1-xxl": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "mt5-small": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "mt5-base": "jaxmodels.models.encoder_decoder:EncoderDecoder",
+    "mt5-large": "jaxmodels.models.encoder_decoder:EncoderDecoder",
 }
 
 

@@ -1,4 +1,4 @@
-"""The encoder–decoder: the original Transformer (Vaswani et al. 2017) and T5 v1.1 (Raffel et al. 2020; Shazeer 2020).
+"""The encoder–decoder: the original Transformer (Vaswani et al. 2017), T5 (Raffel et al. 2020), T5 v1.1 (Shazeer 2020) and mT5 (Xue et al. 2021).
 
 Shapes: B batch, S source, T target, D width, N heads, K width of a head, V vocabulary.
 """
@@ -29,14 +29,22 @@ _T5 = {
     "head_width": 64,
     "dropout": 0.1,
 }
+# The first T5 has no gates, and one matrix for embedding and output.
+_FIRST_T5 = _T5 | {"activation": "relu", "tie_embeddings": True, "scale_outputs": True}
 SIZES = {
     "transformer-base": {"layers": 6, "heads": 8, "width": 512, "dropout": 0.1},
     "transformer-big": {"layers": 6, "heads": 16, "width": 1024, "dropout": 0.3},
+    "t5-small": {"layers": 6, "heads": 8, "width": 512, **_FIRST_T5},
+    "t5-base": {"layers": 12, "heads": 12, "width": 768, **_FIRST_T5},
+    "t5-large": {"layers": 24, "heads": 16, "width": 1024, **_FIRST_T5},
     "t5-v1.1-small": {"layers": 8, "heads": 6, "width": 512, "mlp_width": 1024, **_T5},
     "t5-v1.1-base": {"layers": 12, "heads": 12, "width": 768, "mlp_width": 2048, **_T5},
     "t5-v1.1-large": {"layers": 24, "heads": 16, "width": 1024, "mlp_width": 2816, **_T5},
     "t5-v1.1-xl": {"layers": 24, "heads": 32, "width": 2048, "mlp_width": 5120, **_T5},
     "t5-v1.1-xxl": {"layers": 24, "heads": 64, "width": 4096, "mlp_width": 10240, **_T5},
+    "mt5-small": {"layers": 8, "heads": 6, "width": 512, "mlp_width": 1024, **_T5},
+    "mt5-base": {"layers": 12, "heads": 12, "width": 768, "mlp_width": 2048, **_T5},
+    "mt5-large": {"layers": 24, "heads": 16, "width": 1024, "mlp_width": 2816, **_T5},
 }
 
 
@@ -95,8 +103,8 @@ class Side(nnx.Module):
 class EncoderDecoder(nnx.Module):
     """An encoder of a source, and a decoder of the target with cross-attention; by default the original Transformer.
 
-    Named sizes: `transformer-base`, `transformer-big`, and `t5-v1.1-small` to `-xxl`, which have the parameter counts of the released
-    checkpoints.
+    Named sizes: `transformer-base`, `transformer-big`; and `t5-small` to `-large`, `t5-v1.1-small` to `-xxl` and `mt5-small` to `-large`, which have
+    the parameter counts of the released checkpoints.
     """
 
     def __init__(
@@ -118,6 +126,7 @@ class EncoderDecoder(nnx.Module):
         bias: bool = True,
         scale_attention: bool = True,
         scale_embeddings: bool = True,
+        scale_outputs: bool = False,
         tie_embeddings: bool = True,
         vocab_multiple: int = 1,
         dropout: float = 0.0,
@@ -141,6 +150,7 @@ class EncoderDecoder(nnx.Module):
           bias: whether matrices and layer normalizations have a bias.
           scale_attention: divide the products by the square root of the head width (not in T5).
           scale_embeddings: multiply embeddings by the square root of D (not in T5).
+          scale_outputs: divide the input of the output matrix by the square root of D (the first T5).
           tie_embeddings: the output matrix is the embedding's.
           vocab_multiple: round the rows of the embedding and the columns of the output up to a multiple of this, with zeros that take no part in
             losses or generation, so that they divide over devices.
@@ -162,6 +172,7 @@ class EncoderDecoder(nnx.Module):
         init = nnx.initializers.normal(width**-0.5)
         self.output = None if tie_embeddings else Output(width, vocab_size, init=init, multiple=vocab_multiple, rngs=rngs)
         self.context, self.scale = context, width**0.5 if scale_embeddings else None
+        self.output_scale = width**-0.5 if scale_outputs else None
 
     def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return the logits of the token after each token of the target.
@@ -207,6 +218,7 @@ class EncoderDecoder(nnx.Module):
         return self._logits(x_B1D[:, 0]), cache | {"layers": layers, "slot": cache["slot"] + 1}
 
     def _logits(self, x: jax.Array) -> jax.Array:
+        x = x if self.output_scale is None else x * jnp.asarray(self.output_scale, x.dtype)
         return self.embed.attend(x) if self.output is None else self.output(x)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:

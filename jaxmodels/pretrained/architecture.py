@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "mixtral": "jaxmodels.pretrained.llama:MIXTRAL",
     "qwen3_moe": "jaxmodels.pretrained.llama:QWEN3_MOE",
     "t5": "jaxmodels.pretrained.t5:T5",
+    "mt5": "jaxmodels.pretrained.t5:MT5",
     "vit": "jaxmodels.pretrained.vit:VIT",
     "deit": "jaxmodels.pretrained.vit:DEIT",
     "dinov2": "jaxmodels.pretrained.dinov2:DINOV2",

@@ -137,7 +137,7 @@ def make_coder(files: Mapping[str, bytes], kind: str, settings: Mapping, named: 
         tokenizer = library.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
     else:
         model = next((name for name in SENTENCEPIECE if name in files), None)
-        if model is not None and kind in ("t5", "llama", "mistral", "mixtral"):
+        if model is not None and kind in ("t5", "mt5", "llama", "mistral", "mixtral"):
             return _SentencePiece(files[model], _with_extra_ids(files[model], kind, settings, added), _sentencepiece_frame(kind, settings, named))
         tokenizer = _from_vocabulary(files, kind, settings, named)
         if tokenizer is None:
@@ -223,7 +223,7 @@ def _with_extra_ids(model: bytes, kind: str, settings: Mapping, added: Mapping[i
 
 
 def _sentencepiece_frame(kind: str, settings: Mapping, named: Mapping[str, str | None]) -> list[str]:
-    if kind == "t5":
+    if kind in ("t5", "mt5"):
         return ["A", named["eos_token"]]
     start = [named["bos_token"]] if settings.get("add_bos_token", True) else []
     return [*start, "A", *([named["eos_token"]] if settings.get("add_eos_token", False) else [])]

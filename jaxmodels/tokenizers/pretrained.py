@@ -50,6 +50,7 @@ _ROBERTA = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+_T5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 DEFAULTS = {
@@ -57,7 +58,8 @@ DEFAULTS = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-    "t5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "t5": _T5,
+    "mt5": _T5,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
@@ -257,7 +259,7 @@ class PretrainedTokenizer:
         return dict(sorted(added.items()))
 
     def _find_special(self, name: str) -> int | None:
-        if name == "start" and (self.config.get("is_encoder_decoder") or self._kind == "t5"):
+        if name == "start" and (self.config.get("is_encoder_decoder") or self._kind in ("t5", "mt5")):
             # Without decoder_start_token_id, a target starts with padding, as T5's do.
             return self.config.get("decoder_start_token_id", self._find_special("pad"))
         for key in NAMES[name]:

@@ -30,6 +30,9 @@ MODELS = {
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(**_T5, tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     ),
+    "t5_first": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**_T5 | {"feed_forward_proj": "relu"}, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    ),
 }
 BY_DEFAULT = ("mistral",)
 
@@ -62,9 +65,9 @@ def made(name, folder, scale=0.4):
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 1.75 * scale if name == "t5" else scale)
+                parameter.normal_(0, 1.75 * scale if name.startswith("t5") else scale)
     theirs.save_pretrained(folder)
-    if name == "t5":
+    if name.startswith("t5"):
         (folder / "tokenizer.json").write_text(folders.byte_level(["<pad>", "</s>"]).to_str())
     theirs.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=None, decoder_start_token_id=0)
     return theirs, jaxmodels.load(f"hf:{folder}")
@@ -96,7 +99,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     assert expected.shape == (2, NEW) and (logits[..., 0] - logits[..., 1]).min() > 1e-4 and len(np.unique(expected)) > 20
     options = {"max_tokens": NEW}
     np.testing.assert_array_equal([c.tokens for c in generate(ours.model, None, prompts, start=0, **options)], expected)
-    uncached = (UncachedPair if name == "t5" else Uncached)(ours.model)
+    uncached = (UncachedPair if name.startswith("t5") else Uncached)(ours.model)
     np.testing.assert_array_equal([c.tokens for c in generate(uncached, None, prompts, start=0, **options)], expected)
 
 

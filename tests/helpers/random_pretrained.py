@@ -51,8 +51,10 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**_LLAMA, **_EXPERTS}),
+    "t5_first": ("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
     "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
+    "t5_mt5": ("MT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-silu"}),
     "vit": ("ViTForImageClassification", {**_VIT, "num_labels": 5}),
     "vit_wide": ("ViTForImageClassification", {**_VIT, "num_labels": 5, "image_size": [8, 12]}),
     "deit": ("DeiTForImageClassification", {**_VIT, "num_labels": 5, "qkv_bias": False}),
@@ -80,7 +82,7 @@ def make(name: str):
         for key, buffer in model.named_buffers():
             if key.endswith(("running_mean", "running_var")):
                 buffer.add_(torch.rand_like(buffer))
-    if name == "t5_untied":
+    if name in ("t5_untied", "t5_mt5"):
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model
 

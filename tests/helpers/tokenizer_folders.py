@@ -49,6 +49,13 @@ def wordpiece(lower=True) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def words(*tokens: str) -> tokenizers.Tokenizer:
+    """Return a tokenizer of these words; the second is the unknown one."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=tokens[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def byte_level(special, roberta=False) -> tokenizers.Tokenizer:
     """Return a tokenizer like GPT-2's or RoBERTa's."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
