@@ -18,8 +18,9 @@ from jaxmodels.models.positions import positions_in, sinusoids
 from jaxmodels.models.remat import Remat
 
 _ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
+_DISTILBERT = {"types": 0, "head_activation": "relu"}
 
-# BERT's small models are those of Turc et al. 2019.
+# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019.
 SIZES = {
     "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
     "bert-mini": {"layers": 4, "heads": 4, "width": 256},
@@ -29,14 +30,31 @@ SIZES = {
     "bert-large": {"layers": 24, "heads": 16, "width": 1024},
     "roberta-base": {"layers": 12, "heads": 12, "width": 768, **_ROBERTA},
     "roberta-large": {"layers": 24, "heads": 16, "width": 1024, **_ROBERTA},
+    "distilbert-base": {"layers": 6, "heads": 12, "width": 768, **_DISTILBERT},
 }
 SIZES = {name: {"context": 512, "types": 2, "dropout": 0.1, **size} for name, size in SIZES.items()}
+
+HeadActivation = Literal["tanh", "relu", "gelu", "gelu_exact"]
 
 
 class Head(nnx.Module):
     """The output of an encoder for a sequence (`class`, `value`) or for each token (`tokens`, `tags`)."""
 
-    def __init__(self, kind: str, size: int, width: int, *, pool: str, dropout: float, activation: Activation, norm: Norm, epsilon: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        width: int,
+        *,
+        pool: str,
+        dropout: float,
+        activation: Activation,
+        head_activation: HeadActivation,
+        norm: Norm,
+        epsilon: float,
+        rngs: nnx.Rngs,
+    ):
+        """`activation` is the feed-forward's, also used for scores of tokens; `head_activation` that of a head for the sequence."""
         init = nnx.initializers.normal(0.02)
         if kind not in ("tokens", "tags", "class", "value"):
             raise ValueError(f"a head must be 'tokens', 'tags', 'class' or 'value', got {kind!r}")
@@ -46,12 +64,13 @@ class Head(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(size))
         else:
             self.output = nnx.Linear(width, size, kernel_init=init, rngs=rngs)
-        self.kind, self.pool, self.dropout, self.activation = kind, pool, dropout, activation
+        self.kind, self.pool, self.dropout = kind, pool, dropout
+        self.activation = ("gelu_exact" if activation in GATED else activation) if kind == "tokens" else head_activation
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, embed: Embed, rngs: nnx.Rngs | None) -> jax.Array:
         """Return [B, T, size], or [B, size] for a sequence. `embed` is the encoder's embedding, whose rows score tokens."""
+        activate = jnp.tanh if self.activation == "tanh" else ACTIVATIONS[self.activation]
         if self.kind == "tokens":
-            activate = ACTIVATIONS["gelu_exact" if self.activation in GATED else self.activation]
             return embed.attend(self.norm(activate(self.dense(x_BTD)))) + self.bias[...]
         if self.kind == "tags":
             return self.output(dropout(x_BTD, self.dropout, rngs))
@@ -60,13 +79,13 @@ class Head(nnx.Module):
         else:
             count = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
             x_BD = jnp.where(valid_BT[..., None], x_BTD, 0).sum(1) / count.astype(x_BTD.dtype)
-        return self.output(dropout(jnp.tanh(self.dense(x_BD)), self.dropout, rngs))
+        return self.output(dropout(activate(self.dense(x_BD)), self.dropout, rngs))
 
 
 class Encoder(nnx.Module):
     """Bidirectional Transformer blocks, and a head. Only the head's parameters are under `head/`.
 
-    Named sizes (`bert-base`, `roberta-base`, …) have the published parameter counts.
+    Named sizes (`bert-base`, `roberta-base`, `distilbert-base`, …) have the published parameter counts.
     """
 
     def __init__(
@@ -94,6 +113,7 @@ class Encoder(nnx.Module):
         bias: bool = True,
         pool: Literal["first", "mean"] = "first",
         vocab_multiple: int = 1,
+        head_activation: HeadActivation = "tanh",
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
@@ -119,6 +139,7 @@ class Encoder(nnx.Module):
           bias: whether matrices and layer normalizations have a bias.
           pool: a sequence is represented by its `first` token (BERT), or by the `mean` of its tokens.
           vocab_multiple: round the rows of the embedding up to a multiple of this, with zeros that take no part in losses, so that they divide over devices.
+          head_activation: of the hidden layer of a head for the sequence: `tanh` (BERT), `relu` (DistilBERT), `gelu` or `gelu_exact`.
           dropout: rate on the embedding, on the residuals of each block, and in the head.
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
@@ -137,7 +158,8 @@ class Encoder(nnx.Module):
         options |= {"causal": False, "dropout": dropout, "layers": layers}
         make = functools.partial(Block, width, heads, **options)
         self.blocks = make_blocks(lambda rngs, **own: make(**own, rngs=rngs), layers, scan, rngs, differing(layer_types, window))
-        self.head = Head(*head, width, pool=pool, dropout=dropout, activation=activation, norm=norm, epsilon=epsilon, rngs=rngs)
+        options = {"pool": pool, "dropout": dropout, "activation": activation, "head_activation": head_activation, "norm": norm, "epsilon": epsilon}
+        self.head = Head(*head, width, **options, rngs=rngs)
         self.rotary = RotaryTables.of(width // heads, rotary_base, None, local_rotary_base, layer_types) if positions == "rotary" else None
         self.sinusoidal = positions == "sinusoidal"
         self.context, self.position_offset, self.remat, self.dropout = context, position_offset, remat, dropout

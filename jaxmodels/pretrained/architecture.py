@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "bert": "jaxmodels.pretrained.bert:BERT",
     "roberta": "jaxmodels.pretrained.bert:ROBERTA",
     "xlm-roberta": "jaxmodels.pretrained.bert:XLM_ROBERTA",
+    "distilbert": "jaxmodels.pretrained.distilbert:DISTILBERT",
     "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
     "llama": "jaxmodels.pretrained.llama:LLAMA",
     "mistral": "jaxmodels.pretrained.llama:MISTRAL",

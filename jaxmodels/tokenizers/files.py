@@ -178,7 +178,7 @@ def _start_and_end(tokenizer: library.Tokenizer, settings: Mapping, named: Mappi
 
 def _from_vocabulary(files: Mapping[str, bytes], kind: str, settings: Mapping, named: Mapping[str, str | None]) -> library.Tokenizer | None:
     """Return the tokenizer of a vocabulary without `tokenizer.json`, by the rules of its model type."""
-    if kind == "bert" and "vocab.txt" in files:
+    if kind in ("bert", "distilbert") and "vocab.txt" in files:
         lines = files["vocab.txt"].decode("utf-8").removesuffix("\n").split("\n")
         vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
         tokenizer = library.Tokenizer(models.WordPiece(vocabulary, unk_token=named["unk_token"], max_input_chars_per_word=100))
@@ -199,10 +199,10 @@ def _from_vocabulary(files: Mapping[str, bytes], kind: str, settings: Mapping, n
         return None
     known = dict.fromkeys(token for token in named.values() if token is not None)
     tokenizer.add_special_tokens([library.AddedToken(token, special=True, normalized=False, lstrip=token == "<mask>") for token in known])
-    if kind in ("bert", "roberta"):
+    if kind in ("bert", "distilbert", "roberta"):
         before, after = named["cls_token"], named["sep_token"]
         special = [(token, tokenizer.token_to_id(token)) for token in (before, after)]
-        second = ["$B:1", f"{after}:1"] if kind == "bert" else [after, "$B", after]
+        second = [after, "$B", after] if kind == "roberta" else ["$B:1", f"{after}:1"]
         tokenizer.post_processor = library.processors.TemplateProcessing(
             single=[before, "$A", after], pair=[before, "$A", after, *second], special_tokens=special
         )

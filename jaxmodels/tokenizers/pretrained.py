@@ -55,6 +55,7 @@ _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 DEFAULTS = {
     "bert": _BERT,
+    "distilbert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
@@ -309,7 +310,7 @@ def _missing(files: Mapping[str, bytes], kind: str) -> str:
     shown = f"it has {', '.join(there)}, and its model_type is {kind!r}" if there else "it has none of its files"
     return (
         f"{shown}. Add its tokenizer.json; models without one are read from spiece.model or tokenizer.model (T5, Llama, Mistral), "
-        "vocab.txt (BERT), or vocab.json and merges.txt (GPT-2, RoBERTa, Qwen)."
+        "vocab.txt (BERT, DistilBERT), or vocab.json and merges.txt (GPT-2, RoBERTa, Qwen)."
     )
 
 

@@ -14,6 +14,7 @@ transformers.utils.logging.disable_progress_bar()
 VOCABULARY, CONTEXT = 99, 64
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
 _BERT = {**_TEXT, "max_position_embeddings": CONTEXT}
+_DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 36, "max_position_embeddings": CONTEXT}
 _LLAMA = {**_BERT, "num_key_value_heads": 2}
 _LONGER = {"rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 36, "feed_forward_proj": "gated-gelu"}
@@ -39,6 +40,9 @@ MODELS = {
     "roberta": ("RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}),
     "xlm_roberta_classes": ("XLMRobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
     "roberta_classes": ("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
+    "distilbert": ("DistilBertForMaskedLM", {**_DISTILBERT, "sinusoidal_pos_embds": True}),
+    "distilbert_classes": ("DistilBertForSequenceClassification", {**_DISTILBERT, "num_labels": 3, "activation": "relu"}),
+    "distilbert_tags": ("DistilBertForTokenClassification", {**_DISTILBERT, "num_labels": 5}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),
     "llama": ("LlamaForCausalLM", _LLAMA),

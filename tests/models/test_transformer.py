@@ -106,7 +106,7 @@ def test_the_original_transformer_has_the_parameters_of_its_description(name, mi
 
 def test_encoders_have_the_published_parameter_counts():
     # BertModel and RobertaModel count a pooler (the dense layer of the "class" head); the tokens' heads are ForMaskedLM's.
-    vocabulary = {"bert": 30522, "roberta": 50265}
+    vocabulary = {"bert": 30522, "roberta": 50265, "distilbert": 30522}
     published = {
         "bert-tiny": (4_385_920, None),
         "bert-mini": (11_170_560, None),
@@ -116,6 +116,7 @@ def test_encoders_have_the_published_parameter_counts():
         "bert-large": (335_141_888, 335_174_458),
         "roberta-base": (124_645_632, 124_697_433),
         "roberta-large": (355_359_744, 355_412_057),
+        "distilbert-base": (66_362_880 + 590_592, 66_985_530),
     }
     for name, (model, masked) in published.items():
         V = vocabulary[name.split("-")[0]]

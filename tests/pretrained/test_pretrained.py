@@ -393,6 +393,7 @@ def test_published_sizes_survive_a_round_trip():
         "qwen3_moe": ("qwen3-30b-a3b",),
         "bert": ("bert-base",),
         "roberta": ("roberta-base",),
+        "distilbert": ("distilbert-base",),
         "t5": ("t5-v1.1-small", "t5-base"),
         "vit": ("vit_b16",),
         "deit": ("deit_b16",),

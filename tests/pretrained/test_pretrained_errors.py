@@ -22,6 +22,7 @@ OTHER = {
     "bert": ("bert-base", {"position_embedding_type": "relative_key", "is_decoder": True, "hidden_act": "mish"}),
     "roberta": ("roberta-base", {"hidden_act": "relu", "add_cross_attention": True}),
     "xlm-roberta": ("roberta-base", {"hidden_act": "relu"}),
+    "distilbert": ("distilbert-base", {"activation": "mish", "tie_word_embeddings": False}),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "activation_function": "mish"}),
     "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "mistral": ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"], "hidden_act": "relu"}),
