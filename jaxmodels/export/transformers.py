@@ -57,7 +57,7 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     located = dataclasses.replace(located, arrays=without_padding(located.arrays, config["model"], manifest["info"].get("vocab_size")))
     architecture, notes = choose(config["model"], manifest)
     _check_images(architecture, config, manifest["info"])
-    head = architecture.head_in(located.arrays)
+    head = architecture.head_in(located.arrays, "tags" if "tags" in manifest["info"] else "class")
     stacked = bool(config["model"].get("scan"))
     links = mapping.expand(architecture.entries(config["model"], head), architecture.sizes(config["model"]), stacked=stacked)
     _check_covered(links, located, folder)
@@ -130,6 +130,10 @@ def _canonical(model: Mapping) -> dict:
             result[key] = value
     if "head_width" in result and result["head_width"] is None:
         result["head_width"] = model["width"] // model["heads"]
+    if result.get("layer_types"):
+        result["layer_types"] = [result["layer_types"][i % len(result["layer_types"])] for i in range(result["layers"])]
+    if result.get("embedding_norm", False) is None:
+        result["embedding_norm"] = result["post_norm"]
     if "types" in result:
         result["types"] = max(1, result["types"])
     if result.get("moe"):

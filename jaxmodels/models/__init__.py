@@ -95,6 +95,8 @@ MODELS = {
     "roberta-base": "jaxmodels.models.encoder:Encoder",
     "roberta-large": "jaxmodels.models.encoder:Encoder",
     "distilbert-base": "jaxmodels.models.encoder:Encoder",
+    "modernbert-base": "jaxmodels.models.encoder:Encoder",
+    "modernbert-large": "jaxmodels.models.encoder:Encoder",
     "encoder_decoder": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "transformer-base": "jaxmodels.models.encoder_decoder:EncoderDecoder",
     "transformer-big": "jaxmodels.models.encoder_decoder:EncoderDecoder",

@@ -42,7 +42,7 @@ def residual_init(post_norm: bool, layers: int) -> Callable:
 
 
 class MLP(nnx.Module):
-    """Two matrices with an activation function between; with `swiglu` and `geglu` a third one gates (Shazeer 2020)."""
+    """Two matrices with an activation function between; with `swiglu`, `geglu` and `geglu_exact` a third one gates (Shazeer 2020)."""
 
     def __init__(self, width: int, mlp_width: int, *, activation: Activation = "gelu", bias: bool = True, init, out_init, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=bias, rngs=rngs)
@@ -77,6 +77,7 @@ class Block(nnx.Module):
         norm: Norm = "layer",
         epsilon: float = 1e-5,
         input_norm: bool = True,
+        attention_input_norm: bool = True,
         output_norm: bool = False,
         post_norm: bool = False,
         activation: Activation = "gelu",
@@ -102,9 +103,10 @@ class Block(nnx.Module):
           layers: number of blocks in the model.
           norm, epsilon: kind and epsilon of the normalizations, as in `make_norm`.
           input_norm: normalize the inputs of attention and feed-forward.
+          attention_input_norm: whether that holds for attention too; not in a block whose input is normalized already.
           output_norm: normalize what they return, before it is added to the residual stream (Gemma 2, OLMo 2).
           post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs.
-          activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu` and `geglu`.
+          activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu`, `geglu` and `geglu_exact`.
           bias: whether matrices and layer normalizations have a bias.
           kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
           qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
@@ -133,7 +135,7 @@ class Block(nnx.Module):
         def normalization(wanted: bool) -> nnx.Module | None:
             return make_norm(norm, width, epsilon, bias, rngs) if wanted else None
 
-        self.attention_norm = normalization(input_norm or post_norm)
+        self.attention_norm = normalization((input_norm and attention_input_norm) or post_norm)
         self.attention = Attention(width, heads, causal=causal, window=window, biased=relative, **options)
         self.attention_output_norm = normalization(output_norm)
         self.memory_norm = normalization(memory)
@@ -244,7 +246,7 @@ def make_blocks(make: Callable[..., nnx.Module], layers: int, scan: bool, rngs: 
     if not scan:
         return nnx.List([make(rngs, **options) for options in differ])
     if any(options != differ[0] for options in differ):
-        raise ValueError("scan=True loops over blocks that are alike, and those of this model differ (layer_types); use scan=False")
+        raise ValueError("scan=True loops over blocks that are alike, and those of this model differ (layer_types, embedding_norm); use scan=False")
     return nnx.vmap(lambda rngs: make(rngs, **differ[0]))(rngs.split(layers))
 
 

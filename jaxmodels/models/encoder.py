@@ -18,9 +18,26 @@ from jaxmodels.models.positions import positions_in, sinusoids
 from jaxmodels.models.remat import Remat
 
 _ROBERTA = {"position_offset": 2, "types": 1, "epsilon": 1e-5}
+_MODERNBERT = {
+    "context": 8192,
+    "types": 0,
+    "dropout": 0.0,
+    "positions": "rotary",
+    "rotary_base": 160000.0,
+    "local_rotary_base": 10000.0,
+    "window": 65,
+    "layer_types": ("global", "local", "local"),
+    "epsilon": 1e-5,
+    "post_norm": False,
+    "embedding_norm": True,
+    "activation": "geglu_exact",
+    "bias": False,
+    "head_activation": "gelu_exact",
+    "head_norm": True,
+}
 _DISTILBERT = {"types": 0, "head_activation": "relu"}
 
-# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019.
+# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019, and ModernBERT that of Warner et al. 2024.
 SIZES = {
     "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
     "bert-mini": {"layers": 4, "heads": 4, "width": 256},
@@ -31,6 +48,8 @@ SIZES = {
     "roberta-base": {"layers": 12, "heads": 12, "width": 768, **_ROBERTA},
     "roberta-large": {"layers": 24, "heads": 16, "width": 1024, **_ROBERTA},
     "distilbert-base": {"layers": 6, "heads": 12, "width": 768, **_DISTILBERT},
+    "modernbert-base": {"layers": 22, "heads": 12, "width": 768, "mlp_width": 1152, **_MODERNBERT},
+    "modernbert-large": {"layers": 28, "heads": 16, "width": 1024, "mlp_width": 2624, **_MODERNBERT},
 }
 SIZES = {name: {"context": 512, "types": 2, "dropout": 0.1, **size} for name, size in SIZES.items()}
 
@@ -50,17 +69,20 @@ class Head(nnx.Module):
         dropout: float,
         activation: Activation,
         head_activation: HeadActivation,
+        head_norm: bool,
+        bias: bool,
         norm: Norm,
         epsilon: float,
         rngs: nnx.Rngs,
     ):
-        """`activation` is the feed-forward's, also used for scores of tokens; `head_activation` that of a head for the sequence."""
+        """`activation` is the feed-forward's, also used for scores of tokens; `head_activation` that of other heads. `bias` is read with `head_norm`."""
         init = nnx.initializers.normal(0.02)
         if kind not in ("tokens", "tags", "class", "value"):
             raise ValueError(f"a head must be 'tokens', 'tags', 'class' or 'value', got {kind!r}")
-        self.dense = nnx.Linear(width, width, kernel_init=init, rngs=rngs) if kind != "tags" else None
+        bias = bias or not head_norm
+        self.dense = nnx.Linear(width, width, use_bias=bias, kernel_init=init, rngs=rngs) if kind != "tags" or head_norm else None
+        self.norm = make_norm(norm, width, epsilon, bias, rngs) if kind == "tokens" or head_norm else None
         if kind == "tokens":
-            self.norm = make_norm(norm, width, epsilon, True, rngs)
             self.bias = nnx.Param(jnp.zeros(size))
         else:
             self.output = nnx.Linear(width, size, kernel_init=init, rngs=rngs)
@@ -69,23 +91,30 @@ class Head(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, embed: Embed, rngs: nnx.Rngs | None) -> jax.Array:
         """Return [B, T, size], or [B, size] for a sequence. `embed` is the encoder's embedding, whose rows score tokens."""
-        activate = jnp.tanh if self.activation == "tanh" else ACTIVATIONS[self.activation]
         if self.kind == "tokens":
-            return embed.attend(self.norm(activate(self.dense(x_BTD)))) + self.bias[...]
+            return embed.attend(self._hidden(x_BTD)) + self.bias[...]
         if self.kind == "tags":
-            return self.output(dropout(x_BTD, self.dropout, rngs))
+            return self.output(dropout(self._hidden(x_BTD), self.dropout, rngs))
         if self.pool == "first":
             x_BD = x_BTD[:, 0]
         else:
             count = jnp.maximum(valid_BT.sum(1, keepdims=True), 1)
             x_BD = jnp.where(valid_BT[..., None], x_BTD, 0).sum(1) / count.astype(x_BTD.dtype)
-        return self.output(dropout(activate(self.dense(x_BD)), self.dropout, rngs))
+        return self.output(dropout(self._hidden(x_BD), self.dropout, rngs))
+
+    def _hidden(self, x):
+        """Return the hidden layer, for [..., D]; x itself for a head of one matrix."""
+        if self.dense is None:
+            return x
+        activate = jnp.tanh if self.activation == "tanh" else ACTIVATIONS[self.activation]
+        x = activate(self.dense(x))
+        return x if self.norm is None else self.norm(x)
 
 
 class Encoder(nnx.Module):
     """Bidirectional Transformer blocks, and a head. Only the head's parameters are under `head/`.
 
-    Named sizes (`bert-base`, `roberta-base`, `distilbert-base`, …) have the published parameter counts.
+    Named sizes (`bert-base`, `roberta-base`, `distilbert-base`, `modernbert-base`, …) have the published parameter counts.
     """
 
     def __init__(
@@ -109,11 +138,13 @@ class Encoder(nnx.Module):
         norm: Norm = "layer",
         epsilon: float = 1e-12,
         post_norm: bool = True,
+        embedding_norm: bool | None = None,
         activation: Activation = "gelu_exact",
         bias: bool = True,
         pool: Literal["first", "mean"] = "first",
         vocab_multiple: int = 1,
         head_activation: HeadActivation = "tanh",
+        head_norm: bool = False,
         dropout: float = 0.0,
         attention: Implementation = "auto",
         scan: bool = False,
@@ -135,11 +166,15 @@ class Encoder(nnx.Module):
           norm: `layer` or `rms`.
           epsilon: of the normalization.
           post_norm: normalize each residual sum, and the embedding (BERT). Otherwise normalize the inputs of attention and feed-forward.
-          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          embedding_norm: normalize the embedding. The default is `post_norm`. Without `post_norm` this replaces the normalization of the input of the
+            first attention (ModernBERT).
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`, `geglu_exact`.
           bias: whether matrices and layer normalizations have a bias.
           pool: a sequence is represented by its `first` token (BERT), or by the `mean` of its tokens.
           vocab_multiple: round the rows of the embedding up to a multiple of this, with zeros that take no part in losses, so that they divide over devices.
           head_activation: of the hidden layer of a head for the sequence: `tanh` (BERT), `relu` (DistilBERT), `gelu` or `gelu_exact`.
+          head_norm: all heads have a hidden layer, which is normalized, with biases by `bias` (ModernBERT). Otherwise the head for tags has none, and
+            only that for tokens is normalized.
           dropout: rate on the embedding, on the residuals of each block, and in the head.
           attention: its implementation: `auto`, `xla`, `cudnn` or `splash`.
           scan, remat: of the blocks, as in `transformer.Decoder`.
@@ -151,14 +186,19 @@ class Encoder(nnx.Module):
         self.embed = Embed(vocab_size, width, init=init, multiple=vocab_multiple, rngs=rngs)
         self.positions = Embed(context + position_offset, width, init=init, name=None, rngs=rngs) if positions == "learned" else None
         self.types = Embed(types, width, init=init, name=None, rngs=rngs) if types else None
-        self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if post_norm else None
+        embedding_norm = post_norm if embedding_norm is None else embedding_norm
+        self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if embedding_norm else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
         options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
         options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "attention": attention}
         options |= {"causal": False, "dropout": dropout, "layers": layers}
         make = functools.partial(Block, width, heads, **options)
-        self.blocks = make_blocks(lambda rngs, **own: make(**own, rngs=rngs), layers, scan, rngs, differing(layer_types, window))
-        options = {"pool": pool, "dropout": dropout, "activation": activation, "head_activation": head_activation, "norm": norm, "epsilon": epsilon}
+        differ = differing(layer_types, window)
+        if embedding_norm and not post_norm:
+            differ = [differ[i % len(differ)] | {"attention_input_norm": i > 0} for i in range(layers)]
+        self.blocks = make_blocks(lambda rngs, **own: make(**own, rngs=rngs), layers, scan, rngs, differ)
+        options = {"pool": pool, "dropout": dropout, "activation": activation, "head_activation": head_activation, "head_norm": head_norm}
+        options |= {"bias": bias, "norm": norm, "epsilon": epsilon}
         self.head = Head(*head, width, **options, rngs=rngs)
         self.rotary = RotaryTables.of(width // heads, rotary_base, None, local_rotary_base, layer_types) if positions == "rotary" else None
         self.sinusoidal = positions == "sinusoidal"

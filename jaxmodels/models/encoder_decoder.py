@@ -146,7 +146,7 @@ class EncoderDecoder(nnx.Module):
           norm: `layer` or `rms`.
           epsilon: of the normalization.
           post_norm: normalize each residual sum, not the inputs of attention and feed-forward.
-          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`, `geglu_exact`.
           bias: whether matrices and layer normalizations have a bias.
           scale_attention: divide the products by the square root of the head width (not in T5).
           scale_embeddings: multiply embeddings by the square root of D (not in T5).

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmodels.parallel.layout import constrain, gathered
 
-Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
+Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu", "geglu_exact"]
 
 # Activation functions of feed-forwards. Gated ones (Shazeer 2020) have a third matrix, the gate, to which the function is applied.
 ACTIVATIONS = {
@@ -19,8 +19,9 @@ ACTIVATIONS = {
     "relu": nnx.relu,
     "swiglu": nnx.silu,
     "geglu": functools.partial(nnx.gelu, approximate=True),
+    "geglu_exact": functools.partial(nnx.gelu, approximate=False),
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_exact")
 
 
 def check_sizes(**sizes: int) -> None:

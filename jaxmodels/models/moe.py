@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         Args:
           width: D.
           mlp_width: F, of each expert.
-          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`, `geglu_exact`.
           init, out_init: initializers of the matrices into and out of the hidden layer.
           rngs: draws the initial parameters from its `params` stream.
           mixture: the attributes of `Mixture`: `experts`, `top_k`, …

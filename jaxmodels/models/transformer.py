@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
           epsilon: of the normalization.
           input_norm, output_norm: normalize the inputs of attention and feed-forward; and what they return (Gemma 2, OLMo 2).
           post_norm: normalize each residual sum, not the inputs of attention and feed-forward.
-          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`.
+          activation: `gelu`, `gelu_exact`, `relu`, or gated `swiglu`, `geglu`, `geglu_exact`.
           bias: whether matrices and layer normalizations have a bias.
           qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
           query_key_norm: whether queries and keys are normalized (Qwen 3).

@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "roberta": "jaxmodels.pretrained.bert:ROBERTA",
     "xlm-roberta": "jaxmodels.pretrained.bert:XLM_ROBERTA",
     "distilbert": "jaxmodels.pretrained.distilbert:DISTILBERT",
+    "modernbert": "jaxmodels.pretrained.modernbert:MODERNBERT",
     "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
     "llama": "jaxmodels.pretrained.llama:LLAMA",
     "mistral": "jaxmodels.pretrained.llama:MISTRAL",
@@ -155,13 +156,16 @@ class Architecture:
         """Return the class name in `architectures` with this kind of head."""
         return next(name for name, kind in self.classes.items() if kind == head)
 
-    def head_in(self, paths: Iterable[str]) -> str:
-        """Return the kind of head of a model with these parameters."""
+    def head_in(self, paths: Iterable[str], likely: str | None = None) -> str:
+        """Return the kind of head of a model with these parameters; `likely` decides between kinds that have the same."""
         if "" in self.heads:
             paths = set(paths)
             fitting = [kind for kind, entries in self.heads.items() if paths.issuperset(entry.path for entry in entries)]
             return max(fitting, key=lambda kind: len(self.heads[kind]), default="")
         names = {path.split("/")[1] for path in paths if path.startswith("head/")}
+        kinds = [kind for kind, entries in self.heads.items() if {entry.path.split("/")[1] for entry in entries} == names]
+        if kinds:
+            return likely if likely in kinds else kinds[0]
         return "tokens" if "norm" in names else "class" if "dense" in names else "tags"
 
 

@@ -26,12 +26,14 @@ class Entry:
       tensor: name of the pretrained tensor.
       form: key of `FORMS`: the conversion between the two layouts.
       part: (i, n): the parameter is the i-th of n equal parts of the tensor along the last axis of our layout.
+      first: the first layer that has it.
     """
 
     path: str
     tensor: str
     form: str = "same"
     part: tuple[int, int] | None = None
+    first: int = 0
 
 
 # form -> conversion of a tensor to the layout of the parameter, and back. Views where possible, so that only the used part of a tensor is read.
@@ -98,7 +100,7 @@ def expand(entries: Iterable[Entry], sizes: Mapping[str, int], *, stacked: bool)
         path = entry.path.replace("{layer}/", "") if stacked else entry.path
         names = [name for name in ("layer", "expert") if f"{{{name}}}" in entry.tensor]
         inner = [name for name in names if f"{{{name}}}" not in path]
-        for values in itertools.product(*(range(sizes[name]) for name in names)):
+        for values in itertools.product(*(range(entry.first if name == "layer" else 0, sizes[name]) for name in names)):
             at = dict(zip(names, values, strict=True))
             links.append(Link(path.format(**at), tuple(at[name] for name in inner), entry.tensor.format(**at), entry.form, entry.part))
     return links

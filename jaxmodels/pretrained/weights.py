@@ -107,8 +107,9 @@ def locate(reference: str, model: Mapping[str, Any], paths: Iterable[str]) -> Pr
         raise ConfigError(f"config.model.name={model['name']!r}: {reference} is a {architecture.name}; leave the name out to use its config.json.")
     paths = list(paths)
     notes = [*notes, *_differences(reference, model, options)]
-    head = architecture.head_in(paths)
-    pretrained_head = next((architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes), head)
+    published = [architecture.classes[name] for name in folder.config.get("architectures") or () if name in architecture.classes]
+    head = architecture.head_in(paths, published[0] if published else None)
+    pretrained_head = published[0] if published else head
     entries = architecture.table(options) + architecture.heads[head]
     tensors = mapping.renamed(folder.tensors(), architecture.renames)
     adapters = peft_folder.read(str(folder.adapters)) if folder.adapters else None

@@ -14,6 +14,7 @@ transformers.utils.logging.disable_progress_bar()
 VOCABULARY, CONTEXT = 99, 64
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
 _BERT = {**_TEXT, "max_position_embeddings": CONTEXT}
+_MODERNBERT = {**_BERT, "num_hidden_layers": 4, "local_attention": 10, "pad_token_id": 0}
 _DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 36, "max_position_embeddings": CONTEXT}
 _LLAMA = {**_BERT, "num_key_value_heads": 2}
 _LONGER = {"rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
@@ -43,6 +44,9 @@ MODELS = {
     "distilbert": ("DistilBertForMaskedLM", {**_DISTILBERT, "sinusoidal_pos_embds": True}),
     "distilbert_classes": ("DistilBertForSequenceClassification", {**_DISTILBERT, "num_labels": 3, "activation": "relu"}),
     "distilbert_tags": ("DistilBertForTokenClassification", {**_DISTILBERT, "num_labels": 5}),
+    "modernbert": ("ModernBertForMaskedLM", _MODERNBERT),
+    "modernbert_classes_mean": ("ModernBertForSequenceClassification", {**_MODERNBERT, "num_labels": 3, "classifier_pooling": "mean"}),
+    "modernbert_tags": ("ModernBertForTokenClassification", {**_MODERNBERT, "num_labels": 5, "layer_types": ["sliding_attention"] * 4}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),
     "llama": ("LlamaForCausalLM", _LLAMA),

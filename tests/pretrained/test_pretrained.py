@@ -394,6 +394,7 @@ def test_published_sizes_survive_a_round_trip():
         "bert": ("bert-base",),
         "roberta": ("roberta-base",),
         "distilbert": ("distilbert-base",),
+        "modernbert": ("modernbert-large",),
         "t5": ("t5-v1.1-small", "t5-base"),
         "vit": ("vit_b16",),
         "deit": ("deit_b16",),

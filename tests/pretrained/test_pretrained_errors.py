@@ -23,6 +23,10 @@ OTHER = {
     "roberta": ("roberta-base", {"hidden_act": "relu", "add_cross_attention": True}),
     "xlm-roberta": ("roberta-base", {"hidden_act": "relu"}),
     "distilbert": ("distilbert-base", {"activation": "mish", "tie_word_embeddings": False}),
+    "modernbert": (
+        "modernbert-base",
+        {"hidden_activation": "relu", "norm_bias": True, "layer_types": ["full_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+    ),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "activation_function": "mish"}),
     "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "mistral": ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"], "hidden_act": "relu"}),
@@ -61,7 +65,11 @@ def test_options_that_change_the_result_are_errors_with_their_names(tmp_path, na
     architecture, (_, other) = architecture_lib.load(name), OTHER[name]
     assert model_section(written(tmp_path / "good", name))["name"] == architecture.model
     for key, value in other.items():
-        shown = {"rope_scaling": "rope_type", "rope_parameters": "partial_rotary_factor", "mlp_bias": "mlp_bias"}.get(key, key)
+        shown = {
+            "rope_scaling": "rope_type",
+            "rope_parameters": "partial_rotary_factor" if name != "modernbert" else "rope_parameters",
+            "mlp_bias": "mlp_bias",
+        }.get(key, key)
         with pytest.raises(ConfigError, match=rf"config\.json: .*{shown}=.*not supported|{shown}=.*supported") as error:
             model_section(written(tmp_path / "bad", name, **{key: value}))
         assert "\n" not in str(error.value)
