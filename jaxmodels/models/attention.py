@@ -380,12 +380,12 @@ class Attention(nnx.Module):
         return self.out(y_BGnK.reshape(B, 1, N * K))
 
     def _queries(self, x_BTD, rotary):
-        q_BTNK = _to_heads(self.query, x_BTD, self.heads)
+        q_BTNK = to_heads(self.query, x_BTD, self.heads)
         q_BTNK = q_BTNK if self.query_norm is None else self.query_norm(q_BTNK)
         return q_BTNK if rotary is None else rotate(q_BTNK, *rotary)
 
     def _keys_values(self, x_BSD, rotary):
-        k_BSGK, v_BSGK = (_to_heads(f, x_BSD, self.kv_heads) for f in (self.key, self.value))
+        k_BSGK, v_BSGK = (to_heads(f, x_BSD, self.kv_heads) for f in (self.key, self.value))
         k_BSGK = k_BSGK if self.key_norm is None else self.key_norm(k_BSGK)
         return (k_BSGK if rotary is None else rotate(k_BSGK, *rotary)), v_BSGK
 
@@ -407,7 +407,7 @@ class Attention(nnx.Module):
         return _from_heads(self.out, y_BTNK)
 
 
-def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
+def to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
     """Return the output of a linear layer in heads, [B, T, N, K].
 
     On TPUs this is one product with a matrix of three dimensions, which the compiler lays out for the attention kernel. A reshaped output
@@ -420,7 +420,7 @@ def _to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
 
 
 def _from_heads(linear: nnx.Module, y_BTNK: jax.Array) -> jax.Array:
-    """Return the output of a linear layer over all heads, [B, T, D]; see `_to_heads`."""
+    """Return the output of a linear layer over all heads, [B, T, D]; see `to_heads`."""
     if type(linear) is not nnx.Linear or not on_tpu():
         return linear(y_BTNK.reshape(*y_BTNK.shape[:2], -1))
     x_BTD = jnp.einsum("btnk,nkd->btd", y_BTNK, linear.kernel[...].reshape(*y_BTNK.shape[2:], -1))

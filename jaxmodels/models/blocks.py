@@ -88,6 +88,7 @@ class Block(nnx.Module):
         scale: float | None = None,
         rotary: str = "global",
         relative: bool = False,
+        attention_type: type[Attention] = Attention,
         memory: bool = False,
         attention: Implementation = "auto",
         init: Literal["normal", "fan_in"] = "normal",
@@ -112,6 +113,7 @@ class Block(nnx.Module):
           qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
           rotary: name of its table of rotary positions, if calls pass any.
           relative: whether calls pass a bias for the products of self-attention.
+          attention_type: of self-attention; a type of another kind, such as `disentangled.DisentangledAttention`, says what it makes of the bias.
           memory: whether the block has cross-attention.
           attention: its implementation, as in `attention.attend`.
           init: of the matrices: `normal` with a deviation of 0.02 (GPT-2, BERT), or by `fan_in` (T5).
@@ -136,7 +138,7 @@ class Block(nnx.Module):
             return make_norm(norm, width, epsilon, bias, rngs) if wanted else None
 
         self.attention_norm = normalization((input_norm and attention_input_norm) or post_norm)
-        self.attention = Attention(width, heads, causal=causal, window=window, biased=relative, **options)
+        self.attention = attention_type(width, heads, causal=causal, window=window, biased=relative, **options)
         self.attention_output_norm = normalization(output_norm)
         self.memory_norm = normalization(memory)
         self.memory_attention = Attention(width, heads, **options) if memory else None
@@ -169,7 +171,7 @@ class Block(nnx.Module):
           rngs: provides the `dropout` stream; None to evaluate.
           rotary: cosines and sines of `positions.rotary_table` by name; a block whose name is missing rotates nothing.
           segments: int [B, T]; a position sees only those with its own number.
-          bias: added to the products of self-attention.
+          bias: added to the products of self-attention, or what its type makes of it.
           memory: float [B, S, D], for blocks made with `memory`.
           memory_segments: of x and of the memory, as in `attention.attend`.
           valid: bool [B, T], False at padding; for the feed-forward.

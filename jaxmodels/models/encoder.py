@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.attention import Implementation
+from jaxmodels.models.attention import Attention, Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, make_blocks, make_norm
+from jaxmodels.models.disentangled import DisentangledAttention, Distances
 from jaxmodels.models.layer_types import LayerType, RotaryTables, differing
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import positions_in, sinusoids
@@ -35,9 +36,10 @@ _MODERNBERT = {
     "head_activation": "gelu_exact",
     "head_norm": True,
 }
+_DEBERTA = {"positions": "disentangled", "types": 0, "epsilon": 1e-7, "head_activation": "gelu_exact"}
 _DISTILBERT = {"types": 0, "head_activation": "relu"}
 
-# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019, and ModernBERT that of Warner et al. 2024.
+# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019, ModernBERT that of Warner et al. 2024, and DeBERTa-v3 that of He et al. 2023.
 SIZES = {
     "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
     "bert-mini": {"layers": 4, "heads": 4, "width": 256},
@@ -48,6 +50,10 @@ SIZES = {
     "roberta-base": {"layers": 12, "heads": 12, "width": 768, **_ROBERTA},
     "roberta-large": {"layers": 24, "heads": 16, "width": 1024, **_ROBERTA},
     "distilbert-base": {"layers": 6, "heads": 12, "width": 768, **_DISTILBERT},
+    "deberta-v3-xsmall": {"layers": 12, "heads": 6, "width": 384, **_DEBERTA},
+    "deberta-v3-small": {"layers": 6, "heads": 12, "width": 768, **_DEBERTA},
+    "deberta-v3-base": {"layers": 12, "heads": 12, "width": 768, **_DEBERTA},
+    "deberta-v3-large": {"layers": 24, "heads": 16, "width": 1024, **_DEBERTA},
     "modernbert-base": {"layers": 22, "heads": 12, "width": 768, "mlp_width": 1152, **_MODERNBERT},
     "modernbert-large": {"layers": 28, "heads": 16, "width": 1024, "mlp_width": 2624, **_MODERNBERT},
 }
@@ -114,7 +120,7 @@ class Head(nnx.Module):
 class Encoder(nnx.Module):
     """Bidirectional Transformer blocks, and a head. Only the head's parameters are under `head/`.
 
-    Named sizes (`bert-base`, `roberta-base`, `distilbert-base`, `modernbert-base`, …) have the published parameter counts.
+    Named sizes (`bert-base`, `roberta-base`, `distilbert-base`, `modernbert-base`, `deberta-v3-base`, …) have the published parameter counts.
     """
 
     def __init__(
@@ -128,8 +134,10 @@ class Encoder(nnx.Module):
         width: int = 128,
         kv_heads: int | None = None,
         mlp_width: int | None = None,
-        positions: Literal["learned", "rotary", "sinusoidal", "none"] = "learned",
+        positions: Literal["learned", "rotary", "sinusoidal", "disentangled", "none"] = "learned",
         position_offset: int = 0,
+        relative_buckets: int = 256,
+        relative_distance: int = 512,
         rotary_base: float = 10000.0,
         types: int = 0,
         window: int | None = None,
@@ -158,8 +166,10 @@ class Encoder(nnx.Module):
             each token; `("class", C)` scores and `("value", 1)` numbers for the sequence.
           context: the longest sequence.
           layers, heads, width, kv_heads, mlp_width: of the blocks, as in `blocks.Block`.
-          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys.
+          positions: `learned` and `sinusoidal` are added to the embedding, `rotary` rotates queries and keys; `disentangled` is the attention of
+            DeBERTa, which needs five times the memory for products.
           position_offset: of the first token in the table of learned positions (2 in RoBERTa).
+          relative_buckets, relative_distance: of `disentangled`: buckets of distances in each direction, and where the last begins.
           rotary_base: of the wavelengths of `rotary`.
           window, layer_types, local_rotary_base: as in `transformer.Decoder`; a position sees the others less than `window` away.
           types: number of token types (2 in BERT, for a first and a second text); 0 for none.
@@ -189,7 +199,11 @@ class Encoder(nnx.Module):
         embedding_norm = post_norm if embedding_norm is None else embedding_norm
         self.embedding_norm = make_norm(norm, width, epsilon, bias, rngs) if embedding_norm else None
         self.final_norm = None if post_norm else make_norm(norm, width, epsilon, bias, rngs)
-        options = {"kv_heads": kv_heads, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
+        relative = positions == "disentangled"
+        distances = {"buckets": relative_buckets, "longest": relative_distance, "context": context, "epsilon": epsilon}
+        self.distances = Distances(width, **distances, init=init, rngs=rngs) if relative else None
+        options = {"relative": relative, "attention_type": DisentangledAttention if relative else Attention}
+        options |= {"kv_heads": kv_heads, "mlp_width": mlp_width, "norm": norm, "epsilon": epsilon}
         options |= {"post_norm": post_norm, "activation": activation, "bias": bias, "attention": attention}
         options |= {"causal": False, "dropout": dropout, "layers": layers}
         make = functools.partial(Block, width, heads, **options)
@@ -253,6 +267,7 @@ class Encoder(nnx.Module):
             "rotary": None if self.rotary is None else self.rotary(positions),
             "segments": jnp.where(valid, 0 if segments is None else segments, -1),
             "valid": valid,
+            "bias": None if self.distances is None else self.distances(T),
         }
         x_BTD, _ = apply_blocks(self.blocks, dropout(x_BTD, self.dropout, rngs), rngs, remat=self.remat, **shared)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)

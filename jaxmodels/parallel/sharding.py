@@ -18,7 +18,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Transformers
     (r"(norm|_norm)/(scale|bias)$", (None,)),
     (r"embed/embedding$", ("vocab", "embed")),
-    (r"(positions|types)/embedding$", (None, "embed")),
+    (r"(positions|types|distances)/embedding$", (None, "embed")),
     (r"attention/query/kernel$", ("embed", "heads")),
     (r"attention/(key|value)/kernel$", ("embed", "kv_heads")),
     (r"attention/out/kernel$", ("heads", "embed")),

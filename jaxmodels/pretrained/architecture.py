@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "xlm-roberta": "jaxmodels.pretrained.bert:XLM_ROBERTA",
     "distilbert": "jaxmodels.pretrained.distilbert:DISTILBERT",
     "modernbert": "jaxmodels.pretrained.modernbert:MODERNBERT",
+    "deberta-v2": "jaxmodels.pretrained.deberta:DEBERTA",
     "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
     "llama": "jaxmodels.pretrained.llama:LLAMA",
     "mistral": "jaxmodels.pretrained.llama:MISTRAL",

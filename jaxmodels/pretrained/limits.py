@@ -8,44 +8,23 @@ from jaxmodels.errors import ConfigError
 
 # Keys of a config.json that are sizes -> the largest one accepted: far above any published model's, and far below what would take minutes to trace.
 _LARGEST = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "global_attn_every_n_layers"), 1_000),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), 1 << 14),
-    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 1 << 14),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "embed_dim", "head_dim", "d_kv"), 1 << 20),
-    **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "d_ff", "moe_intermediate_size", "type_vocab_size", "num_labels"), 1 << 22),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"), 1_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "num_local_experts", "num_experts", "num_experts_per_tok"), 1 << 14),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "embed_dim", "head_dim", "d_kv"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "moe_intermediate_size", "type_vocab_size", "num_labels"), 1 << 22),
     **dict.fromkeys(("vocab_size", "extra_ids"), 1 << 24),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "local_attention", "original_max_position_embeddings"), 1 << 28),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window", "original_max_position_embeddings"), 1 << 28),
     **dict.fromkeys(("image_size", "patch_size", "window_size"), 1 << 14),
     "num_channels": 64,
+    # DistilBERT, ModernBERT, DeBERTa
+    **dict.fromkeys(("n_layers", "global_attn_every_n_layers"), 1_000),
+    **{"n_heads": 1 << 14, "dim": 1 << 20, "hidden_dim": 1 << 22, "pooler_hidden_size": 1 << 20, "position_buckets": 1 << 20, "local_attention": 1 << 28},
 }
 _MAY_BE_ZERO = ("sliding_window", "type_vocab_size", "num_labels", "extra_ids")
-_ABOVE_ZERO = (
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "norm_eps",
-    "rope_theta",
-    "global_rope_theta",
-    "local_rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-)
-_FRACTIONS = (
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "hidden_dropout_prob",
-    "resid_pdrop",
-    "attn_pdrop",
-    "embd_pdrop",
-    "dropout_rate",
-    "drop_path_rate",
-    "dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-)
+_ABOVE_ZERO = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_ABOVE_ZERO += ("norm_eps", "global_rope_theta", "local_rope_theta")
+_FRACTIONS = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "resid_pdrop", "attn_pdrop", "embd_pdrop", "dropout_rate")
+_FRACTIONS += ("dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout", "drop_path_rate")
 _LISTS = {"architectures": str, "layer_types": str, "hidden_sizes": int, "depths": int}
 _MOST_STAGES = 16  # of a model of images
 _MOST_RATIO = 1 << 10  # of the widths of a feed-forward

@@ -56,6 +56,8 @@ _QWEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token"
 DEFAULTS = {
     "bert": _BERT,
     "distilbert": _BERT,
+    "modernbert": _BERT,
+    "deberta-v2": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),

@@ -15,6 +15,8 @@ VOCABULARY, CONTEXT = 99, 64
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
 _BERT = {**_TEXT, "max_position_embeddings": CONTEXT}
 _MODERNBERT = {**_BERT, "num_hidden_layers": 4, "local_attention": 10, "pad_token_id": 0}
+_DEBERTA = {**_BERT, "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p"}
+_DEBERTA |= {"position_biased_input": False}
 _DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 36, "max_position_embeddings": CONTEXT}
 _LLAMA = {**_BERT, "num_key_value_heads": 2}
 _LONGER = {"rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
@@ -47,6 +49,9 @@ MODELS = {
     "modernbert": ("ModernBertForMaskedLM", _MODERNBERT),
     "modernbert_classes_mean": ("ModernBertForSequenceClassification", {**_MODERNBERT, "num_labels": 3, "classifier_pooling": "mean"}),
     "modernbert_tags": ("ModernBertForTokenClassification", {**_MODERNBERT, "num_labels": 5, "layer_types": ["sliding_attention"] * 4}),
+    "deberta": ("DebertaV2ForMaskedLM", _DEBERTA),
+    "deberta_classes": ("DebertaV2ForSequenceClassification", {**_DEBERTA, "num_labels": 3, "max_relative_positions": 40, "type_vocab_size": 2}),
+    "deberta_tags": ("DebertaV2ForTokenClassification", {**_DEBERTA, "num_labels": 5, "position_buckets": 48}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "gpt2_untied_wide": ("GPT2LMHeadModel", {**_GPT2, "tie_word_embeddings": False, "n_inner": 52, "activation_function": "gelu"}),
     "llama": ("LlamaForCausalLM", _LLAMA),

@@ -106,7 +106,7 @@ def test_the_original_transformer_has_the_parameters_of_its_description(name, mi
 
 def test_encoders_have_the_published_parameter_counts():
     # BertModel and RobertaModel count a pooler (the dense layer of the "class" head); the tokens' heads are ForMaskedLM's.
-    vocabulary = {"bert": 30522, "roberta": 50265, "distilbert": 30522, "modernbert": 50368}
+    vocabulary = {"bert": 30522, "roberta": 50265, "distilbert": 30522, "modernbert": 50368, "deberta": 128100}
     published = {
         "bert-tiny": (4_385_920, None),
         "bert-mini": (11_170_560, None),
@@ -117,6 +117,10 @@ def test_encoders_have_the_published_parameter_counts():
         "roberta-base": (124_645_632, 124_697_433),
         "roberta-large": (355_359_744, 355_412_057),
         "distilbert-base": (66_362_880 + 590_592, 66_985_530),
+        "deberta-v3-xsmall": (70_682_112 + 384 * 384 + 384, 70_958_820),
+        "deberta-v3-small": (141_304_320 + 768 * 768 + 768, 142_024_548),
+        "deberta-v3-base": (183_831_552 + 768 * 768 + 768, 184_551_780),
+        "deberta-v3-large": (434_012_160 + 1024 * 1024 + 1024, 435_191_908),
         "modernbert-base": (149_014_272 + 768 * 768 + 768, 149_655_232),
         "modernbert-large": (394_781_696 + 1024 * 1024 + 1024, 395_881_664),
     }

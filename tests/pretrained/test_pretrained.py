@@ -395,6 +395,7 @@ def test_published_sizes_survive_a_round_trip():
         "roberta": ("roberta-base",),
         "distilbert": ("distilbert-base",),
         "modernbert": ("modernbert-large",),
+        "deberta-v2": ("deberta-v3-base",),
         "t5": ("t5-v1.1-small", "t5-base"),
         "vit": ("vit_b16",),
         "deit": ("deit_b16",),

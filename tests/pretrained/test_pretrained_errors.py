@@ -27,6 +27,10 @@ OTHER = {
         "modernbert-base",
         {"hidden_activation": "relu", "norm_bias": True, "layer_types": ["full_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
     ),
+    "deberta-v2": (
+        "deberta-v3-small",
+        {"conv_kernel_size": 3, "pos_att_type": "c2p", "share_att_key": False, "position_biased_input": True, "norm_rel_ebd": "none"},
+    ),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "activation_function": "mish"}),
     "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "mistral": ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"], "hidden_act": "relu"}),
