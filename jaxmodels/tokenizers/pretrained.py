@@ -310,6 +310,11 @@ def _vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:
 def _missing(files: Mapping[str, bytes], kind: str) -> str:
     there = [name for name in files if name not in ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)]
     shown = f"it has {', '.join(there)}, and its model_type is {kind!r}" if there else "it has none of its files"
+    if kind == "deberta-v2":
+        return (
+            f"{shown}. An spm.model is not read: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes its "
+            "tokenizer.json, which is."
+        )
     return (
         f"{shown}. Add its tokenizer.json; models without one are read from spiece.model or tokenizer.model (T5, Llama, Mistral), "
         "vocab.txt (BERT, DistilBERT), or vocab.json and merges.txt (GPT-2, RoBERTa, Qwen)."

@@ -38,6 +38,12 @@ MODELS = {
     "gpt": {"model": {"name": "gpt", **BLOCKS}, "task": {"name": "language_model", "sample_length": 0}, "data": TEXT, "optimizer": ADAM},
     # A row of text has one token more than inputs that predict the next one.
     "bert": {"model": {"name": "encoder", **BLOCKS}, "task": {"name": "masked_lm"}, "data": TEXT | {"sequence_length": 15}, "optimizer": ADAM},
+    "deberta": {
+        "model": {"name": "encoder", **BLOCKS, "positions": "disentangled", "relative_buckets": 4, "relative_distance": 16},
+        "task": {"name": "masked_lm"},
+        "data": TEXT | {"sequence_length": 15},
+        "optimizer": ADAM,
+    },
     "moe": {
         "model": {"name": "gpt", **BLOCKS, "moe": {"experts": 4, "top_k": 2}, "activation": "swiglu", "bias": False},
         "task": {"name": "language_model", "sample_length": 0},

@@ -57,10 +57,11 @@ def assert_equal_runs(tmp_path: Path, cases: list[dict]) -> list[dict]:
 SHARDED = {
     "gpt": {"mesh": {"context": 2, "fsdp": 2, "tensor": 2, "data": 1}, "dropout": 0.1, "accumulate": 4},
     "cnn": {"mesh": MESHES["slices"]},
+    "deberta": {"mesh": {"context": 2, "data": 2, "tensor": 2}, "dropout": 0.1},
 }
 
 
-@pytest.mark.parametrize("model", ["gpt", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["gpt", *(pytest.param(model, marks=pytest.mark.slow) for model in ("cnn", "deberta"))])
 def test_a_sharded_step_equals_that_of_one_device(model, tmp_path):
     (run,) = assert_equal_runs(tmp_path, [SHARDED[model] | {"model": model, "steps": 4}])
     # 260 tokens divide by 2 and by 4. Ten classes are not sharded, and no convolution is sharded over `tensor`.
@@ -113,6 +114,7 @@ def test_every_model_on_every_mesh(tmp_path, model, accumulate):
         # In these, each device has its own dropout stream.
         cases += [{"model": model, "mesh": MESHES["context"], "sharding": {"context": "ring"}, "accumulate": accumulate}]
         cases += [{"model": model, "mesh": {"context": 2, "fsdp": 2, "data": 2}, "sharding": {"context": "heads"}, "accumulate": accumulate}]
+    if model in (*TRANSFORMERS, "deberta"):
         cases += [{"model": model, "mesh": {"pipeline": 4, "data": 2}, "accumulate": accumulate, "options": {"layers": 4}}]
     assert_equal_runs(tmp_path, cases)
 

@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers(folder, name):
     assert np.abs(random_pretrained.real(expected, arrays)).std() > 1e-3
 
 
-@pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "deit_teacher", "dinov2"))
+@pytest.mark.parametrize("name", ("bert", "gpt2", "mixtral", "t5_untied", "deit_teacher", "dinov2", "distilbert", "deberta"))
 def test_stacked_layers_are_read(folder, name):
     path, model = folder(name)
     arrays = random_pretrained.inputs(name)

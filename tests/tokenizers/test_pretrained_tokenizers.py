@@ -177,6 +177,7 @@ def test_tokens_that_the_settings_add_to_the_vocabulary(tmp_path):
     [
         ({"config.json": BERT | {"vocab_size": 100}, "vocab.txt": lines(folders.wordpiece())}, r"has 1\d\d tokens, its model rows for 100"),
         ({"config.json": BERT}, "has none of its files.*Add its tokenizer.json"),
+        ({"config.json": {"model_type": "deberta-v2"}, "spm.model": ""}, "An spm.model is not read: .*save_pretrained.FOLDER. writes its tokenizer.json"),
         ({"config.json": BERT, "merges.txt": ""}, "it has merges.txt, and its model_type is 'bert'"),
         ({"config.json": BERT, "tokenizer.json": "{}"}, "cannot be read"),
         ({"config.json": BERT, "vocab.txt": "[UNK]\n", "tokenizer_config.json": "["}, "tokenizer_config.json is not JSON"),
