@@ -61,8 +61,10 @@ class DisentangledAttention(Attention):
     the products of plain attention. These are written out, so it always runs as `xla`.
     """
 
-    def __init__(self, width: int, heads: int, *, head_width: int | None = None, scale: float | None = None, **options):
+    def __init__(self, width: int, heads: int, *, kv_heads: int | None = None, head_width: int | None = None, scale: float | None = None, **options):
         """As `Attention`; the default of `scale` is 1 / sqrt(3 K), because products are sums of three."""
+        if kv_heads not in (None, heads):
+            raise ValueError(f"disentangled attention has one key head for each query head, got heads={heads}, kv_heads={kv_heads}")
         scale = 1 / math.sqrt(3 * (head_width or width // heads)) if scale is None else scale
         super().__init__(width, heads, head_width=head_width, scale=scale, **options)
 

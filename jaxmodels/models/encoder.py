@@ -39,7 +39,7 @@ _MODERNBERT = {
 _DEBERTA = {"positions": "disentangled", "types": 0, "epsilon": 1e-7, "head_activation": "gelu_exact"}
 _DISTILBERT = {"types": 0, "head_activation": "relu"}
 
-# BERT's small models are those of Turc et al. 2019; DistilBERT is that of Sanh et al. 2019, ModernBERT that of Warner et al. 2024, and DeBERTa-v3 that of He et al. 2023.
+# BERT's small models are those of Turc et al. 2019. DistilBERT: Sanh et al. 2019; DeBERTa-v3: He et al. 2023; ModernBERT: Warner et al. 2024.
 SIZES = {
     "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
     "bert-mini": {"layers": 4, "heads": 4, "width": 256},

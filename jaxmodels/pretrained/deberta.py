@@ -25,6 +25,8 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("attention_head_size", None, None, sizes["width"] // sizes["heads"])
     keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.not_applied("pooler_dropout", "the input of the head has no dropout")
+    if keys.get("hidden_dropout_prob", 0.1):
+        keys.notes.append("hidden_dropout_prob is not applied to the embeddings of distances in training")
     # Both forms of the head for tokens compute the same: see `renames`.
     keys.ignore("legacy", "cls_dropout")
     context, longest = keys.get("max_position_embeddings"), keys.get("max_relative_positions", -1)

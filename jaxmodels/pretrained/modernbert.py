@@ -11,7 +11,7 @@ _SIZES = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width"
 _TYPES = {"full_attention": "global", "sliding_attention": "local"}
 _BASES = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
 _BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
-_IGNORED = ("position_embedding_type", "layer_norm_eps", "classifier_dropout", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad")
+_IGNORED = ("position_embedding_type", "layer_norm_eps", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad")
 _IGNORED += ("sparse_prediction", "sparse_pred_ignore_index", "initializer_cutoff_factor")
 
 
@@ -60,8 +60,7 @@ def _layer_types(keys: Keys, layers: int) -> tuple[str, ...]:
             raise ConfigError(f"{keys.where}: global_attn_every_n_layers={every!r} is not supported; a whole number of layers is.")
         listed = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     if len(listed) != layers or not set(listed) <= set(_TYPES):
-        shown = f"{str(listed)[:80]}"
-        raise ConfigError(f"{keys.where}: layer_types={shown} is not supported; {layers} of {' and '.join(_TYPES)} are.")
+        raise ConfigError(f"{keys.where}: layer_types={str(listed)[:80]} is not supported; {layers} of {' and '.join(_TYPES)} are.")
     length = next(n for n in range(1, layers + 1) if all(kind == listed[i % n] for i, kind in enumerate(listed)))
     return tuple(_TYPES[kind] for kind in listed[:length])
 
@@ -83,7 +82,8 @@ def _rotary_bases(keys: Keys) -> dict[str, float]:
 
 def _config(options: Mapping) -> dict:
     types = options["layer_types"] or ("global",)
-    listed = [next(name for name, ours in _TYPES.items() if ours == types[i % len(types)]) for i in range(options["layers"])]
+    names = {ours: name for name, ours in _TYPES.items()}
+    listed = [names.get(types[i % len(types)], "full_attention") for i in range(options["layers"])]
     bases = {"full_attention": options["rotary_base"], "sliding_attention": options["local_rotary_base"] or options["rotary_base"]}
     return {key: options[option] for option, key in _SIZES.items()} | {
         "intermediate_size": options["mlp_width"] or 4 * options["width"],

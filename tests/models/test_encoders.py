@@ -77,6 +77,8 @@ def test_the_first_attention_has_no_normalization_after_that_of_the_embedding():
         made("modernbert-base", window=None, layer_types=None, scan=True)
     with pytest.raises(ValueError, match="relative_distance above half of that"):
         made("deberta-v3-base", relative_buckets=32)
+    with pytest.raises(ValueError, match="one key head for each query head"):
+        made("deberta-v3-base", kv_heads=1)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("modernbert-base", {"dense", "norm", "output"}), ("distilbert-base", {"dense", "output"})])

@@ -372,11 +372,14 @@ def test_every_device_reads_only_its_shard(folder):
         ({"name": "gpt", "norm": "rms", "positions": "rotary", "bias": False, "activation": "geglu"}, "nearest is llama.*activation='geglu'"),
         ({"name": "encoder", "pool": "mean"}, "nearest is bert, which does not support pool='mean'"),
         ({"name": "resnet18", "stem": "cifar"}, "nearest is resnet, which does not support stem='cifar'"),
+        ({"name": "modernbert-base", "layer_types": ("unrotated",), "window": None}, "does not support .*layer_types=.*unrotated"),
         ({"name": "lstm"}, "'lstm' has no equivalent in `transformers`"),
     ],
 )
 def test_models_without_an_equivalent_in_transformers_are_errors(model, problem):
-    model = {"name": model["name"]} | resolve_options(model["name"], {key: value for key, value in model.items() if key != "name"})
+    model = {"name": model["name"]} | resolve_options(
+        model["name"], models.find(model["name"])[1] | {key: value for key, value in model.items() if key != "name"}
+    )
     with pytest.raises(ConfigError, match=problem):
         choose(model, {})
 
