@@ -104,7 +104,7 @@ T5 = Architecture(
     config=_config,
     table=_table,
     heads={"": []},
-    classes={"T5ForConditionalGeneration": ""},
+    classes={"T5ForConditionalGeneration": "", "T5WithLMHeadModel": ""},  # the second is its name in old files
     sizes=lambda options: {"layer": options["layers"]},
     # The second is unused in files of the first T5.
     ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$", r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"),

@@ -163,6 +163,7 @@ def test_import_and_export_give_every_tensor_back(folder, tmp_path, name):
         assert value.dtype == after[key].dtype and value.tobytes() == after[key].tobytes(), key
     if name == "mixtral":
         assert len(list(out.glob("*.safetensors"))) > 3
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
     again, account = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(account[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     if name != "llama":
@@ -372,7 +373,10 @@ def test_every_device_reads_only_its_shard(folder):
         ({"name": "gpt", "norm": "rms", "positions": "rotary", "bias": False, "activation": "geglu"}, "nearest is llama.*activation='geglu'"),
         ({"name": "encoder", "pool": "mean"}, "nearest is bert, which does not support pool='mean'"),
         ({"name": "resnet18", "stem": "cifar"}, "nearest is resnet, which does not support stem='cifar'"),
-        ({"name": "modernbert-base", "layer_types": ("unrotated",), "window": None}, "does not support .*layer_types=.*unrotated"),
+        (
+            {"name": "modernbert-base", "layer_types": ("unrotated",), "window": None, "local_rotary_base": None},
+            r"nearest is modernbert, which does not support layer_types=\('unrotated',\)",
+        ),
         ({"name": "lstm"}, "'lstm' has no equivalent in `transformers`"),
     ],
 )
