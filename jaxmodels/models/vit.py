@@ -50,9 +50,9 @@ class VisionBlock(Block):
     def __call__(self, x_BTD: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         return x_BTD + stochastic_depth(super().__call__(x_BTD, rngs) - x_BTD, self.rate, rngs)
 
-    def _add(self, x_BTD, norm, function, rngs):
+    def _add(self, x_BTD, norm, function, rngs, output_norm=None):
         scale = self.attention_scale if norm is self.attention_norm else self.mlp_scale
-        return super()._add(x_BTD, norm, function if scale is None else lambda x: function(x) * scale[...], rngs)
+        return super()._add(x_BTD, norm, function if scale is None else lambda x: function(x) * scale[...], rngs, output_norm)
 
 
 class VisionTransformer(nnx.Module):
