@@ -162,11 +162,12 @@ def _matrices(parts: Sequence[Link], layers: Sequence[str], arrays: Mapping[str,
     first = next(a for a, _ in pairs if a is not None)
     if all(a is not None and a.tobytes() == first.tobytes() for a, _ in pairs):
         return first, np.concatenate([b for _, b in pairs])
-    width = next(b.shape[0] for _, b in pairs if b is not None)
-    whole = np.zeros((len(pairs) * width, len(pairs) * rank), np.float32)
-    for i, (_, b) in enumerate(pairs):
+    bounds = [link.part[:2] for link in parts]
+    width = next(b.shape[0] // (stop - start) for (_, b), (start, stop) in zip(pairs, bounds, strict=True) if b is not None)
+    whole = np.zeros((bounds[-1][1] * width, len(pairs) * rank), np.float32)
+    for i, ((_, b), (start, stop)) in enumerate(zip(pairs, bounds, strict=True)):
         if b is not None:
-            whole[i * width : (i + 1) * width, i * rank : (i + 1) * rank] = b
+            whole[start * width : stop * width, i * rank : (i + 1) * rank] = b
     return np.concatenate([np.zeros_like(first) if a is None else a for a, _ in pairs]), whole
 
 

@@ -16,8 +16,9 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.export import tokenizer_files
 from jaxmodels.export.model_card import model_card
 from jaxmodels.models.lora import ADAPTERS, Lora, merge_adapters
+from jaxmodels.models.transformer import Scales
 from jaxmodels.pretrained import architecture as architecture_lib
-from jaxmodels.pretrained import mapping, preprocessing, safetensors
+from jaxmodels.pretrained import mapping, preprocessing, safetensors, windows
 from jaxmodels.pretrained.architecture import ARCHITECTURES, Architecture, Keys
 from jaxmodels.pretrained.folder import whole_folder
 from jaxmodels.pretrained.safetensors import ToWrite
@@ -54,6 +55,8 @@ def export_run(run: str, output: str, *, dtype: str | None = None, shard_gb: flo
     located = weights_lib.locate(run)
     folder = located.folder
     config, manifest = folder.config(), folder.manifest()
+    name, options = config["model"]["name"], {key: value for key, value in config["model"].items() if key != "name"}
+    config["model"] = {"name": name} | resolve_options(name, options)  # runs of an earlier version lack new options
     located = dataclasses.replace(located, arrays=without_padding(located.arrays, config["model"], manifest["info"].get("vocab_size")))
     architecture, notes = choose(config["model"], manifest)
     _check_images(architecture, config, manifest["info"])
@@ -124,21 +127,34 @@ def _misfits(architecture: Architecture, model: Mapping) -> list[str]:
 
 def _canonical(model: Mapping) -> dict:
     """Return options with the value that None stands for in place of None."""
-    result = {key: list(value) if isinstance(value, tuple) else value for key, value in model.items()}
-    for key, value in (("kv_heads", model.get("heads")), ("mlp_width", 4 * model.get("width", 0)), ("qkv_bias", model.get("bias"))):
+    result = dict(model)
+    for key, value in (("kv_heads", model.get("heads")), ("mlp_width", 4 * model.get("width", 0))):
         if key in result and result[key] is None:
             result[key] = value
+    for key in ("qkv_bias", "mlp_bias"):
+        if key in result and result[key] is None:
+            result[key] = model.get("bias")
+    if result.get("scales"):
+        scales = {key: value for key, value in result["scales"].items() if value != getattr(Scales(), key)}
+        result["scales"] = scales or None
+    if result.get("layer_types"):
+        result |= windows.of_types(windows.types_of(model), model["window"])
     if "head_width" in result and result["head_width"] is None:
         result["head_width"] = model["width"] // model["heads"]
-    if result.get("layer_types"):
-        result["layer_types"] = [result["layer_types"][i % len(result["layer_types"])] for i in range(result["layers"])]
     if result.get("embedding_norm", False) is None:
         result["embedding_norm"] = result["post_norm"]
     if "types" in result:
         result["types"] = max(1, result["types"])
     if result.get("moe"):
         result["moe"] = {key: result["moe"].get(key) for key in ("experts", "top_k", "normalize")}
-    return result
+    return _listed(result)
+
+
+def _listed(value: Any) -> Any:
+    """Return the value with lists in place of tuples, also inside."""
+    if isinstance(value, Mapping):
+        return {key: _listed(x) for key, x in value.items()}
+    return [_listed(x) for x in value] if isinstance(value, tuple | list) else value
 
 
 def _notes(model: Mapping) -> list[str]:

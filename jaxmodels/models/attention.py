@@ -6,6 +6,7 @@ Shapes: B batch, T queries, S keys, N heads, G key-value heads (N is a multiple 
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -21,8 +22,10 @@ from jaxmodels.models.ring import ring_attend
 from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, on_tpu, use
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
+QueryKeyNorm = bool | Literal["projection"]
 Context = Literal["whole", "gather", "heads", "ring"]
 
+NO_CAP = "{} does not support a cap on the products of attention (scales.attention_cap)"
 NO_BIAS = "{} does not support the bias of relative positions; use sharding.context='gather'"
 
 
@@ -36,6 +39,7 @@ def attend(
     segments: tuple[jax.Array, jax.Array] | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k scale + bias) v, over the keys that a query may see.
@@ -52,6 +56,7 @@ def attend(
         finite and has no meaning.
       bias: added to the products, [1 or B, 1 or N, T, S].
       scale: factor on the products. The default is 1 / sqrt(K).
+      cap: products c become cap tanh(c / cap), before masks (Gemma 2); for `xla` and `splash`.
       implementation: `xla` computes all products; `cudnn` is the fused kernel for NVIDIA GPUs; `splash` is that for TPUs;
         `auto` is the choice of `choose` for JAX's default backend.
 
@@ -67,8 +72,10 @@ def attend(
     layout = current()
     context = context_of(layout)
     if implementation == "auto":
-        options = {"causal": causal, "window": window, "bias": bias is not None, "context": context}
+        options = {"causal": causal, "window": window, "bias": bias is not None, "cap": cap is not None, "context": context}
         implementation, _ = choose("auto", jax.default_backend(), q_BTNK.dtype, K, **options)
+    if cap is not None and (bias is not None or context == "ring" or implementation == "cudnn"):
+        raise ValueError(NO_CAP.format("sharding.context='ring'" if context == "ring" else "a bias" if bias is not None else "attention='cudnn'"))
     if context in ("ring", "heads") and (T % layout.size("sequence") or S % layout.size("sequence")):
         context = "gather"
     if context in ("ring", "heads") and bias is not None:
@@ -76,14 +83,14 @@ def attend(
     q_BTNK = constrain(q_BTNK, "batch", "sequence", "heads", None)
     options = {"causal": causal, "window": window, "segments": segments, "scale": scale}
     if context == "heads":
-        return _by_heads(q_BTNK, k_BSGK, v_BSGK, layout=layout, implementation=implementation, **options)
+        return _by_heads(q_BTNK, k_BSGK, v_BSGK, layout=layout, implementation=implementation, cap=cap, **options)
     if context == "ring" or implementation != "xla":
         if layout is not None:
             k_BSGK, v_BSGK = (_for_devices(x, N, layout.size("heads")) for x in (k_BSGK, v_BSGK))
         if context == "ring":
             scale = 1 / math.sqrt(K) if scale is None else scale
             return ring_attend(q_BTNK, k_BSGK, v_BSGK, layout=layout, **options | {"scale": scale})
-        fuse = {"cudnn": fused.cudnn, "splash": fused.splash}[implementation]
+        fuse = {"cudnn": fused.cudnn, "splash": functools.partial(fused.splash, cap=cap)}[implementation]
         with _stated(T, S, causal, window):
             return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
     # Each shard of a sequence attends to all keys.
@@ -91,9 +98,25 @@ def attend(
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     local = None if window is None else (window - 1, 0 if causal else window - 1)
     with _stated(T, S, causal, window):
+        if cap is not None:
+            return _capped(q_BTNK, k_BSGK, v_BSGK, mask, local, causal, 1 / math.sqrt(K) if scale is None else scale, cap)
         return jax.nn.dot_product_attention(
             q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
         )
+
+
+def _capped(q_BTNK, k_BSGK, v_BSGK, mask, local, causal, scale, cap) -> jax.Array:
+    """Attention with a cap on the products, which `jax.nn.dot_product_attention` lacks; softmax in float32, as there."""
+    (B, T, N, K), (S, G) = q_BTNK.shape, k_BSGK.shape[1:3]
+    products_BGnTS = jnp.einsum("btgnk,bsgk->bgnts", q_BTNK.reshape(B, T, G, N // G, K), k_BSGK, preferred_element_type=jnp.float32)
+    products_BGnTS = cap * jnp.tanh(products_BGnTS * (scale / cap))
+    ahead_TS = jnp.arange(S)[None] - jnp.arange(T)[:, None]
+    seen = (ahead_TS <= 0) if causal else jnp.ones((T, S), bool)
+    if local is not None:
+        seen &= (-ahead_TS <= local[0]) & (ahead_TS <= local[1])
+    seen = seen[None, None, None] if mask is None else seen & mask[:, :, None]
+    weights_BGnTS = jax.nn.softmax(jnp.where(seen, products_BGnTS, 0.7 * jnp.finfo(jnp.float32).min)).astype(k_BSGK.dtype)
+    return jnp.einsum("bgnts,bsgk->btgnk", weights_BGnTS, v_BSGK).reshape(B, T, N, K)
 
 
 def _stated(T: int, S: int, causal: bool, window: int | None) -> contextlib.AbstractContextManager:
@@ -161,6 +184,7 @@ def choose(
     causal: bool,
     window: int | None,
     bias: bool,
+    cap: bool = False,
     context: Context = "whole",
 ) -> tuple[Implementation, str]:
     """Return the implementation that runs, and the reason: the requested one, or for `auto` the fastest that can run.
@@ -172,6 +196,7 @@ def choose(
       head_width: K.
       causal, window: as in `attend`.
       bias: whether a bias is added to the products.
+      cap: whether the products have a cap.
       context: as `context_of` returns.
 
     Raises:
@@ -179,6 +204,8 @@ def choose(
     """
     if context in ("ring", "heads") and bias:
         raise ValueError(NO_BIAS.format(f"sharding.context={context!r}"))
+    if context == "ring" and cap:
+        raise ValueError(NO_CAP.format("sharding.context='ring'") + "; use sharding.context='gather'")
     if context == "ring":
         if requested not in ("auto", "xla"):
             cure = "use 'auto', or sharding.context='gather'"
@@ -188,7 +215,7 @@ def choose(
     if requested == "xla":
         return "xla", "requested"
     problems = {
-        "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias, context),
+        "cudnn": _cudnn_problem(platform, jnp.dtype(dtype), head_width, causal, window, bias, cap, context),
         "splash": _splash_problem(platform, bias),
     }
     if requested != "auto":
@@ -201,13 +228,15 @@ def choose(
     return (best, f"auto on {platform}") if problems[best] is None else ("xla", f"no {best}: {problems[best]}")
 
 
-def _cudnn_problem(platform, dtype, head_width, causal, window, bias, context) -> str | None:
+def _cudnn_problem(platform, dtype, head_width, causal, window, bias, cap, context) -> str | None:
     if platform != "gpu":
         return f"cuDNN needs an NVIDIA GPU, this is a {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention computes in bfloat16 or float16, not {dtype} (training.precision)"
     if head_width % 8 or head_width > 128:
         return f"cuDNN needs head widths that are multiples of 8 up to 128, not {head_width}"
+    if cap:
+        return "cuDNN's attention has no cap on the products (scales.attention_cap)"
     if bias:
         return "cuDNN is not used with relative positions, because their bias needs a gradient"
     if window is not None and not causal:
@@ -244,7 +273,7 @@ def resolve_implementation(model: nnx.Module, platform: str | None, dtype: Any =
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attention):
             requested = module.implementation
-            options = {"causal": module.causal, "window": module.window, "bias": module.biased, "context": context_of(layout)}
+            options = {"causal": module.causal, "window": module.window, "bias": module.biased, "cap": module.cap is not None, "context": context_of(layout)}
             if options["context"] == "heads" and module.heads % (layout.size("heads") * layout.size("sequence")):
                 raise ValueError(_indivisible(module.heads, layout))
             likely = platform or {"cudnn": "gpu", "splash": "tpu"}.get(requested, "cpu")
@@ -271,9 +300,10 @@ class Attention(nnx.Module):
         window: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
-        query_key_norm: bool = False,
-        epsilon: float = 1e-6,
+        query_key_norm: QueryKeyNorm = False,
+        make_norm: Callable[[int], nnx.Module] | None = None,
         scale: float | None = None,
+        cap: float | None = None,
         biased: bool = False,
         implementation: Implementation = "auto",
         init=None,
@@ -286,11 +316,11 @@ class Attention(nnx.Module):
           width, heads: D and N.
           kv_heads: G. The default is N.
           head_width: K. The default is D / N.
-          causal, window, scale, implementation: as in `attend`.
+          causal, window, scale, cap, implementation: as in `attend`.
           bias: whether queries, keys and values have a bias vector.
           out_bias: whether the output has one. The default is `bias`.
-          query_key_norm: root-mean-square normalization of every query and key, with a scale (Henry et al. 2020; Qwen 3).
-          epsilon: of that normalization.
+          query_key_norm: normalization of every query and key, with a scale (Henry et al. 2020; Qwen 3); `projection`: over all heads together (OLMo 2).
+          make_norm: constructor of that normalization, by its width. The default is a root-mean-square one with an epsilon of 1e-6.
           biased: whether calls pass a bias for the products.
           init: initializer of the matrices. The default is normal with a deviation of 0.02.
           query_init, out_init: initializers of the query and output matrices. The default is `init`.
@@ -309,10 +339,12 @@ class Attention(nnx.Module):
         self.key = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
         self.value = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
         self.out = linear(heads * head_width, width, use_bias=bias if out_bias is None else out_bias, kernel_init=out_init or init)
-        self.query_norm = nnx.RMSNorm(head_width, epsilon=epsilon, rngs=rngs) if query_key_norm else None
-        self.key_norm = nnx.RMSNorm(head_width, epsilon=epsilon, rngs=rngs) if query_key_norm else None
+        make_norm = make_norm or (lambda width: nnx.RMSNorm(width, epsilon=1e-6, rngs=rngs))
+        widths = [n * head_width for n in (heads, kv_heads)] if query_key_norm == "projection" else [head_width] * 2
+        self.query_norm, self.key_norm = (make_norm(width) if query_key_norm else None for width in widths)
+        self.query_key_norm = query_key_norm
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
-        self.causal, self.window, self.scale, self.biased = causal, window, scale, biased
+        self.causal, self.window, self.scale, self.cap, self.biased = causal, window, scale, cap, biased
         self.implementation = implementation
 
     def __call__(
@@ -330,11 +362,17 @@ class Attention(nnx.Module):
         return self._whole(q_BTNK, checkpoint_name(k_BSGK, "key"), checkpoint_name(v_BSGK, "value"), segments, bias)
 
     def prefill(
-        self, x_BTD: jax.Array, layer: dict[str, jax.Array], *, rotary: tuple[jax.Array, jax.Array] | None, segments: tuple[jax.Array, jax.Array]
+        self,
+        x_BTD: jax.Array,
+        layer: dict[str, jax.Array],
+        *,
+        rotary: tuple[jax.Array, jax.Array] | None,
+        segments: tuple[jax.Array, jax.Array],
+        slot: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attend from x to itself, and write its keys and values into the empty cache `layer`."""
+        """Attend from x to itself, and write its keys and values into the cache `layer`, which is empty, or of which those up to `slot` are replaced."""
         k_BSGK, v_BSGK = self._keys_values(x_BTD, rotary)
-        return self._whole(self._queries(x_BTD, rotary), k_BSGK, v_BSGK, segments, None), cache_lib.fill(layer, k_BSGK, v_BSGK)
+        return self._whole(self._queries(x_BTD, rotary), k_BSGK, v_BSGK, segments, None), cache_lib.fill(layer, k_BSGK, v_BSGK, slot)
 
     def extend(
         self,
@@ -372,6 +410,8 @@ class Attention(nnx.Module):
         q_BGnK = q_B1NK.reshape(B, self.kv_heads, N // self.kv_heads, K)
         scale = 1 / math.sqrt(K) if self.scale is None else self.scale
         products_BGnS = jnp.einsum("bgnk,bgsk->bgns", q_BGnK, layer["key"], preferred_element_type=jnp.float32) * scale
+        if self.cap is not None:
+            products_BGnS = self.cap * jnp.tanh(products_BGnS / self.cap)
         if bias is not None:
             products_BGnS += bias[:, :, 0].reshape(bias.shape[0], self.kv_heads, -1, bias.shape[-1])
         products_BGnS = jnp.where(valid_BS[:, None, None], products_BGnS, jnp.finfo(jnp.float32).min)
@@ -381,13 +421,18 @@ class Attention(nnx.Module):
 
     def _queries(self, x_BTD, rotary):
         q_BTNK = to_heads(self.query, x_BTD, self.heads)
-        q_BTNK = q_BTNK if self.query_norm is None else self.query_norm(q_BTNK)
+        q_BTNK = self._normalized(self.query_norm, q_BTNK)
         return q_BTNK if rotary is None else rotate(q_BTNK, *rotary)
 
     def _keys_values(self, x_BSD, rotary):
         k_BSGK, v_BSGK = (to_heads(f, x_BSD, self.kv_heads) for f in (self.key, self.value))
-        k_BSGK = k_BSGK if self.key_norm is None else self.key_norm(k_BSGK)
+        k_BSGK = self._normalized(self.key_norm, k_BSGK)
         return (k_BSGK if rotary is None else rotate(k_BSGK, *rotary)), v_BSGK
+
+    def _normalized(self, norm, x_BTNK):
+        if self.query_key_norm == "projection":
+            return norm(x_BTNK.reshape(*x_BTNK.shape[:2], -1)).reshape(x_BTNK.shape)
+        return x_BTNK if norm is None else norm(x_BTNK)
 
     def _whole(self, q_BTNK, k_BSGK, v_BSGK, segments, bias):
         y_BTNK = attend(
@@ -399,6 +444,7 @@ class Attention(nnx.Module):
             segments=segments,
             bias=bias,
             scale=self.scale,
+            cap=self.cap,
             implementation=self.implementation,
         )
         if self.implementation != "splash":  # splash saves its residuals under that name itself

@@ -15,19 +15,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import remat as remat_lib
-from jaxmodels.models.attention import Attention, Implementation
+from jaxmodels.models.attention import Attention, Implementation, QueryKeyNorm
 from jaxmodels.models.functional import new_rngs
-from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, dropout
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, RMSNormPlusOne, dropout
 from jaxmodels.models.remat import Remat
 from jaxmodels.parallel.layout import constrain, row_major
 from jaxmodels.parallel.pipeline import over_layers
 
-Norm = Literal["layer", "rms"]
+Norm = Literal["layer", "rms", "rms_plus_one"]
 Rotary = Mapping[str, tuple[jax.Array, jax.Array]]  # tables of rotary positions by name
 
 
 def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """Return a layer normalization (Ba et al. 2016), or a root-mean-square one (Zhang and Sennrich 2019), which has no bias."""
+    """Return a layer normalization (Ba et al. 2016), or a root-mean-square one (Zhang and Sennrich 2019), which has no bias.
+
+    With `rms_plus_one`, what is trained and stored is how much its factor differs from 1.
+    """
+    if kind == "rms_plus_one":
+        return RMSNormPlusOne(width, epsilon=epsilon)
     if kind == "rms":
         return nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
     return nnx.LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
@@ -84,8 +89,10 @@ class Block(nnx.Module):
         bias: bool = True,
         qkv_bias: bool | None = None,
         mlp_bias: bool | None = None,
-        query_key_norm: bool = False,
+        query_key_norm: QueryKeyNorm = False,
         scale: float | None = None,
+        cap: float | None = None,
+        residual_scale: float = 1.0,
         rotary: str = "global",
         relative: bool = False,
         attention_type: type[Attention] = Attention,
@@ -109,7 +116,8 @@ class Block(nnx.Module):
           post_norm: normalize the residual sums (Vaswani et al. 2017), not the inputs.
           activation: `gelu` (by tanh, as in GPT-2), `gelu_exact`, `relu`, and the gated `swiglu`, `geglu` and `geglu_exact`.
           bias: whether matrices and layer normalizations have a bias.
-          kv_heads, head_width, window, query_key_norm, scale: as in `attention.Attention`.
+          kv_heads, head_width, window, query_key_norm, scale, cap: as in `attention.Attention`.
+          residual_scale: factor on what attention and feed-forward add to the residual stream.
           qkv_bias, mlp_bias: whether queries, keys and values, and the feed-forward have a bias. The default is `bias`.
           rotary: name of its table of rotary positions, if calls pass any.
           relative: whether calls pass a bias for the products of self-attention.
@@ -130,7 +138,8 @@ class Block(nnx.Module):
             # Without a scale on the products, the queries are initialized smaller.
             unscaled = 1 if scale is None else (head_width or width // heads)
             query = nnx.initializers.variance_scaling(1.0 / unscaled, "fan_in", "normal")
-        options = {"kv_heads": kv_heads, "head_width": head_width, "query_key_norm": query_key_norm, "epsilon": epsilon}
+        options = {"kv_heads": kv_heads, "head_width": head_width, "query_key_norm": query_key_norm, "cap": cap}
+        options["make_norm"] = lambda width: make_norm("rms" if norm == "layer" else norm, width, epsilon, False, rngs)
         options |= {"bias": bias if qkv_bias is None else qkv_bias, "out_bias": bias, "scale": scale, "implementation": attention}
         options |= {"init": matrix, "query_init": query, "out_init": out, "rngs": rngs}
 
@@ -150,7 +159,7 @@ class Block(nnx.Module):
             self.mlp = mlp(rngs)
         self.mlp_output_norm = normalization(output_norm)
         self.rotary = rotary
-        self.dropout, self.post_norm = dropout, post_norm
+        self.dropout, self.post_norm, self.residual_scale = dropout, post_norm, residual_scale
 
     def __call__(
         self,
@@ -188,9 +197,11 @@ class Block(nnx.Module):
         x_BTD, aux = self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid, rngs=rngs), rngs, self.mlp_output_norm)
         return x_BTD if aux is None else (x_BTD, aux)
 
-    def prefill(self, x_BTD: jax.Array, layer: dict, *, rotary: Rotary | None, segments: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict]:
-        """Run the block without a memory, and write keys and values into the empty cache `layer`; see `models.cache`."""
-        attend = functools.partial(self.attention.prefill, layer=layer, rotary=self._rotary(rotary), segments=(segments, segments))
+    def prefill(
+        self, x_BTD: jax.Array, layer: dict, *, rotary: Rotary | None, segments: jax.Array, valid: jax.Array, slot: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Run the block without a memory, and write keys and values into the cache `layer`; see `models.cache`, and its `fill` for `slot`."""
+        attend = functools.partial(self.attention.prefill, layer=layer, rotary=self._rotary(rotary), segments=(segments, segments), slot=slot)
         x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None, self.attention_output_norm)
         return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None, self.mlp_output_norm)[0], layer
 
@@ -228,6 +239,7 @@ class Block(nnx.Module):
         change = function(x_BTD if self.post_norm or norm is None else norm(x_BTD))
         change, aux = change if isinstance(change, tuple) else (change, None)
         change = change if output_norm is None else output_norm(change)
+        change = change if self.residual_scale == 1.0 else change * jnp.asarray(self.residual_scale, change.dtype)
         x_BTD = row_major(constrain(x_BTD + dropout(change, self.dropout, rngs), "batch", "sequence", None))
         return norm(x_BTD) if self.post_norm else x_BTD, aux
 

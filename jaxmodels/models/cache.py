@@ -17,6 +17,7 @@ A cache is a dict of arrays:
 
     layers         for each layer {"key", "value"} [B, G, S, K]; for stacked blocks one such dict with [L, B, G, S, K]
     memory         keys and values of an encoder's output, in the same form; constant while generating
+    tokens         int32 [B, slots], -1 where none, in models whose rotary positions depend on the length of a text
     left_padding   int32 [B], slots before a row's first token
     slot           int32, the next slot to be written
 
@@ -41,8 +42,12 @@ def make_layer(batch: int, length: int, kv_heads: int, head_width: int, window: 
     return {name: constrain(jnp.zeros(shape, dtype), *_NAMES) for name in ("key", "value")}
 
 
-def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array) -> dict[str, jax.Array]:
-    """Write the keys and values of slots 0..T-1 into an empty layer, or the last of them that fit."""
+def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array, slot: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Write the keys and values of slots 0..T-1 into an empty layer, or the last of them that fit; with `slot`, those up to this one into any layer."""
+    if slot is not None:
+        stored = jnp.maximum(numbers(slot, layer["key"].shape[2]), 0)
+        new = {"key": k_BTGK, "value": v_BTGK}
+        return {name: constrain(jnp.take(jnp.moveaxis(x, 1, 2), stored, axis=2).astype(layer[name].dtype), *_NAMES) for name, x in new.items()}
 
     def put(slots_BGSK, x_BTGK):
         S, T = slots_BGSK.shape[2], x_BTGK.shape[1]

@@ -44,7 +44,7 @@ def cudnn(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments,
     return on_each_device(attend, [ROWS] * 3 + [NUMBERS] * len(numbers), ROWS)(q_BTNK, k_BSGK, v_BSGK, *numbers)
 
 
-def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale, interpret: bool = False) -> jax.Array:
+def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments, bias, scale, cap: float | None = None, interpret: bool = False) -> jax.Array:
     """JAX's Pallas kernel for TPUs; arguments as in `attention.attend`. Each device computes its own rows and heads.
 
     Each shard of a sequence attends to all keys, with its own part of the mask. The kernel works in blocks of at least 128, so sequences
@@ -75,7 +75,7 @@ def splash(q_BTNK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments
     # well as rows. With an even number they are not, since XLA would copy more.
     groups = k_BSGK.shape[2] // _ways(layout, "heads", N) if rows % 2 else 1
     block = _block(filled_T // parts, K, most=1024), _block(filled_S, K)
-    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads // groups, causal, window, block, interpret)
+    kernel, masks, blocks = _splash_kernel((filled_T, filled_S), parts, heads // groups, causal, window, block, cap, interpret)
     scale = 1 / np.sqrt(K) if scale is None else scale
 
     def attend(q, k, v, *rest):
@@ -108,7 +108,7 @@ def _block(length: int, head_width: int, most: int = 2048) -> int:
 
 
 def _splash_kernel(
-    shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, block: tuple[int, int], interpret: bool
+    shape: tuple[int, int], parts: int, heads: int, causal: bool, window: int | None, block: tuple[int, int], cap: float | None, interpret: bool
 ) -> tuple[Callable, list, str]:
     """Return the kernel for sequences of that shape with `parts` shards of queries, as (masks -> kernel), the masks of all shards, and a scope name.
 
@@ -130,6 +130,7 @@ def _splash_kernel(
     sizes |= {f"block_kv{of}_compute": min(kv, 512) for of in ("", "_dkv")}
     # One shard of heads: all heads have the same mask.
     options = {"head_shards": 1, "q_seq_shards": parts, "block_sizes": kernel_lib.BlockSizes(**sizes), "interpret": interpret}
+    options["attn_logits_soft_cap"] = cap
     options["residual_checkpoint_name"] = "attention"  # one of `remat.NAMES`
     kernel = kernel_lib.make_splash_mha(mask_lib.MultiHeadMask([mask] * heads), **options)
     masks, structure = jax.tree.flatten(kernel)

@@ -42,7 +42,7 @@ class RotaryTables:
     """The tables of rotary positions of a model, one for each type of layers that rotates.
 
     Attributes:
-      head_width: K.
+      head_width: number of channels of a head that are rotated.
       base, scaling: of global layers, and of local ones unless these have a base of their own.
       local_base: of local layers, which then have no scaling (Gemma 3).
       types: of the layers that rotate.
@@ -61,8 +61,21 @@ class RotaryTables:
         types = ("global",) if layer_types is None else tuple(sorted(set(layer_types) - {"unrotated"}))
         return cls(head_width, base, scaling, local_base, types)
 
-    def __call__(self, positions: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """Return cosines and sines at positions, int [1 or B, T], by type: as in `positions.rotary_table`."""
-        own = {kind: (self.local_base, None) if kind == "local" and self.local_base is not None else (self.base, self.scaling) for kind in self.types}
-        tables = {arguments: rotary_table(positions, self.head_width, *arguments) for arguments in dict.fromkeys(own.values())}
+    @property
+    def by_length(self) -> bool:
+        """Whether a table depends on the number of tokens of a text."""
+        return any(scaling is not None and scaling.by_length for _, scaling in self._arguments().values())
+
+    def change(self, lengths_B: jax.Array) -> jax.Array:
+        """Return whether the tables of a text, which depend on its length, change when it grows to this length, bool [B]."""
+        return self.scaling.changes(lengths_B)
+
+    def __call__(self, positions: jax.Array, lengths: jax.Array | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Return cosines and sines at positions, int [1 or B, T], by type: as in `positions.rotary_table`, which also says what `lengths` are."""
+        own = self._arguments()
+        tables = {arguments: rotary_table(positions, self.head_width, *arguments, lengths) for arguments in dict.fromkeys(own.values())}
         return {kind: tables[arguments] for kind, arguments in own.items()}
+
+    def _arguments(self) -> dict[str, tuple[float, RotaryScaling | None]]:
+        """Return base and scaling by type."""
+        return {kind: (self.local_base, None) if kind == "local" and self.local_base is not None else (self.base, self.scaling) for kind in self.types}

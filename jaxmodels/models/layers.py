@@ -128,6 +128,20 @@ def first_scores(scores: jax.Array, tokens: int) -> jax.Array:
     return constrain(scores, *names)[..., :tokens]
 
 
+class RMSNormPlusOne(nnx.Module):
+    """Root-mean-square normalization with a factor of 1 + scale, in float32 (Gemma). Small differences of the factor from 1 are exact in half precision."""
+
+    def __init__(self, width: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., width]. Return the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
 def max_pool_2x2(image: jax.Array) -> jax.Array:
     """Max-pool 2×2 with stride 2. An odd last row or column is dropped.
 

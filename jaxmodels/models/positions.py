@@ -21,21 +21,43 @@ class RotaryScaling:
 
     Attributes:
       kind: `linear` divides all frequencies by `factor` (Chen et al. 2023); `llama3` only low ones (Llama 3.1);
-        `yarn` too, and it sharpens attention a little (Peng et al. 2024).
-      factor: ratio of the new context to the original one.
-      original_context: the context of pretraining (llama3, yarn).
+        `yarn` too, and it sharpens attention a little (Peng et al. 2024). Two kinds depend on the number of tokens of each text: `dynamic`
+        raises the base once there are more than `original_context` (NTK-aware scaling); `longrope` divides each frequency by its own factor,
+        of `long` ones once there are more than `original_context`, else of `short` ones (Ding et al. 2024; Phi-3).
+      factor: ratio of the new context to the original one (not longrope).
+      original_context: the context of pretraining (not linear).
       low_frequency, high_frequency: rotations within that context. Frequencies below the first are divided by `factor`, those above the
         second are unchanged (llama3).
       fast, slow: the same for yarn: unchanged above `fast` rotations, divided by `factor` below `slow`.
+      short, long: for each pair of rotated channels, what divides its frequency (longrope).
+      attention_factor: factor on sines and cosines (longrope). Attention grows by its square.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
+    kind: Literal["linear", "llama3", "yarn", "dynamic", "longrope"]
+    factor: float | None = None
     original_context: int = 8192
     low_frequency: float = 1.0
     high_frequency: float = 4.0
     fast: float = 32.0
     slow: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.factor is None and self.kind != "longrope":
+            raise ValueError(f"rotary_scaling.kind={self.kind!r} needs rotary_scaling.factor")
+        for name in ("short", "long"):  # from a config's lists, to be hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the number of tokens of a text."""
+        return self.kind in ("dynamic", "longrope")
+
+    def changes(self, lengths: jax.Array) -> jax.Array:
+        """Return where frequencies of texts of these lengths differ from those of texts with one token less."""
+        return lengths > self.original_context if self.kind == "dynamic" else lengths == self.original_context + 1
 
 
 def positions_in(segments_BT: jax.Array) -> jax.Array:
@@ -43,6 +65,15 @@ def positions_in(segments_BT: jax.Array) -> jax.Array:
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
     begins_BT = jnp.concatenate([jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+
+
+def lengths_in(segments_BT: jax.Array) -> jax.Array:
+    """Return the number of positions in each position's own segment, int [B, T]; segments as in `positions_in`."""
+    T = segments_BT.shape[1]
+    changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    ends_BT = jnp.concatenate([jnp.where(changes_BT, jnp.arange(T - 1), T - 1), jnp.full_like(segments_BT[:, :1], T - 1)], axis=1)
+    last_BT = jax.lax.cummin(ends_BT, axis=1, reverse=True)
+    return last_BT - jnp.arange(T) + positions_in(segments_BT) + 1
 
 
 def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[np.ndarray, float]:
@@ -68,15 +99,50 @@ def rotary_frequencies(head_width: int, base: float, scaling: RotaryScaling | No
     return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies, 0.1 * math.log(scaling.factor) + 1.0
 
 
-def rotary_table(positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines for `rotate` at int positions [1 or B, T]: float32 [1 or B, T, 1, K / 2] each."""
-    frequencies, factor = rotary_frequencies(head_width, base, scaling)
+def frequencies_by_length(lengths: jax.Array, head_width: int, base: float, scaling: RotaryScaling) -> jax.Array:
+    """Return the frequencies of `dynamic` and `longrope` scaling in texts of `lengths` tokens, int [1 or B, 1 or T]: float32 [1 or B, 1 or T, 1, K / 2]."""
+    lengths = lengths[..., None, None]
+    powers = np.arange(0, head_width, 2) / head_width
+    if scaling.kind == "longrope":
+        for name, factors in (("short", scaling.short), ("long", scaling.long)):
+            if len(factors) != len(powers):
+                raise ValueError(f"rotary_scaling.{name} lists {len(factors)} factors; there are {len(powers)} pairs of rotated channels")
+        short, long = (jnp.asarray(1 / (np.asarray(factors) * base**powers), jnp.float32) for factors in (scaling.short, scaling.long))
+        return jnp.where(lengths > scaling.original_context, long, short)
+    if head_width < 4:
+        raise ValueError(f"rotary_scaling.kind='dynamic' needs at least 4 rotated channels, got {head_width}")
+    longer = jnp.maximum(lengths, scaling.original_context).astype(jnp.float32)
+    growth = scaling.factor * longer / scaling.original_context - (scaling.factor - 1)
+    higher = base * growth ** (head_width / (head_width - 2))
+    return higher ** -jnp.asarray(powers, jnp.float32)
+
+
+def rotary_table(
+    positions: jax.Array, head_width: int, base: float, scaling: RotaryScaling | None = None, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return cosines and sines for `rotate`, float32 [1 or B, T, 1, K / 2] each.
+
+    Args:
+      positions: int [1 or B, T].
+      head_width: K, the number of channels that are rotated.
+      base, scaling: of the wavelengths.
+      lengths: number of tokens of the text of each position, int [1 or B, 1 or T]; for `dynamic` and `longrope`, whose frequencies depend on it.
+    """
+    if scaling is not None and scaling.by_length:
+        frequencies, factor = frequencies_by_length(lengths, head_width, base, scaling), scaling.attention_factor
+    else:
+        frequencies, factor = rotary_frequencies(head_width, base, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Apply rotary positions (Su et al. 2021): rotate channels i and i + K/2 by their angle, so that products depend on distances alone."""
+    """Apply rotary positions (Su et al. 2021): rotate channels i and i + K/2 by their angle, so that products depend on distances alone.
+
+    A table of fewer channels rotates the first of a head and leaves the others.
+    """
+    if (rotated := 2 * cosine.shape[-1]) < x_BTNK.shape[-1]:
+        return jnp.concatenate([rotate(x_BTNK[..., :rotated], cosine, sine), x_BTNK[..., rotated:]], axis=-1)
     if on_tpu():
         return _rotate_by_product(x_BTNK, cosine, sine)
     one, other = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)

@@ -8,6 +8,14 @@ _LLAMA32 = _LLAMA31 | {"rotary_scaling": {"kind": "llama3", "factor": 32.0, "ori
 _QWEN25 = _LLAMA | {"context": 32768, "qkv_bias": True, "epsilon": 1e-6, "rotary_base": 1e6}
 _QWEN3 = _LLAMA | {"context": 40960, "query_key_norm": True, "epsilon": 1e-6, "rotary_base": 1e6, "kv_heads": 8, "head_width": 128}
 _TIED = {"tie_embeddings": True}
+_SMOLLM3 = _LLAMA | _TIED | {"rotary_base": 5e6, "epsilon": 1e-6, "layer_types": ("global", "global", "global", "unrotated")}
+_GEMMA = _LLAMA | _TIED | {"norm": "rms_plus_one", "activation": "geglu", "epsilon": 1e-6, "head_width": 256, "scales": {"embedding": "sqrt_width"}}
+_GEMMA2 = _GEMMA | {"output_norm": True, "layer_types": ("local", "global"), "window": 4096, "context": 8192}
+_GEMMA2 |= {"scales": {"embedding": "sqrt_width", "attention_cap": 50.0, "logits_cap": 30.0}}
+_GEMMA3 = _GEMMA | {"output_norm": True, "query_key_norm": True, "layer_types": ("local",) * 5 + ("global",), "window": 512, "context": 32768}
+_GEMMA3 |= {"rotary_base": 1e6, "local_rotary_base": 1e4}
+_OLMO2 = _LLAMA | {"input_norm": False, "output_norm": True, "query_key_norm": "projection", "epsilon": 1e-6, "rotary_base": 5e5, "context": 4096}
+_GRANITE3 = _LLAMA | _TIED | {"context": 4096}
 
 
 def _size(layers: int, heads: int, width: int, mlp_width: int | None = None, kv_heads: int | None = None) -> dict:
@@ -51,6 +59,25 @@ DECODERS = {
     "qwen3-8b": _QWEN3 | _size(36, 32, 4096, 12288),
     "qwen3-14b": _QWEN3 | _size(40, 40, 5120, 17408),
     "qwen3-32b": _QWEN3 | _size(64, 64, 5120, 25600),
+    # Hugging Face 2025
+    "smollm3-3b": _SMOLLM3 | _size(36, 16, 2048, 11008, 4) | {"context": 65536},
+    # Abdin et al. 2024
+    "phi3-mini": _LLAMA | _size(32, 32, 3072, 8192) | {"context": 4096, "window": 2047},
+    # Gemma Team 2024, 2024, 2025
+    "gemma-2b": _GEMMA | _size(18, 8, 2048, 16384, 1) | {"context": 8192},
+    "gemma-7b": _GEMMA | _size(28, 16, 3072, 24576) | {"context": 8192},
+    "gemma2-2b": _GEMMA2 | _size(26, 8, 2304, 9216, 4),
+    "gemma2-9b": _GEMMA2 | _size(42, 16, 3584, 14336, 8),
+    "gemma2-27b": _GEMMA2 | _size(46, 32, 4608, 36864, 16) | {"head_width": 128, "scales": _GEMMA2["scales"] | {"attention": 144**-0.5}},
+    "gemma3-270m": _GEMMA3 | _size(18, 4, 640, 2048, 1),
+    "gemma3-1b": _GEMMA3 | _size(26, 4, 1152, 6912, 1),
+    # OLMo Team 2025
+    "olmo2-1b": _OLMO2 | _size(16, 16, 2048, 8192),
+    "olmo2-7b": _OLMO2 | _size(32, 32, 4096, 11008),
+    "olmo2-13b": _OLMO2 | _size(40, 40, 5120, 13824),
+    # Granite Team 2024
+    "granite-3-2b": _GRANITE3 | _size(40, 32, 2048, 8192, 8) | {"scales": {"embedding": 12.0, "attention": 0.015625, "residual": 0.22, "logits": 8.0}},
+    "granite-3-8b": _GRANITE3 | _size(40, 32, 4096, 12800, 8) | {"scales": {"embedding": 12.0, "attention": 0.0078125, "residual": 0.22, "logits": 16.0}},
     # Jiang et al. 2024
     "mixtral-8x7b": _LLAMA | _size(32, 32, 4096, 14336, 8) | {"context": 32768, "rotary_base": 1e6, "moe": {"experts": 8, "top_k": 2}},
     "qwen3-30b-a3b": _QWEN3 | _size(48, 32, 2048, 768, 4) | {"moe": {"experts": 128, "top_k": 8}},

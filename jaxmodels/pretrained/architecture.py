@@ -22,10 +22,18 @@ ARCHITECTURES = {
     "gpt2": "jaxmodels.pretrained.gpt2:GPT2",
     "llama": "jaxmodels.pretrained.llama:LLAMA",
     "mistral": "jaxmodels.pretrained.llama:MISTRAL",
+    "ministral": "jaxmodels.pretrained.llama:MINISTRAL",
     "qwen2": "jaxmodels.pretrained.llama:QWEN2",
     "qwen3": "jaxmodels.pretrained.llama:QWEN3",
     "mixtral": "jaxmodels.pretrained.llama:MIXTRAL",
     "qwen3_moe": "jaxmodels.pretrained.llama:QWEN3_MOE",
+    "smollm3": "jaxmodels.pretrained.smollm3:SMOLLM3",
+    "phi3": "jaxmodels.pretrained.phi3:PHI3",
+    "gemma": "jaxmodels.pretrained.gemma:GEMMA",
+    "gemma2": "jaxmodels.pretrained.gemma:GEMMA2",
+    "gemma3_text": "jaxmodels.pretrained.gemma:GEMMA3",
+    "olmo2": "jaxmodels.pretrained.olmo2:OLMO2",
+    "granite": "jaxmodels.pretrained.granite:GRANITE",
     "t5": "jaxmodels.pretrained.t5:T5",
     "mt5": "jaxmodels.pretrained.t5:MT5",
     "vit": "jaxmodels.pretrained.vit:VIT",
@@ -177,6 +185,11 @@ def find(config: Mapping, where: str) -> Architecture:
       ConfigError: it is not supported; lists those that are.
     """
     name = config.get("model_type")
+    if name == "gemma3":
+        raise ConfigError(
+            f"{where}: model_type='gemma3' holds a text and an image model; only the text model is supported: model_type='gemma3_text', "
+            "which Gemma3ForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of `transformers` writes."
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = config_lib.suggest(str(name), ARCHITECTURES)
         raise ConfigError(f"{where}: model_type={name!r} is not supported; there are {', '.join(ARCHITECTURES)}.{hint}")

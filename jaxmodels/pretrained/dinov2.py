@@ -92,8 +92,8 @@ def _table(options: Mapping) -> list[Entry]:
     if options["activation"] == "gelu_exact":
         return [*entries, *linear(f"{block}/mlp/up", f"{layer}.mlp.fc1"), *linear(f"{block}/mlp/down", f"{layer}.mlp.fc2")]
     for i, name in enumerate(("gate", "up")):
-        entries.append(Entry(f"{block}/mlp/{name}/kernel", f"{layer}.mlp.weights_in.weight", "transposed", (i, 2)))
-        entries.append(Entry(f"{block}/mlp/{name}/bias", f"{layer}.mlp.weights_in.bias", part=(i, 2)))
+        entries.append(Entry(f"{block}/mlp/{name}/kernel", f"{layer}.mlp.weights_in.weight", "transposed", (i, i + 1, 2)))
+        entries.append(Entry(f"{block}/mlp/{name}/bias", f"{layer}.mlp.weights_in.bias", part=(i, i + 1, 2)))
     return [*entries, *linear(f"{block}/mlp/down", f"{layer}.mlp.weights_out")]
 
 

@@ -58,8 +58,8 @@ def _table(options: Mapping) -> list[Entry]:
         *norm("final_norm", "transformer.ln_f"),
     ]
     for i, name in enumerate(("query", "key", "value")):
-        entries.append(Entry(f"{block}/attention/{name}/kernel", f"{layer}.attn.c_attn.weight", part=(i, 3)))
-        entries.append(Entry(f"{block}/attention/{name}/bias", f"{layer}.attn.c_attn.bias", part=(i, 3)))
+        entries.append(Entry(f"{block}/attention/{name}/kernel", f"{layer}.attn.c_attn.weight", part=(i, i + 1, 3)))
+        entries.append(Entry(f"{block}/attention/{name}/bias", f"{layer}.attn.c_attn.bias", part=(i, i + 1, 3)))
     return entries + ([] if options["tie_embeddings"] else [Entry("output/kernel", "lm_head.weight", "transposed")])
 
 

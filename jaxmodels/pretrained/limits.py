@@ -19,13 +19,16 @@ _LARGEST = {
     # DistilBERT, ModernBERT, DeBERTa
     **dict.fromkeys(("n_layers", "global_attn_every_n_layers"), 1_000),
     **{"n_heads": 1 << 14, "dim": 1 << 20, "hidden_dim": 1 << 22, "pooler_hidden_size": 1 << 20, "position_buckets": 1 << 20, "local_attention": 1 << 28},
+    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"), 1_000),
+    "query_pre_attn_scalar": 1 << 20,
 }
-_MAY_BE_ZERO = ("sliding_window", "type_vocab_size", "num_labels", "extra_ids")
+_MAY_BE_ZERO = ("sliding_window", "max_window_layers", "type_vocab_size", "num_labels", "extra_ids")
 _ABOVE_ZERO = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-_ABOVE_ZERO += ("norm_eps", "global_rope_theta", "local_rope_theta")
+_ABOVE_ZERO += ("norm_eps", "global_rope_theta", "local_rope_theta", "rope_local_base_freq", "attention_factor", "partial_rotary_factor")
+_ABOVE_ZERO += ("final_logit_softcapping", "attn_logit_softcapping", "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _FRACTIONS = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "resid_pdrop", "attn_pdrop", "embd_pdrop", "dropout_rate")
 _FRACTIONS += ("dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout", "drop_path_rate")
-_LISTS = {"architectures": str, "layer_types": str, "hidden_sizes": int, "depths": int}
+_LISTS = {"architectures": str, "layer_types": str, "no_rope_layers": int, "hidden_sizes": int, "depths": int}
 _MOST_STAGES = 16  # of a model of images
 _MOST_RATIO = 1 << 10  # of the widths of a feed-forward
 
@@ -62,7 +65,10 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             largest = _LARGEST[{"hidden_sizes": "hidden_size", "depths": "num_layers"}.get(key, key)]
             if not 1 <= len(value) <= _MOST_STAGES or not all(1 <= item <= largest for item in value):
                 refuse(key, value, f"a list of 1 to {_MOST_STAGES} whole numbers from 1 to {largest:,}")
-        elif key in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention", "id2label"):
+        elif key in ("short_factor", "long_factor"):
+            if not isinstance(value, list) or not all(type(x) in (int, float) and 0 < x < math.inf for x in value):
+                refuse(key, value, "a list of numbers above 0")
+        elif key in ("rope_parameters", "rope_scaling", "id2label", "full_attention", "sliding_attention"):
             if not isinstance(value, dict):
                 refuse(key, value, "an object")
             if key != "id2label":

@@ -25,14 +25,15 @@ class Entry:
       path: path of our parameter: `blocks/{layer}/attention/query/kernel`.
       tensor: name of the pretrained tensor.
       form: key of `FORMS`: the conversion between the two layouts.
-      part: (i, n): the parameter is the i-th of n equal parts of the tensor along the last axis of our layout.
+      part: (start, stop, total): the parameter is this share of the tensor along the last axis of our layout. The i-th of n equal parts is
+        (i, i + 1, n); the queries of N heads beside G heads of keys and of values are (0, N, N + 2 G).
       first: the first layer that has it.
     """
 
     path: str
     tensor: str
     form: str = "same"
-    part: tuple[int, int] | None = None
+    part: tuple[int, int, int] | None = None
     first: int = 0
 
 
@@ -75,16 +76,18 @@ class Link:
     index: tuple[int, ...]
     tensor: str
     form: str
-    part: tuple[int, int] | None
+    part: tuple[int, int, int] | None
 
     def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
-        """Convert the tensor, or this part of it, to the layout of the parameter."""
+        """Convert the tensor, or this part of it, to the layout of the parameter; ValueError if it does not divide into the parts."""
         x = FORMS[self.form][0](tensor)
         if self.part is None:
             return x
-        i, n = self.part
-        width = x.shape[-1] // n
-        return x[..., i * width : (i + 1) * width]
+        start, stop, total = self.part
+        width, rest = divmod(x.shape[-1], total)
+        if rest:
+            raise ValueError(f"{self.tensor}: {x.shape[-1]} does not divide into {total} parts")
+        return x[..., start * width : stop * width]
 
 
 def expand(entries: Iterable[Entry], sizes: Mapping[str, int], *, stacked: bool) -> list[Link]:
@@ -113,7 +116,7 @@ def by_path(links: Iterable[Link]) -> dict[str, list[Link]]:
 
 def by_tensor(links: Iterable[Link]) -> dict[str, list[Link]]:
     """Group links by tensor, sorted by part."""
-    return {name: sorted(group, key=lambda link: link.part or (0, 1)) for name, group in _grouped(links, lambda link: link.tensor).items()}
+    return {name: sorted(group, key=lambda link: link.part or (0, 1, 1)) for name, group in _grouped(links, lambda link: link.tensor).items()}
 
 
 def _grouped(links, key):

@@ -118,7 +118,7 @@ def _table(options: Mapping) -> list[Entry]:
     fused = {"attn.Wqkv": ("attention/query", "attention/key", "attention/value"), "mlp.Wi": ("mlp/gate", "mlp/up")}
     for tensor, paths in fused.items():
         for i, path in enumerate(paths):
-            entries.append(Entry(f"{block}/{path}/kernel", f"{layer}.{tensor}.weight", "transposed", (i, len(paths))))
+            entries.append(Entry(f"{block}/{path}/kernel", f"{layer}.{tensor}.weight", "transposed", (i, i + 1, len(paths))))
     return entries
 
 

@@ -130,8 +130,8 @@ def _adapter_links(adapters: Adapters, module: str, names: tuple[str, ...], link
     rank = adapters.tensors[names[0]].shape[0]
     forms, parts = ["transposed", "transposed", "same"], [None, link.part, link.part]
     if link.part is not None and rank != adapters.rank:
-        i, n = link.part
-        if rank != n * adapters.rank:
+        i, stop, n = link.part
+        if rank != n * adapters.rank or stop != i + 1:
             raise ConfigError(f"{adapters.path}: {module} has rank {rank}; expected {n} adapters of rank {adapters.rank}. {INSTEAD}")
         if not adapters.dora and not np.any(adapters.tensors[names[0]].view()[i * adapters.rank : (i + 1) * adapters.rank]):
             return None

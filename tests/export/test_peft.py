@@ -51,7 +51,10 @@ def adapters(base, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("name", "scan"), [("llama", True), ("gpt2", False), pytest.param("bert_classes", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    [("llama", True), ("gpt2", False), pytest.param("phi3", True, marks=pytest.mark.slow), pytest.param("bert_classes", False, marks=pytest.mark.slow)],
+)
 def test_adapters_are_imported_and_exported_unchanged(base, adapters, tmp_path, name, scan):
     """Exported tensors are bitwise equal. The run, the merged model, and PEFT with the exported adapters give PEFT's logits with the original ones."""
     folder, expected = adapters(name)
@@ -97,6 +100,16 @@ def test_adapters_of_queries_keys_and_values_become_one_of_all_three(base, tmp_p
     assert before.keys() == after.keys() and sum("lora_" in name for name in before) == 2 * 2 * (4 if "up" in targets[1] else 3)
     for name, x in before.items():
         np.testing.assert_array_equal(x, after[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_separate_adapters_of_parts_of_different_sizes_become_one(base, tmp_path):
+    lora = {"rank": 2, "alpha": 3.0, "targets": ("attention/(query|value)",)}
+    path = drawn(begin(config_of("phi3", f"hf:{base('phi3')}", lora=lora), tmp_path / "run"))
+    out = export_adapters(path, str(tmp_path / "out"))
+    np.testing.assert_allclose(there("phi3", base("phi3"), out), run(jaxmodels.load(path).model), atol=1e-4)
+    with pytest.raises(ConfigError, match="adapters of different ranks or scales are not supported"):
+        begin(config_of("phi3", {"run": f"hf:{base('phi3')}", "adapters": str(out)}), tmp_path / "again")
 
 
 @pytest.mark.slow

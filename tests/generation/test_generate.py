@@ -23,6 +23,7 @@ from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer
 V = 29
 SIZE = {"layers": 2, "heads": 4, "width": 16, "context": 64}
 LLAMA = SIZE | {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "tie_embeddings": False, "kv_heads": 2}
+SCALES = {"embedding": "sqrt_width", "attention": 0.3, "attention_cap": 2.0, "residual": 0.7, "logits": 2.0, "logits_cap": 9.0}
 MOE = {"moe": {"experts": 4, "top_k": 2}}
 SEQ2SEQ = SIZE | {"mlp_width": 24}
 T5 = SEQ2SEQ | {"positions": "relative", "norm": "rms", "post_norm": False, "activation": "geglu", "bias": False}
@@ -38,6 +39,8 @@ MORE = {
     "mistral": ("gpt", LLAMA | {"window": 5}),
     "qwen": ("gpt", LLAMA | {"query_key_norm": True, "qkv_bias": True, "rotary_scaling": {"kind": "yarn", "factor": 2.0, "original_context": 32}}),
     "local and global": ("gpt", LLAMA | {"window": 5, "layer_types": ["local", "global"], "local_rotary_base": 100.0, "output_norm": True}),
+    "gemma2": ("gpt", LLAMA | {"norm": "rms_plus_one", "window": 5, "layer_types": ["local", "global"], "scales": SCALES}),
+    "olmo2": ("gpt", LLAMA | {"query_key_norm": "projection", "input_norm": False, "output_norm": True, "rotary_fraction": 0.5, "scan": True}),
     "sinusoidal": ("gpt", SIZE | {"positions": "sinusoidal", "scan": True}),
     "no positions": ("gpt", SIZE | {"positions": "none", "post_norm": True}),
     "experts, unrolled": ("gpt", LLAMA | MOE),
@@ -102,6 +105,27 @@ def test_texts_of_several_prompts_at_once_are_those_of_the_full_forward_pass(nam
         assert generate(model, None, given[0], max_tokens=20)[0].tokens == made[0]
 
 
+LONGROPE = {"kind": "longrope", "original_context": 8, "short": [1.0, 1.2], "long": [4.0, 9.0]}
+BY_LENGTH = {
+    "longrope": LLAMA | {"rotary_base": 3.0, "rotary_scaling": LONGROPE, "window": 5, "layer_types": ("local", "global", "unrotated")},
+    "dynamic, stacked": LLAMA | {"rotary_base": 3.0, "rotary_scaling": {"kind": "dynamic", "factor": 4.0, "original_context": 8}, "scan": True},
+}
+
+
+@pytest.mark.parametrize("name", both(["longrope"], ["dynamic, stacked"]))
+def test_positions_that_depend_on_the_length_are_those_of_each_row_at_each_token(name):
+    """Angles of earlier tokens change when a text becomes longer than the original context: all tokens are read again."""
+    model, given = drawn("gpt", V, **BY_LENGTH[name]), prompts(3, 11)
+    made = [c.tokens for c in generate(model, None, given, max_tokens=14)]
+    apply = nnx.jit(lambda model, tokens: model(tokens))
+    for before, after in zip(given, made, strict=True):
+        texts = [before + after[:i] for i in range(14)]  # padded to 25: the length of a text does not count its padding
+        logits = apply(model, np.pad(filled(texts), ((0, 0), (0, 25 - len(texts[-1]))), constant_values=-1))
+        last = np.asarray([logits[i, len(text) - 1] for i, text in enumerate(texts)])
+        np.testing.assert_array_equal(last.argmax(-1), after)
+        assert (np.sort(last)[:, -1] - np.sort(last)[:, -2]).min() > 1e-4
+
+
 @pytest.mark.parametrize("name", both(TARGETS, MORE_TARGETS))
 def test_targets_are_those_of_the_full_forward_pass(name):
     model_name, options = (TARGETS | MORE_TARGETS)[name]
@@ -114,10 +138,10 @@ def test_targets_are_those_of_the_full_forward_pass(name):
         assert generate(model, None, sources[1], max_tokens=18, start=7)[0].tokens == made[1]
 
 
-@pytest.mark.parametrize("name", both([*TEXTS, *TARGETS], [*MORE, *MORE_TARGETS]))
+@pytest.mark.parametrize("name", both([*TEXTS, *TARGETS, "longrope"], [*MORE, *MORE_TARGETS]))
 def test_the_cache_has_the_types_of_half_precision(name):
     """Only traced: a loop whose cache changed its type would be an error."""
-    model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS)[name]
+    model_name, options = (TEXTS | MORE | TARGETS | MORE_TARGETS | {"longrope": ("gpt", BY_LENGTH["longrope"])})[name]
     generator = Generator(drawn(model_name, V, **options), dtype=jnp.bfloat16, start=7)
     how = {"shape": decoding.GREEDY, "numbers": {}, "eos_ids": generator._eos_ids}
     inputs = generator._inputs([np.arange(3), np.arange(5)])

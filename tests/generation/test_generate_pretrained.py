@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels.generation.generate import generate
+from jaxmodels.pretrained.weights import load_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -21,12 +22,22 @@ _LLAMA = _SIZE | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "tie_word_embeddings": False,
 }  # fmt: skip
+_GEMMA = _LLAMA | {"head_dim": 16}
 _T5 = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
 MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_LLAMA, sliding_window=24)),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_LLAMA, no_rope_layer_interval=2)),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_LLAMA, partial_rotary_factor=0.5, sliding_window=24)),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**_GEMMA)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_GEMMA, sliding_window=24, query_pre_attn_scalar=20)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**_GEMMA, sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**_LLAMA)),
+    "granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**_LLAMA, residual_multiplier=0.7, attention_multiplier=0.2)),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(**_T5, tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     ),
@@ -101,6 +112,28 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     np.testing.assert_array_equal([c.tokens for c in generate(ours.model, None, prompts, start=0, **options)], expected)
     uncached = (UncachedPair if name.startswith("t5") else Uncached)(ours.model)
     np.testing.assert_array_equal([c.tokens for c in generate(uncached, None, prompts, start=0, **options)], expected)
+
+
+_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 5.0]}
+BY_LENGTH = {
+    "longrope": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_LLAMA, rope_parameters=_LONG, original_max_position_embeddings=40)),
+    "dynamic": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_LLAMA | {"max_position_embeddings": 40}, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["longrope", pytest.param("dynamic", marks=pytest.mark.slow)])
+def test_tokens_are_those_of_transformers_where_positions_depend_on_the_length(name, tmp_path, monkeypatch):
+    """From 20 tokens to 80: the original context ends at 40. There `transformers` computes Phi-3's cache anew; for `dynamic` it has to do so every time."""
+    monkeypatch.setitem(MODELS, name, BY_LENGTH[name])
+    theirs, _ = made(name, tmp_path)
+    model = load_model(f"hf:{tmp_path}", context=256)
+    prompt = np.random.default_rng(0).integers(2, V, 20).tolist()
+    expected, result = theirs_of(theirs, [prompt], max_new_tokens=60, use_cache=name == "longrope")
+    logits = torch.stack(result.logits).topk(2).values
+    assert (logits[..., 0] - logits[..., 1]).min() > 1e-4
+    np.testing.assert_array_equal(generate(model, None, [prompt], max_tokens=60, start=0)[0].tokens, expected[0])
 
 
 SEARCHES = [(3, 1.0, False, True), (3, 0.0, "never", True), (3, 1.5, "never", False), (2, 0.7, False, True)]

@@ -34,7 +34,7 @@ MORE_RINGS = {
 }
 HEADS = {
     "fewer key heads": ({"context": 4, "data": 2}, (8, 2), {"causal": True, "window": 40, "segments": True}),
-    "splash": ({"context": 2, "tensor": 2, "data": 2}, (4, 2), {"causal": True, "segments": True, "implementation": "splash"}),
+    "splash": ({"context": 2, "tensor": 2, "data": 2}, (4, 2), {"causal": True, "segments": True, "cap": 2.0, "implementation": "splash"}),
 }
 MORE_HEADS = {
     "causal": ({"context": 8}, (8, 8), {"causal": True}),

@@ -23,6 +23,8 @@ LABELS = np.arange(4, dtype=np.int32) % 3
 TARGETS = {
     "llama": (["q_proj", "down_proj", "embed_tokens"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/down$", "^embed$"]),
     "gpt2": (["c_attn", "c_fc"], [*(rf"^blocks/\d+/attention/{name}$" for name in ("key", "query", "value")), r"^blocks/\d+/mlp/up$"]),
+    # One matrix there for queries, keys and values, of which keys and values have fewer heads.
+    "phi3": (["qkv_proj", "down_proj"], [*(rf"^blocks/\d+/attention/{name}$" for name in ("key", "query", "value")), r"^blocks/\d+/mlp/down$"]),
     "bert_classes": (["query", "intermediate.dense"], [r"^blocks/\d+/attention/query$", r"^blocks/\d+/mlp/up$"]),
 }
 

@@ -27,6 +27,11 @@ _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONGER}
 _LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 _ROBERTA = {**_BERT, "max_position_embeddings": CONTEXT + 2}
+_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+_LONG |= {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.2, 2.0, 3.5]}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+_GEMMA = {**_LLAMA, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 3}
+_MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 4.0}
 _BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}
 _EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 4}
@@ -60,10 +65,28 @@ MODELS = {
     "llama3_scaling": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": _SCALED}),
     "llama_yarn": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": {"rope_type": "yarn", **_LONGER}}),
     "mistral_window": ("MistralForCausalLM", {**_LLAMA, "sliding_window": 8}),
+    "llama_attention_bias": ("LlamaForCausalLM", {**_LLAMA, "attention_bias": True}),
+    "llama_mlp_bias": ("LlamaForCausalLM", {**_LLAMA, "mlp_bias": True}),
+    "ministral_layers": ("MinistralForCausalLM", {**_LLAMA, "head_dim": 8, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen2_max_window_layers": ("Qwen2ForCausalLM", {**_LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3_attention_bias": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16, "attention_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**_LLAMA, **_EXPERTS}),
+    "llama_dynamic": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": _DYNAMIC}),
+    "llama_longrope": ("LlamaForCausalLM", {**_LLAMA, "head_dim": 6, "rope_parameters": _LONG}),
+    "smollm3": ("SmolLM3ForCausalLM", {**_LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2, **_IDS, "pad_token_id": 0}),
+    "phi3": ("Phi3ForCausalLM", {**_LLAMA, "num_key_value_heads": 1, "sliding_window": 8, **_IDS, "pad_token_id": 0}),
+    "phi3_longrope_partial": (
+        "Phi3ForCausalLM",
+        {**_LLAMA, "rope_parameters": {**_LONG, "partial_rotary_factor": 0.75}, "original_max_position_embeddings": 16, **_IDS, "pad_token_id": 0},
+    ),
+    "gemma": ("GemmaForCausalLM", {**_LLAMA, "head_dim": 12}),
+    "gemma2": ("Gemma2ForCausalLM", {**_GEMMA, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3ForCausalLM", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True}),
+    "olmo2": ("Olmo2ForCausalLM", {**_LLAMA, "pad_token_id": 0, "eos_token_id": 2}),
+    "granite": ("GraniteForCausalLM", {**_LLAMA, **_MULTIPLIERS}),
     "t5_first": ("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
     "t5_tied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),
     "t5_untied": ("T5ForConditionalGeneration", {**_T5, "tie_word_embeddings": False}),

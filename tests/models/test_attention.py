@@ -17,7 +17,7 @@ from jaxmodels.models.attention import attend, choose, resolve_implementation
 from jaxmodels.parallel.layout import Layout
 
 
-def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None):
+def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None, scale=None, cap=None):
     """Compute attention query by query in float64, by the paper's formula."""
     B, T, N, K = q.shape
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -27,6 +27,7 @@ def numpy_attend(q, k, v, *, causal=False, window=None, segments=None, bias=None
         seen = [s for s in range(k.shape[1]) if not (causal and s > t) and not (window and abs(s - t) >= window)]
         seen = [s for s in seen if segments is None or segments[0][b, t] == segments[1][b, s]]
         scores = k[b, seen, group] @ q[b, t, n] * (K**-0.5 if scale is None else scale)
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
         scores = scores if bias is None else scores + np.asarray(bias, np.float64)[0, n, t, seen]
         weights = np.exp(scores - scores.max())
         y[b, t, n] = weights / weights.sum() @ v[b, seen, group]
@@ -50,6 +51,8 @@ BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
         {"causal": True, "window": 2, "scale": 1.0},
         {"segments": (SEGMENTS, SEGMENTS)},
         {"bias": BIAS, "causal": True},
+        {"cap": 0.5, "causal": True, "window": 3, "segments": (SEGMENTS, SEGMENTS)},
+        {"cap": 0.5, "window": 3, "scale": 1.0},
     ],
     ids=lambda options: "+".join(options),
 )
@@ -58,7 +61,7 @@ def test_attention_equals_the_formula(options):
     np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"segments": (SEGMENTS[:1], SEGMENTS[:1])}], ids=lambda options: "+".join(options))
+@pytest.mark.parametrize("options", [{"causal": True, "cap": 0.5}, {"segments": (SEGMENTS[:1], SEGMENTS[:1])}], ids=lambda options: "+".join(options))
 def test_the_tpu_kernel_computes_the_same(options):
     # In an interpreter on the CPU; sequences of 7 are padded to blocks of 128.
     q, k, v = arrays(B=1)
@@ -110,6 +113,8 @@ REQUESTED = {"causal": True, "window": None, "bias": False}
         ("auto", "gpu", "float32", {}, "xla"),
         ("auto", "gpu", "bfloat16", {"bias": True}, "xla"),
         ("auto", "gpu", "bfloat16", {"causal": False, "window": 4}, "xla"),
+        ("auto", "gpu", "bfloat16", {"cap": True}, "xla"),
+        ("auto", "tpu", "float32", {"cap": True}, "splash"),
         ("auto", "tpu", "float32", {}, "splash"),
         ("auto", "tpu", "float32", {"context": "gather"}, "splash"),
         ("auto", "tpu", "float32", {"context": "ring"}, "xla"),
@@ -130,6 +135,8 @@ def test_auto_is_the_fused_kernel_if_it_can_run(requested, platform, dtype, chan
         ("cudnn", "gpu", "float32", 64, {}, "not float32"),
         ("cudnn", "gpu", "bfloat16", 36, {}, "up to 128, not 36"),
         ("cudnn", "gpu", "bfloat16", 64, {"context": "gather"}, "mesh.context"),
+        ("cudnn", "gpu", "bfloat16", 64, {"cap": True}, "no cap on the products"),
+        ("auto", "cpu", "float32", 64, {"context": "ring", "cap": True}, "ring' does not support a cap .*; use sharding.context='gather'"),
         ("splash", "gpu", "float32", 64, {}, "TPU kernel"),
         ("splash", "tpu", "float32", 64, {"context": "ring"}, "sharding.context='gather'"),
         ("auto", "cpu", "float32", 64, {"context": "ring", "bias": True}, "sharding.context='gather'"),

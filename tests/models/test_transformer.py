@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmodels import models
 from jaxmodels.models import create
 from jaxmodels.models.blocks import Block, apply_blocks, make_blocks
 from jaxmodels.models.encoder_decoder import EncoderDecoder
 from jaxmodels.models.functional import merge, split
-from jaxmodels.models.positions import RotaryScaling, positions_in, relative_buckets, rotary_frequencies, rotary_table, rotate
-from jaxmodels.models.transformer import Decoder
+from jaxmodels.models.positions import RotaryScaling, lengths_in, positions_in, relative_buckets, rotary_frequencies, rotary_table, rotate
+from jaxmodels.models.transformer import Decoder, Scales
 
 
 def count(make):
@@ -49,7 +50,19 @@ PUBLISHED = {
         "llama3.1-405b": 405_853_388_800,
         "llama3.2-1b": 1_235_814_400,
         "llama3.2-3b": 3_212_749_824,
+        "smollm3-3b": 3_075_098_624,
     },
+    32064: {"phi3-mini": 3_821_079_552},
+    256000: {
+        "gemma-2b": 2_506_172_416,
+        "gemma-7b": 8_537_680_896,
+        "gemma2-2b": 2_614_341_888,
+        "gemma2-9b": 9_241_705_984,
+        "gemma2-27b": 27_227_128_320,
+    },
+    262144: {"gemma3-270m": 268_098_176, "gemma3-1b": 999_885_952},
+    100352: {"olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "olmo2-13b": 13_716_198_400},
+    49155: {"granite-3-2b": 2_533_531_648, "granite-3-8b": 8_170_848_256},
     151936: {
         "qwen2.5-0.5b": 494_032_768,
         "qwen2.5-1.5b": 1_543_714_304,
@@ -83,7 +96,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("vocabulary", "name"), [(V, name) for V, sizes in PUBLISHED.items() for name in sizes])
 def test_sizes_have_the_published_parameter_counts(vocabulary, name):
-    assert sum(count(lambda: create(name, vocabulary, scan=True, rngs=nnx.Rngs(0))).values()) == PUBLISHED[vocabulary][name]
+    scan = models.find(name)[1].get("layer_types") is None  # layers that differ cannot be stacked
+    assert sum(count(lambda: create(name, vocabulary, scan=scan, rngs=nnx.Rngs(0))).values()) == PUBLISHED[vocabulary][name]
 
 
 def test_gpt3_has_the_parameters_of_its_description():
@@ -169,6 +183,9 @@ def rows_of_texts():
     return tokens, segments
 
 
+GEMMA2 = {"positions": "rotary", "norm": "rms_plus_one", "activation": "geglu", "bias": False, "layer_types": ["local", "global"], "window": 3}
+GEMMA2 |= {"output_norm": True, "scales": {"embedding": "sqrt_width", "attention_cap": 2.0, "logits_cap": 5.0}}
+LONGROPE = {"kind": "longrope", "original_context": 6, "short": [1.0, 1.2], "long": [2.0, 9.0], "attention_factor": 1.3}
 OPTIONS = {
     "gpt2": {},
     "llama": {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": 1, "tie_embeddings": False, "scan": True},
@@ -177,6 +194,11 @@ OPTIONS = {
     "original": {"positions": "sinusoidal", "post_norm": True, "activation": "relu"},
     "none": {"positions": "none", "activation": "gelu_exact"},
     "differing": {"positions": "rotary", "layer_types": ["local", "unrotated"], "window": 3, "input_norm": False, "output_norm": True, "mlp_bias": False},
+    "gemma2": GEMMA2,
+    "olmo2": {"positions": "rotary", "rotary_fraction": 0.5, "norm": "rms", "query_key_norm": "projection", "input_norm": False, "output_norm": True},
+    "granite": {"positions": "rotary", "kv_heads": 1, "scan": True, "scales": {"embedding": 3.0, "attention": 0.3, "residual": 0.5, "logits": 2.0}},
+    "dynamic": {"positions": "rotary", "rotary_base": 2.0, "rotary_scaling": {"kind": "dynamic", "factor": 8.0, "original_context": 2}},
+    "longrope": {"positions": "rotary", "scan": True, "rotary_scaling": LONGROPE},
 }
 
 
@@ -185,6 +207,13 @@ def test_a_decoder_attends_only_to_its_past(name):
     model = filled(lambda: Decoder(11, context=8, layers=2, width=8, heads=2, **OPTIONS[name], rngs=nnx.Rngs(0)))
     tokens, segments = rows_of_texts()
     y = np.asarray(jax.jit(model)(tokens, segments=segments))
+    if name in ("dynamic", "longrope"):  # a text of 5 tokens has other angles than the first 5 of 8
+        assert np.abs(y[2, :5] - y[0, :5]).max() > 1e-3
+        np.testing.assert_allclose(y[4, :5], y[2, :5], atol=1e-4)
+        np.testing.assert_allclose(y[4, 5:], y[3, :3], atol=1e-4)
+        cut = np.asarray(jax.jit(model)(tokens[2:3, :5]))
+        np.testing.assert_allclose(y[2, :5], cut[0], atol=1e-4)
+        return
     np.testing.assert_allclose(y[1, :5], y[0, :5], atol=1e-4)  # not the future
     assert np.abs(y[1, 5:] - y[0, 5:]).max() > 1e-3
     np.testing.assert_allclose(y[2, :5], y[0, :5], atol=1e-4)  # not padding
@@ -193,6 +222,14 @@ def test_a_decoder_attends_only_to_its_past(name):
     if name in ("gpt2", "llama"):
         alone = np.asarray(jax.jit(model)(tokens[:4]))  # without segments
         np.testing.assert_allclose(alone[tokens[:4] >= 0], y[:4][tokens[:4] >= 0], atol=1e-4)
+
+
+def test_the_factor_of_embeddings_is_rounded_to_their_type():
+    """As in Gemma: the root of 3072 is 55.4 in float32, and 55.5 in bfloat16."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3072)), jnp.bfloat16)
+    scaled = Scales(embedding="sqrt_width").embeddings(x)
+    assert scaled.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(scaled, (x.astype(jnp.float32) * 55.5).astype(jnp.bfloat16))
 
 
 def test_layers_of_several_types():
@@ -379,6 +416,10 @@ def test_rotary_products_depend_on_the_distance_alone():
         ({"positions": "rotary", "heads": 8}, "even head width"),
         ({"kv_heads": 3}, "kv_heads must divide"),
         ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, "rotary_scaling needs positions='rotary'"),
+        ({"positions": "rotary", "rotary_scaling": {"kind": "linear"}}, "needs rotary_scaling.factor"),
+        ({"positions": "rotary", "rotary_scaling": {"kind": "longrope"}}, "short lists 0 factors; there are 2 pairs"),
+        ({"positions": "rotary", "rotary_fraction": 1.5}, "rotary_fraction must be above 0 and at most 1"),
+        ({"scales": {"logits": 0.0}}, "scales.logits must be above 0"),
         ({"remat": True}, "remat is"),
         ({"context": 4}, "5 tokens are more"),
     ],
@@ -405,6 +446,7 @@ def test_rotary_scaling_slows_down_slow_angles_alone(kind):
 def test_positions_restart_in_each_segment():
     segments = jnp.array([[0, 0, 0, 1, 1, 5, 0, -1], [2, 2, 2, 2, 2, 2, 2, 2]])
     np.testing.assert_array_equal(positions_in(segments), [[0, 1, 2, 0, 1, 0, 0, 0], np.arange(8)])
+    np.testing.assert_array_equal(lengths_in(segments), [[3, 3, 3, 2, 2, 1, 1, 1], [8] * 8])
 
 
 class Talkative(nnx.Module):

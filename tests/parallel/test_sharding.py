@@ -77,6 +77,22 @@ def test_adapters_on_a_mesh_are_those_of_one_device(tmp_path):
     assert any(path.endswith("lora_m") for path in run)
 
 
+ROTARY = {"positions": "rotary", "bias": False, "kv_heads": 2, "output_norm": True, "remat": "full"}
+KINDS = {
+    "gemma2": {"norm": "rms_plus_one", "activation": "geglu", "scan": False, "layer_types": ["local", "global"], "window": 5}
+    | {"scales": {"embedding": "sqrt_width", "attention_cap": 2.0, "logits_cap": 5.0}},
+    "olmo2": {"norm": "rms", "input_norm": False, "query_key_norm": "projection", "rotary_scaling": {"kind": "dynamic", "factor": 2.0, "original_context": 8}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoders_of_other_kinds_on_a_mesh_equal_those_of_one_device(kind, tmp_path):
+    options = {"model": "gpt", "options": ROTARY | KINDS[kind], "steps": 4}
+    cases = [options | {"mesh": {"tensor": 2, "fsdp": 2, "data": 2}}, options | {"mesh": {"context": 2, "data": 4}, "sharding": {"context": "heads"}}]
+    assert_equal_runs(tmp_path, cases)
+
+
 def test_pmap_is_the_same_step(tmp_path):
     assert_equal_runs(tmp_path, [{"model": "cnn", "partition": "pmap", "mesh": {"data": 8}, "accumulate": 2, "steps": 4}])
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.export.transformers import export_run
 from jaxmodels.pretrained import architecture as architecture_lib
 from jaxmodels.pretrained import safetensors
+from jaxmodels.pretrained.mapping import LazyParameter, Link
 from jaxmodels.pretrained.safetensors import ToWrite
 from jaxmodels.pretrained.weights import load_model, locate, model_section, resolve_options
 
@@ -32,12 +34,20 @@ OTHER = {
         {"conv_kernel_size": 3, "pos_att_type": "c2p", "share_att_key": False, "position_biased_input": True, "norm_rel_ebd": "none"},
     ),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "activation_function": "mish"}),
-    "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama": ("llama2-7b", {"hidden_act": "gelu", "mlp_bias": 1.5, "rope_scaling": {"rope_type": "proportional", "factor": 2.0}}),
     "mistral": ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"], "hidden_act": "relu"}),
+    "ministral": ("mistral-7b", {"layer_types": ["full_attention", "chunked_attention"], "attention_bias": True}),
     "qwen2": ("qwen2.5-7b", {"layer_types": ["full_attention", "chunked_attention"], "hidden_act": "relu"}),
     "qwen3": ("qwen3-8b", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "mixtral": ("mixtral-8x7b", {"hidden_act": "gelu"}),
     "qwen3_moe": ("qwen3-30b-a3b", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    "smollm3": ("smollm3-3b", {"hidden_act": "gelu", "layer_types": ["sliding_attention", "chunked_attention"]}),
+    "phi3": ("phi3-mini", {"lm_head_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "gemma": ("gemma-2b", {"hidden_act": "silu", "use_bidirectional_attention": True}),
+    "gemma2": ("gemma2-2b", {"hidden_activation": "gelu", "layer_types": ["full_attention", "chunked_attention"]}),
+    "gemma3_text": ("gemma3-1b", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}),
+    "olmo2": ("olmo2-7b", {"hidden_act": "relu", "mlp_bias": True}),
+    "granite": ("granite-3-2b", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "t5": ("t5-v1.1-small", {"feed_forward_proj": "gelu", "num_decoder_layers": 3, "relative_attention_num_buckets": 16, "scale_decoder_outputs": 2}),
     "mt5": ("mt5-small", {"feed_forward_proj": "gelu", "scale_decoder_outputs": True}),
     "vit": ("vit_b16", {"hidden_act": "gelu_new"}),
@@ -72,8 +82,8 @@ def test_options_that_change_the_result_are_errors_with_their_names(tmp_path, na
         shown = {
             "rope_scaling": "rope_type",
             "rope_parameters": "partial_rotary_factor" if name != "modernbert" else "rope_parameters",
-            "mlp_bias": "mlp_bias",
         }.get(key, key)
+        shown = "rope_type" if name == "gemma3_text" else shown
         with pytest.raises(ConfigError, match=rf"config\.json: .*{shown}=.*not supported|{shown}=.*supported") as error:
             model_section(written(tmp_path / "bad", name, **{key: value}))
         assert "\n" not in str(error.value)
@@ -101,6 +111,8 @@ def test_the_error_of_an_unknown_architecture_lists_the_known_ones(tmp_path):
     with pytest.raises(ConfigError, match="model_type='lama' is not supported; there are bert, roberta, .*resnet.* Did you mean 'llama'") as error:
         model_section(written(tmp_path, "llama", model_type="lama"))
     assert all(name in str(error.value) for name in architecture_lib.ARCHITECTURES)
+    with pytest.raises(ConfigError, match="only the text model is supported: model_type='gemma3_text'"):
+        model_section(written(tmp_path, "gemma3_text", model_type="gemma3"))
     with pytest.raises(ConfigError, match="model_type=None is not supported"):
         model_section(written(tmp_path, "llama", model_type=None))
 
@@ -196,6 +208,12 @@ def test_images_that_transformers_cannot_compute_are_not_exported(tmp_path, mode
     run = untrained_run({"model": model, "task": "classify"} | REST, {"image_shape": (32, 64, 3), "num_classes": 3}, tmp_path / "run")
     with pytest.raises(ConfigError, match=problem):
         export_run(run, str(tmp_path / "out"))
+
+
+def test_a_fused_matrix_that_does_not_divide_into_its_heads():
+    stored = {"qkv": types.SimpleNamespace(shape=(13, 8), dtype=np.dtype(np.float32))}
+    with pytest.raises(ConfigError, match=r"qkv is \(13, 8\), which cannot be query/kernel \(transposed\)"):
+        LazyParameter.of([Link("query/kernel", (), "qkv", "transposed", (0, 4, 6))], stored)
 
 
 def test_a_model_of_another_kind_than_the_pretrained_one(copy):
