@@ -4,13 +4,15 @@
     python benchmarks/peers.py --all
     python benchmarks/peers.py lstm --profile       # and the operations that take most of the time of the jaxmodels step
 
-Each side has a process of its own, on the same `--threads` processors. The two alternate for `--rounds` rounds, after a warm-up that is not counted; both
+Each side has a process of its own, on the same `--threads` processors (Linux). The two alternate for `--rounds` rounds after an uncounted warm-up; both
 run the same number of steps a round, about `--seconds` long. A side's figure is the median over the rounds (and the range), a ratio the median of the
-rounds' ratios. Processor time is that of the process, user and system; other work on the machine affects it less.
+rounds' ratios. Processor time is that of the process, user and system. The machine must be idle: PyTorch's threads wait actively for each other, so other
+work on the processors costs it more, in both times.
 
 Our side is the step of `jaxmodels train`, compiled by the same function, with its norm of the gradient and its check for values that are not finite.
-PyTorch's (`peer_models.py`) is a usual loop: eager, plain modules, `nn.LSTM`, `scaled_dot_product_attention`, fused optimizers, convolutions in the memory
-format `channels_last`. There is no dropout, so that the losses of the first two steps can be compared: other losses are an error.
+PyTorch's (`peer_models.py`) is a usual loop: eager, plain modules, `nn.LSTM`, `scaled_dot_product_attention`, fused optimizers, and the memory format
+`channels_last`, with which a step of the ResNet takes 0.92 times the processor time on one thread, and one of the CNN and the ViT as much as without.
+Biases of LSTMs are one vector, not two. There is no dropout, so that the losses of the first two steps can be compared: other losses are an error.
 """
 
 import argparse
@@ -183,9 +185,8 @@ class TorchSide:
         self.model = peer_models.MODELS[name]()
         with np.load(weights) as arrays:
             peer_models.load(self.model, arrays)
-        layout = getattr(torch, options.layout)
-        self.model = self.model.train().to(memory_format=layout)
-        self.batches = [torch_batch(batch, layout) for batch in WORKLOADS[name].batches()]
+        self.model = self.model.train().to(memory_format=torch.channels_last)
+        self.batches = [torch_batch(batch) for batch in WORKLOADS[name].batches()]
         self.optimizer, self.clip = torch_optimizer(self.model, **WORKLOADS[name].optimizer)
         self.steps = 0
 
@@ -205,12 +206,12 @@ class TorchSide:
         return float(loss.detach())
 
 
-def torch_batch(batch: dict, layout):
-    """Return (inputs, targets) as tensors; images [B, C, H, W] in a memory format."""
+def torch_batch(batch: dict):
+    """Return (inputs, targets) as tensors; images [B, C, H, W] in the memory format `channels_last`."""
     import torch
 
     if "image" in batch:
-        return torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous(memory_format=layout), torch.from_numpy(batch["label"]).long()
+        return torch.from_numpy(batch["image"]).permute(0, 3, 1, 2), torch.from_numpy(batch["label"]).long()
     tokens = torch.from_numpy(batch["tokens"]).long()
     return (tokens, torch.from_numpy(batch["label"]).long()) if "label" in batch else (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
@@ -267,7 +268,7 @@ class Process:
     def _answer(self):
         try:
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             sys.exit(f"{self.label}: its process ended with an error; see above")
 
 
@@ -280,7 +281,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
         if not abs(ours - theirs) <= tolerance * abs(theirs):  # also if one is NaN
             sys.exit(f"{name}: the losses of step {step} differ: {ours:.6f} in jaxmodels, {theirs:.6f} in PyTorch; the two models are not the same")
     steps = steps_of_a_round(list(sides.values()), options.seconds)
-    rounds = [{name: side.call("run", steps) for name, side in sides.items()} for _ in range(options.rounds)]
+    rounds = [{label: side.call("run", steps) for label, side in sides.items()} for _ in range(options.rounds)]
     if not all(np.isfinite(loss) for each in rounds for loss, *_ in each.values()):
         sys.exit(f"{name}: a loss is not finite after {steps * options.rounds} steps")
     print(row(name, rounds, steps), flush=True)
@@ -308,7 +309,8 @@ def row(name: str, rounds: list[dict[str, tuple]], steps: int) -> str:
 
     def milliseconds(side):
         times = [1e3 * each[side][1] / steps for each in rounds]
-        return f"{statistics.median(times):.4g} ({min(times):.4g}–{max(times):.4g})"
+        middle, low, high = (f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in (statistics.median(times), min(times), max(times)))
+        return f"{middle} ({low}–{high})"
 
     def median(function):
         return f"{statistics.median(map(function, rounds)):.2f}"
@@ -327,7 +329,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a round")
     parser.add_argument("--threads", type=int, default=2, help="processors of each side")
     parser.add_argument("--profile", action="store_true", help="also print the most expensive operations of the jaxmodels step")
-    parser.add_argument("--layout", choices=("channels_last", "contiguous_format"), default="channels_last", help="memory format of PyTorch's convolutions")
     parser.add_argument("--same_malloc", action="store_true", help="give PyTorch the allocator setting of jaxmodels too")
     options = parser.parse_args()
     names = list(WORKLOADS) if options.all else options.names
