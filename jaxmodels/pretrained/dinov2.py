@@ -28,6 +28,8 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.must("num_channels", 3, 3)
     keys.not_applied("attention_probs_dropout_prob", "attention weights have no dropout")
     keys.not_applied("hidden_dropout_prob", "it drops values of the embedding alone there")
+    if rate := keys.get("drop_path_rate", 0.0):
+        keys.notes.append(f"drop_path_rate={rate} drops whole blocks in training, where `transformers` drops each of their two residuals")
     keys.ignore("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states", "use_mask_token")
     options = {option: keys.get(key) for option, key in _SIZES.items()}
     size, scale = keys.get("image_size", None), keys.get("layerscale_value", 1.0)
@@ -46,7 +48,7 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
         "positions": "learned",
         "epsilon": keys.get("layer_norm_eps", 1e-6),
         "qkv_bias": keys.get("qkv_bias", True),
-        "stochastic_depth": keys.get("drop_path_rate", 0.0),
+        "stochastic_depth": rate,
     }
 
 

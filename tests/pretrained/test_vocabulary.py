@@ -250,3 +250,21 @@ def test_new_rows_of_zeros_leave_other_values_as_they_are():
                 np.testing.assert_allclose(rest[inside], one, atol=1e-6)
                 rest[inside] = 0
                 assert not rest.any()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_padded_tables_begin_at_what_the_model_computes(tied, dora):
+    from flax import nnx
+
+    from jaxmodels import models
+    from jaxmodels.models.lora import add_lora
+
+    model = models.create("gpt", vocab_size=99, layers=1, heads=2, width=8, tie_embeddings=tied, vocab_multiple=32, rngs=nnx.Rngs(0))
+    tokens = np.arange(8, dtype=np.int32)[None]
+    before = model(tokens)
+    add_lora(model, rank=2, alpha=2.0, targets=("^embed$",) if tied else ("^output$",), dora=dora, rngs=nnx.Rngs(1))
+    after, by_parts = model(tokens), model.head()(model.features(tokens)[0])
+    assert before.shape == after.shape == by_parts.shape == (1, 8, 99)
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    np.testing.assert_allclose(by_parts, before, atol=1e-6)
