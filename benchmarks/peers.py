@@ -158,7 +158,7 @@ class JaxSide:
                     if operation is not None:
                         times[operation] += event.duration_ns
         origins = dict(re.findall(r'%?([\w.-]+) = .*op_name="([^"]+)"', self.compiled.as_text()))
-        lines = [f"{time / 1e6 / steps:9.3f} ms  {operation:<32} {origins.get(operation, '')}" for operation, time in times.most_common(15)]
+        lines = [f"{time / 1e6 / steps:9.3f} ms  {operation:<32} {origins.get(operation, '')}".rstrip() for operation, time in times.most_common(15)]
         return "\n".join(["The most expensive operations, a step (a loop includes its body):", *lines])
 
 
