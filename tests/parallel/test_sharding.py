@@ -100,7 +100,8 @@ def test_pmap_is_the_same_step(tmp_path):
 MUON = {"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 1.0, "adam_parameters": ["embed", "positions"]}
 
 
-@pytest.mark.parametrize("mesh, accumulate", [pytest.param("fsdp", 1, marks=pytest.mark.slow), ("all three", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, accumulate", [("fsdp", 1), ("all three", 2)])
 def test_muon_of_sharded_matrices_equals_that_of_one_device(mesh, accumulate, tmp_path):
     """Its products need whole matrices, so the compiler gathers what `fsdp` and `tensor` shard."""
     assert_equal_runs(tmp_path, [{"model": "gpt", "mesh": MESHES[mesh], "accumulate": accumulate, "optimizer": MUON, "steps": 4}])
@@ -113,7 +114,8 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("how", ["fsdp", pytest.param("data", marks=pytest.mark.slow), pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "data", "pmap"])
 def test_user_modules_train_on_a_mesh_as_on_one_device(how, tmp_path):
     assert_equal_runs(tmp_path, [OWN[how] | {"steps": 4}])
 
