@@ -38,10 +38,7 @@ def _windows(keys: Keys, name: str) -> dict:
     every = 2 if name == "gemma2" else keys.get("sliding_window_pattern", None) or keys.get("_sliding_window_pattern", None) or 6
     keys.ignore("sliding_window_pattern", "_sliding_window_pattern")
     kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(keys.get("num_hidden_layers"))]
-    options = windows.read(keys, kinds, keys.get("sliding_window", 4096))
-    if options["layer_types"] is None and options["window"] is not None:
-        options["layer_types"] = ("local",)  # these have rotary positions of their own in Gemma 3
-    return options
+    return windows.read(keys, kinds, keys.get("sliding_window", 4096), own_positions=name == "gemma3_text")
 
 
 def _rotary(keys: Keys) -> dict:

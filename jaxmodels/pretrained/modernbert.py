@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxmodels.errors import ConfigError
+from jaxmodels.pretrained import windows
 from jaxmodels.pretrained.architecture import Architecture, Keys, linear, norm
 from jaxmodels.pretrained.mapping import Entry
 
 _SIZES = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size", "mlp_width": "intermediate_size"}
-_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 _BASES = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
 _BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
 _IGNORED = ("position_embedding_type", "layer_norm_eps", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad")
@@ -26,19 +26,18 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     keys.not_applied("mlp_dropout", "the hidden layer of feed-forwards has no dropout")
     keys.ignore(*_IGNORED)
     sizes = {option: keys.get(key) for option, key in _SIZES.items()}
-    types, around = _layer_types(keys, sizes["layers"]), keys.get("local_attention", 128)
+    around = keys.get("local_attention", 128)
     base, local_base = _rotary_bases(keys).values()
     if not isinstance(around, int):
         raise ConfigError(f"{keys.where}: local_attention={around!r} is not supported; a whole number of tokens is.")
+    seen = _windows(keys, around // 2 + 1)  # a window of 128 is 64 tokens on each side, and ours counts the token itself
     return sizes | {
         "context": keys.get("max_position_embeddings"),
         "types": 0,
         "positions": "rotary",
         "rotary_base": base,
-        "local_rotary_base": local_base if "local" in types and local_base != base else None,
-        # A window of 128 is 64 tokens on each side, and ours counts the token itself.
-        "window": around // 2 + 1 if "local" in types else None,
-        "layer_types": types if "local" in types else None,
+        "local_rotary_base": local_base if seen["window"] is not None and local_base != base else None,
+        **seen,
         "norm": "layer",
         "epsilon": keys.get("norm_eps", 1e-5),
         "post_norm": False,
@@ -52,17 +51,13 @@ def _options(keys: Keys, names: Callable[[], Sequence[str]]) -> dict:
     }
 
 
-def _layer_types(keys: Keys, layers: int) -> tuple[str, ...]:
-    """Return the types of the layers, as the shortest pattern that repeats."""
-    every, listed = keys.get("global_attn_every_n_layers", 3), keys.get("layer_types", None)
-    if listed is None:
-        if not isinstance(every, int):
-            raise ConfigError(f"{keys.where}: global_attn_every_n_layers={every!r} is not supported; a whole number of layers is.")
-        listed = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    if len(listed) != layers or not set(listed) <= set(_TYPES):
-        raise ConfigError(f"{keys.where}: layer_types={str(listed)[:80]} is not supported; {layers} of {' and '.join(_TYPES)} are.")
-    length = next(n for n in range(1, layers + 1) if all(kind == listed[i % n] for i, kind in enumerate(listed)))
-    return tuple(_TYPES[kind] for kind in listed[:length])
+def _windows(keys: Keys, window: int) -> dict:
+    """Return the options `window` and `layer_types`: every third layer sees all positions."""
+    every = keys.get("global_attn_every_n_layers", 3)
+    if not isinstance(every, int):
+        raise ConfigError(f"{keys.where}: global_attn_every_n_layers={every!r} is not supported; a whole number of layers is.")
+    kinds = ["sliding_attention" if i % every else "full_attention" for i in range(keys.get("num_hidden_layers"))]
+    return windows.read(keys, kinds, window, own_positions=True)
 
 
 def _rotary_bases(keys: Keys) -> dict[str, float]:
@@ -81,14 +76,12 @@ def _rotary_bases(keys: Keys) -> dict[str, float]:
 
 
 def _config(options: Mapping) -> dict:
-    types = options["layer_types"] or ("global",)
-    names = {ours: name for name, ours in _TYPES.items()}
-    listed = [names.get(types[i % len(types)], "full_attention") for i in range(options["layers"])]
-    bases = {"full_attention": options["rotary_base"], "sliding_attention": options["local_rotary_base"] or options["rotary_base"]}
+    own = options["layer_types"] is not None and options["local_rotary_base"]
+    bases = {"full_attention": options["rotary_base"], "sliding_attention": own or options["rotary_base"]}
     return {key: options[option] for option, key in _SIZES.items()} | {
         "intermediate_size": options["mlp_width"] or 4 * options["width"],
         "max_position_embeddings": options["context"],
-        "layer_types": listed,
+        "layer_types": windows.write(options)["layer_types"],
         "local_attention": 2 * ((options["window"] or 65) - 1) or 1,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
         "norm_eps": options["epsilon"],

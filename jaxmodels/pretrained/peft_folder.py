@@ -130,6 +130,7 @@ def _is_number(value: Any) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
+    """Return the first of some names in words."""
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 

@@ -9,13 +9,14 @@ from jaxmodels.pretrained.architecture import Keys
 TYPES = {"full_attention": "global", "sliding_attention": "local"}  # of config.json -> ours
 
 
-def read(keys: Keys, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+def read(keys: Keys, kinds: Sequence[str], window: int | None, *, own_positions: bool = False) -> dict[str, Any]:
     """Return the options `window` and `layer_types`.
 
     Args:
       keys: of the config.json.
       kinds: type of each layer unless the key `layer_types` lists them, as in `TYPES`.
       window: of sliding layers.
+      own_positions: whether sliding layers have rotary positions of their own, so that they are `local` also where all layers slide.
 
     Raises:
       ConfigError: `layer_types` has another type, or another number of layers; or sliding layers lack a window.
@@ -27,7 +28,8 @@ def read(keys: Keys, kinds: Sequence[str], window: int | None) -> dict[str, Any]
         raise ConfigError(f"{keys.where}: layer_types lists {len(kinds)} layers, and num_hidden_layers={keys.get('num_hidden_layers')}.")
     if window is None and "sliding_attention" in kinds:
         raise ConfigError(f"{keys.where}: layer_types has sliding_attention, but sliding_window is missing or off (use_sliding_window).")
-    return of_types([TYPES[kind] for kind in kinds], window)
+    options = of_types([TYPES[kind] for kind in kinds], window)
+    return options | {"layer_types": ("local",)} if own_positions and set(kinds) == {"sliding_attention"} else options
 
 
 def of_types(types: Sequence[str], window: int | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ OTHER = {
     "distilbert": ("distilbert-base", {"activation": "mish", "tie_word_embeddings": False}),
     "modernbert": (
         "modernbert-base",
-        {"hidden_activation": "relu", "norm_bias": True, "layer_types": ["full_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        {"hidden_activation": "relu", "norm_bias": True, "layer_types": ["chunked_attention"], "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
     ),
     "deberta-v2": (
         "deberta-v3-small",
