@@ -36,7 +36,7 @@ _HARMLESS = {
     *("use_dora", "modules_to_save", "layers_to_transform", "layers_pattern"),
 }
 _GUESSED = ("classifier", "score")  # heads that PEFT adds to modules_to_save, whether the model has them or not
-_PLAIN_STARTS = (True, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that do not change the base model's weights
+_PLAIN_STARTS = (None, "gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights that do not change the base model's weights
 INSTEAD = "Merge the adapters into their model with PEFT (merge_and_unload), and import the result."
 
 

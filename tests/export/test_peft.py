@@ -192,6 +192,8 @@ def test_unsupported_options_are_errors_with_their_names(adapters, tmp_path, val
     [
         ({"target_modules": r".*\.1\.self_attn\.q_proj"}, 1),
         pytest.param({"target_modules": ["q_proj"], "layers_to_transform": [0]}, 1, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj"], "init_lora_weights": "mica"}, 2, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["q_proj"], "init_lora_weights": False}, 2, marks=pytest.mark.slow),
         pytest.param({"target_modules": "all-linear", "exclude_modules": ["down_proj"], "init_lora_weights": "gaussian"}, 2 * 6, marks=pytest.mark.slow),
     ],
 )
