@@ -21,6 +21,7 @@ import small_configs
 import warm_python
 from conftest import HELPERS, ROOT
 from ports import free_port
+from processes import is_alive
 from run_state import final_state
 
 from jaxmodels.config import load_config
@@ -195,7 +196,7 @@ def test_one_of_four_ends_and_two_resume(tmp_path, victim, number):
     others = [run.pid(index) for index in range(4) if index != victim]
     os.kill(pid, number)
     sent = time.monotonic()
-    while any(_alive(other) for other in others):
+    while any(is_alive(other) for other in others):
         assert time.monotonic() - sent < 60, run.outputs()
         time.sleep(0.1)
     if number == signal.SIGSTOP:
@@ -216,13 +217,6 @@ def test_one_of_four_ends_and_two_resume(tmp_path, victim, number):
     after = run.global_batches(12)
     assert sorted(sum(before[:step] + after[: 300 - step], [])) == list(range(7200))
     assert len(RunFolder(run.workdir).metrics("train")) == 60
-
-
-def _alive(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.faults

@@ -10,17 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from processes import is_alive
+
 from jaxmodels.errors import RunError
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.lock import RunLock
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in (b"Z", b"X")
 
 
 def enter(place: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import warm_python
 from conftest import HELPERS, ROOT
@@ -38,28 +37,3 @@ def stop(process, number=signal.SIGTERM, within=30):
     assert process.returncode == 75, errors
     assert time.monotonic() - sent < within, "a stop must not wait for what it interrupts"
     return errors
-
-
-def children(pid):
-    """Return the processes that are below a process, by their number."""
-    below = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in (task / "children").read_text().split():
-            below += [int(child), *children(int(child))]
-    return below
-
-
-def is_worker(pid):
-    """Return whether a process was made by multiprocessing to do work."""
-    try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return False
-
-
-def is_alive(pid):
-    """Return whether a process runs; one that has ended and waits to be collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

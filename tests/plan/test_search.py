@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import small_configs
+from processes import is_alive
 from rich.console import Console
 
 from jaxmodels.cli import plan_files, plan_output
@@ -326,17 +327,10 @@ def test_the_command_of_a_setting_and_its_children_end_at_the_time_limit(tmp_pat
     assert run({"mesh.data": 8}, 1.0) == (None, search.OUT_OF_TIME)
     child = int((tmp_path / "child").read_text())
     for _ in range(50):
-        if not _runs(child):
+        if not is_alive(child):
             break
         time.sleep(0.1)
-    assert not _runs(child)
-
-
-def _runs(process: int) -> bool:
-    try:
-        return "Z" not in open(f"/proc/{process}/stat").read().split(")")[1].split()[0]
-    except FileNotFoundError:
-        return False
+    assert not is_alive(child)
 
 
 def test_why_a_command_failed_is_its_last_line(tmp_path, monkeypatch):

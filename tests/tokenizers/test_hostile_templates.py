@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizer_folders
 from conftest import ROOT
+from processes import is_alive
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers import chat_template, render_chat
@@ -104,6 +105,6 @@ def test_it_ends_with_the_process_that_asks():
     process.kill()
     process.communicate()
     end = time.monotonic() + 20
-    while os.path.exists(f"/proc/{child}/cmdline") and Path(f"/proc/{child}/cmdline").read_bytes():
+    while is_alive(child):
         assert time.monotonic() < end, "it is left behind"
         time.sleep(0.02)

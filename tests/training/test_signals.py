@@ -12,7 +12,8 @@ import time
 import pytest
 import small_configs
 from conftest import ROOT
-from run_processes import children, is_alive, is_worker, start, stop, wait_for
+from processes import children, is_alive, is_worker
+from run_processes import start, stop, wait_for
 
 from jaxmodels.errors import Interrupted
 from jaxmodels.runs.folder import RunFolder

@@ -10,7 +10,8 @@ import hanging_source
 import numpy as np
 import pytest
 import small_configs
-from run_processes import children, is_alive, is_worker, start, wait_for
+from processes import children, is_alive, is_worker
+from run_processes import start, wait_for
 
 from jaxmodels.data import loader
 from jaxmodels.errors import Interrupted
