@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models import cudnn
-from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Embed, Linear, check_rate, check_sizes, dropout
 
 SIZES = {"lstm": {"cell": "lstm"}, "gru": {"cell": "gru"}}
 
@@ -25,7 +25,7 @@ class LSTM(nnx.Module):
     """
 
     def __init__(self, width_in: int, width: int, *, unroll: int = 1, rngs: nnx.Rngs):
-        self.input = nnx.Linear(width_in, 4 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
+        self.input = Linear(width_in, 4 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
         self.recurrent = nnx.Param(_orthogonal_gates(rngs.params(), width, 4))
         # The forget gate is open initially (Jozefowicz et al. 2015).
         self.input.bias[...] = self.input.bias[...].at[width : 2 * width].set(1.0)
@@ -55,7 +55,7 @@ class GRU(nnx.Module):
     """One GRU layer over time (Cho et al. 2014), with the reset gate after the recurrent product, as in cuDNN."""
 
     def __init__(self, width_in: int, width: int, *, unroll: int = 1, rngs: nnx.Rngs):
-        self.input = nnx.Linear(width_in, 3 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
+        self.input = Linear(width_in, 3 * width, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
         self.recurrent = nnx.Param(_orthogonal_gates(rngs.params(), width, 3))
         self.recurrent_bias = nnx.Param(jnp.zeros(width))
         self.width, self.unroll = width, unroll
@@ -230,7 +230,7 @@ class RecurrentLM(nnx.Module):
         self.embed = Embed(vocab_size, embedding, init=nnx.initializers.normal(0.1), rngs=rngs)
         widths = [embedding] + [width] * layers
         self.layers = nnx.List([CELLS[cell](widths[i], width, unroll=unroll, rngs=rngs) for i in range(layers)])
-        self.output = None if tie_embeddings else nnx.Linear(width, vocab_size, rngs=rngs)
+        self.output = None if tie_embeddings else Linear(width, vocab_size, rngs=rngs)
         self.dropout, self.kernel = dropout, kernel
 
     def __call__(self, tokens: jax.Array, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:
