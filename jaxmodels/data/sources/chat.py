@@ -1,22 +1,21 @@
 """Conversations, for fine-tuning on the assistant's messages."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import fitted
+from jaxmodels.data import access, copies, fitted
 from jaxmodels.data.evaluation_sets import EvaluationSets, key_of
 from jaxmodels.data.features.base import Problem, Row, padded
-from jaxmodels.data.files import find_files
+from jaxmodels.data.files import find_file, find_files
 from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.keys import takes
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
-from jaxmodels.data.source import Arrays, Dataset, find_file
+from jaxmodels.data.source import Arrays, Dataset
 from jaxmodels.data.sources.rows import json_records
 from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.data.tokens import Tokens
@@ -86,6 +85,7 @@ def chat(
         if paths is not None:
             files[split] = find_files(paths, data_dir, key_of(split))
     coder = _with_template(tokenizer, template, data_dir)
+    copies.keep([file for paths in files.values() for file in paths])
     parts = {split: [row for file in paths for row in _read(file)] for split, paths in files.items()}
     if "validation" not in parts and options.holdout:
         parts["train"], parts["validation"] = hold_out(parts["train"], options.holdout)
@@ -117,10 +117,10 @@ def _with_template(spec: Any, template: str | None, data_dir: str | None) -> Pre
         raise ConfigError(f"config.data.tokenizer={spec!r}: conversations need the tokenizer of a pretrained model, hf:DIR_OR_ID, which has a chat template.")
     if template is None or fitted.is_given():  # the tokenizer of a run has its template
         return coder
-    path = find_file(template, data_dir)
+    path = find_file(template, data_dir, "config.data.template")
     try:
-        with open(path, encoding="utf-8") as file:
-            return coder.with_chat_template(file.read())
+        with access.open_whole(path) as file:
+            return coder.with_chat_template(file.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"config.data.template: {path} is not UTF-8 text.") from error
 
@@ -139,7 +139,7 @@ def _lay_out(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pac
 
 def _read(path: str) -> Iterator[Row]:
     """Yield rows with the columns `messages` and `tools`."""
-    if not os.path.getsize(path):
+    if not access.identify(path).size:
         raise ConfigError(f"{path}: the file is empty.")
     for where, record in json_records(path):
         yield _conversation(where, record)

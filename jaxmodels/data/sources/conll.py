@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jaxmodels.data import copies
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.text import Tags
 from jaxmodels.data.files import SplitFiles
@@ -47,6 +48,7 @@ def conll(path: str, data_dir: str | None, **keys: Any) -> Untokenized:
     tags = Tags.of(keys | {"words_column": "words", "tags_column": "tags"})
     options = Holdout.of(keys)
     files = SplitFiles.of(keys).find(path, data_dir, (".conll", ".conllu", ".bio", ".iob2", ".txt"))
+    copies.keep([file for paths in files.values() for file in paths])
     columns = keys["token_column"], keys["tag_column"]
     return open_rows(lambda: {split: [row for file in paths for row in _read(file, columns)] for split, paths in files.items()}, [tags], options, data_dir)
 

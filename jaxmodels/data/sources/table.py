@@ -6,9 +6,10 @@ import io
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import fitted
+from jaxmodels.data import access, copies, fitted
+from jaxmodels.data.files import find_file
 from jaxmodels.data.guesses import guess
-from jaxmodels.data.source import Dataset, find_file, fingerprint
+from jaxmodels.data.source import Dataset, fingerprint
 from jaxmodels.data.text_lines import check_kind, csv_records, is_number, is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
@@ -54,7 +55,7 @@ def csv_table(
     that the run is evaluated on. The windows of validation and test forecast rows of those splits only; their past may reach into the split before.
 
     Args:
-      path: absolute, or relative to the working directory or else to the data directory.
+      path: absolute or an address, or relative to the working directory or else to the data directory.
       data_dir: the data directory.
       lookback, horizon: rows of the past and of the future in an example.
       rows: numbers of rows that train, validate and test, from the first row on; the rest is not used.
@@ -65,6 +66,7 @@ def csv_table(
       ConfigError: no such file or column, a value that is not a number (file and line), or too few rows.
     """
     found = find_file(path, data_dir)
+    copies.keep([found])
     if len(rows) != 3 or min(rows) < 1 or min(lookback, horizon) < 1:
         raise ConfigError(f"config.data: rows must be three numbers of rows, lookback and horizon at least 1; got {rows}, {lookback}, {horizon}.")
     values, names = _read(found, time_column, columns)
@@ -85,7 +87,7 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
     """Return the columns as float64 [rows, columns], and their names."""
     values = array.array("d")  # a list of numbers would take four times the memory
     numbers = array.array("q")  # of the lines
-    with open(path, "rb") as binary:
+    with open(access.on_disk(path), "rb") as binary:
         check_kind(binary.peek(4)[:4], path)
         file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         records = ((line, fields) for line, fields in csv_records(file, path) if fields)
