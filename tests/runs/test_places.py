@@ -226,6 +226,51 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(folder, proxy, monkey
 
 @pytest.mark.buckets
 @in_buckets
+def test_a_process_that_was_replaced_completes_no_checkpoint(folder, proxy):
+    """Its lock is taken over while it writes the arrays: no checkpoint.json of it appears, and it deletes nothing of its successor."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    assert lock.attempt() is None
+    checkpoints = opened(folder, may_write=lock.check)
+    checkpoints.save(state(10), Progress())
+    checkpoints.wait()
+    theirs = Owner("theirs", host="elsewhere", pid=1, since="yesterday", path=str(folder.path))
+
+    def taken_over(method, path):
+        if "kernel" in path and method in ("PUT", "POST"):
+            proxy.fault = lambda method, path: None
+            folder.lock_file.write_bytes(theirs.encode(0))
+            (folder.checkpoints / "20" / "01234567" / "params" / "c" / "0").write_bytes(b"of a save that goes on")
+
+    proxy.fault = taken_over
+    with pytest.raises(SaveFailed, match=r"checkpoints/20 could not be saved: .*was taken over by process 1 on elsewhere"):
+        checkpoints.save(state(20), Progress())
+        checkpoints.wait()
+    assert checkpoints.steps() == [10] and lock.lost is not None
+    assert [key for key in paths.keys_below(folder.checkpoints / "20") if key.startswith("01234567")] == ["01234567/params/c/0"]
+    lock.release()
+
+
+@pytest.mark.buckets
+@in_buckets
+def test_of_two_processes_that_save_one_step_the_later_fails(folder, proxy):
+    """It looked at the lock before the other took it over, and was suspended right before its last write."""
+    first, second = opened(folder), opened(folder)
+    waiting, go_on = threading.Event(), threading.Event()
+    first._store._may_write = lambda: (waiting.set(), go_on.wait(30))
+    first.save(state(10), Progress(evaluated_at=1))
+    assert waiting.wait(30)
+    second.save(state(10), Progress(evaluated_at=2))
+    second.wait()
+    go_on.set()
+    with pytest.raises(SaveFailed, match=r"checkpoint.json was written by another process meanwhile"):
+        first.wait()
+    restored, progress = second.restore(10, shapes(state(0)))
+    assert progress.evaluated_at == 2 and equal(restored, state(10))
+
+
+@pytest.mark.buckets
+@in_buckets
 def test_what_a_killed_save_left_is_deleted(folder, proxy):
     checkpoints = opened(folder)
     checkpoints.save(state(10), Progress())
