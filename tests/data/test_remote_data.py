@@ -170,6 +170,7 @@ def test_copies_that_cannot_be_written_or_are_cut_are_one_line(store, tmp_path, 
 
 def test_files_of_a_web_server(data):
     """A server of files says sizes and times of change; it has no folders, and this one sends no parts of files."""
+    pytest.importorskip("aiohttp")
     handler = functools.partial(QuietHandler, directory=data)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
