@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import RunError
+from jaxmodels.runs import arrays
 from jaxmodels.runs import checksums as checksums_lib
 from jaxmodels.runs.json_files import replace
 from jaxmodels.runs.orbax_store import MARK, OrbaxStore
@@ -234,14 +235,13 @@ class BucketStore:
                 raise RunError(f"it has no array {path}")
             if tuple(index["arrays"][path]["shape"]) != tuple(shape.shape):
                 raise RunError(f"{path} has the shape {tuple(index['arrays'][path]['shape'])}, and {tuple(shape.shape)} is needed")
-        found: dict[str, jax.Array] = {}
-        group: dict[str, Any] = {}
-        for path, shape in wanted.items():
-            group[path] = shape
-            if sum(x.size * x.dtype.itemsize for x in group.values()) >= _IN_FLIGHT:
-                found |= _read_arrays(place, index["arrays"], group)
-                group = {}
-        found |= _read_arrays(place, index["arrays"], group)
+        found = arrays.read(
+            {path: _open(place / path, index["arrays"][path]) for path in wanted},
+            wanted,
+            types={path: jnp.dtype(index["arrays"][path]["dtype"]) for path in wanted},
+            at_once=_IN_FLIGHT,
+            result=lambda future, path: client.result(future, str(place / path)),
+        )
         return checksums_lib.map_with_paths(lambda path, x: found.get(path, x), shapes)
 
     # Changing
@@ -317,31 +317,6 @@ def _open(place: Path | BucketPath, array: Mapping[str, Any]) -> Any:
 def _wait(pending: list[tuple[Any, str]]) -> None:
     for future, address in pending:
         client.result(future, address)
-
-
-def _read_arrays(place: Path | BucketPath, arrays: Mapping[str, dict], shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Read some arrays at the same time, of each the parts that this process has."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    started = {}
-    for path, shape in shapes.items():
-        opened, sharding = _open(place / path, arrays[path]), getattr(shape, "sharding", None) or here
-        parts = {_key(where): where for where in sharding.addressable_devices_indices_map(tuple(shape.shape)).values()}
-        started[path] = (sharding, {key: opened[where].read() for key, where in parts.items()})
-    found = {}
-    for path, (sharding, futures) in started.items():
-        saved, wanted = jnp.dtype(arrays[path]["dtype"]), shapes[path].dtype
-        values = {key: _as_saved(client.result(future, str(place / path)), saved).astype(wanted, copy=False) for key, future in futures.items()}
-        found[path] = jax.make_array_from_callback(tuple(shapes[path].shape), sharding, lambda where, values=values: values[_key(where)])
-    return found
-
-
-def _as_saved(x: Any, dtype: np.dtype) -> np.ndarray:
-    x = np.asarray(x)
-    return x if x.dtype == dtype else x.view(dtype)
-
-
-def _key(where: Any) -> tuple:
-    return tuple((part.start, part.stop) for part in where)
 
 
 def _read_json(place: Path | BucketPath) -> dict:

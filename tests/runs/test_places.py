@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxmodels.errors import RunError
@@ -15,6 +16,7 @@ from jaxmodels.runs.checkpoint import Checkpoints, Progress, SaveFailed
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.lock import RunLock
 from jaxmodels.runs.lock_file import Owner
+from jaxmodels.runs.orbax_store import OrbaxStore
 from jaxmodels.step.state import TrainState
 from jaxmodels.storage import client, paths
 
@@ -388,3 +390,38 @@ def test_a_copy_of_a_bucket_on_a_disk_is_a_run(tmp_path):
     assert store.steps() == [10]
     again = Checkpoints(folder.checkpoints, read_only=True)
     assert again.steps() == [10] and again.shapes(10, "params")["params"]["a"]["kernel"].shape == (6, 4)
+
+
+def test_a_compressed_checkpoint_of_every_type_is_read_on_one_device_and_on_several(tmp_path):
+    """As Orbax writes it by default, and as this package wrote it before; a type of less than a byte and random keys are not read in place."""
+    names = ("bool", "int8", "uint16", "int32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64", "int4")
+    saved = {name: jnp.arange(12).reshape(4, 3).astype(name) for name in names} | {"keys": jax.random.split(jax.random.key(1), 4)}
+    checkpointer = ocp.CheckpointManager(tmp_path, item_names=("state", "progress"))
+    checkpointer.save(10, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"params": saved}), progress=ocp.args.JsonSave({})))
+    checkpointer.close()
+    store = OrbaxStore(tmp_path, None, read_only=True, at_once=None)
+    mesh = jax.make_mesh((1,), ("data",))
+    for sharding in (jax.sharding.SingleDeviceSharding(jax.devices()[0]), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))):
+        wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in saved.items()}
+        found = store.read(10, {"params": wanted})["params"]
+        assert jnp.array_equal(jax.random.key_data(found.pop("keys")), jax.random.key_data(saved["keys"]))
+        assert all(found[name].sharding == sharding and found[name].dtype == saved[name].dtype for name in names)
+        assert all(np.array_equal(found[name], saved[name]) for name in names)
+    as_float = store.read(10, {"params": {"bfloat16": jax.ShapeDtypeStruct((4, 3), jnp.float32)}}, partial=True)["params"]["bfloat16"]
+    assert as_float.dtype == jnp.float32 and np.array_equal(as_float, saved["float32"])
+    with pytest.raises(RunError, match="it has an array params.bfloat16, which this state has not"):
+        store.read(10, {"params": {name: wanted[name] for name in wanted if name != "bfloat16"}})
+    with pytest.raises(RunError, match="it has no array params/other"):
+        store.read(10, {"params": {"other": wanted["int8"]}}, partial=True)
+    store.close()
+
+
+def test_a_step_reuses_the_memory_of_a_restored_state(folder):
+    checkpoints = opened(folder)
+    big = state(10).replace(params={"a": jnp.arange(100_000.0)})
+    checkpoints.save(big, Progress())
+    checkpoints.close()
+    found = opened(folder, read_only=True).restore(10, shapes(big))[0].params["a"]
+    place = found.unsafe_buffer_pointer()
+    assert np.array_equal(found, big.params["a"])
+    assert jax.jit(lambda x: x + 1, donate_argnums=0)(found).unsafe_buffer_pointer() == place
