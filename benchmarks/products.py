@@ -12,17 +12,12 @@ import os
 import statistics
 import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-from jaxmodels.hardware.malloc import tune_malloc
-
-tune_malloc()
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmodels.hardware.malloc import tune_malloc
 from jaxmodels.models.attention import attend
 from jaxmodels.models.functional import merge, split
 from jaxmodels.models.products import product
@@ -95,6 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a round")
     options = parser.parse_args()
+    tune_malloc()
+    jax.config.update("jax_platforms", "cpu")
     mesh = mesh_lib.make_mesh(mesh_lib.MeshSizes(), jax.devices()[:1])
     layout = sharding_lib.make_layout(mesh, sharding_lib.Sharding())
     print(f"jaxlib {importlib.metadata.version('jaxlib')}, {len(os.sched_getaffinity(0))} processors\n")

@@ -30,13 +30,15 @@ def cpu_table(monkeypatch):
 
 
 def test_every_option_has_a_chip_a_reason_and_a_unique_name():
-    assert compiler_options.OPTIONS.keys() == chips.CHIPS.keys()
+    assert compiler_options.OPTIONS.keys() == {*chips.CHIPS, "cpu"}
     for options in compiler_options.OPTIONS.values():
         assert len({option.name for option in options}) == len(options)
         assert all(len(option.why) > 20 and isinstance(option.value, compiler_options.Value) for option in options)
 
 
-def test_an_unknown_chip_has_no_options():
+def test_this_compiler_accepts_the_options_of_cpus_and_an_unknown_chip_has_none(monkeypatch):
+    assert choose({}, jax.devices()[0]).rejected == {} and choose({}, jax.devices()[0]).options
+    monkeypatch.delitem(compiler_options.OPTIONS, "cpu")
     assert choose({}, jax.devices()[0]) == compiler_options.Chosen({}, {})
 
 

@@ -167,7 +167,7 @@ def refused(config, workdir, plan):
 def reason_for(folder, config=ONE, program=None):
     """Return why a step would not be loaded here, without a run; None if it would be loaded."""
     saved, config = executable.open_saved(folder), build_experiment(config).config
-    return saved.load(None, program or saved.page["program"], {}, config, make_mesh(MeshSizes()))[1]
+    return saved.load(None, program or saved.page["program"], saved.page["compiler_options"], config, make_mesh(MeshSizes()))[1]
 
 
 def test_a_run_states_why_it_compiles(saved, tmp_path):
