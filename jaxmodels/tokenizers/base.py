@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     """A tokenizer as text sources and tasks use it.
 
     `encode` returns int32 [tokens]. It adds no special tokens and recognises none: the text `<end>` is five characters.
+    Optional: `encode_batch(texts)`, the tokens of several texts, if that is faster than one by one.
     `decode` skips padding (-1), writes special tokens by name, and raises ValueError for other numbers that are not token ids.
     `special` returns the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` returns what `factory.from_json` reads.
     """
@@ -37,6 +38,12 @@ class Tokenizer(Protocol):
     def special(self, name: str) -> int | None: ...
 
     def to_json(self) -> str: ...
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the tokens of each text, as `encode` returns them."""
+    batch = getattr(tokenizer, "encode_batch", None)
+    return [tokenizer.encode(text) for text in texts] if batch is None else batch(texts)
 
 
 def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

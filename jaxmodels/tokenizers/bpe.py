@@ -15,6 +15,7 @@ from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, Added, check_speci
 
 MOST_TOKENS = 1 << 24  # of a vocabulary that is read from a file; an embedding has a row for each id
 _PIECE, _PIECES = 1 << 18, 16  # minimum characters of a piece of a long text, and pieces encoded at once
+_BATCH = 1 << 20  # characters of texts encoded at once, which take some 100 bytes a token meanwhile
 
 
 class TokenizersTokenizer:
@@ -55,9 +56,23 @@ class TokenizersTokenizer:
             with panics_are_errors():
                 return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         pieces, parts = _pieces(text), []
-        while few := list(itertools.islice(pieces, _PIECES)):  # over all cores
-            parts += [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(few, add_special_tokens=False)]
+        while few := list(itertools.islice(pieces, _PIECES)):
+            parts += self._together(few)
         return np.concatenate(parts)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the tokens of each text, int32, from all cores."""
+        result, start, size = [], 0, 0
+        for i, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= _BATCH or i == len(texts):
+                few, start, size = texts[start:i], i, 0
+                result += map(self.encode, few) if len(few) == 1 else self._together(few)
+        return result
+
+    def _together(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with panics_are_errors():
+            return [np.array(found.ids, np.int32) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(checked_ids(tokens, self.vocab_size), skip_special_tokens=False)

@@ -256,11 +256,11 @@ def test_files_that_are_not_utf8_are_named(source, tmp_path):
     options = {"lookback": 1, "horizon": 1, "rows": (4, 2, 2)} if source == "csv" else TEXT | FORMATS.get(source, ("", {}))[1]
     if source == "chat":
         options = {"sequence_length": 8, "tokenizer": "hf:x"}
-        from jaxmodels.data.sources.chat import _read
+        from jaxmodels.data.sources.conversations import read_conversations
 
         write(tmp_path, x__x=content.encode("utf-16"))
         with pytest.raises(ConfigError, match=r"x\.x is UTF-16, not UTF-8"):
-            list(_read(str(tmp_path / "x.x")))
+            list(read_conversations(str(tmp_path / "x.x")))
         return
     write(tmp_path, x__x=b"\xef\xbb\xbf" + content.encode())
     dataset = open_dataset(f"{source}:{tmp_path}/x.x", options, None)
