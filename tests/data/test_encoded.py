@@ -95,7 +95,7 @@ def opened(case, folder):
 
 
 def entries(folder):
-    return [path for path in (folder / "cache" / "rows").iterdir()]
+    return list((folder / "cache" / "rows").iterdir())
 
 
 def assert_same(one, other):
