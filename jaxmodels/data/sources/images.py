@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def _open(folder: str, leave_out: Collection[str] = ()) -> Opened:
         for name in classes:
             start, files = os.path.join(folder, name), _files(os.path.join(folder, name))
             for at in range(0, len(files), _ROWS):
-                names = [os.path.relpath(file, start).encode(errors="surrogateescape") for file in files[at : at + _ROWS]]
+                names = [file[len(start) + 1 :].encode(errors="surrogateescape") for file in files[at : at + _ROWS]]
                 writer.append("names", np.frombuffer(b"".join(names), np.uint8), np.uint8)
                 name_ends = name_end + np.cumsum([len(each) for each in names])
                 name_end = int(name_ends[-1])
@@ -237,7 +238,12 @@ def _copies(train: ClassFolders, other: ClassFolders) -> int:
 
 def _is_named(file: str) -> bool:
     """Whether a file has the extension of an image."""
-    return os.path.splitext(file)[1].lower() in PillowImage.registered_extensions()
+    return _is_extension(os.path.splitext(file)[1])
+
+
+@functools.cache
+def _is_extension(text: str) -> bool:
+    return text.lower() in PillowImage.registered_extensions()
 
 
 def _files(folder: str) -> list[str]:

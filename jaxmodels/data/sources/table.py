@@ -16,7 +16,7 @@ from jaxmodels.errors import ConfigError
 
 _ROUNDING = 1e-12  # of the largest value: deviations up to this come from rounding float64
 _FAR = 1000.0  # deviations from the mean of the training rows
-_BLOCK = 1 << 22  # bytes read at once
+_BLOCK = 1 << 20  # bytes read at once
 _ROWS = 1 << 16  # rows scaled at once
 _SLOW_FROM = 16 << 20  # bytes of a file that takes half a second without PyArrow
 
@@ -144,6 +144,8 @@ def _read_by_arrow(path: str, time_column: str, columns: tuple[str, ...] | None)
                 count += len(batch)
     except (pyarrow.ArrowException, ValueError, IndexError) as error:
         return None, f"PyArrow says: {' '.join(str(error).split())[:200]}"
+    finally:
+        pyarrow.default_memory_pool().release_unused()
     return ((table[:count], wanted), "") if count and np.isfinite(table[:count]).all() else (None, "a value is not finite")
 
 
