@@ -125,6 +125,11 @@ class PretrainedTokenizer:
         """int32 [number of tokens], without special tokens; text that looks like one stays text."""
         return self._coder.encode(text)
 
+    @property
+    def cuttable(self) -> bool:
+        """Whether a text may be encoded in parts."""
+        return getattr(self._coder, "cuttable", False)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the tokens of each text, int32."""
         return self._coder.encode_batch(texts)
