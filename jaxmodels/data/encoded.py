@@ -20,7 +20,7 @@ from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.index import Index, Progress, Writer, fill_entry, read_entry
 from jaxmodels.data.packing import ranges
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.tokens import file_digest
+from jaxmodels.data.tokens import IN_MEMORY, file_digest
 from jaxmodels.storage.paths import cache_folder
 from jaxmodels.tokenizers.base import Tokenizer
 from jaxmodels.tokenizers.factory import LIBRARY_VERSION, from_json, is_trained
@@ -72,6 +72,8 @@ class Stored(Arrays):
     def __init__(self, index: Index, split: str):
         self.index, self.split = index, split
         self.arrays = {name: self._column(name, shape) for name, shape in index.header["splits"][split].items()}
+        stored = (each.values if isinstance(each, Ragged) else each for each in self.arrays.values())
+        self.in_memory = sum(each.nbytes for each in stored) <= IN_MEMORY
 
     def _column(self, name: str, shape: list[int] | None):
         values = self.index[_name(self.split, name)]
@@ -201,8 +203,8 @@ def cached_rows(encode: Callable, features: Sequence[Feature], text: Tokenized, 
 
         with guesses.collected() as found:
             notes, skipped = encode(write, writer.progress)
-        states = [feature.state() for feature in features]
-        return {"splits": shapes, "notes": notes, "skipped": skipped, "guesses": found, "states": states, "tokenizer": text.coder.to_json()}
+        states, trained = [feature.state() for feature in features], text.coder.to_json() if is_trained(tokenizer) else None
+        return {"splits": shapes, "notes": notes, "skipped": skipped, "guesses": found, "states": states, "tokenizer": trained}
 
     index, states, notes = None, None, []
     if fitted.is_given():
@@ -210,7 +212,7 @@ def cached_rows(encode: Callable, features: Sequence[Feature], text: Tokenized, 
             fitted.fit(feature, lambda: None)
         states = [feature.state() for feature in features]
         index = read_entry(folder_of(key(fitted.get("specification"), None)), [])[0]  # of the training
-        if index is not None and (index.header["states"], index.header["tokenizer"]) != (states, tokenizer.to_json()):
+        if index is not None and (index.header["states"] != states or index.header["tokenizer"] not in (None, tokenizer.to_json())):
             index = None
     if index is None:
         try:

@@ -23,7 +23,8 @@ from jaxmodels.tokenizers.base import Tokenizer, encode_all
 from jaxmodels.tokenizers.factory import from_json
 
 VERSION = 2
-_TOGETHER = 1 << 21  # characters encoded at once
+IN_MEMORY = 1 << 30  # bytes of files that the page cache holds
+_TOGETHER = 1 << 20  # characters encoded at once
 
 
 class Piece(NamedTuple):
@@ -63,8 +64,8 @@ class Tokens:
 
     @property
     def in_memory(self) -> bool:
-        """Whether reads need not wait for a disk: up to a gigabyte that was just written or checked is in the page cache."""
-        return self.path is None or self.values.nbytes <= 1 << 30
+        """Whether reads need not wait for a disk: what was just written or checked is in the page cache."""
+        return self.path is None or self.values.nbytes <= IN_MEMORY
 
     def fingerprint(self) -> int:
         """Return a checksum of the values."""
