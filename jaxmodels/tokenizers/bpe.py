@@ -12,8 +12,8 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, Added, check_special, checked_ids, safe_cut
 
 MOST_TOKENS = 1 << 24  # of a vocabulary that is read from a file; an embedding has a row for each id
-_PIECE = 1 << 16  # minimum characters of a piece of a long text
-_TOGETHER = 1 << 20  # characters encoded at once; a token takes some 200 bytes meanwhile
+_PIECE = 1 << 14  # minimum characters of a piece of a long text
+_TOGETHER = 1 << 18  # characters encoded at once; a token takes some 200 bytes meanwhile
 
 
 class TokenizersTokenizer:
