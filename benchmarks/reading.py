@@ -3,7 +3,7 @@
     python benchmarks/reading.py
     python benchmarks/reading.py --kinds table images --rows 10000 100000 --folder /tmp/reading      # some lines; the data is written once
 
-Each figure is of a process of its own. `start` is its processor time (user and system) up to the first batch of 64, with all imports, which take `empty`;
+Each figure is of a process of its own. `start` is its processor time (user and system) up to the first batch of 64, with all imports;
 `peak` its peak resident memory, with mapped pages. The first start builds indexes and caches, the second reads them. Examples per processor second are
 those of the batches after the first, in shuffled order, in one thread. PyTorch's side is a map-style dataset as its tutorials write them, in memory, read
 by `DataLoader` without workers: rows are parsed by `json` and tokenized together, tables read by pandas, folders scanned as `ImageFolder` scans them,

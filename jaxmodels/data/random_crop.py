@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """A random window of each training image, scaled to the size of the example. With tasks that flip, `task.flip` does.
+    """A random window of each training image, scaled to the size of the example. Flips are drawn by the task (`task.flip`).
 
     Attributes:
       scale: least and largest area of the window, as fractions of that of the image.
