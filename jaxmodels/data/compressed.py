@@ -75,8 +75,8 @@ def _decompressed(path: str, codec: str, add: Callable[[int], None] = lambda siz
 
 
 def open_stream(path: str) -> io.BufferedReader:
-    """Open a file, also a compressed or remote one, to read its contents from their start to their end."""
-    codec = codec_of(path)
+    """Open a file, also a compressed or remote one, to read its contents from their start to their end. A copy on the disk is read in its place."""
+    codec, path = codec_of(path), access.on_disk(path)
     return io.BufferedReader(Stream(access.blocks(path) if codec is None else (content for content, _ in _decompressed(path, codec))), 1 << 20)
 
 

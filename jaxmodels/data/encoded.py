@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.data import cache, fitted, guesses
+from jaxmodels.data import access, cache, fitted, guesses
 from jaxmodels.data.features.base import PAD, Feature
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.index import Index, Progress, Writer, fill_entry, read_entry
@@ -163,13 +163,13 @@ def can_be_stored(features: Sequence[Feature]) -> bool:
 
 
 def is_worth_it(paths: Sequence[str]) -> bool:
-    """Whether the rows of some files on a disk are encoded into the cache."""
-    return sum(map(os.path.getsize, paths)) >= CACHE_FROM
+    """Whether the rows of some files on a disk, or with copies there, are encoded into the cache."""
+    return sum(os.path.getsize(access.on_disk(path)) for path in paths) >= CACHE_FROM
 
 
 def contents(files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return split -> a checksum of the contents of each of its files."""
-    return {split: [file_digest(path) for path in paths] for split, paths in files.items()}
+    return {split: [file_digest(access.on_disk(path)) for path in paths] for split, paths in files.items()}
 
 
 def no_cache(error: OSError, what: str) -> str:

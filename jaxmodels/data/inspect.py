@@ -17,6 +17,7 @@ from jaxmodels.data.features.base import Feature
 from jaxmodels.data.features.table import BY_ARRAY
 from jaxmodels.data.features.text import TEXTS
 from jaxmodels.data.loader import Loading
+from jaxmodels.data.reading import errors_of
 from jaxmodels.data.source import Dataset, DataSource, get_batch
 
 _CHUNK = 256  # examples read in one call
@@ -41,7 +42,8 @@ def inspect(config: Mapping, *, data_dir: str | None = None, examples: int = 3, 
     section = config["data"]
     shared = config_lib.fields(Loading) | config_lib.fields(EvaluationSets)
     options = {key: value for key, value in section.items() if key != "source" and key not in shared}
-    dataset = data_lib.open_dataset(section["source"], options, data_dir, sets=EvaluationSets.of(section).named())
+    with errors_of(f"config.data.source={section['source']!r}"):
+        dataset = data_lib.open_dataset(section["source"], options, data_dir, sets=EvaluationSets.of(section).named())
     seconds = round(time.perf_counter() - started, 2)
     info = {key: list(value) if isinstance(value, tuple) else value for key, value in dataset.info.items() if key != "tokenizer"}
     first = "train" if "train" in dataset.splits else next(iter(dataset.splits))

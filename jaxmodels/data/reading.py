@@ -5,6 +5,7 @@ import errno
 import os
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,26 @@ class ReadError(RunError):
 def is_unavailable(error: Exception) -> bool:
     """Return whether an error says that the storage is not available: the file itself may be good.
 
-    A missing file counts if its folder is missing too, as below a mount that is lost.
+    A missing file counts if its folder is missing too, as below a mount that is lost; a missing object of a remote store does not. Access that is denied
+    counts in a remote store, where credentials expire.
     """
     if not isinstance(error, OSError) or error.errno is None:  # Pillow's errors about the content of a file are OSErrors without a number
         return False
+    remote = isinstance(error.filename, str) and "://" in error.filename
+    if remote and error.errno in (errno.ENOENT, errno.EACCES):
+        return error.errno == errno.EACCES
     if error.errno == errno.ENOENT and isinstance(error.filename, str):
         return not os.path.isdir(os.path.dirname(error.filename) or ".")
     return error.errno in _UNAVAILABLE
+
+
+@contextlib.contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Raise an OSError, such as of files or of a network, as a RunError: one line that names what was opened."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what} cannot be opened: {type(error).__name__}: {error}.") from error
 
 
 def read(source: DataSource, indices: np.ndarray, name: str) -> dict[str, np.ndarray]:

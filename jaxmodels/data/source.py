@@ -1,7 +1,6 @@
 """The protocol of sources of examples, and sources in memory."""
 
 import dataclasses
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -75,21 +74,6 @@ def get_batch(source: DataSource, indices: np.ndarray) -> dict[str, np.ndarray]:
         return source.get_batch(indices)
     examples = [source[int(i)] for i in indices]
     return {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
-
-
-def find_file(path: str, data_dir: str | None) -> str:
-    """Return the path of a file: `path` itself, or below the data directory.
-
-    Raises:
-      ConfigError: neither exists; the message names both.
-    """
-    places = [path] + ([os.path.join(data_dir, path)] if data_dir else [])
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if found is None:
-        raise ConfigError(
-            f"config.data.source: there is no file {' nor '.join(places)}. Give an absolute path, or its folder with --data_dir=DIR or JAXMODELS_DATA_DIR."
-        )
-    return found
 
 
 def fingerprint(*arrays: np.ndarray) -> int:

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+from jaxmodels.data import copies
 from jaxmodels.data.files import find_files
+from jaxmodels.data.reading import errors_of
 from jaxmodels.data.skipping import Policy, Skipping
 from jaxmodels.data.sources.documents import read_documents, survey
 from jaxmodels.errors import ConfigError
@@ -43,9 +45,11 @@ def train_tokenizer(
         raise ConfigError(f"--output={output} exists; choose another file, or --overwrite.")
     if size < SMALLEST_BPE:
         raise ConfigError(f"--size={size}: byte-level BPE has at least {SMALLEST_BPE} tokens.")
-    files, skipping = find_files(paths, data_dir, "--input"), Skipping(on_bad_example)
-    corpus = survey({"train": lambda: read_documents(files, text_column)}, 0.0, skipping)["train"]
-    tokenizer = make_tokenizer(f"bpe:{size}", corpus, data_dir)
+    with errors_of(f"--input={paths}"):
+        files, skipping = find_files(paths, data_dir, "--input"), Skipping(on_bad_example)
+        copies.keep(files)
+        corpus = survey({"train": lambda: read_documents(files, text_column)}, 0.0, skipping)["train"]
+        tokenizer = make_tokenizer(f"bpe:{size}", corpus, data_dir)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,9 @@ from jaxmodels.data.loader import Loading
 from jaxmodels.data.order import check_window
 from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.random_crop import RandomResizedCrop
+from jaxmodels.data.reading import errors_of
 from jaxmodels.data.source import CachedSource, Dataset, DataSource
-from jaxmodels.errors import ConfigError, RunError
+from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.checks import check_fit, check_skip, check_train_split, check_trained, is_trained
 from jaxmodels.experiment.experiment import Experiment, as_config_error
 from jaxmodels.experiment.sections import Checkpointing, Evaluation, InitFrom, Logging, Training, resolve
@@ -179,7 +180,7 @@ def _without_name(section: dict) -> dict:
 def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping | None, trained_info: Mapping | None) -> Dataset:
     shared = config_lib.fields(Loading) | config_lib.fields(EvaluationSets)
     options = {key: value for key, value in section.items() if key not in shared and key != "source"}
-    try:
+    with errors_of(f"config.data.source={section['source']!r}"):
         sets = EvaluationSets.of(section).named()
         dataset = data_lib.open_dataset(section["source"], options, data_dir, data, sets=sets, trained=trained_info)
         uncached = dataset.splits.get("train")
@@ -189,8 +190,6 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
             check_window(dataset.splits["train"], loading.shuffle_window, f"config.data.source={section['source']!r}")
         dataset = dataclasses.replace(dataset, splits={name: _cached(name, part, loading) for name, part in dataset.splits.items()})
         return _balanced(dataset, uncached) if loading.balance else dataset
-    except OSError as error:
-        raise RunError(f"config.data.source={section['source']!r} cannot be opened: {type(error).__name__}: {error}.") from error
 
 
 def _with_pretrained_vocabulary(info: Mapping, init_from: Mapping | None) -> Mapping:

@@ -16,10 +16,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models import cache as cache_lib
-from jaxmodels.models import fused
+from jaxmodels.models import fused, heads_first
+from jaxmodels.models.layers import Linear
 from jaxmodels.models.positions import rotate
 from jaxmodels.models.ring import ring_attend
-from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, on_tpu, use
+from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, traced_for, use
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 QueryKeyNorm = bool | Literal["projection"]
@@ -95,28 +96,17 @@ def attend(
             return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
     # Each shard of a sequence attends to all keys.
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
-    mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
-    local = None if window is None else (window - 1, 0 if causal else window - 1)
+    here = traced_for("cpu")
     with _stated(T, S, causal, window):
-        if cap is not None:
-            return _capped(q_BTNK, k_BSGK, v_BSGK, mask, local, causal, 1 / math.sqrt(K) if scale is None else scale, cap)
+        if here or cap is not None:
+            scale = 1 / math.sqrt(K) if scale is None else scale
+            options |= {"scale": scale, "blocks": here and context == "whole"}
+            return heads_first.attend(q_BTNK, k_BSGK, v_BSGK, bias=bias, cap=cap, **options)
+        mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+        local = None if window is None else (window - 1, 0 if causal else window - 1)
         return jax.nn.dot_product_attention(
             q_BTNK, k_BSGK, v_BSGK, bias=bias, mask=mask, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
         )
-
-
-def _capped(q_BTNK, k_BSGK, v_BSGK, mask, local, causal, scale, cap) -> jax.Array:
-    """Attention with a cap on the products, which `jax.nn.dot_product_attention` lacks; softmax in float32, as there."""
-    (B, T, N, K), (S, G) = q_BTNK.shape, k_BSGK.shape[1:3]
-    products_BGnTS = jnp.einsum("btgnk,bsgk->bgnts", q_BTNK.reshape(B, T, G, N // G, K), k_BSGK, preferred_element_type=jnp.float32)
-    products_BGnTS = cap * jnp.tanh(products_BGnTS * (scale / cap))
-    ahead_TS = jnp.arange(S)[None] - jnp.arange(T)[:, None]
-    seen = (ahead_TS <= 0) if causal else jnp.ones((T, S), bool)
-    if local is not None:
-        seen &= (-ahead_TS <= local[0]) & (ahead_TS <= local[1])
-    seen = seen[None, None, None] if mask is None else seen & mask[:, :, None]
-    weights_BGnTS = jax.nn.softmax(jnp.where(seen, products_BGnTS, 0.7 * jnp.finfo(jnp.float32).min)).astype(k_BSGK.dtype)
-    return jnp.einsum("bgnts,bsgk->btgnk", weights_BGnTS, v_BSGK).reshape(B, T, N, K)
 
 
 def _stated(T: int, S: int, causal: bool, window: int | None) -> contextlib.AbstractContextManager:
@@ -334,7 +324,7 @@ class Attention(nnx.Module):
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got heads={heads}, kv_heads={kv_heads}")
         init = init or nnx.initializers.normal(0.02)
-        linear = functools.partial(nnx.Linear, rngs=rngs)
+        linear = functools.partial(Linear, rngs=rngs)
         self.query = linear(width, heads * head_width, use_bias=bias, kernel_init=query_init or init)
         self.key = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
         self.value = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
@@ -459,7 +449,7 @@ def to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
     On TPUs this is one product with a matrix of three dimensions, which the compiler lays out for the attention kernel. A reshaped output
     would be copied.
     """
-    if type(linear) is not nnx.Linear or not on_tpu():
+    if type(linear) is not Linear or not traced_for("tpu"):
         return linear(x_BTD).reshape(*x_BTD.shape[:2], heads, -1)
     y_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, linear.kernel[...].reshape(x_BTD.shape[-1], heads, -1))
     return y_BTNK if linear.bias is None else y_BTNK + linear.bias[...].reshape(heads, -1)
@@ -467,7 +457,7 @@ def to_heads(linear: nnx.Module, x_BTD: jax.Array, heads: int) -> jax.Array:
 
 def _from_heads(linear: nnx.Module, y_BTNK: jax.Array) -> jax.Array:
     """Return the output of a linear layer over all heads, [B, T, D]; see `to_heads`."""
-    if type(linear) is not nnx.Linear or not on_tpu():
+    if type(linear) is not Linear or not traced_for("tpu"):
         return linear(y_BTNK.reshape(*y_BTNK.shape[:2], -1))
     x_BTD = jnp.einsum("btnk,nkd->btd", y_BTNK, linear.kernel[...].reshape(*y_BTNK.shape[2:], -1))
     return x_BTD if linear.bias is None else x_BTD + linear.bias[...]

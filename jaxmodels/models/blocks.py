@@ -17,7 +17,7 @@ from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Attention, Implementation, QueryKeyNorm
 from jaxmodels.models.functional import new_rngs
-from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, RMSNormPlusOne, dropout
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Linear, RMSNormPlusOne, dropout
 from jaxmodels.models.remat import Remat
 from jaxmodels.parallel.layout import constrain, row_major
 from jaxmodels.parallel.pipeline import over_layers
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
     """Two matrices with an activation function between; with `swiglu`, `geglu` and `geglu_exact` a third one gates (Shazeer 2020)."""
 
     def __init__(self, width: int, mlp_width: int, *, activation: Activation = "gelu", bias: bool = True, init, out_init, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=bias, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=bias, rngs=rngs)
         self.up = linear(width, mlp_width, kernel_init=init)
         self.gate = linear(width, mlp_width, kernel_init=init) if activation in GATED else None
         self.down = linear(mlp_width, width, kernel_init=out_init)

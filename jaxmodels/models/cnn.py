@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxmodels.models.layers import check_rate, check_sizes, dropout, max_pool_2x2
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, max_pool_2x2
 
 
 class CNN(nnx.Module):
@@ -42,8 +42,8 @@ class CNN(nnx.Module):
             height, width, channels = height // 2, width // 2, wide
         self.convolutions = nnx.List(layers)
         flat = math.prod((height, width, channels))
-        self.hidden = nnx.Linear(flat, hidden, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
-        self.output = nnx.Linear(hidden, num_classes, rngs=rngs)
+        self.hidden = Linear(flat, hidden, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+        self.output = Linear(hidden, num_classes, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.convolution import depthwise, patches
-from jaxmodels.models.layers import check_rate, check_sizes, stochastic_depth
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, stochastic_depth
 
 SIZES = {
     "convnext_t": {"stages": (3, 3, 9, 3), "width": 96},
@@ -22,7 +22,7 @@ class Merge(nnx.Module):
     """Merge squares of `size`×`size` pixels into one pixel of `features` channels: a convolution with stride `size`."""
 
     def __init__(self, channels: int, features: int, size: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(size * size * channels, features, kernel_init=init, rngs=rngs)
+        self.linear = Linear(size * size * channels, features, kernel_init=init, rngs=rngs)
         self.size = size
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -36,8 +36,8 @@ class ConvNeXtBlock(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, channels)))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.norm = nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
-        self.up = nnx.Linear(channels, 4 * channels, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(4 * channels, channels, kernel_init=init, rngs=rngs)
+        self.up = Linear(channels, 4 * channels, kernel_init=init, rngs=rngs)
+        self.down = Linear(4 * channels, channels, kernel_init=init, rngs=rngs)
         self.layer_scale = nnx.Param(jnp.full(channels, layer_scale))
         self.rate = rate
 
@@ -99,7 +99,7 @@ class ConvNeXt(nnx.Module):
             done += count
         self.norms, self.merges, self.blocks = nnx.List(norms), nnx.List(merges), nnx.List(blocks)
         self.norm = nnx.LayerNorm(channels, epsilon=epsilon, rngs=rngs)
-        self.output = nnx.Linear(channels, num_classes, kernel_init=init, rngs=rngs)
+        self.output = Linear(channels, num_classes, kernel_init=init, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes]."""

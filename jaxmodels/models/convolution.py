@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models.products import product
+
 # Outputs of at most so many rows and columns are computed as one matrix product. XLA's convolutions on CPUs take up to
 # eighty times as long for images of one or two pixels, and somewhat longer at four; elsewhere it is no loss.
 SMALL = 4
@@ -26,12 +28,12 @@ def convolve(x_BHWC: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
     size = kernel.shape[0]
     height, width, edge = -(-H // stride), -(-W // stride), (size - 1) // 2
     if size == 1:
-        return x_BHWC[:, ::stride, ::stride] @ kernel[0, 0]
+        return product(x_BHWC[:, ::stride, ::stride], kernel[0, 0])
     if max(height, width) > SMALL:
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x_BHWC, kernel, (stride, stride), [(edge, edge)] * 2, dimension_numbers=numbers)
     columns = jnp.concatenate(_shifted(x_BHWC, size, stride, height, width, 0.0), axis=-1)
-    return columns @ kernel.reshape(size * size * C, -1)
+    return product(columns, kernel.reshape(size * size * C, -1))
 
 
 def depthwise(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxmodels.models.attention import Attention, Implementation
 from jaxmodels.models.blocks import Block, Norm, apply_blocks, make_blocks, make_norm
 from jaxmodels.models.disentangled import DisentangledAttention, Distances
 from jaxmodels.models.layer_types import LayerType, RotaryTables, differing
-from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Embed, Linear, check_rate, check_sizes, dropout
 from jaxmodels.models.positions import positions_in, sinusoids
 from jaxmodels.models.remat import Remat
 
@@ -86,12 +86,12 @@ class Head(nnx.Module):
         if kind not in ("tokens", "tags", "class", "value"):
             raise ValueError(f"a head must be 'tokens', 'tags', 'class' or 'value', got {kind!r}")
         bias = bias or not head_norm
-        self.dense = nnx.Linear(width, width, use_bias=bias, kernel_init=init, rngs=rngs) if kind != "tags" or head_norm else None
+        self.dense = Linear(width, width, use_bias=bias, kernel_init=init, rngs=rngs) if kind != "tags" or head_norm else None
         self.norm = make_norm(norm, width, epsilon, bias, rngs) if kind == "tokens" or head_norm else None
         if kind == "tokens":
             self.bias = nnx.Param(jnp.zeros(size))
         else:
-            self.output = nnx.Linear(width, size, kernel_init=init, rngs=rngs)
+            self.output = Linear(width, size, kernel_init=init, rngs=rngs)
         self.kind, self.pool, self.dropout = kind, pool, dropout
         self.activation = ("gelu_exact" if activation in GATED else activation) if kind == "tokens" else head_activation
 

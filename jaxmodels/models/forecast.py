@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.blocks import Block
-from jaxmodels.models.layers import check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout
 from jaxmodels.models.rnn import CELLS
 
 
@@ -30,8 +30,8 @@ class LinearForecast(nnx.Module):
         if window % 2 == 0 or window < 1:
             raise ValueError(f"window must be odd, got {window}")
         init = nnx.initializers.constant(1 / lookback)  # initially the mean of the past
-        self.trend = nnx.Linear(lookback, horizon, kernel_init=init, rngs=rngs)
-        self.rest = nnx.Linear(lookback, horizon, kernel_init=init, rngs=rngs) if window > 1 else None
+        self.trend = Linear(lookback, horizon, kernel_init=init, rngs=rngs)
+        self.rest = Linear(lookback, horizon, kernel_init=init, rngs=rngs) if window > 1 else None
         self.window, self.dropout = window, dropout
 
     def __call__(self, past: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -55,7 +55,7 @@ class _Patches(nnx.Module):
         # Surplus rows are dropped at the front, so that the last row is always in the last patch.
         self.first = lookback - (self.count - 1) * stride - patch
         self.patch, self.stride = patch, stride
-        self.embed = nnx.Linear(patch, width, rngs=rngs)
+        self.embed = Linear(patch, width, rngs=rngs)
         self.positions = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (self.count, width)))
 
     def __call__(self, past: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ class TransformerForecast(nnx.Module):
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, mlp_width=mlp_width, causal=False, dropout=dropout, layers=layers, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.output = nnx.Linear(self.patches.count * width, horizon, rngs=rngs)
+        self.output = Linear(self.patches.count * width, horizon, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, past: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -141,7 +141,7 @@ class RecurrentForecast(nnx.Module):
         check_sizes(layers=layers, width=width)
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
         self.layers = nnx.List([CELLS[cell](width, width, rngs=rngs) for _ in range(layers)])
-        self.output = nnx.Linear(width, horizon, rngs=rngs)
+        self.output = Linear(width, horizon, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, past: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from jaxmodels.models.layers import check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout
 from jaxmodels.models.rnn import Recurrent
 
 SIZES = {"lstm_frames": {"cell": "lstm"}, "gru_frames": {"cell": "gru"}}
@@ -51,7 +51,7 @@ class RecurrentFrames(nnx.Module):
         check_sizes(frame_width=frame_width)
         options = {"cell": cell, "layers": layers, "bidirectional": bidirectional, "dropout": dropout, "kernel": kernel, "unroll": unroll}
         self.encoder = Recurrent(frame_width, width, **options, rngs=rngs)
-        self.head = nnx.Linear(self.encoder.width_out, classes, rngs=rngs)
+        self.head = Linear(self.encoder.width_out, classes, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, frames: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.parallel.layout import on_tpu
+from jaxmodels.parallel.layout import traced_for
 
 # Rows that are multiplied at once on a CPU. Groups are padded to whole blocks.
 BLOCK = 64
@@ -43,7 +43,7 @@ def product(x_SD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.
       kernels_EDF: matrices.
       sizes_E: rows of each group, int32, multiples of BLOCK.
     """
-    return _product(on_tpu(), x_SD, kernels_EDF, sizes_E)  # read the layout here: gradients are traced after `layout.use` has ended
+    return _product(traced_for("tpu"), x_SD, kernels_EDF, sizes_E)  # read the layout here: gradients are traced after `layout.use` has ended
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.models import products
 from jaxmodels.parallel.layout import constrain, gathered
 
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu", "geglu_exact"]
@@ -73,6 +74,14 @@ def stochastic_depth(change: jax.Array, rate: float, rngs: nnx.Rngs | None) -> j
     return jnp.where(keep, change / (1.0 - rate), jnp.zeros_like(change))
 
 
+class Linear(nnx.Linear):
+    """`nnx.Linear` whose product is that of `models.products`."""
+
+    def __init__(self, width_in: int, width_out: int, **options):
+        """width_in, width_out: D and F; the options are those of `nnx.Linear`."""
+        super().__init__(width_in, width_out, dot_general=products.dot_general, **options)
+
+
 class Embed(nnx.Module):
     """An embedding table: looked up by index, or multiplied with vectors to score every row. Returns the dtype of the table."""
 
@@ -106,7 +115,7 @@ def padded_init(init: Callable, axis: int, multiple: int) -> Callable:
     return init if multiple == 1 else padded
 
 
-class Output(nnx.Linear):
+class Output(Linear):
     """A linear layer without bias that scores tokens; its columns are padded with zeros, which score nothing, up to a multiple of `multiple`."""
 
     def __init__(self, width: int, tokens: int, *, init, multiple: int = 1, rngs: nnx.Rngs):

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import Embed, Output, first_scores
+from jaxmodels.models.layers import Embed, Linear, Output, first_scores
+from jaxmodels.models.products import product
 
 PAIR = ("lora_a", "lora_b")  # the last part of the paths of the two thin matrices
 MAGNITUDE = "lora_m"  # and of DoRA's magnitudes
@@ -35,13 +36,13 @@ def factors(matrix: jax.Array, magnitude: jax.Array) -> jax.Array:
     return (magnitude / jnp.where(found > 0, found, 1.0)).astype(magnitude.dtype)
 
 
-class LoRALinear(nnx.Linear):
+class LoRALinear(Linear):
     """A linear layer with an adapter: x W + b + scale · (x A) B. Initially A [D, R] is random and B [R, F] is zero.
 
     The layer's own parameters keep their names, so that the weights of a plain layer fit.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         _take_over(self, linear)
         *stack, width_in, width_out = linear.kernel.shape
         bound = width_in**-0.5
@@ -51,7 +52,7 @@ class LoRALinear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns [..., F]."""
-        return super().__call__(x) + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale
+        return super().__call__(x) + product(product(x, self.lora_a[...]), self.lora_b[...]) * self.scale
 
 
 class DoRALinear(LoRALinear):
@@ -60,13 +61,13 @@ class DoRALinear(LoRALinear):
     Initially m are the lengths of the columns of W, so that the layer computes what it did.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         super().__init__(linear, rank, scale, rngs=rngs)
         self.lora_m = nnx.Param(lengths(linear.kernel[...]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns [..., F]."""
-        y = (x @ self.kernel[...] + (x @ self.lora_a[...]) @ self.lora_b[...] * self.scale) * factors(_sum(self), self.lora_m[...])
+        y = (product(x, self.kernel[...]) + product(product(x, self.lora_a[...]), self.lora_b[...]) * self.scale) * factors(_sum(self), self.lora_m[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -74,7 +75,7 @@ def _sum(linear: LoRALinear) -> jax.Array:
     return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
 
 
-def matrix(linear: nnx.Linear) -> jax.Array:
+def matrix(linear: Linear) -> jax.Array:
     """Return the matrix of a linear layer, [D, F], with its adapter merged, for callers that do not call the layer."""
     if not isinstance(linear, LoRALinear):
         return linear.kernel[...]
@@ -136,7 +137,7 @@ class DoRAOutput(DoRALinear):
 
 
 # Kind of layer -> with LoRA, with DoRA.
-LAYERS = {nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed), Output: (LoRAOutput, DoRAOutput)}
+LAYERS = {Linear: (LoRALinear, DoRALinear), nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed), Output: (LoRAOutput, DoRAOutput)}
 
 
 def _take_over(module: nnx.Module, other: nnx.Module) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.models import grouped
-from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, check_sizes
+from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Linear, check_sizes
 from jaxmodels.parallel.layout import constrain, current, on_each_device
 
 _INIT = nnx.initializers.normal(0.02)
@@ -137,7 +137,7 @@ class MoE(nnx.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.mixture = Mixture(**mixture)
         experts = self.mixture.experts
-        self.router = nnx.Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
+        self.router = Linear(width, experts, use_bias=False, kernel_init=init, rngs=rngs)
         self.experts = Experts(width, mlp_width, experts=experts, activation=activation, init=init, out_init=out_init, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, *, valid: jax.Array | None = None, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:

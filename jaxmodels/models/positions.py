@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.parallel.layout import on_tpu
+from jaxmodels.parallel.layout import traced_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def rotate(x_BTNK: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     """
     if (rotated := 2 * cosine.shape[-1]) < x_BTNK.shape[-1]:
         return jnp.concatenate([rotate(x_BTNK[..., :rotated], cosine, sine), x_BTNK[..., rotated:]], axis=-1)
-    if on_tpu():
+    if traced_for("tpu"):
         return _rotate_by_product(x_BTNK, cosine, sine)
     one, other = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([one * cosine - other * sine, other * cosine + one * sine], axis=-1).astype(x_BTNK.dtype)

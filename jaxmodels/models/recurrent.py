@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.models.layers import Embed, check_rate, check_sizes, dropout
+from jaxmodels.models.layers import Embed, Linear, check_rate, check_sizes, dropout
 from jaxmodels.models.rnn import Recurrent
 
 SIZES = {
@@ -30,8 +30,8 @@ class Head(nnx.Module):
     def __init__(self, kind: str, width_in: int, width_out: int, *, pool: str, rngs: nnx.Rngs):
         self.pool = pool if kind in ("class", "value") else None
         # Scores of tokens, for pooling by attention with one learned query (Yang et al. 2016, without their hidden layer).
-        self.score = nnx.Linear(width_in, 1, use_bias=False, rngs=rngs) if self.pool == "attention" else None
-        self.output = nnx.Linear(width_in, width_out, rngs=rngs)
+        self.score = Linear(width_in, 1, use_bias=False, rngs=rngs) if self.pool == "attention" else None
+        self.output = Linear(width_in, width_out, rngs=rngs)
 
     def __call__(self, x, last, valid, rate: float, rngs: nnx.Rngs | None):
         """x: [B, T, W], zero at padding; last: [B, W], the last states of the layer; valid: bool [B, T]."""
@@ -188,10 +188,10 @@ class RecurrentSeq2Seq(nnx.Module):
         self.encoder = Recurrent(embedding, width, bidirectional=True, **options)
         self.decoder = Recurrent(embedding, width, **options)
         parts = 2 if cell == "lstm" else 1  # hidden and cell
-        self.bridges = nnx.List([nnx.Linear(2 * width, width, rngs=rngs) for _ in range(layers * parts)])
-        self.score = nnx.Linear(width, 2 * width, use_bias=False, rngs=rngs)
-        self.combine = nnx.Linear(3 * width, width, rngs=rngs)
-        self.output = nnx.Linear(width, vocab_size, rngs=rngs)
+        self.bridges = nnx.List([Linear(2 * width, width, rngs=rngs) for _ in range(layers * parts)])
+        self.score = Linear(width, 2 * width, use_bias=False, rngs=rngs)
+        self.combine = Linear(3 * width, width, rngs=rngs)
+        self.output = Linear(width, vocab_size, rngs=rngs)
         self.dropout = dropout
 
     def __call__(self, source: jax.Array, target: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

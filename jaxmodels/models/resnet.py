@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from jaxmodels.models.convolution import Conv, max_pool_3x3
-from jaxmodels.models.layers import check_sizes
+from jaxmodels.models.layers import Linear, check_sizes
 
 SIZES = {
     "resnet18": {"stages": (2, 2, 2, 2), "block": "basic"},
@@ -106,7 +106,7 @@ class ResNet(nnx.Module):
                 blocks.append(BLOCKS[block](channels, features, stride, rngs=rngs))
                 channels = features * BLOCKS[block].expansion
         self.blocks = nnx.List(blocks)
-        self.output = nnx.Linear(channels, num_classes, rngs=rngs)
+        self.output = Linear(channels, num_classes, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes].

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, apply_blocks
 from jaxmodels.models.convolution import patches
-from jaxmodels.models.layers import check_rate, check_sizes, dropout, stochastic_depth
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, stochastic_depth
 from jaxmodels.models.remat import Remat
 
 SIZES = {
@@ -95,7 +95,7 @@ class PatchMerging(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(4 * width, epsilon=1e-5, rngs=rngs)
-        self.linear = nnx.Linear(4 * width, 2 * width, use_bias=False, kernel_init=init, rngs=rngs)
+        self.linear = Linear(4 * width, 2 * width, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
         """x: [B, H, W, D]. Returns [B, H / 2, W / 2, 2 D], rounded up."""
@@ -154,7 +154,7 @@ class Swin(nnx.Module):
         if len(heads) != len(stages) or not stages:
             raise ValueError(f"heads and stages must have one number for each stage, got heads={tuple(heads)}, stages={tuple(stages)}")
         check_sizes(**{f"heads[{i}]": count for i, count in enumerate(heads)})
-        self.embed = nnx.Linear(patch * patch * image_shape[2], width, kernel_init=init, rngs=rngs)
+        self.embed = Linear(patch * patch * image_shape[2], width, kernel_init=init, rngs=rngs)
         self.embed_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         grid, blocks, merges, done = tuple(-(-side // patch) for side in image_shape[:2]), [], [], 0
         for stage, count in enumerate(stages):
@@ -172,7 +172,7 @@ class Swin(nnx.Module):
                 grid = tuple(math.ceil(side / 2) for side in grid)
         self.blocks, self.merges = nnx.List(blocks), nnx.List(merges)
         self.norm = nnx.LayerNorm(D, epsilon=epsilon, rngs=rngs)
-        self.output = nnx.Linear(D, num_classes, kernel_init=init, rngs=rngs)
+        self.output = Linear(D, num_classes, kernel_init=init, rngs=rngs)
         self.patch, self.dropout, self.remat = patch, dropout, remat
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, apply_blocks, make_blocks
 from jaxmodels.models.convolution import patches
-from jaxmodels.models.layers import check_rate, check_sizes, dropout, stochastic_depth
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, stochastic_depth
 from jaxmodels.models.remat import Remat
 
 _TINY = {"layers": 12, "heads": 3, "width": 192}
@@ -128,7 +128,7 @@ class VisionTransformer(nnx.Module):
         learned_grid = tuple(grid or (rows, columns))
         tokens = (pool != "mean") + (distillation != "none")
         init = nnx.initializers.normal(0.02)
-        self.patches = nnx.Linear(patch * patch * image_shape[2], width, rngs=rngs)
+        self.patches = Linear(patch * patch * image_shape[2], width, rngs=rngs)
         self.token = nnx.Param(jnp.zeros((1, 1, width))) if pool != "mean" else None
         self.distillation_token = nnx.Param(jnp.zeros((1, 1, width))) if distillation != "none" else None
         if positions == "learned":
@@ -146,7 +146,7 @@ class VisionTransformer(nnx.Module):
 
         self.blocks = make_blocks(block, layers, scan, rngs)
         self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        output = functools.partial(nnx.Linear, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        output = functools.partial(Linear, kernel_init=nnx.initializers.zeros, rngs=rngs)
         self.output = output(2 * width if pool == "both" else width, num_classes)
         self.output_distilled = output(width, num_classes) if distillation == "output" else None
         self.patch, self.grid, self.learned_grid, self.dropout, self.remat = patch, (rows, columns), learned_grid, dropout, remat

@@ -117,13 +117,13 @@ def current() -> Layout | None:
     return None if layout is None or layout.axis is not None or layout.mesh.size == 1 else layout
 
 
-def on_tpu() -> bool:
-    """Return whether the function being traced is for TPUs, by its layout.
+def traced_for(platform: str) -> bool:
+    """Return whether the function being traced is for a platform, `cpu`, `gpu` or `tpu`, by its layout.
 
     Returns False without a layout: querying JAX here would initialise the backend.
     """
     layout = _layout.get()
-    return layout is not None and layout.mesh.devices.flat[0].platform == "tpu"
+    return layout is not None and layout.mesh.devices.flat[0].platform == platform
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -144,7 +144,7 @@ def row_major(x_BTD: jax.Array) -> jax.Array:
     This is for the residual stream of a Transformer. The compiler would choose a layout for the norms, and copy it for the products.
     """
     layout = current()
-    if not on_tpu() or (layout is not None and layout.axes("layers")):
+    if not traced_for("tpu") or (layout is not None and layout.axes("layers")):
         return x_BTD  # a pipeline adds a leading dimension for the stages
     names = ("batch", "sequence", None)
     # Per device: libtpu 0.0.42 reads such a constraint on a sharded array as one on the whole array.

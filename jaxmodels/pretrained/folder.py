@@ -124,6 +124,8 @@ def place(reference: str, *, weights: bool = False) -> Path:
     name = split_accepted(reference)[0].removeprefix(PREFIX)
     path = paths.parse(name, "hf").expanduser().absolute()
     if isinstance(path, BucketPath):
+        if path.suffix == gguf.SUFFIX and path.is_file():
+            return gguf.folder_of(paths.local_copy(path.parent, lambda file: file == path.name) / path.name)
         if not path.is_dir():
             raise ConfigError(f"{reference}: there is nothing in {path}.")
         return paths.local_copy(path, lambda file: weights or not file.endswith(".safetensors"))

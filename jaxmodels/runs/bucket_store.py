@@ -4,7 +4,8 @@
     checkpoints/100/3f2a90c1/params/…     the chunks of the arrays, as TensorStore writes them (Zarr 3), one object each
 
 Each attempt to save a step writes to a folder of its own. `checkpoint.json` is written last, in one step: with it the checkpoint exists, and with a
-new one it is replaced. What no `checkpoint.json` names is deleted by the next start. Checkpoints that Orbax wrote on a disk and that were copied to a
+new one it is replaced. Right before that, the process looks whether the run's lock is still its own, and the write has the condition that nobody else has
+written this `checkpoint.json` since the save began: a process that was suspended and replaced completes no checkpoint, and deletes none. What no `checkpoint.json` names is deleted by the next start. Checkpoints that Orbax wrote on a disk and that were copied to a
 bucket are read, from a copy in the cache; new ones are written as above.
 """
 
@@ -14,7 +15,7 @@ import math
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from jaxmodels.distributed import session
 from jaxmodels.errors import RunError
+from jaxmodels.runs import arrays
 from jaxmodels.runs import checksums as checksums_lib
 from jaxmodels.runs.json_files import replace
 from jaxmodels.runs.orbax_store import MARK, OrbaxStore
@@ -58,15 +60,16 @@ def _delete(place: Path | BucketPath) -> None:
 class BucketStore:
     """Checkpoints of a state and a page of JSON in a bucket, or in a copy of one on a disk. `OrbaxStore` has the same methods."""
 
-    def __init__(self, folder: Path | BucketPath, policy: Any, *, read_only: bool, at_once: int | None):
+    def __init__(self, folder: Path | BucketPath, policy: Any, *, read_only: bool, at_once: int | None, may_write: Callable[[], None] = lambda: None):
         """
         Args:
           folder: of the checkpoints.
           policy: has a method `preserved`, which returns the steps to preserve.
           read_only: never write or delete.
           at_once: maximum bytes in flight, in which case saving is synchronous.
+          may_write: raises RunError if the run belongs to another process by now; called right before a checkpoint is completed.
         """
-        self.folder, self._policy, self._at_once = folder, policy, at_once
+        self.folder, self._policy, self._at_once, self._may_write = folder, policy, at_once, may_write
         self._copied: dict[int, OrbaxStore] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -88,8 +91,9 @@ class BucketStore:
     def save(self, step: int, parts: dict, page: dict) -> None:
         """Start saving. The arrays may be donated as soon as this returns. A checkpoint of this step is replaced when the new one is whole."""
         attempt = session.gather("attempt", uuid.uuid4().hex[:8])[0]
-        index, problem, writes = {"attempt": attempt, "page": page, "arrays": {}}, None, iter(())
+        index, problem, writes, before = {"attempt": attempt, "page": page, "arrays": {}}, None, iter(()), None
         try:
+            before = self._written(step) if session.is_first() else None
             arrays = checksums_lib.flatten(parts)
             index["arrays"] = {path: _describe(x) for path, x in arrays.items()}
             writes = self._writes(self.folder / str(step) / attempt, arrays, index["arrays"])
@@ -97,7 +101,7 @@ class BucketStore:
                 writes = iter(list(writes))  # copies on the host: the next step may overwrite the arrays
         except Exception as error:  # noqa: BLE001  the thread tells the other processes, which wait for this one
             problem = str(error)
-        self._error, self._thread = None, threading.Thread(target=self._write, args=(step, index, writes, problem), name="checkpoint", daemon=True)
+        self._error, self._thread = None, threading.Thread(target=self._write, args=(step, index, before, writes, problem), name="checkpoint", daemon=True)
         self._thread.start()
         if self._at_once is not None:
             self.wait()
@@ -111,7 +115,12 @@ class BucketStore:
         for path, (where, data) in shards:
             yield str(place / path), described[path], where, np.array(data)
 
-    def _write(self, step: int, index: dict, writes: Iterator[tuple[str, dict, Any, np.ndarray]], problem: str | None) -> None:
+    def _written(self, step: int) -> Any:
+        """Return the generation of the index of a step, on which the next write of it depends; None on a disk, which has no conditions."""
+        place = self.folder / str(step) / INDEX
+        return place.read_with_generation()[1] if isinstance(place, BucketPath) else None
+
+    def _write(self, step: int, index: dict, before: Any, writes: Iterator[tuple[str, dict, Any, np.ndarray]], problem: str | None) -> None:
         """Write the parts of this process; when all processes have done so, complete the checkpoint. Runs in a thread."""
         try:
             try:
@@ -129,14 +138,23 @@ class BucketStore:
             if problem is not None:
                 raise RunError(problem)
             if session.is_first():
-                self._complete(step, index)
+                self._complete(step, index, before)
         except BaseException as error:  # noqa: BLE001  raised by `wait`
             self._error = error
 
-    def _complete(self, step: int, index: dict) -> None:
-        """Write the index of a step, and delete what it replaces and what the policy does not preserve."""
-        place = self.folder / str(step)
-        replace(place / INDEX, json.dumps(index))
+    def _complete(self, step: int, index: dict, before: Any) -> None:
+        """Write the index of a step, and delete what it replaces and what the policy does not preserve.
+
+        Raises:
+          RunError: the run belongs to another process by now, or another process has written the index since its generation was `before`.
+        """
+        place, text = self.folder / str(step), json.dumps(index)
+        self._may_write()
+        if before is None:
+            replace(place / INDEX, text)
+        elif (place / INDEX).write_if(text.encode(errors="backslashreplace"), before) is None and _read_json(place / INDEX).get("attempt") != index["attempt"]:
+            # Its own attempt is there if the answer to the write was lost, and the write repeated.
+            raise RunError(f"{place / INDEX} was written by another process meanwhile, so this one is not the only one that saves there")
         with contextlib.suppress(OSError):  # the next checkpoint, or the next start, deletes it
             for name in {key.partition("/")[0] for key in paths.keys_below(place)} - {INDEX, _UNREADABLE, index["attempt"]}:
                 (place / name).unlink() if (place / name).is_file() else paths.delete_tree(place / name, missing_ok=True)
@@ -161,7 +179,11 @@ class BucketStore:
         """Do nothing: what is there is asked each time."""
 
     def clean_up(self) -> None:
-        """Delete the objects of attempts that no index names."""
+        """Delete the objects of attempts that no index names, unless the run belongs to another process, whose save may be one of them."""
+        try:
+            self._may_write()
+        except RunError:
+            return
         keys = paths.keys_below(self.folder)
         attempts = {(found[1], found[2]) for key in keys if (found := re.match(r"(\d+)/([0-9a-f]{8})/", key))}
         named = {(place.parent.name, _read_json(place).get("attempt")) for key in keys if (place := self.folder / key).name in (INDEX, _UNREADABLE)}
@@ -213,14 +235,13 @@ class BucketStore:
                 raise RunError(f"it has no array {path}")
             if tuple(index["arrays"][path]["shape"]) != tuple(shape.shape):
                 raise RunError(f"{path} has the shape {tuple(index['arrays'][path]['shape'])}, and {tuple(shape.shape)} is needed")
-        found: dict[str, jax.Array] = {}
-        group: dict[str, Any] = {}
-        for path, shape in wanted.items():
-            group[path] = shape
-            if sum(x.size * x.dtype.itemsize for x in group.values()) >= _IN_FLIGHT:
-                found |= _read_arrays(place, index["arrays"], group)
-                group = {}
-        found |= _read_arrays(place, index["arrays"], group)
+        found = arrays.read(
+            {path: _open(place / path, index["arrays"][path]) for path in wanted},
+            wanted,
+            types={path: jnp.dtype(index["arrays"][path]["dtype"]) for path in wanted},
+            at_once=_IN_FLIGHT,
+            result=lambda future, path: client.result(future, str(place / path)),
+        )
         return checksums_lib.map_with_paths(lambda path, x: found.get(path, x), shapes)
 
     # Changing
@@ -296,31 +317,6 @@ def _open(place: Path | BucketPath, array: Mapping[str, Any]) -> Any:
 def _wait(pending: list[tuple[Any, str]]) -> None:
     for future, address in pending:
         client.result(future, address)
-
-
-def _read_arrays(place: Path | BucketPath, arrays: Mapping[str, dict], shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Read some arrays at the same time, of each the parts that this process has."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    started = {}
-    for path, shape in shapes.items():
-        opened, sharding = _open(place / path, arrays[path]), getattr(shape, "sharding", None) or here
-        parts = {_key(where): where for where in sharding.addressable_devices_indices_map(tuple(shape.shape)).values()}
-        started[path] = (sharding, {key: opened[where].read() for key, where in parts.items()})
-    found = {}
-    for path, (sharding, futures) in started.items():
-        saved, wanted = jnp.dtype(arrays[path]["dtype"]), shapes[path].dtype
-        values = {key: _as_saved(client.result(future, str(place / path)), saved).astype(wanted, copy=False) for key, future in futures.items()}
-        found[path] = jax.make_array_from_callback(tuple(shapes[path].shape), sharding, lambda where, values=values: values[_key(where)])
-    return found
-
-
-def _as_saved(x: Any, dtype: np.dtype) -> np.ndarray:
-    x = np.asarray(x)
-    return x if x.dtype == dtype else x.view(dtype)
-
-
-def _key(where: Any) -> tuple:
-    return tuple((part.start, part.stop) for part in where)
 
 
 def _read_json(place: Path | BucketPath) -> dict:

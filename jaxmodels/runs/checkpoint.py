@@ -42,6 +42,7 @@ class Checkpoints:
         checksums: bool = True,
         read_only: bool = False,
         at_once: int | None = None,
+        may_write: Callable[[], None] = lambda: None,
         as_saved: Callable[[int, Progress, TrainState], TrainState] = lambda step, progress, shapes: shapes,
     ):
         """
@@ -54,6 +55,7 @@ class Checkpoints:
           checksums: whether to save checksums of the arrays, and to verify those that are restored.
           read_only: never write or delete.
           at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
+          may_write: raises RunError if the run belongs to another process by now. In a bucket it is called right before a checkpoint is completed.
           as_saved: (step, progress, shapes of the state) -> the shapes as they were saved: the same arrays in the same order, maybe in another tree.
         """
         self.folder, self._as_saved = folder, as_saved
@@ -61,8 +63,12 @@ class Checkpoints:
         self._left_out = () if save_frozen else ("frozen",)
         self._checksums, self._saving, self._littered = checksums, None, False
         disk.quiet_orbax()
-        store = BucketStore if is_bucket(folder) or any(folder.glob(f"*/{bucket_store.INDEX}")) else OrbaxStore  # also of a copy of a bucket
-        self._store: BucketStore | OrbaxStore = store(folder, self._policy, read_only=read_only, at_once=at_once)
+        options: dict[str, Any] = {"read_only": read_only, "at_once": at_once}
+        self._store: BucketStore | OrbaxStore
+        if is_bucket(folder) or any(folder.glob(f"*/{bucket_store.INDEX}")):  # also of a copy of a bucket
+            self._store = BucketStore(folder, self._policy, may_write=may_write, **options)
+        else:
+            self._store = OrbaxStore(folder, self._policy, **options)
 
     def saved_parts(self, state: TrainState) -> dict:
         """Return the parts of a state, or of its shapes, that a checkpoint holds."""

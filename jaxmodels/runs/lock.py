@@ -180,6 +180,10 @@ class RunLock:
         self.on_step(run, step, values)
 
     def on_save(self, run: Any, step: int) -> None:
+        """Raise RunError if the lock was lost."""
+        self.check()
+
+    def check(self) -> None:
         """Raise RunError if the lock was lost, as its file says now: a process that was suspended may save before its next heartbeat."""
         if self._held and self.lost is None:
             try:
@@ -188,11 +192,12 @@ class RunLock:
                 return  # the save will tell
             if owner is not None and owner.pid and owner.token != self._me.token:
                 self._lose()
-        self.on_step(run, step, None)
+        if self.lost is not None:
+            raise RunError(self.lost)
 
 
 @contextlib.contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
+def held(folder: RunFolder) -> Iterator[RunLock]:
     """Hold the lock of a run folder in the block, for a single process; wait for an owner that saves or is silent.
 
     Raises:
@@ -204,6 +209,6 @@ def held(folder: RunFolder) -> Iterator[None]:
         while lock.attempt() is not None:
             time.sleep(_POLL_SECONDS)
         lock.start(lambda: None)
-        yield
+        yield lock
     finally:
         lock.release()

@@ -80,9 +80,9 @@ def write_run(folder: RunFolder, config: Mapping, params: dict, stats: dict, ste
     """
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(jnp.int32(step), unflatten(params), {}, unflatten(stats), {}, {}, {}, zero)
-    with held(folder):
+    with held(folder) as lock:
         new_folder(str(folder.path))  # again: another process may have written a run since
-        checkpoints = Checkpoints(folder.checkpoints, at_once=max(x.nbytes for x in (*params.values(), *stats.values())))
+        checkpoints = Checkpoints(folder.checkpoints, at_once=max(x.nbytes for x in (*params.values(), *stats.values())), may_write=lock.check)
         try:
             checkpoints.save(state, Progress(evaluated_at=step, finished=True))
         finally:

@@ -1,6 +1,7 @@
 """The client of buckets: TensorStore, which repeats requests that fail, and whose writes may be conditional; fsspec for parts of long files."""
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -139,7 +140,10 @@ def file_system(scheme: str) -> Any:
     if scheme == "gs" and (emulator := _gcs_endpoint()):
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask Google for the kind of the bucket
         options |= {"endpoint_url": emulator, "token": "anon"}
-    elif scheme == "s3" and (endpoint := _s3_endpoint()):
-        options |= {"endpoint_url": endpoint}
+    elif scheme == "s3":
+        options |= {"max_concurrency": 1}  # else a whole object costs a second request, for its size
+        options |= {"config_kwargs": {"retries": {"max_attempts": 8, "mode": "standard"}}}  # half a minute, as gcsfs; the default gives up after 8 s
+        options |= {"endpoint_url": endpoint} if (endpoint := _s3_endpoint()) else {}
+    logging.getLogger(module).setLevel(logging.CRITICAL)  # it would print stack traces of errors, which it also raises
     optional_import(module, extra)  # after the environment is set, which gcsfs reads when it is imported
     return optional_import("fsspec", extra).filesystem(scheme, **options)

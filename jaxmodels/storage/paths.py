@@ -66,6 +66,12 @@ def parse(address: "str | os.PathLike | BucketPath", what: str = "") -> "Path | 
     return BucketPath(right, bucket, key)
 
 
+def has_scheme(address: str) -> bool:
+    """Return whether an address has one of the schemes that `parse` reads, or one that is corrected to it."""
+    scheme, colon, _ = address.partition(":")
+    return bool(colon) and scheme.lower() in _SCHEMES
+
+
 def is_bucket(place: Any) -> bool:
     """Return whether a path or an address is one of `gs://` or `s3://`."""
     return isinstance(place, BucketPath) or (isinstance(place, str) and place.startswith(("gs://", "s3://")))

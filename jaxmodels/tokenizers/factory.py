@@ -111,7 +111,9 @@ def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 def _from_path(spec: str, data_dir: str | None) -> Tokenizer:
     """Return the tokenizer of a file or of a run's folder."""
-    places = [storage.parse(place, "config.data.tokenizer") for place in (spec, *([storage.join(data_dir, spec)] if data_dir else []))]
+    places = [storage.parse(spec, "config.data.tokenizer")]
+    if not places[0].exists() and data_dir:
+        places.append(storage.parse(storage.join(data_dir, spec), "config.data.tokenizer"))
     path = next((place for place in places if place.exists()), None)
     if path is None:
         hint = config_lib.suggest(spec, FORMS)

@@ -304,8 +304,9 @@ def from_reference(reference: str, data_dir: str | None) -> PretrainedTokenizer:
       ConfigError: no such model, or it has no supported tokenizer.
     """
     name = split_accepted(reference)[0].removeprefix("hf:")
-    if data_dir and not storage.is_bucket(name) and not os.path.isdir(name) and storage.parse(storage.join(data_dir, name)).is_dir():
-        reference = f"hf:{storage.join(data_dir, name)}"
+    below = None if storage.has_scheme(name) or os.path.exists(name) or not data_dir else storage.join(data_dir, name)
+    if below is not None and ("://" not in below or storage.has_scheme(below)) and storage.parse(below).exists():
+        reference = f"hf:{below}{reference.removeprefix(f'hf:{name}')}"
     return from_folder(find(reference))
 
 

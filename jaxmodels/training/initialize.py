@@ -53,7 +53,7 @@ def start(
         lines = [f"warning: {problem}; it was moved aside" for problem in problems]
         return state, progress, [*lines, f"resumed from {checkpoints.folder / str(int(state.step))}"], None
     if experiment.init_from is None:
-        init, record = compile_ahead("init", experiment.init_function(), key, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
+        init, record = compile_ahead("init", experiment.init_function(), key, out_shardings=jax.tree.map(lambda x: x.sharding, shapes), once=True)
         return init(key), Progress(), [f"initialised with seed {experiment.config['seed']}"], record
     matched = _match(experiment, shapes)
     # Parameters that are read are not initialised: without them as outputs, the compiler removes their computation and its temporaries.
@@ -61,7 +61,11 @@ def start(
     follow = {path for path in flatten(shapes.params) if path.endswith(MAGNITUDE)}
     without_read = functools.partial(_without, paths=set(matched[2]) | follow)
     init, record = compile_ahead(
-        "init", lambda key: without_read(experiment.init_function()(key)), key, out_shardings=jax.tree.map(lambda x: x.sharding, without_read(shapes))
+        "init",
+        lambda key: without_read(experiment.init_function()(key)),
+        key,
+        out_shardings=jax.tree.map(lambda x: x.sharding, without_read(shapes)),
+        once=True,
     )
     state, lines = _fill(init(key), shapes, experiment, folder, matched)
     return state, Progress(), lines, record

@@ -17,7 +17,7 @@ _LAST_PAUSE = 1.0  # seconds before the second attempt to save the last state; d
 
 
 def open_checkpoints(
-    experiment: Experiment, folder: RunFolder, shapes: TrainState, say: Callable[..., None], watchdog: Watchdog
+    experiment: Experiment, folder: RunFolder, shapes: TrainState, say: Callable[..., None], watchdog: Watchdog, may_write: Callable[[], None]
 ) -> tuple[Checkpoints, "Saver"]:
     """Open the checkpoints of a run for training; say for how many the disk has room.
 
@@ -26,6 +26,7 @@ def open_checkpoints(
       shapes: of the state.
       say: function that prints a line, with a style.
       watchdog: of the run.
+      may_write: as of `Checkpoints`.
     """
     options = experiment.checkpoint
     checkpoints = Checkpoints(
@@ -35,6 +36,7 @@ def open_checkpoints(
         parents=lambda: {child["step"] for child in folder.children()},
         save_frozen=not experiment.frozen_in_parent,
         checksums=options.checksums,
+        may_write=may_write,
         as_saved=changes.as_saved(experiment, folder),
     )
     line, enough = disk.room(folder.checkpoints, checkpoints.saved_parts(shapes), options.keep)

@@ -117,6 +117,7 @@ class Trainer:
         layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
         experiment = experiment.on(self.mesh.devices.flat[0].platform, layout)
         self.experiment, self.folder, self.stop, self.executable = experiment, folder, stop, executable
+        self.may_write = (lambda: None) if lock is None else lock.check
         mesh_lib.check_batch(experiment.loading.batch_size, experiment.training.accumulate, self.mesh, "data.batch_size", layout.microbatches)
         mesh_lib.check_batch(experiment.eval_batch_size, 1, self.mesh, "data.eval_batch_size", layout.microbatches)
         compiler_options.choose(experiment.config["compiler_options"], own_device(self.mesh))  # an error, now rather than when compiling
@@ -166,7 +167,7 @@ class Trainer:
 
     def _start(self) -> int:
         """Initialise or restore the state; start the callbacks. Returns the step."""
-        self.checkpoints, self.saver = saving.open_checkpoints(self.experiment, self.folder, self.shapes, self.terminal.say, self.stop.watchdog)
+        self.checkpoints, self.saver = saving.open_checkpoints(self.experiment, self.folder, self.shapes, self.terminal.say, self.stop.watchdog, self.may_write)
         self.state, self.progress, lines, record = self.stop.run(initialize.start, self.experiment, self.folder, self.checkpoints, self.shapes, self.init_key)
         for line in lines:
             self.terminal.say(line, style="yellow" if line.startswith("warning") else None)

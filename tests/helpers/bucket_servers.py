@@ -33,7 +33,7 @@ class Proxy(ThreadingHTTPServer):
     """Passes requests on to an emulator.
 
     Attributes:
-      fault: function of (method, path) that returns None, or what to do with that request instead: `503`; `cut`, which closes the connection in
+      fault: function of (method, path) that returns None, or what to do with that request instead: `503` or `403`; `cut`, which closes the connection in
         the middle of the request's body; `lose`, which passes the request on but not its answer; or a number of seconds for which to do nothing.
       log: (method, path) of each request.
     """
@@ -75,8 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if isinstance(fault, (int, float)):
             time.sleep(fault)
-        if fault == "503":
-            self._answer(503, [], b"try again")
+        if fault in ("503", "403"):
+            self._answer(int(fault), [], b"try again")
         else:
             answer, content = self._pass_on(body)
             self._hang_up() if fault == "lose" else self._answer(answer.status, answer.getheaders(), content)

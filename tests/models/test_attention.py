@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import small_configs
 from flax import nnx
+from platforms import traced_as
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.inference import load
-from jaxmodels.models import create, fused
+from jaxmodels.models import create, fused, heads_first
 from jaxmodels.models.attention import attend, choose, resolve_implementation
 from jaxmodels.parallel.layout import Layout
 
@@ -43,7 +44,7 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, -1, -1], [3, 3, 2, 2, 2, 2, 2]])
 BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
+OPTIONS = pytest.mark.parametrize(
     "options",
     [
         {"causal": True},
@@ -56,9 +57,42 @@ BIAS = np.random.default_rng(1).normal(size=(1, 4, 7, 7)).astype(np.float32)
     ],
     ids=lambda options: "+".join(options),
 )
+
+
+@OPTIONS
 def test_attention_equals_the_formula(options):
     y = jax.jit(lambda q, k, v: attend(q, k, v, **options))(*arrays())
     np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
+
+
+@OPTIONS
+def test_the_form_for_cpus_equals_the_formula_and_has_its_gradients(options, monkeypatch):
+    monkeypatch.setattr(heads_first, "BLOCK", 3)  # 7 queries: blocks of 3, 3 and 1
+
+    def loss(q, k, v, bias):
+        y = attend(q, k, v, **options | ({} if bias is None else {"bias": bias}))
+        return (y * jnp.sin(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    given = (*arrays(), options.get("bias"))
+    gradients = jax.grad(loss, (0, 1, 2, 3)[: 4 if "bias" in options else 3], has_aux=True)
+    others, _ = jax.jit(gradients)(*given)
+    with traced_as("cpu"):
+        found, y = jax.jit(lambda *given: gradients(*given))(*given)
+    np.testing.assert_allclose(y, numpy_attend(*arrays(), **options), atol=1e-5)
+    for one, other in zip(found, others, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 2), (False, 2), (True, 9)])
+@pytest.mark.parametrize(("T", "S"), [(9, 4), (4, 9), (7, 7)])
+def test_blocks_hold_the_keys_that_their_queries_see(T, S, causal, window, monkeypatch):
+    monkeypatch.setattr(heads_first, "BLOCK", 3)
+    everything = heads_first._seen(slice(0, T), slice(0, S), causal, window, None)
+    found = np.zeros((T, S), bool)
+    for queries, keys in heads_first._blocks(T, S, causal, window):
+        assert 0 <= keys.start < keys.stop <= S
+        found[queries, keys] = heads_first._seen(queries, keys, causal, window, None)
+    np.testing.assert_array_equal(found, everything)
 
 
 @pytest.mark.parametrize("options", [{"causal": True, "cap": 0.5}, {"segments": (SEGMENTS[:1], SEGMENTS[:1])}], ids=lambda options: "+".join(options))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_configs
 from flax import nnx
+from platforms import traced_as
 
 from jaxmodels.experiment.build import build_experiment
 from jaxmodels.experiment.dry_run import active_parameters
@@ -116,12 +117,11 @@ def test_a_tpus_gradient_of_matrices_is_the_one_by_blocks(sizes):
         np.testing.assert_allclose(y[:320], (x @ kernels[0])[:320], atol=1e-5)
 
 
-def test_the_backward_pass_is_for_the_platform_of_the_forward_one(monkeypatch):
+def test_the_backward_pass_is_for_the_platform_of_the_forward_one():
     x, kernels, sizes = jnp.zeros((128, D)), jnp.zeros((2, D, F)), jnp.array([64, 64])
 
     def loss(x, kernels):
-        with monkeypatch.context() as patch:
-            patch.setattr(grouped, "on_tpu", lambda: True)  # as under a layout
+        with traced_as("tpu"):
             return grouped.product(x, kernels, sizes).sum()
 
     assert "pallas_call" not in str(jax.make_jaxpr(loss)(x, kernels))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import small_configs
 from flax import nnx
+from platforms import traced_as
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
-from jaxmodels.models import attention, positions
+from jaxmodels.models import positions
 from jaxmodels.models.functional import merge, split
 from jaxmodels.models.positions import rotary_table, rotate
 from jaxmodels.models.remat import NAMES
 from jaxmodels.models.transformer import Decoder
-from jaxmodels.parallel import layout as layout_lib
 
 OPTIONS = {
     "layers": 2,
@@ -90,21 +90,21 @@ def test_unknown_names_are_errors(remat, offload, message):
         build_experiment(config)
 
 
-def test_rotation_by_a_product_equals_the_rotation(monkeypatch):
+def test_rotation_by_a_product_equals_the_rotation():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 8)), jnp.float32)
     table = rotary_table(jnp.arange(5)[None], 8, 100.0)
     here = rotate(x, *table)
-    monkeypatch.setattr(positions, "on_tpu", lambda: True)
-    np.testing.assert_allclose(rotate(x, *table), here, rtol=1e-6, atol=1e-6)
     half = x.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(rotate(half, *table), positions._rotate_by_product(half, *table))
+    with traced_as("tpu"):
+        np.testing.assert_allclose(rotate(x, *table), here, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(rotate(half, *table), positions._rotate_by_product(half, *table))
 
 
-def test_a_decoder_on_a_tpu_is_the_same_function(monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_decoder_on_a_platform_is_the_same_function(platform):
     here = plain(scan=True)
-    for module in (attention, positions, layout_lib):
-        monkeypatch.setattr(module, "on_tpu", lambda: True)
-    assert_close(gradients(scan=True), here)
+    with traced_as(platform):
+        assert_close(gradients(scan=True), here)
 
 
 @pytest.mark.parametrize(("tiles", "tied"), [(8, True), (16, False)])

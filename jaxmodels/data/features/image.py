@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -107,7 +106,7 @@ def opened(value: Any, row: Row):
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return access.open_file(os.path.join(row.folder, value))
+        return access.open_whole(access.join(row.folder, value))
     return io.BytesIO(value) if isinstance(value, bytes) else value
 
 

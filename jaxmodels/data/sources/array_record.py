@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access
-from jaxmodels.data.access import FileId, Files, is_remote
+from jaxmodels.data import access, copies
+from jaxmodels.data.access import FileId, Files
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.table import FEATURES, choose
 from jaxmodels.data.files import SplitFiles
@@ -37,7 +37,7 @@ def array_record(path: str, data_dir: str | None, *, record: RecordForm = "auto"
     Write the files with `group_size:1`: otherwise a group of records is decompressed for each one.
 
     Args:
-      path: as of `parquet`, with the extension `.array_record` or `.arrayrecord`. Local files only.
+      path: as of `parquet`, with the extension `.array_record` or `.arrayrecord`. Remote files are copied to the cache, whole, as the library reads from disks only.
       data_dir: the data directory.
       record: what a record is; `auto` tells it from the first byte of the first record.
 
@@ -53,11 +53,6 @@ def array_record(path: str, data_dir: str | None, *, record: RecordForm = "auto"
 
 def _open(paths: Sequence[str], what: str) -> Opened:
     """Return the index of some files, from their footers; its header has `ends`, the records up to the end of each file."""
-    remote = next((path for path in paths if is_remote(path)), None)
-    if remote is not None:
-        raise ConfigError(
-            f"config.data.source: ArrayRecord files are read from a disk, and {remote} is remote. Copy them, or mount the bucket, e.g. with gcsfuse."
-        )
 
     def build(files: Sequence[FileId], writer: Writer) -> dict[str, Any]:
         ends, rows, crc32 = [], 0, 0
@@ -69,7 +64,7 @@ def _open(paths: Sequence[str], what: str) -> Opened:
             writer.progress.add(1)
         return {"ends": ends, "crc32": crc32}
 
-    return open_index("array_record", [access.identify(path) for path in paths], build, what=what, total=len(paths), unit="files")
+    return open_index("array_record", [access.identify(path) for path in copies.keep(paths)], build, what=what, total=len(paths), unit="files")
 
 
 def _reader(path: str) -> Any:

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels.data import encoded, fitted, guesses
+from jaxmodels.data import access, copies, encoded, fitted, guesses
 from jaxmodels.data.evaluation_sets import EvaluationSets, key_of
 from jaxmodels.data.features.base import Problem, Row
-from jaxmodels.data.files import find_files
+from jaxmodels.data.files import find_file, find_files
 from jaxmodels.data.holdout import hold_out
 from jaxmodels.data.index import Progress, Writer
 from jaxmodels.data.keys import takes
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
-from jaxmodels.data.source import Arrays, Dataset, find_file
+from jaxmodels.data.source import Arrays, Dataset
 from jaxmodels.data.sources.conversations import read_conversations
 from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.data.tokens import Tokens
@@ -78,6 +78,7 @@ def chat(
         if paths is not None:
             files[split] = find_files(paths, data_dir, key_of(split))
     coder = _with_template(tokenizer, template, data_dir)
+    copies.keep([file for paths in files.values() for file in paths])
     encoder = _Encoder(coder, sequence_length, loss, truncate)
     found, told, fallbacks = None, [], []
     if encoded.is_worth_it([file for part in files.values() for file in part]):
@@ -148,10 +149,10 @@ def _with_template(spec: Any, template: str | None, data_dir: str | None) -> Pre
         raise ConfigError(f"config.data.tokenizer={spec!r}: conversations need the tokenizer of a pretrained model, hf:DIR_OR_ID, which has a chat template.")
     if template is None or fitted.is_given():  # the tokenizer of a run has its template
         return coder
-    path = find_file(template, data_dir)
+    path = find_file(template, data_dir, "config.data.template")
     try:
-        with open(path, encoding="utf-8") as file:
-            return coder.with_chat_template(file.read())
+        with access.open_whole(path) as file:
+            return coder.with_chat_template(file.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"config.data.template: {path} is not UTF-8 text.") from error
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxmodels.data import encoded
+from jaxmodels.data import copies, encoded
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.text import Tags
 from jaxmodels.data.files import SplitFiles
@@ -48,6 +48,7 @@ def conll(path: str, data_dir: str | None, **keys: Any) -> Untokenized:
     tags = Tags.of(keys | {"words_column": "words", "tags_column": "tags"})
     options = Holdout.of(keys)
     files = SplitFiles.of(keys).find(path, data_dir, (".conll", ".conllu", ".bio", ".iob2", ".txt"))
+    copies.keep([file for paths in files.values() for file in paths])
     columns = keys["token_column"], keys["tag_column"]
 
     def rows():

@@ -1,10 +1,10 @@
 """Conversations in JSON lines, in the forms that data sets of the field have them."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import access
 from jaxmodels.data.features.base import Problem, Row
 from jaxmodels.data.sources.rows import json_records
 from jaxmodels.errors import ConfigError
@@ -24,7 +24,7 @@ _OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool", "fun
 
 def read_conversations(path: str) -> Iterator[Row]:
     """Yield rows with the columns `messages` and `tools`."""
-    if not os.path.getsize(path):
+    if not access.identify(path).size:
         raise ConfigError(f"{path}: the file is empty.")
     for where, record in json_records(path):
         yield _conversation(where, record)

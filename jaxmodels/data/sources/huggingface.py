@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access, encoded, fitted
+from jaxmodels.data import access, copies, encoded, fitted
 from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
@@ -17,6 +17,7 @@ from jaxmodels.data.files import find_folder, guess_splits, splits_by_name
 from jaxmodels.data.index import Opened, open_index
 from jaxmodels.data.indexed import IndexedBase, open_indexed
 from jaxmodels.data.keys import takes
+from jaxmodels.data.reading import is_unavailable
 from jaxmodels.data.rows import Holdout, open_rows
 from jaxmodels.data.source import Dataset, Untokenized, fingerprint
 from jaxmodels.data.sources.rows import OPTIONAL, Indexing
@@ -114,7 +115,7 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     A column of the library's ClassLabel has the classes that it names, in each split its own. A split whose labels are all -1 or None is left out.
 
     Args:
-      path: the folder that `save_to_disk` wrote, relative to the working directory or else to the data directory.
+      path: the folder that `save_to_disk` wrote, relative to the working directory or else to the data directory; a remote one is copied to the cache.
       data_dir: the data directory.
 
     Raises:
@@ -123,8 +124,10 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     datasets = optional_import("datasets", "huggingface")
     folder = find_folder(path, data_dir)
     try:
-        opened = datasets.load_from_disk(folder)
+        opened = datasets.load_from_disk(copies.keep_folder(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and is_unavailable(error):
+            raise
         raise ConfigError(f"config.data.source: {folder} is not what datasets' save_to_disk writes: {error}") from error
     there = dict(opened) if isinstance(opened, datasets.DatasetDict) else {"train": opened}
     parts = {split: there[name] for split, name in SplitNames.of(keys).find(list(there), folder).items()}

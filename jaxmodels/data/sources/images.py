@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,8 +13,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access, fitted
-from jaxmodels.data.access import FileId
+from jaxmodels.data import access, fitted, folders
+from jaxmodels.data.access import FileId, is_remote
 from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.image import Image
@@ -85,36 +86,33 @@ def _open(folder: str, leave_out: Collection[str] = ()) -> Opened:
     """Return the index of the images of a split.
 
     Its arrays: `names`, the bytes of all names relative to the folder of the class, with `name_end` of each image, and its `size` in bytes. Its header
-    has the `classes`, and `ends`, the images up to the end of each; and `suspect`, files that by name or size are no images. It identifies a folder by its
-    time of change: that is when a file was added, removed or renamed.
+    has the `classes`, and `ends`, the images up to the end of each; and `suspect`, files that by name or size are no images.
 
     Args:
       folder: has a folder for each class.
       leave_out: names of folders in it that are no classes.
     """
-    classes = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in leave_out)
-    places = [folder, *(place for name in classes for place, _, _ in access.walk(os.path.join(folder, name), is_litter))]
-    folders = [FileId(os.path.abspath(place), 0, str(os.stat(place).st_mtime_ns)) for place in places]
+    classes = [name for name in folders.entries(folder).folders if not is_litter(name) and name not in leave_out]
+    identities = folders.identify([os.path.join(folder, name) for name in classes], is_litter)
 
     def build(_: Sequence[FileId], writer: Writer) -> dict[str, Any]:
         ends, count, name_end, suspect = [], 0, 0, []
         for name in classes:
             start, files = os.path.join(folder, name), _files(os.path.join(folder, name))
             for at in range(0, len(files), _ROWS):
-                names = [file[len(start) + 1 :].encode(errors="surrogateescape") for file in files[at : at + _ROWS]]
+                names = [file.path[len(start) + 1 :].encode(errors="surrogateescape") for file in files[at : at + _ROWS]]
                 writer.append("names", np.frombuffer(b"".join(names), np.uint8), np.uint8)
                 name_ends = name_end + np.cumsum([len(each) for each in names])
                 name_end = int(name_ends[-1])
                 writer.append("name_end", name_ends)
-                sizes = [os.path.getsize(file) for file in files[at : at + _ROWS]]
-                writer.append("size", sizes)
-                suspect += [os.path.relpath(file, folder) for file, size in zip(files[at : at + _ROWS], sizes, strict=True) if not (size and _is_named(file))]
+                writer.append("size", [file.size for file in files[at : at + _ROWS]])
+                suspect += [file.path[len(folder) + 1 :] for file in files[at : at + _ROWS] if not (file.size and _is_named(file.path))]
             count += len(files)
             ends.append(count)
             writer.progress.add(1)
         return {"classes": classes, "ends": ends, "suspect": suspect}
 
-    return open_index("images", folders, build, key=sorted(leave_out), what=folder, total=len(classes), unit="classes")
+    return open_index("images", identities, build, key=sorted(leave_out), what=folder, total=len(classes), unit="classes")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,18 +131,18 @@ class SplitFolders(EvaluationSets):
         """Return split -> its folder, and the names in it that are no classes but other splits."""
         given = {split: os.path.normpath(name) for split, name in self.given().items()}
         for split, name in given.items():
-            if not os.path.isdir(os.path.join(folder, name)):
-                names = [name for name in os.listdir(folder) if not is_litter(name)]
+            if not access.is_folder(_below(folder, name)):
+                names = [name for name in itertools.chain(*folders.entries(folder)) if not is_litter(name)]
                 raise ConfigError(f"{key_of(split)}: {folder} has no folder {name!r}.{config_lib.suggest(name, names)}")
         if "train" not in given:
             given = self._by_name(folder, given) | given
-        return {split: (os.path.normpath(os.path.join(folder, name)), list({*given.values()} - {name}) if name == "." else []) for split, name in given.items()}
+        return {split: (_below(folder, name), list({*given.values()} - {name}) if name == "." else []) for split, name in given.items()}
 
     @staticmethod
     def _by_name(folder: str, given: Mapping[str, str]) -> dict[str, str]:
         """Return the folders of splits by their names; the folder itself trains if there is none."""
         main = [name for split, name in given.items() if not is_named(split)]  # a further set may be a main one, too
-        names = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and not is_litter(name) and name not in main]
+        names = [name for name in folders.entries(folder).folders if not is_litter(name) and name not in main]
         found, rest = splits_by_name(names, folder)
         rest = [name for name in rest if name not in given.values()]
         if not found:
@@ -160,6 +158,13 @@ class SplitFolders(EvaluationSets):
         return found
 
 
+def _below(folder: str, name: str) -> str:
+    """Return the path of a folder in another one; `.` is that one itself."""
+    if is_remote(folder):
+        return folder if name == "." else access.join(folder, name)
+    return os.path.normpath(os.path.join(folder, name))
+
+
 def names_of(names: Mapping[str, str] | Sequence[str]) -> str:
     """Return some names in words."""
     shown = [repr(name) for name in (names.values() if isinstance(names, Mapping) else names)]
@@ -171,10 +176,11 @@ def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenize
     """Read images in folders: `PATH/train/CLASS/*`, with the folders `validation` (or `valid`, `val`, `dev`) and `test` next to it, or `PATH/CLASS/*`.
 
     Every file in the folder of a class and in the folders below is an image of it, also through links, except hidden files and what operating
-    systems leave in folders, such as `Thumbs.db`. Classes are the names of the folders, sorted. Splits may be written in any capitals.
+    systems leave in folders, such as `Thumbs.db`. Classes are the names of the folders, sorted. Splits may be written in any capitals. A remote folder is
+    listed at each start, and each image is read in one request when an example needs it.
 
     Args:
-      path: relative to the working directory or else to the data directory.
+      path: relative to the working directory or else to the data directory, or an address.
       data_dir: the data directory.
 
     Raises:
@@ -194,7 +200,7 @@ def images(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untokenize
             has, lacks = (split, trained) if odd in part.classes else (trained, split)
             raise ConfigError(f"config.data.source: {folder}: the class {odd!r} is in {has}, but not in {lacks}.")
         _check_suspects(part, options)
-        if split != "train" and known is None and (count := _copies(rows["train"], part)):
+        if split != "train" and known is None and not is_remote(folder) and (count := _copies(rows["train"], part)):
             guess(f"{count:,} of {len(part):,} images of {split} are copies of images of train")
     return open_indexed(rows, [image, Label(label_column="label", labels=tuple(classes))], options, data_dir)
 
@@ -204,10 +210,10 @@ def _check_suspects(rows: ClassFolders, options: Holdout) -> None:
     suspects = rows.opened.index.header["suspect"] if options.on_bad_example == "error" else ()
     for name in suspects:
         path = os.path.join(rows.folder, name)
-        if not os.path.getsize(path):
+        if not access.identify(path).size:
             raise BadExample(path, "the file is empty.")
         try:
-            with PillowImage.open(path):
+            with access.open_file(path) as file, PillowImage.open(file):
                 pass
         except PillowImage.UnidentifiedImageError as error:
             raise BadExample(path, "it is no image. Delete it, or move it out of the folders of classes.") from error
@@ -246,8 +252,8 @@ def _is_extension(text: str) -> bool:
     return text.lower() in PillowImage.registered_extensions()
 
 
-def _files(folder: str) -> list[str]:
-    found = [os.path.join(place, name) for place, _, names in access.walk(folder, is_litter) for name in names]
+def _files(folder: str) -> list[FileId]:
+    found = folders.files_below(folder, is_litter)
     if not found:
         raise ConfigError(f"config.data.source: {folder} holds no image.")
-    return sorted(found)
+    return found

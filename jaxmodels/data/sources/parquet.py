@@ -89,7 +89,7 @@ def _open(arrow: ModuleType, paths: Sequence[str], what: str) -> Opened:
             writer.progress.add(1)
         return {"types": types, "differing": differing, "classes": classes, "crc32": crc32}
 
-    return open_index("parquet", [access.identify(path) for path in paths], build, what=what, total=len(paths), unit="files")
+    return open_index("parquet", access.identify_all(paths), build, what=what, total=len(paths), unit="files")
 
 
 def _kind(type_: Any) -> str:

@@ -131,7 +131,7 @@ def open_records(paths: Sequence[str], kind: str, header: bool, what: str) -> Op
             first.append(bytes(head[starts[0] : starts[1]] if count > 1 else b"").decode("utf-8-sig", "surrogateescape"))
         return {"row_ends": ends, "first": first, "first_number": 1 + (header and kind == "lines"), "block_ends": recorder.block_ends, "crc32": recorder.crc32}
 
-    return open_index("records", [access.identify(path) for path in paths], build, key=[kind, header], what=what)
+    return open_index("records", access.identify_all(paths), build, key=[kind, header], what=what)
 
 
 def _keeping(contents: Iterable[bytes], head: bytearray) -> Iterator[bytes]:

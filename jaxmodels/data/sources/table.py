@@ -8,9 +8,10 @@ import os
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import fitted
+from jaxmodels.data import access, copies, fitted
+from jaxmodels.data.files import find_file
 from jaxmodels.data.guesses import guess
-from jaxmodels.data.source import Dataset, find_file, fingerprint
+from jaxmodels.data.source import Dataset, fingerprint
 from jaxmodels.data.text_lines import MAX_FIELD, check_kind, csv_records, is_blank, is_number, is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
@@ -59,7 +60,7 @@ def csv_table(
     that the run is evaluated on. The windows of validation and test forecast rows of those splits only; their past may reach into the split before.
 
     Args:
-      path: absolute, or relative to the working directory or else to the data directory.
+      path: absolute or an address, or relative to the working directory or else to the data directory.
       data_dir: the data directory.
       lookback, horizon: rows of the past and of the future in an example.
       rows: numbers of rows that train, validate and test, from the first row on; the rest is not used.
@@ -70,6 +71,7 @@ def csv_table(
       ConfigError: no such file or column, a value that is not a number (file and line), or too few rows.
     """
     found = find_file(path, data_dir)
+    copies.keep([found])
     if len(rows) != 3 or min(rows) < 1 or min(lookback, horizon) < 1:
         raise ConfigError(f"config.data: rows must be three numbers of rows, lookback and horizon at least 1; got {rows}, {lookback}, {horizon}.")
     values, names, notes = read_numbers(found, time_column, columns)
@@ -94,7 +96,7 @@ def read_numbers(path: str, time_column: str, columns: tuple[str, ...] | None) -
     table, reason = _read_by_arrow(path, time_column, columns)
     if table is not None:
         return *table, ()
-    slow = os.path.getsize(path) >= _SLOW_FROM
+    slow = os.path.getsize(access.on_disk(path)) >= _SLOW_FROM
     return *_read(path, time_column, columns), (
         f"{path} is read by Python's own reader of CSV, which takes some five times as long as PyArrow's: {reason}",
     ) * slow
@@ -110,7 +112,7 @@ def _read_by_arrow(path: str, time_column: str, columns: tuple[str, ...] | None)
         import pyarrow.csv
     except ImportError:
         return None, "pip install 'jaxmodels[parquet]' installs it"
-    with open(path, "rb") as file:
+    with open(access.on_disk(path), "rb") as file:
         check_kind(file.peek(4)[:4], path)
         first = file.readline(MAX_FIELD)
         start, most = file.tell(), 1
@@ -130,7 +132,7 @@ def _read_by_arrow(path: str, time_column: str, columns: tuple[str, ...] | None)
     kept = [names[header.index(name)] for name in wanted]
     table, count = np.empty((most, len(wanted))), 0
     try:
-        with pyarrow.OSFile(path) as file:
+        with pyarrow.OSFile(access.on_disk(path)) as file:
             file.seek(start)
             batches = pyarrow.csv.open_csv(
                 file,
@@ -153,7 +155,7 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
     """Do what `read_numbers` does with Python's own reader, and name file and line of what is wrong."""
     values = array.array("d")  # a list of numbers would take four times the memory
     numbers = array.array("q")  # of the lines
-    with open(path, "rb") as binary:
+    with open(access.on_disk(path), "rb") as binary:
         check_kind(binary.peek(4)[:4], path)
         file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         records = ((line, fields) for line, fields in csv_records(file, path) if fields)

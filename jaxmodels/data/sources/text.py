@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels.data import cache, fitted
+from jaxmodels.data import cache, copies, fitted
 from jaxmodels.data import tokens as tokens_lib
 from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.files import find_files
@@ -181,14 +181,15 @@ def text(path: str, data_dir: str | None, *, validation: str | None = None, test
     for split, paths in {"validation": validation, "test": test, **EvaluationSets.of(keys).named()}.items():
         if paths is not None:
             files[split] = find_files(paths, data_dir, key_of(split))
+    on_disk = {split: copies.keep(paths) for split, paths in files.items()}
 
     def corpus(*splits: str) -> Corpus:
         documents = {split: functools.partial(read_documents, files[split], text_column) for split in splits}
-        size = sum(os.path.getsize(path) for split in splits for path in files[split])
+        size = sum(os.path.getsize(path) for split in splits for path in on_disk[split])
         return Corpus(documents, path, TextKeys.of(keys), DocumentKeys.of(keys), data_dir, size, functools.partial(digests, splits))
 
     def digests(splits):
-        return [{split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in files[split]] for split in splits}, text_column]
+        return [{split: [(tokens_lib.file_digest(path), os.path.splitext(path)[1]) for path in on_disk[split]] for split in splits}, text_column]
 
     main, further = corpus(*(split for split in files if not is_named(split))), [corpus(split) for split in files if is_named(split)]
     return dataclasses.replace(main.open(), tokenize=functools.partial(_tokenize, main, further))

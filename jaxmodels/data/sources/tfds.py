@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.data import access, copies, folders
 from jaxmodels.data.evaluation_sets import EvaluationSets
 from jaxmodels.data.features.array import Array
 from jaxmodels.data.features.base import Row
@@ -59,7 +60,7 @@ def tfds(
     Args:
       name: name in the TFDS catalog.
       data_dir: the folder that holds the data set, or that has a folder `tensorflow_datasets` that holds it;
-        `~/tensorflow_datasets` if None.
+        `~/tensorflow_datasets` if None. From a remote one, the data set is copied to the cache.
       splits: split -> TFDS split, with slices: `{"train": "train[:90%]", "validation": "train[90%:]"}`. By default
         those that the data set has, and without a validation split, the end of train.
       holdout: percent of train that validates in that case; 0 for none.
@@ -74,7 +75,7 @@ def tfds(
     if not 0 <= holdout < 100:
         raise ConfigError(f"config.data.holdout is a percentage of at least 0 and below 100, got {holdout}.")
     folder = _find_folder(name, data_dir)
-    builder = tensorflow_datasets.builder_from_directory(folder)
+    builder = tensorflow_datasets.builder_from_directory(copies.keep_folder(folder))
     if splits is None:
         splits = {s: s for s in ("train", "validation", "test") if s in builder.info.splits}
         if "train" in splits and "validation" not in splits and holdout:
@@ -109,13 +110,14 @@ def _is_numeric(feature) -> bool:
 def _find_folder(name: str, data_dir: str | None) -> str:
     """Return the folder of a data set's version, by default the newest."""
     path, _, version = name.partition(":")
-    roots = [os.path.join(data_dir, "tensorflow_datasets"), data_dir] if data_dir else [os.path.expanduser("~/tensorflow_datasets")]
+    data_dir = access.address(data_dir, "--data_dir") if data_dir else None
+    roots = [access.join(data_dir, "tensorflow_datasets"), data_dir] if data_dir else [os.path.expanduser("~/tensorflow_datasets")]
     for root in roots:
-        folder = os.path.join(root, path)
-        found = sorted(os.listdir(folder), key=_version_key) if os.path.isdir(folder) else []
-        found = [v for v in found if os.path.isfile(os.path.join(folder, v, "dataset_info.json")) and version in ("", v)]
+        folder = access.join(root, path)
+        found = sorted(folders.entries(folder).folders, key=_version_key) if access.is_folder(folder) else []
+        found = [v for v in found if access.is_file(access.join(folder, f"{v}/dataset_info.json")) and version in ("", v)]
         if found:
-            return os.path.join(folder, found[-1])
+            return access.join(folder, found[-1])
     looked = " nor ".join(os.path.join(root, path, version or "VERSION") for root in roots)
     raise ConfigError(f"config.data.source: there is no prepared {looked}. {_how_to_prepare(name, data_dir)}")
 

@@ -93,7 +93,7 @@ def _open(paths: Sequence[str], what: str) -> Opened:
         flush()
         return {"kinds": list(kinds), "sample_ends": ends, "crc32": crc32}
 
-    return open_index("webdataset", [access.identify(path) for path in paths], build, what=what)
+    return open_index("webdataset", access.identify_all(paths), build, what=what)
 
 
 class Samples(IndexedBase):

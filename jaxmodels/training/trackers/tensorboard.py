@@ -21,7 +21,8 @@ class TensorBoard(Callback):
 
     def __init__(self):
         # The import is here, not in the tracker's thread, because _without changes a table of the whole process.
-        with _without("torch"):  # tensorboardX would import it where it is installed, for two seconds, and not use it
+        # tensorboardX would import these where they are installed, for two seconds and for 0.3 s, and not use them.
+        with _without("torch", "boto3", "google.cloud.storage"):
             import tensorboardX.summary  # noqa: F401
         self._file = None
 
@@ -78,13 +79,12 @@ def _tag(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _without(module: str):
-    """Make a module look as if it were not installed, unless it is imported already."""
-    hide = module not in sys.modules
-    if hide:
-        sys.modules[module] = None
+def _without(*modules: str):
+    """Make modules look as if they were not installed, unless they are imported already."""
+    hidden = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
-        if hide:
+        for module in hidden:
             del sys.modules[module]
