@@ -33,6 +33,14 @@ gc.set_threshold(20_000, 20, 100)
 MOST_MEMORY = 2_500_000_000  # bytes of a process; then JAX forgets what it compiled
 
 
+@pytest.fixture(params=["pyarrow", "python"])
+def csv_reader(request, monkeypatch):
+    """Read tables of numbers with PyArrow, or with Python's own reader."""
+    if request.param == "python":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    return request.param
+
+
 def pytest_unconfigure(config):
     for variable in CACHES:
         shutil.rmtree(os.environ[variable], ignore_errors=True)

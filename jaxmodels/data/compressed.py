@@ -84,7 +84,7 @@ class Stream(io.RawIOBase):
     """Parts of bytes as a file."""
 
     def __init__(self, parts: Iterable[bytes]):
-        self._parts, self._rest = iter(parts), b""
+        self._parts, self._rest = iter(parts), memoryview(b"")
 
     def readable(self):
         return True
@@ -94,7 +94,7 @@ class Stream(io.RawIOBase):
             part = next(self._parts, None)
             if part is None:
                 return 0
-            self._rest = part
+            self._rest = memoryview(part)  # slices of it are no copies
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count

@@ -48,6 +48,10 @@ class Progress:
         self._started = time.monotonic()
         self._next = self._started + _FIRST
 
+    def expect(self, total: int) -> None:
+        """Set the total, where it was not known before."""
+        self._total, self._done, self._started = max(1, total), 0, time.monotonic()
+
     def add(self, amount: int) -> None:
         """Note that more is done."""
         self._done += amount
@@ -187,14 +191,14 @@ def open_index(kind: str, files: Sequence[FileId], build: Build, *, key: Any = N
     """
     folder = cache_folder() / "index" / cache.cache_key(VERSION, kind, [file.path for file in files], key)
     identities = [list(file) for file in files]
-    index, problem = _read(folder, identities)
+    index, problem = read_entry(folder, identities)
     if index is not None:
         return Opened(index, (f"{what}: index read from {folder}",))
     notes = [f"warning: {problem}; the index is built again"] if problem else []
     progress = Progress(f"indexing {what}", sum(file.size for file in files) if total is None else total, unit)
-    fill = functools.partial(_fill, folder=folder, files=files, build=build, progress=progress)
+    fill = functools.partial(fill_entry, folder=folder, files=files, build=build, progress=progress)
     try:
-        index = cache.write(folder, fill, lambda: _read(folder, identities)[0] is not None)
+        index = cache.write(folder, fill, lambda: read_entry(folder, identities)[0] is not None)
         notes.append(f"{what}: index written to {folder}: the next start reads it")
         return Opened(index, tuple(notes))
     except OSError as error:
@@ -204,7 +208,7 @@ def open_index(kind: str, files: Sequence[FileId], build: Build, *, key: Any = N
             raise RunError(f"{what} cannot be indexed: {type(error).__name__}: {error}.") from error
         temporary = Path(tempfile.mkdtemp(prefix="jaxmodels-index-"))
         atexit.register(_remove, temporary, os.getpid())
-        index = _fill(temporary, folder=temporary, files=files, build=build, progress=progress)
+        index = fill_entry(temporary, folder=temporary, files=files, build=build, progress=progress)
         fix = "set JAXMODELS_CACHE_DIR to a folder that can be written"
         return Opened(index, tuple(notes), (f"no cache of indexes ({error}): every start indexes {what} again; {fix}",))
 
@@ -219,7 +223,7 @@ def _remove(folder: Path, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(folder: Path, identities: list) -> tuple[Index | None, str | None]:
+def read_entry(folder: Path, identities: list) -> tuple[Index | None, str | None]:
     """Return the entry, or None and why it cannot be used (None if there is none)."""
     try:
         if not folder.exists():
@@ -239,7 +243,7 @@ def _read(folder: Path, identities: list) -> tuple[Index | None, str | None]:
         return None, f"{folder} is damaged ({error})"
 
 
-def _fill(temporary: Path, *, folder: Path, files: Sequence[FileId], build: Build, progress: Progress) -> Index:
+def fill_entry(temporary: Path, *, folder: Path, files: Sequence[FileId], build: Build, progress: Progress) -> Index:
     """Build an index in a folder that is renamed `folder` later."""
     writer = Writer(temporary, progress)
     try:

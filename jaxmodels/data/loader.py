@@ -19,6 +19,7 @@ from absl import flags
 
 from jaxmodels.data import order
 from jaxmodels.data.rand_augment import RandAugment
+from jaxmodels.data.random_crop import RandomResizedCrop
 from jaxmodels.data.reading import ReadError, read
 from jaxmodels.data.source import DataSource
 from jaxmodels.errors import RunError
@@ -47,6 +48,7 @@ class TrainingBatches:
         window: int | None = None,
         offset: int = 0,
         rows: np.ndarray | None = None,
+        crop: Callable[[Callable, np.ndarray, np.ndarray], Batch] | None = None,
         transform: Callable[[Batch, np.ndarray], Batch] | None = None,
         name: str = "the data",
     ):
@@ -61,10 +63,11 @@ class TrainingBatches:
           offset: the batch of step s + 1 begins at position offset + s * batch_size of the sequence of all epochs; not 0 after earlier
             steps of another batch size, and then valid for later steps only.
           rows: indices of the rows of the global batch that this process reads, increasing; all by default.
+          crop: reads examples with their images cropped, as `RandomResizedCrop.read`: a function of (function that reads examples, indices, positions).
           transform: function of a batch and the positions of its rows in the sequence of all epochs, int [rows]; must be pure.
           name: of source and split, for errors.
         """
-        self.source, self.batch_size, self.steps, self.transform, self.name = source, batch_size, steps, transform, name
+        self.source, self.batch_size, self.steps, self.crop, self.transform, self.name = source, batch_size, steps, crop, transform, name
         self.seed, self.shuffle, self.offset = seed, shuffle, offset
         self.windows = order.Windows(order.groups_of(source, name).ends, window, seed) if shuffle and window else None
         self.rows = np.arange(batch_size) if rows is None else rows
@@ -83,7 +86,8 @@ class TrainingBatches:
     def __getitem__(self, step: int) -> Batch:
         start = self.offset + step * self.batch_size
         first, last = start + self.rows[0], start + self.rows[-1]
-        batch = read(self.source, self.indices(first, last + 1)[self.rows - self.rows[0]], self.name)
+        indices, reader = self.indices(first, last + 1)[self.rows - self.rows[0]], functools.partial(read, self.source, name=self.name)
+        batch = reader(indices) if self.crop is None else self.crop(reader, indices, start + self.rows)
         if self.transform is not None:
             batch = self.transform(batch, start + self.rows)
         return _weighted(batch, np.ones(len(self.rows), np.float32))
@@ -267,6 +271,8 @@ class Loading:
       workers: processes that read ahead, instead of threads.
       buffer: number of batches read ahead.
       memory_gb: maximum size in GiB of a split that is decoded once and cached in memory; no effect with `workers`.
+      random_resized_crop: a random window of every training image, scaled to its size, on the host, where it is decoded (Szegedy et al. 2015); a section,
+        {} for its defaults.
       rand_augment: random operations on every training image, on the host (Cubuk et al. 2020); a section, {} for its defaults.
     """
 
@@ -279,4 +285,5 @@ class Loading:
     workers: int = 0
     buffer: int = 4
     memory_gb: float = 1.0
+    random_resized_crop: RandomResizedCrop | None = None
     rand_augment: RandAugment | None = None

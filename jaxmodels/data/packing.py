@@ -101,14 +101,14 @@ class Packed:
         """`tokens` and `segments`, both int32 [number of indices, T + 1], and, if given, `counts`, bool of the same shape."""
         indices = np.asarray(indices, np.int64)
         counts = self.first[indices + 1] - self.first[indices]
-        pieces = _ranges(self.first[indices], counts)
+        pieces = ranges(self.first[indices], counts)
         sizes = self.sizes[pieces]
         used = np.add.reduceat(sizes, np.cumsum(counts) - counts)
         filled = np.arange(self.length + 1) < used[:, None]
         tokens, segments = (np.full(filled.shape, PAD, np.int32) for _ in range(2))
-        places = _ranges(self.starts[pieces], sizes)
+        places = ranges(self.starts[pieces], sizes)
         tokens[filled] = self.tokens[places]
-        segments[filled] = np.repeat(_ranges(np.zeros_like(counts), counts), sizes)
+        segments[filled] = np.repeat(ranges(np.zeros_like(counts), counts), sizes)
         if self.counts is None:
             return {"tokens": tokens, "segments": segments}
         learned = np.zeros(filled.shape, bool)
@@ -116,7 +116,7 @@ class Packed:
         return {"tokens": tokens, "segments": segments, "counts": learned}
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return [s, s + 1, …], of the length of its count, for each start, concatenated."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
@@ -125,7 +125,7 @@ def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndar
     """Return starts and sizes of the pieces of documents."""
     starts, targets = starts[sizes > 1], sizes[sizes > 1] - 1
     counts = -(-targets // length)
-    before = _ranges(np.zeros_like(counts), counts) * length
+    before = ranges(np.zeros_like(counts), counts) * length
     return np.repeat(starts, counts) + before, np.minimum(np.repeat(targets, counts) - before, length) + 1
 
 

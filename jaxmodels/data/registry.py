@@ -9,7 +9,7 @@ from typing import Any
 from jaxmodels import config as config_lib
 from jaxmodels.data import evaluation_sets, fitted, guesses
 from jaxmodels.data.evaluation_sets import KEYS, SPLITS, key_of, main_of
-from jaxmodels.data.rows import shared_examples
+from jaxmodels.data.shared import shared_examples
 from jaxmodels.data.source import Arrays, Dataset, Untokenized
 from jaxmodels.errors import ConfigError
 

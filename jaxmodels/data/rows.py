@@ -10,20 +10,25 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxmodels.data import fitted
+from jaxmodels.data.encoded import cached_rows, can_be_stored
 from jaxmodels.data.evaluation_sets import is_named
 from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.guesses import guess
 from jaxmodels.data.holdout import hold_out
+from jaxmodels.data.index import Progress
 from jaxmodels.data.keys import Keys
+from jaxmodels.data.shared import inputs_of, shared
 from jaxmodels.data.skipping import BadExample, Forgiving, Policy, Skipping
 from jaxmodels.data.source import Arrays, Dataset, Untokenized, fingerprint
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
-from jaxmodels.tokenizers.factory import make_tokenizer
+from jaxmodels.tokenizers.factory import is_trained, make_tokenizer
 
 Splits = Mapping[str, Sequence[Row]]
+Write = Callable[[str, Mapping[str, np.ndarray]], None]  # of a split and the arrays of some of its examples
+_TOGETHER = 1024  # rows encoded at once
 
 
 class Rows(Protocol):
@@ -55,7 +60,15 @@ class Holdout(Keys):
             raise ConfigError(f"config.data.holdout must be at least 0 and below 1, got {self.holdout}.")
 
 
-def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequence[Feature], options: Holdout, data_dir: str | None) -> Dataset | Untokenized:
+def open_rows(
+    read: Callable[[], Mapping[str, Iterable[Row]]],
+    features: Sequence[Feature],
+    options: Holdout,
+    data_dir: str | None,
+    *,
+    identity: Callable[[], Any] | None = None,
+    what: str = "the data",
+) -> Dataset | Untokenized:
     """Return the data set of some features of rows.
 
     Args:
@@ -63,6 +76,9 @@ def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequenc
       features: at most one of them tokenized.
       options: holdout and policy.
       data_dir: where a tokenizer's file may be.
+      identity: returns JSON values that tell these rows from all others, such as checksums of their files; then texts are encoded once, into the cache
+        on disk. None if that is not worth it.
+      what: the rows in words, for messages.
 
     Raises:
       ConfigError: bad rows, unless they are skipped; keys that do not fit the data or the tokenizer. Of tokenized data, when it is tokenized.
@@ -73,13 +89,21 @@ def open_rows(read: Callable[[], Mapping[str, Iterable[Row]]], features: Sequenc
         return open_on_read(read(), features, options)
     text = next((feature for feature in features if isinstance(feature, Tokenized)), None)
     if text is None:
-        return _encoded(read(), features, options)
+        return _in_memory(read(), features, options)
 
     def training_texts() -> Iterator[str]:
         return _texts(_checked(read(), features, options, Skipping(options.on_bad_example)), text, text.tokenizer)
 
-    def tokenize(tokenizer: str | Tokenizer) -> Dataset:
-        return _encoded(read(), features, options, lambda rows: text.use(make_tokenizer(tokenizer, _texts(rows, text, tokenizer), data_dir)))
+    def tokenize(spec: str | Tokenizer) -> Dataset:
+        def use(rows: Splits) -> None:
+            text.use(make_tokenizer(spec, _texts(rows, text, spec), data_dir))
+
+        if identity is None or not can_be_stored(features):
+            return _in_memory(read(), features, options, use)
+        spec = spec if is_trained(spec) else make_tokenizer(spec, (), data_dir)
+        into = lambda write, progress: _encode_into(write, read(), features, options, use, progress)  # noqa: E731
+        dataset = cached_rows(into, features, text, spec, [identity(), dataclasses.astuple(options)], what)
+        return dataset if isinstance(dataset, Dataset) else dataclasses.replace(_in_memory(read(), features, options, use), fallbacks=(dataset,))
 
     return Untokenized(text.tokenizer, training_texts, tokenize)
 
@@ -149,31 +173,54 @@ def check(row: Row, features: Sequence[Feature]) -> None:
         feature.check(row)
 
 
-def _encoded(splits, features: Sequence[Feature], options: Holdout, before: Callable[[Splits], None] = lambda rows: None) -> Dataset:
-    """Return a data set in memory; `before` is called with the usable rows before any is encoded."""
+def _encode_into(
+    write: Write,
+    splits: Mapping[str, Iterable[Row]],
+    features: Sequence[Feature],
+    options: Holdout,
+    before: Callable[[Splits], None],
+    progress: Progress | None = None,
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Pass the arrays of some usable rows at a time to `write`, and return notes and the number of skipped rows by split.
+
+    `before` is called with the usable rows before any is encoded.
+    """
     skipping = Skipping(options.on_bad_example)
     rows = _checked(splits, features, options, skipping)
     before(rows)
-    arrays, notes = {}, []
+    if progress is not None:
+        progress.expect(sum(map(len, rows.values())))
+    notes: list[str] = []
+    inputs: dict[str, list[int]] = {split: [] for split in rows}
     for split, part in rows.items():
-        examples = encode_all(split, part, functools.partial(encode, features=features), skipping)
-        arrays[split] = Arrays({key: np.stack([example[key] for example in examples]) for key in examples[0]})
-        notes += filter(None, (feature.note(split, len(examples)) for feature in features))
-    for text in shared_examples(arrays):
+        count = 0
+        for start in range(0, len(part), _TOGETHER):
+            few = part[start : start + _TOGETHER]
+            for feature in features:
+                feature.prepare(few)
+            examples = encode_all(split, few, functools.partial(encode, features=features), skipping)
+            count += len(examples)
+            if examples:
+                arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+                inputs[split] += inputs_of(arrays) if len(rows) > 1 else []
+                write(split, arrays)
+            if progress is not None:
+                progress.add(len(few))
+        skipping.check_rest(split, count)
+        notes += filter(None, (feature.note(split, count) for feature in features))
+    for feature in features:
+        feature.prepare([])
+    for text in shared(inputs):
         guess(text)
-    return Dataset(arrays, info_of(features), notes=(*skipping.notes(), *notes), skipped=skipping.counts)
+    return (*skipping.notes(), *notes), skipping.counts
 
 
-def shared_examples(splits: Mapping[str, Arrays]) -> list[str]:
-    """Return in words how many examples of other splits train has, too: the same inputs, whatever their labels."""
-
-    def inputs(part: Arrays) -> list[int]:
-        columns = [np.ascontiguousarray(x).reshape(len(part), -1).view(np.uint8) for name, x in part.arrays.items() if name not in ("label", "weight", "tags")]
-        return [hash(row.tobytes()) for row in np.concatenate(columns, axis=1)] if columns else []
-
-    known = set(inputs(splits["train"])) if len(splits) > 1 else set()
-    found = {split: sum(example in known for example in inputs(part)) for split, part in splits.items() if split != "train"}
-    return [f"{count:,} of {len(splits[split]):,} examples of {split} have inputs that an example of train has, too" for split, count in found.items() if count]
+def _in_memory(splits, features: Sequence[Feature], options: Holdout, before: Callable[[Splits], None] = lambda rows: None) -> Dataset:
+    """Return a data set in memory."""
+    parts: dict[str, list[Mapping[str, np.ndarray]]] = {}
+    notes, skipped = _encode_into(lambda split, arrays: parts.setdefault(split, []).append(arrays), splits, features, options, before)
+    arrays = {split: Arrays({name: np.concatenate([part[name] for part in few]) for name in few[0]}) for split, few in parts.items()}
+    return Dataset(arrays, info_of(features), notes=notes, skipped=skipped)
 
 
 def encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:
@@ -182,14 +229,13 @@ def encode(row: Row, features: Sequence[Feature]) -> dict[str, np.ndarray]:
 
 
 def encode_all(split: str, rows: Sequence[Row], encode: Callable[[Row], Any], skipping: Skipping) -> list:
-    """Return what `encode` returns for each row of a split, without the rows that it raises Problem for."""
+    """Return what `encode` returns for each of some rows of a split, without the rows that it raises Problem for."""
     examples = []
     for row in rows:
         try:
             examples.append(encode(row))
         except Problem as problem:
             skipping.bad(split, problem.where or row.where, str(problem))
-    skipping.check_rest(split, len(examples))
     return examples
 
 

@@ -19,10 +19,12 @@ import numpy as np
 from jaxmodels.data import cache
 from jaxmodels.errors import ConfigError
 from jaxmodels.storage.paths import cache_folder
-from jaxmodels.tokenizers.base import Tokenizer
+from jaxmodels.tokenizers.base import Tokenizer, encode_all
 from jaxmodels.tokenizers.factory import from_json
 
 VERSION = 2
+IN_MEMORY = 1 << 30  # bytes of files that the page cache holds
+_TOGETHER = 1 << 20  # characters encoded at once
 
 
 class Piece(NamedTuple):
@@ -62,8 +64,8 @@ class Tokens:
 
     @property
     def in_memory(self) -> bool:
-        """Whether reads need not wait for a disk: up to a gigabyte that was just written or checked is in the page cache."""
-        return self.path is None or self.values.nbytes <= 1 << 30
+        """Whether reads need not wait for a disk: what was just written or checked is in the page cache."""
+        return self.path is None or self.values.nbytes <= IN_MEMORY
 
     def fingerprint(self) -> int:
         """Return a checksum of the values."""
@@ -112,9 +114,9 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, header: Mapping[str, Any]) -> T
     """
     splits = {}
     for split, pieces in texts.items():
-        parts = [tokens.astype(_width(tokenizer)) for tokens in _encoded(pieces(), tokenizer)]
-        values = np.concatenate(parts) if parts else np.zeros(0, _width(tokenizer))
-        splits[split] = (Tokens(values), np.cumsum([len(part) for part in parts], dtype=np.int64))
+        parts = [np.zeros(0, _width(tokenizer))]
+        ends = _write(pieces(), tokenizer, lambda tokens: parts.append(tokens))  # noqa: B023  called here
+        splits[split] = (Tokens(np.concatenate(parts)), ends)
     return TokenizedTexts(splits, tokenizer, dict(header))
 
 
@@ -123,14 +125,50 @@ def _width(tokenizer: Tokenizer) -> np.dtype:
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
-def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    end = tokenizer.special("end")
-    for where, text, whole in pieces:
-        try:
-            tokens = tokenizer.encode(text)
-        except ValueError as error:
-            raise ConfigError(f"config.data.tokenizer: {where}: {error}.") from error
-        yield np.append(tokens, np.int32(end)) if whole and end is not None else tokens
+def _write(pieces: Iterable[Piece], tokenizer: Tokenizer, write: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """Pass the tokens of some documents to `write` in their narrowest type, a few at a time, and return the end of each document, int64 [documents]."""
+    ends, size, end = [0], 0, tokenizer.special("end")
+    for few in _together(pieces, getattr(tokenizer, "cuttable", False)):
+        for (_, _, whole), tokens in zip(few, _encoded(few, tokenizer), strict=True):
+            found = np.append(tokens, np.int32(end)) if whole and end is not None else tokens
+            write(found.astype(_width(tokenizer)))
+            size += len(found)
+            ends += [size] * whole
+    if size > ends[-1]:  # the part of a document that another split goes on with
+        ends.append(size)
+    return np.array(ends[1:], np.int64)
+
+
+def _together(pieces: Iterable[Piece], cuttable: bool) -> Iterator[list[Piece]]:
+    """Yield pieces that are encoded at once. Parts of one document are joined where a tokenizer needs it whole."""
+    few, size, waiting = [], 0, []
+    for piece in pieces:
+        waiting.append(piece)
+        if piece.whole or cuttable:
+            few.append(_joined(waiting))
+            size += len(few[-1].text)
+            waiting = []
+        if size >= _TOGETHER:
+            yield few
+            few, size = [], 0
+    yield [*few, *([_joined(waiting)] if waiting else [])]
+
+
+def _joined(parts: list[Piece]) -> Piece:
+    return parts[0] if len(parts) == 1 else Piece(parts[0].where, "".join(part.text for part in parts), parts[-1].whole)
+
+
+def _encoded(pieces: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
+    try:
+        return encode_all(tokenizer, [piece.text for piece in pieces])
+    except ValueError:  # one by one, which finds the document
+        result = []
+        for where, text, _ in pieces:
+            try:
+                result.append(tokenizer.encode(text))
+            except ValueError as error:
+                raise ConfigError(f"config.data.tokenizer: {where}: {error}.") from error
+        return result
 
 
 # The cache
@@ -184,15 +222,11 @@ def _fill(folder: Path, texts: Texts, tokenizer: Tokenizer, header: Mapping[str,
     dtype = _width(tokenizer)
     described = {}
     for split, pieces in texts.items():
-        ends, size = [], 0
         with open(_file(folder, split, "tokens"), "wb") as file:
-            for tokens in _encoded(pieces(), tokenizer):
-                file.write(tokens.astype(dtype).tobytes())
-                size += len(tokens)
-                ends.append(size)
-        np.array(ends, np.int64).tofile(_file(folder, split, "ends"))
+            ends = _write(pieces(), tokenizer, lambda tokens: file.write(tokens.tobytes()))  # noqa: B023  called here
+        ends.tofile(_file(folder, split, "ends"))
         checksums = [cache.checksum(_file(folder, split, kind)) for kind in ("tokens", "ends")]
-        described[split] = {"tokens": size, "documents": len(ends), "crc32": checksums}
+        described[split] = {"tokens": int(ends[-1]) if len(ends) else 0, "documents": len(ends), "crc32": checksums}
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     checksum = cache.checksum(folder / "tokenizer.json")
     values = {"dtype": dtype.str, "tokenizer": checksum, "splits": described, "texts": dict(header)}

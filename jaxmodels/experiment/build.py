@@ -19,6 +19,7 @@ from jaxmodels.data.fitted import agreed_info
 from jaxmodels.data.loader import Loading
 from jaxmodels.data.order import check_window
 from jaxmodels.data.rand_augment import RandAugment
+from jaxmodels.data.random_crop import RandomResizedCrop
 from jaxmodels.data.reading import errors_of
 from jaxmodels.data.source import CachedSource, Dataset, DataSource
 from jaxmodels.errors import ConfigError
@@ -58,8 +59,8 @@ def build_experiment(config: Mapping, *, data_dir: str | None = None, data: Mapp
     if trained_info is None:
         dataset = dataclasses.replace(dataset, info=_with_pretrained_vocabulary(dataset.info, c["init_from"]))
         check_train_split(dataset, c["data"])
-        if loading.rand_augment is not None:
-            loading.rand_augment.check(dataset.splits["train"][0])
+        for augmentation in filter(None, (loading.random_resized_crop, loading.rand_augment)):
+            augmentation.check(dataset.splits["train"][0])
     else:
         dataset = dataclasses.replace(dataset, info=agreed_info(dataset.info, trained_info))
     task, build = build_model(c, dataset.info)
@@ -166,8 +167,9 @@ def build_model(config: Mapping, info: Mapping) -> tuple[tasks.Task, Callable[[n
 
 def _loading(section: dict) -> Loading:
     values = {key: section[key] for key in config_lib.fields(Loading)}
-    if values["rand_augment"] is not None:
-        values["rand_augment"] = RandAugment(**values["rand_augment"])
+    for key, kind in (("random_resized_crop", RandomResizedCrop), ("rand_augment", RandAugment)):
+        if values[key] is not None:
+            values[key] = kind(**values[key])
     return Loading(**values)
 
 
@@ -186,7 +188,7 @@ def _open(section: dict, loading: Loading, data_dir: str | None, data: Mapping |
             raise ConfigError("config.data.balance: examples of a class may be in any group, so data.shuffle_window must not be set with it.")
         if loading.shuffle_window is not None and "train" in dataset.splits:
             check_window(dataset.splits["train"], loading.shuffle_window, f"config.data.source={section['source']!r}")
-        dataset = dataclasses.replace(dataset, splits={name: _cached(part, loading) for name, part in dataset.splits.items()})
+        dataset = dataclasses.replace(dataset, splits={name: _cached(name, part, loading) for name, part in dataset.splits.items()})
         return _balanced(dataset, uncached) if loading.balance else dataset
 
 
@@ -207,9 +209,10 @@ def _balanced(dataset: Dataset, uncached: DataSource | None) -> Dataset:
     return dataclasses.replace(dataset, splits={**dataset.splits, "train": mixed}, notes=(*dataset.notes, note))
 
 
-def _cached(source, loading: Loading):
-    """Return the source, with a cache of decoded examples in memory if it is small enough."""
-    if getattr(source, "in_memory", False) or loading.workers or not len(source):
+def _cached(split: str, source, loading: Loading):
+    """Return the source, with a cache of decoded examples in memory if it is small enough, and if they are the same each time."""
+    cropped = split == "train" and loading.random_resized_crop is not None
+    if getattr(source, "in_memory", False) or loading.workers or not len(source) or cropped:
         return source
     size = CachedSource.size(source)
     return source if size is None or size > loading.memory_gb * 2**30 else CachedSource(source)

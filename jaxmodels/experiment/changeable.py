@@ -52,7 +52,7 @@ RULES = (
         ON_REQUEST,
         "a new epoch begins: examples of the epoch that ends may come again, others of it not at all",
     ),
-    Rule(("data.rand_augment",), ON_REQUEST, "the order of examples is the same"),
+    Rule(("data.random_resized_crop", "data.rand_augment"), ON_REQUEST, "the order of examples is the same"),
     Rule(("training.accumulate", "training.precision"), ON_REQUEST, "the same batches; other rounding, and other dropout with `accumulate`"),
     Rule(("training.ema",), ON_REQUEST, "the average goes on with the new decay; it cannot be added or removed"),
     Rule(("model.dropout",), ON_REQUEST, "the same parameters"),

@@ -148,7 +148,8 @@ class Experiment:
         """Return the arguments of `data.loader.read_ahead` for a source."""
         threads = self.loading.threads
         if threads is None:
-            threads = 0 if getattr(source, "in_memory", False) and self.loading.rand_augment is None else 16
+            changed = self.loading.rand_augment is not None or self.loading.random_resized_crop is not None
+            threads = 0 if getattr(source, "in_memory", False) and not changed else 16
         return {"threads": threads, "workers": self.loading.workers, "buffer": self.loading.buffer}
 
     @property
@@ -156,6 +157,12 @@ class Experiment:
         """The augmentation of training rows on the host, an argument of `data.loader.TrainingBatches`; None for none."""
         augment = self.loading.rand_augment
         return None if augment is None else functools.partial(augment.batch, seed=self.config["seed"])
+
+    @property
+    def crop(self) -> Callable | None:
+        """The random crop of training images on the host, an argument of `data.loader.TrainingBatches`; None for none."""
+        crop = self.loading.random_resized_crop
+        return None if crop is None else functools.partial(crop.read, seed=self.config["seed"])
 
     def init_function(self) -> Callable[[jax.Array], state.TrainState]:
         """Return the function key -> TrainState; see `step.make_init`."""

@@ -1,5 +1,6 @@
 """The protocol of tokenizers, and helpers that all tokenizers share."""
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,6 +18,7 @@ KNOWN_SPECIAL = {
 }
 
 
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 Added = tuple[str, bool]  # an added token: its text, and whether it is special
 
 
@@ -24,6 +26,8 @@ class Tokenizer(Protocol):
     """A tokenizer as text sources and tasks use it.
 
     `encode` returns int32 [tokens]. It adds no special tokens and recognises none: the text `<end>` is five characters.
+    Optional: `encode_batch(texts)`, the tokens of several texts, if that is faster than one by one; `cuttable`, whether the tokens of a text are those of
+    its parts where it is cut at a `safe_cut`.
     `decode` skips padding (-1), writes special tokens by name, and raises ValueError for other numbers that are not token ids.
     `special` returns the id of `unknown`, `start`, `end` or `mask`, or None. `to_json` returns what `factory.from_json` reads.
     """
@@ -37,6 +41,18 @@ class Tokenizer(Protocol):
     def special(self, name: str) -> int | None: ...
 
     def to_json(self) -> str: ...
+
+
+def safe_cut(text: str, start: int) -> int | None:
+    """Return the first place at or after `start` between a letter and a space before a letter: neither words nor tokens of plain BPE span it."""
+    found = _BETWEEN_WORDS.search(text, start)
+    return None if found is None else found.start()
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the tokens of each text, as `encode` returns them."""
+    batch = getattr(tokenizer, "encode_batch", None)
+    return [tokenizer.encode(text) for text in texts] if batch is None else batch(texts)
 
 
 def frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

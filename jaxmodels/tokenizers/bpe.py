@@ -1,9 +1,7 @@
 """Tokenizers of the library `tokenizers`."""
 
 import contextlib
-import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -11,10 +9,11 @@ import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmodels.errors import ConfigError
-from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, Added, check_special, checked_ids
+from jaxmodels.tokenizers.base import KNOWN_SPECIAL, SPECIAL, Added, check_special, checked_ids, safe_cut
 
 MOST_TOKENS = 1 << 24  # of a vocabulary that is read from a file; an embedding has a row for each id
-_PIECE, _PIECES = 1 << 18, 16  # minimum characters of a piece of a long text, and pieces encoded at once
+_PIECE = 1 << 14  # minimum characters of a piece of a long text
+_TOGETHER = 1 << 18  # characters encoded at once; a token takes some 200 bytes meanwhile
 
 
 class TokenizersTokenizer:
@@ -29,7 +28,7 @@ class TokenizersTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 1 <= self.vocab_size <= MOST_TOKENS:
             raise ValueError(f"its largest id is {self.vocab_size - 1:,}; a vocabulary has 1 to {MOST_TOKENS:,} tokens")
-        self._cuttable = _is_plain_byte_level(serialized)
+        self.cuttable = _is_plain_byte_level(serialized)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> "TokenizersTokenizer":
@@ -51,13 +50,33 @@ class TokenizersTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [number of tokens]."""
-        if not self._cuttable or len(text) <= _PIECE:
+        if self.cuttable and len(text) > _PIECE:
+            return self.encode_batch([text])[0]
+        with panics_are_errors():
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the tokens of each text, int32; all cores encode them."""
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        few: list[tuple[int, str]] = []
+        size = 0
+
+        def encode_few():
             with panics_are_errors():
-                return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        pieces, parts = _pieces(text), []
-        while few := list(itertools.islice(pieces, _PIECES)):  # over all cores
-            parts += [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(few, add_special_tokens=False)]
-        return np.concatenate(parts)
+                found = self._tokenizer.encode_batch_fast([piece for _, piece in few], add_special_tokens=False)
+            for (number, _), each in zip(few, found, strict=True):
+                parts[number].append(np.array(each.ids, np.int32))
+            few.clear()
+
+        for number, text in enumerate(texts):
+            for piece in _pieces(text) if self.cuttable else [text]:
+                few.append((number, piece))
+                size += len(piece)
+                if size >= _TOGETHER:
+                    encode_few()
+                    size = 0
+        encode_few()
+        return [part[0] if len(part) == 1 else np.concatenate([np.zeros(0, np.int32), *part]) for part in parts]
 
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(checked_ids(tokens, self.vocab_size), skip_special_tokens=False)
@@ -110,10 +129,9 @@ def _is_plain_byte_level(serialized: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield a text in pieces of about `_PIECE` characters, cut between a letter and a space before a letter, which no token spans."""
+    """Yield a text in pieces of about `_PIECE` characters, which no token spans."""
     start = 0
     while start < len(text):
-        cut = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])").search(text, start + _PIECE)
-        end = cut.start() if cut else len(text)
+        end = safe_cut(text, start + _PIECE) or len(text)
         yield text[start:end]
         start = end

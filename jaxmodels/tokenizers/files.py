@@ -53,10 +53,10 @@ class _Library(TokenizersTokenizer):
         reader.no_truncation()
         return reader
 
-    def read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         with panics_are_errors():
-            encoding = self._reader.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+            found = self._reader.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(each.ids, np.int32), np.array(each.offsets, np.int32).reshape(-1, 2)) for each in found]
 
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
@@ -97,7 +97,10 @@ class _SentencePiece:
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), np.int32)
 
-    def read(self, text: str):
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts))]
+
+    def read(self, texts: Sequence[str]):
         raise ConfigError(f"config.data.tokenizer: conversations {_NEED_A_FILE}")
 
     def with_added(self, tokens: Sequence[Added]):

@@ -125,16 +125,29 @@ class PretrainedTokenizer:
         """int32 [number of tokens], without special tokens; text that looks like one stays text."""
         return self._coder.encode(text)
 
+    @property
+    def cuttable(self) -> bool:
+        """Whether a text may be encoded in parts."""
+        return getattr(self._coder, "cuttable", False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the tokens of each text, int32."""
+        return self._coder.encode_batch(texts)
+
     def read(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a text that contains special tokens by name, such as a rendered chat template; adds none.
+        """Encode a text that contains special tokens by name; see `read_batch`."""
+        return self.read_batch([text])[0]
+
+    def read_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode texts that contain special tokens by name, such as rendered chat templates; adds none.
 
         Returns:
-          int32 [tokens], and int32 [tokens, 2], the range of characters of each token.
+          Of each text, int32 [tokens], and int32 [tokens, 2], the range of characters of each token.
 
         Raises:
           ConfigError: the tokenizer is a SentencePiece model alone, which cannot recognise special tokens in text.
         """
-        return self._coder.read(text)
+        return self._coder.read(texts)
 
     def decode(self, tokens) -> str:
         """Return text; special tokens by name, and nothing for rows of the embedding without a token."""
@@ -179,8 +192,11 @@ class PretrainedTokenizer:
         Raises:
           ValueError: `length` leaves no space for a token of the text.
         """
-        frame = self._coder.frame.single if pair is None else self._coder.frame.pair
-        parts = [self.encode(text)] + ([] if pair is None else [self.encode(pair)])
+        return self.join([self.encode(text)] + ([] if pair is None else [self.encode(pair)]), length=length)
+
+    def join(self, parts: Sequence[np.ndarray], *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Do what `wrap` does with the tokens of one or two texts."""
+        frame = self._coder.frame.single if len(parts) == 1 else self._coder.frame.pair
         if length is not None:
             limit = length - sum(not isinstance(token, str) for token, _ in frame)
             if limit < len(parts):

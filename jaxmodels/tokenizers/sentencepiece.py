@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [number of pieces]."""
         return np.array(self._processor.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the pieces of each text, int32, from all cores."""
+        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, tokens) -> str:
         return self._processor.decode(checked_ids(tokens, self.vocab_size))

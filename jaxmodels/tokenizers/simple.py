@@ -12,6 +12,8 @@ from jaxmodels.tokenizers.base import SPECIAL, checked_ids, own_special
 class CharacterTokenizer:
     """One token for each character of an alphabet."""
 
+    cuttable = True
+
     def __init__(self, alphabet: str, *, special: bool = False):
         """
         Args:
@@ -55,6 +57,8 @@ class CharacterTokenizer:
 class ByteTokenizer:
     """The 256 bytes of UTF-8."""
 
+    cuttable = True
+
     def __init__(self, *, special: bool = False):
         """special: whether ids begin with the special tokens."""
         self.names = SPECIAL if special else ()
@@ -77,6 +81,8 @@ class ByteTokenizer:
 
 class WordTokenizer:
     """Words between white space; words outside the vocabulary are `unknown`. White space is decoded as one space."""
+
+    cuttable = True
 
     def __init__(self, words: Iterable[str], *, lower: bool = False):
         """

@@ -27,6 +27,7 @@ def training_batches(experiment: Experiment, mesh: jax.sharding.Mesh, step: int,
         window=experiment.loading.shuffle_window,
         offset=offset,
         rows=mesh_lib.local_rows(sharding, experiment.loading.batch_size),
+        crop=experiment.crop,
         transform=experiment.transform,
         name=name_of(experiment, "train"),
     )

@@ -212,7 +212,7 @@ def test_other_kinds_of_files_are_named_by_their_first_bytes(tmp_path):
         open_dataset(f"tsv:{tmp_path}/b.tsv", TEXT, None)
 
 
-def test_two_columns_of_one_name(tmp_path):
+def test_two_columns_of_one_name(tmp_path, csv_reader):
     write(tmp_path, rows__csv="text,label,label\na,x,y\nb,y,x\n", table__csv="date,load,load\n" + "1,2,3\n" * 9)
     with pytest.raises(ConfigError, match=r"label_column: .*rows\.csv has 2 columns 'label'"):
         open_dataset(f"csv_rows:{tmp_path}/rows.csv", TEXT, None)
@@ -256,11 +256,11 @@ def test_files_that_are_not_utf8_are_named(source, tmp_path):
     options = {"lookback": 1, "horizon": 1, "rows": (4, 2, 2)} if source == "csv" else TEXT | FORMATS.get(source, ("", {}))[1]
     if source == "chat":
         options = {"sequence_length": 8, "tokenizer": "hf:x"}
-        from jaxmodels.data.sources.chat import _read
+        from jaxmodels.data.sources.conversations import read_conversations
 
         write(tmp_path, x__x=content.encode("utf-16"))
         with pytest.raises(ConfigError, match=r"x\.x is UTF-16, not UTF-8"):
-            list(_read(str(tmp_path / "x.x")))
+            list(read_conversations(str(tmp_path / "x.x")))
         return
     write(tmp_path, x__x=b"\xef\xbb\xbf" + content.encode())
     dataset = open_dataset(f"{source}:{tmp_path}/x.x", options, None)
@@ -305,7 +305,7 @@ def table(folder, column, rows=600):
     return f"csv:{write(folder, hourly__csv=content)}/hourly.csv"
 
 
-def test_columns_that_hardly_change(tmp_path):
+def test_columns_that_hardly_change(tmp_path, csv_reader):
     """The mean of 400 times 20.1 is not 20.1 in floating point; a deviation of 3.6e-15 is none."""
     options = {"lookback": 24, "horizon": 6, "rows": (400, 100, 100)}
     with pytest.raises(ConfigError, match="setpoint never changes in the training rows"):

@@ -118,7 +118,7 @@ def test_rows(tmp_path, name, content, problem):
         (b'date,x\n1,"2\n3,4\n', "line 2: not comma-separated values"),
     ],
 )
-def test_tables_of_numbers(tmp_path, content, problem):
+def test_tables_of_numbers(tmp_path, csv_reader, content, problem):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(ConfigError, match=f"x.csv, {problem}"):
         open_dataset(f"csv:{tmp_path}/x.csv", {"lookback": 1, "horizon": 1, "rows": (1, 1, 1)}, None)

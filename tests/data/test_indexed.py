@@ -248,8 +248,8 @@ def test_compressed_texts_for_language_models(suffix, encode, tmp_path):
 def test_two_threads_build_one_index(tmp_path, index_cache, monkeypatch):
     """Both write an entry; one of them stays, and both read the same rows."""
     (tmp_path / "x.jsonl").write_bytes(as_lines(records(50)))
-    together, build = threading.Barrier(2, timeout=30), index._fill
-    monkeypatch.setattr(index, "_fill", lambda *args, **keys: (together.wait(), build(*args, **keys))[1])
+    together, build = threading.Barrier(2, timeout=30), index.fill_entry
+    monkeypatch.setattr(index, "fill_entry", lambda *args, **keys: (together.wait(), build(*args, **keys))[1])
     options = TEXT | {"indexed": True, "labels": ("odd", "even")}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: open_dataset(f"jsonl:{tmp_path}/x.jsonl", options, None), range(2))

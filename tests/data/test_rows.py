@@ -495,7 +495,7 @@ def test_bad_arrays_are_named(train, test, message):
         open_dataset("arrays", {}, None, {"train": train, "test": test})
 
 
-def test_bad_tables_are_named(tmp_path):
+def test_bad_tables_are_named(tmp_path, csv_reader):
     write(tmp_path, a__csv="date,x,y\nd,1,2\nd,1,2,3\n", b__csv="date,x,y\nd,1,2\nd,1,two\n")
     options = {"lookback": 1, "horizon": 1, "rows": (1, 1, 1)}
     for name, more, message in (

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_configs
+import tokenizer_folders
 import warm_python
 
 import jaxmodels
@@ -17,7 +18,7 @@ from jaxmodels.data import tokens
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.source import get_batch
-from jaxmodels.data.sources import text
+from jaxmodels.data.sources import documents, text
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
 from jaxmodels.runs.folder import RunFolder
@@ -324,7 +325,7 @@ def test_without_a_writable_folder_it_warns_and_continues(cached, monkeypatch):
 CHILD = """
 import sys, time
 from jaxmodels.data.registry import open_dataset
-from jaxmodels.data.sources import text
+from jaxmodels.data.sources import documents, text
 from jaxmodels.data import cache, tokens
 text.CACHE_FROM = 0
 {extra}
@@ -387,3 +388,38 @@ def test_a_run_saves_its_tokenizer_and_records_fallbacks(cached, monkeypatch):
     (cached / "long.txt").write_text("the cat sat on the hat\n" * 50)
     with pytest.raises(ConfigError, match="data of this run has changed"):
         jaxmodels.train(config, str(cached / "run"), data_dir=str(cached), quiet=True)
+
+
+# Long files
+
+
+LONG = "the cat sat on the mat, naïve café\n\n  def f(x):\treturn x 東京 is a city 🙂\n" * 40 + "no" + "東" * 90 + " end"
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": "examples"}, {"holdout": 0.0}])
+@pytest.mark.parametrize("spec", ["bpe:300", "word-lower:20", "character+special", "byte", "wordpiece"])
+def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(tmp_path, monkeypatch, spec, options):
+    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + LONG.encode())
+    (tmp_path / "short.txt").write_text("a cat")
+    if spec == "wordpiece":
+        (tmp_path / "bert.json").write_text(tokenizer_folders.wordpiece().to_str())
+        spec = str(tmp_path / "bert.json")
+    keys = {"sequence_length": 16, "tokenizer": spec, **options}
+    monkeypatch.setattr(tokens, "_TOGETHER", 50)
+    source = f"text:{tmp_path}/long.txt,{tmp_path}/short.txt"
+    whole = open_dataset(source, keys, None)
+    monkeypatch.setattr(documents, "_PART", 31)
+    parts = list(documents.read_documents([str(tmp_path / "long.txt")], "text"))
+    assert len(parts) > 50 and "".join(part.text for part in parts) == LONG and [part.whole for part in parts] == [False] * (len(parts) - 1) + [True]
+    same(whole, open_dataset(source, keys, None))
+
+
+def test_bytes_at_the_end_of_a_long_file_that_are_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_PART", 31)
+    (tmp_path / "a.txt").write_bytes(LONG.encode() + b"\xff")
+    (tmp_path / "b.txt").write_text("the cat sat")
+    keys = {"sequence_length": 4, "tokenizer": "byte", "holdout": 0.0}
+    with pytest.raises(ConfigError, match=rf"a\.txt: not UTF-8 text: byte {len(LONG.encode())}: invalid start byte"):
+        open_dataset(f"text:{tmp_path}/*.txt", keys, None)
+    dataset = open_dataset(f"text:{tmp_path}/*.txt", keys | {"on_bad_example": "skip"}, None)
+    assert dataset.skipped == {"train": 1} and bytes(stream(dataset.splits["train"]).tolist()) == b"the cat sat"[:9]

@@ -30,7 +30,7 @@ def table(tmp_path):
 OPTIONS = {"lookback": 6, "horizon": 3, "rows": (30, 14, 14)}
 
 
-def test_windows_and_standardisation(table):
+def test_windows_and_standardisation(table, csv_reader):
     path, values = table
     dataset = open_dataset(f"csv:{path}", OPTIONS, None)
     scaled = (values - values[:30].mean(0)) / values[:30].std(0)
@@ -47,7 +47,7 @@ def test_windows_and_standardisation(table):
         np.testing.assert_allclose(part["future"][-1], scaled[last - 3 : last], rtol=1e-4, atol=1e-6)
 
 
-def test_errors_of_a_table_are_named(table, tmp_path):
+def test_errors_of_a_table_are_named(table, tmp_path, csv_reader):
     path, _ = table
 
     def error(text=None, **options):

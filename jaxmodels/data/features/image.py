@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access
+from jaxmodels.data import access, random_crop
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts
 from jaxmodels.data.reading import is_unavailable
 from jaxmodels.errors import ConfigError
@@ -65,7 +65,7 @@ class Image(Feature):
             with opened(row.values[self.image_column], row) as file:
                 image = file if isinstance(file, PillowImage.Image) else PillowImage.open(file)
                 self._check(image)
-                return {"image": to_array(image, self._size, self.channels, self.fit, self._scaled, self.resample)}
+                return {"image": to_array(image, self._size, self.channels, self.fit, self._scaled, self.resample, random_crop.here())}
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  what a decoder raises depends on where the file is broken
@@ -111,15 +111,30 @@ def opened(value: Any, row: Row):
 
 
 def to_array(
-    image: PillowImage.Image, size: tuple[int, int], channels: int, fit: str, scale_to: tuple[int, int] | None = None, resample: str = "bicubic"
+    image: PillowImage.Image,
+    size: tuple[int, int],
+    channels: int,
+    fit: str,
+    scale_to: tuple[int, int] | None = None,
+    resample: str = "bicubic",
+    crop: random_crop.Draw | None = None,
 ) -> np.ndarray:
-    """Return an image as uint8 [H, W, C], upright; `size` is (H, W), and the other arguments are those of `Image`, with two numbers in `scale_to`."""
+    """Return an image as uint8 [H, W, C], upright.
+
+    Args:
+      image: of Pillow.
+      size: (H, W).
+      channels, fit, scale_to, resample: those of `Image`, with two numbers in `scale_to`.
+      crop: a random window, which is scaled to the size whatever `fit` and `scale_to` are.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
         raise ValueError(f"its values have more than 8 bits (mode {image.mode}); scale it to 8 bits first")
-    image = image.convert(MODES[channels])
+    image = (image if crop is None else crop.of(image)).convert(MODES[channels])
     (height, width), method = size, PillowImage.Resampling[resample.upper()]
-    if scale_to is not None:
+    if crop is not None:
+        image = image.resize((width, height), method)
+    elif scale_to is not None:
         image = _centre(image.resize(_scaled(image.size, scale_to, fit), method), width, height)
     elif image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method) if fit == "crop" else image.resize((width, height), method)

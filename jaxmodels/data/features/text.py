@@ -13,7 +13,7 @@ from jaxmodels import config as config_lib
 from jaxmodels.data.features.base import Column, Feature, Names, Problem, Row, counts, padded
 from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
-from jaxmodels.tokenizers.base import Tokenizer, cut_longest, frame
+from jaxmodels.tokenizers.base import Tokenizer, cut_longest, encode_all, frame
 
 TEXTS = ("tokens", "source", "target")
 _BINS = 8
@@ -43,11 +43,23 @@ class Tokenized(Feature):
         if self.sequence_length < 1:
             raise ConfigError(f"config.data.sequence_length must be at least 1, got {self.sequence_length}.")
         self.coder: Tokenizer | None = None
+        self._ready: dict[str, np.ndarray] = {}  # tokens of texts that were encoded at once
         self._cut = 0
 
     def texts(self, row: Row) -> list[str]:
         """Return the texts of a row that a tokenizer is trained on."""
         raise NotImplementedError
+
+    def encoded(self, row: Row) -> list[str]:
+        """Return the texts of a row that `encode` tokenizes."""
+        return self.texts(row)
+
+    def prepare(self, rows):
+        texts = list(dict.fromkeys(text for row in rows for text in self.encoded(row)))
+        try:
+            self._ready = dict(zip(texts, encode_all(self.coder, texts), strict=True))
+        except (ValueError, ConfigError):  # one by one, which finds the row
+            self._ready = {}
 
     def use(self, tokenizer: Tokenizer) -> None:
         """Set the tokenizer that `encode` uses."""
@@ -70,7 +82,7 @@ class Tokenized(Feature):
     def tokens(self, text: str) -> np.ndarray:
         """Return the token ids of a text, int32 [tokens], at least one."""
         try:
-            tokens = self.coder.encode(text)
+            tokens = self._ready[text] if text in self._ready else self.coder.encode(text)
         except ValueError as error:
             raise Problem(f"{error}.") from error
         if len(tokens) == 0:
@@ -142,7 +154,10 @@ class Text(Tokenized):
 
     def use(self, tokenizer):
         super().use(tokenizer)
-        if self.pair_column is not None and not hasattr(tokenizer, "wrap"):
+        if self.pair_column is None:
+            return
+        self._special = len(tokenizer.wrap("", "")[0]) if hasattr(tokenizer, "wrap") else 1
+        if not hasattr(tokenizer, "wrap"):
             _, self._between = start_and_end(tokenizer, self.tokenizer)
 
     def info(self):
@@ -151,12 +166,10 @@ class Text(Tokenized):
     def _two(self, row: Row) -> dict[str, np.ndarray]:
         """Return two texts as one; if they are too long, the longer one is cut first."""
         parts = [self.tokens(text) for text in self.texts(row)]
-        wrapped = hasattr(self.coder, "wrap")
-        special = len(self.coder.wrap("", "")[0]) if wrapped else 1
-        self.check_lengths((len(parts[0]) + len(parts[1]), self.sequence_length - special))
-        if wrapped:
+        self.check_lengths((len(parts[0]) + len(parts[1]), self.sequence_length - self._special))
+        if hasattr(self.coder, "wrap"):
             try:
-                tokens, types = self.coder.wrap(*self.texts(row), length=self.sequence_length)
+                tokens, types = self.coder.join(parts, length=self.sequence_length)
             except ValueError as error:
                 raise Problem(f"{error}.") from error
         else:
@@ -274,6 +287,10 @@ class Tags(Names, Tokenized):
     def texts(self, row):
         return [" ".join(row.values[self.words_column])]
 
+    def encoded(self, row):
+        words = row.values[self.words_column]
+        return [text for text in (words[0], *(f" {word}" for word in words[1:])) if text not in self._pieces]
+
     def fit(self, rows):
         self._numbers = {tag: i for i, tag in enumerate(sorted({tag for row in rows for tag in self._tags(row)}))}
 
@@ -312,7 +329,7 @@ class Tags(Names, Tokenized):
         found = self._pieces.get(text)
         if found is None:
             try:
-                pieces = self.coder.encode(text)
+                pieces = self._ready[text] if text in self._ready else self.coder.encode(text)
             except ValueError as error:
                 raise Problem(f"{error}.") from error
             unknown = self.coder.special("unknown")

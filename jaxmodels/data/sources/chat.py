@@ -1,22 +1,24 @@
 """Conversations, for fine-tuning on the assistant's messages."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels import config as config_lib
-from jaxmodels.data import access, copies, fitted
+from jaxmodels.data import access, copies, encoded, fitted, guesses
 from jaxmodels.data.evaluation_sets import EvaluationSets, key_of
-from jaxmodels.data.features.base import Problem, Row, padded
+from jaxmodels.data.features.base import Problem, Row
 from jaxmodels.data.files import find_file, find_files
 from jaxmodels.data.holdout import hold_out
+from jaxmodels.data.index import Progress, Writer
 from jaxmodels.data.keys import takes
 from jaxmodels.data.packing import Packed
 from jaxmodels.data.rows import Holdout, encode_all
 from jaxmodels.data.skipping import Skipping
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.data.sources.rows import json_records
+from jaxmodels.data.sources.conversations import read_conversations
 from jaxmodels.data.text_lines import is_utf8, not_utf8
 from jaxmodels.data.tokens import Tokens
 from jaxmodels.errors import ConfigError
@@ -24,17 +26,8 @@ from jaxmodels.tokenizers.chat_template import CLOSE, OPEN, ChatTemplate, Templa
 from jaxmodels.tokenizers.factory import is_trained, make_tokenizer
 from jaxmodels.tokenizers.pretrained import PretrainedTokenizer
 
-FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-_WEIGHTS = ("weight", "train")  # of a message: whether it is learned
-_REFUSED = {  # keys of a row that change what is learned
-    "weight": "a weight is one of a message",
-    "functions": "write them as 'tools'",
-    "chosen": "pairs of a better and a worse answer are no conversations",
-    "rejected": "pairs of a better and a worse answer are no conversations",
-    "documents": "templates get no documents",
-    "chat_template_kwargs": "templates get no arguments of a row",
-}
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}  # of `conversations`
+_KEPT = ("tokens", "counts", "ends")  # arrays of a split in the cache
+_TOGETHER = 256  # conversations tokenized at once
 
 
 @takes(Holdout, EvaluationSets)
@@ -86,18 +79,57 @@ def chat(
             files[split] = find_files(paths, data_dir, key_of(split))
     coder = _with_template(tokenizer, template, data_dir)
     copies.keep([file for paths in files.values() for file in paths])
-    parts = {split: [row for file in paths for row in _read(file)] for split, paths in files.items()}
-    if "validation" not in parts and options.holdout:
-        parts["train"], parts["validation"] = hold_out(parts["train"], options.holdout)
-    skipping, encoder = Skipping(options.on_bad_example), _Encoder(coder, sequence_length, loss, truncate)
-    splits, notes = {}, []
-    for split, rows in parts.items():
-        examples = encode_all(split, rows, encoder.encode, skipping)
-        splits[split] = _lay_out(examples, sequence_length, packing)
-        notes += encoder.notes(split, examples)
+    encoder = _Encoder(coder, sequence_length, loss, truncate)
+    found, told, fallbacks = None, [], []
+    if encoded.is_worth_it([file for part in files.values() for file in part]):
+        key = ["chat", coder.to_json(), sequence_length, loss, truncate, dataclasses.astuple(options), encoded.contents(files)]
+        try:
+            index, told = encoded.open_entry(key, functools.partial(_store, files, encoder, options), path)
+            found = index.header | {"splits": {split: [index[f"{number}.{name}"] for name in _KEPT] for number, split in enumerate(index.header["splits"])}}
+        except OSError as error:
+            fallbacks = [encoded.no_cache(error, path)]
+    found = found or _encode(files, encoder, options)
+    for text in found["guesses"]:
+        guesses.guess(text)
+    splits, notes = {}, list(found["notes"])
+    for split, arrays in found["splits"].items():
+        splits[split] = _lay_out(*arrays, sequence_length, packing)
         if packing == "examples":
             notes.append(f"{split}: {len(splits[split]):,} rows, {splits[split].fill:.1%} of their positions filled")
-    return Dataset(splits, {"vocab_size": coder.vocab_size, "tokenizer": coder}, notes=(*skipping.notes(), *notes), skipped=skipping.counts)
+    info = {"vocab_size": coder.vocab_size, "tokenizer": coder}
+    return Dataset(splits, info, notes=(*notes, *told), fallbacks=tuple(fallbacks), skipped=dict(found["skipped"]))
+
+
+def _encode(files: Mapping[str, Sequence[str]], encoder: "_Encoder", options: Holdout, progress: Progress | None = None) -> dict[str, Any]:
+    """Return the `notes`, `skipped` rows and `guesses` of a data set, and as its `splits` the tokens, counts and ends of the conversations."""
+    skipping, notes, splits = Skipping(options.on_bad_example), [], {}
+    with guesses.collected() as found:
+        parts = {split: [row for file in paths for row in read_conversations(file)] for split, paths in files.items()}
+    if "validation" not in parts and options.holdout:
+        parts["train"], parts["validation"] = hold_out(parts["train"], options.holdout)
+    if progress is not None:
+        progress.expect(sum(map(len, parts.values())))
+    for split, rows in parts.items():
+        examples = []
+        for start in range(0, len(rows), _TOGETHER):
+            few = rows[start : start + _TOGETHER]
+            examples += encode_all(split, few, functools.partial(encoder.encode, prepared=iter(encoder.prepare(few))), skipping)
+            if progress is not None:
+                progress.add(len(few))
+        skipping.check_rest(split, len(examples))
+        notes += encoder.notes(split, examples)
+        tokens, counts = zip(*examples, strict=True)
+        splits[split] = np.concatenate(tokens), np.concatenate(counts), np.cumsum([len(row) for row in tokens], dtype=np.int64)
+    return {"splits": splits, "notes": [*skipping.notes(), *notes], "skipped": skipping.counts, "guesses": found}
+
+
+def _store(files: Mapping[str, Sequence[str]], encoder: "_Encoder", options: Holdout, writer: Writer) -> dict[str, Any]:
+    """Write an entry of the cache."""
+    found = _encode(files, encoder, options, writer.progress)
+    for number, arrays in enumerate(found["splits"].values()):
+        for name, array in zip(_KEPT, arrays, strict=True):
+            writer.append(f"{number}.{name}", array, array.dtype)
+    return found | {"splits": list(found["splits"])}
 
 
 def template_of(tokenizer: PretrainedTokenizer) -> ChatTemplate:
@@ -125,132 +157,14 @@ def _with_template(spec: Any, template: str | None, data_dir: str | None) -> Pre
         raise ConfigError(f"config.data.template: {path} is not UTF-8 text.") from error
 
 
-def _lay_out(examples: Sequence[tuple[np.ndarray, np.ndarray]], length: int, packing: str) -> Packed | Arrays:
-    tokens, counts = zip(*examples, strict=True)
+def _lay_out(tokens: np.ndarray, counts: np.ndarray, ends: np.ndarray, length: int, packing: str) -> Packed | Arrays:
     if packing == "examples":
-        ends = np.cumsum([len(row) for row in tokens], dtype=np.int64)
-        return Packed(Tokens(np.concatenate(tokens)), ends, length, counts=np.concatenate(counts))
-    rows = np.stack([padded(row, length + 1) for row in counts]) == 1  # padding is -1
-    return Arrays({"tokens": np.stack([padded(row, length + 1) for row in tokens]), "counts": rows})
+        return Packed(Tokens(tokens), ends, length, counts=counts)
+    counts = encoded.Ragged(counts, ends, length + 1)[:] == 1  # padding is -1
+    return Arrays({"tokens": encoded.Ragged(tokens, ends, length + 1)[:], "counts": counts})
 
 
-# Reading
-
-
-def _read(path: str) -> Iterator[Row]:
-    """Yield rows with the columns `messages` and `tools`."""
-    if not access.identify(path).size:
-        raise ConfigError(f"{path}: the file is empty.")
-    for where, record in json_records(path):
-        yield _conversation(where, record)
-
-
-def _conversation(where: str, record: dict | str) -> Row:
-    if isinstance(record, str):
-        return Row(where, problem=record)
-    try:
-        messages = _messages(record)
-        _check(messages)
-        learned = [_learned(number, message) for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not any(learned):
-            raise Problem("every answer of the conversation has the weight 0, so there is none to train on.")
-        tools = record.get("tools")
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise Problem("'tools' is not a list of descriptions.")
-    except Problem as problem:
-        return Row(where, problem=str(problem))
-    plain = [{key: value for key, value in message.items() if key not in _WEIGHTS} for message in messages]
-    return Row(where, {"messages": plain, "tools": tools or None, "learned": learned})
-
-
-def _learned(number: int, message: Mapping[str, Any]) -> bool:
-    """Return whether an answer is learned, by its key `weight` or `train`."""
-    for key in _WEIGHTS:
-        if message.get(key) is not None and message[key] not in (0, 1):
-            raise Problem(f"message {number} has {key}={message[key]!r}; it is 0 or 1.")
-    return all(message.get(key) is None or bool(message[key]) for key in _WEIGHTS)
-
-
-def _messages(row: Mapping[str, Any]) -> list[dict]:
-    """Return the messages of a row in any of its forms, with contents as texts; raise Problem with the reason if it has none."""
-    for key in _REFUSED:
-        if row.get(key) is not None:
-            raise Problem(f"the row has {key!r}, which is not supported: {_REFUSED[key]}.")
-    messages = [_plain(number, message) for number, message in enumerate(_turns(row))]
-    system = row.get("system")
-    if system is None or system == "":
-        return messages
-    if not isinstance(system, str):
-        raise Problem(f"'system' is {system!r}, not a text.")
-    if messages and messages[0].get("role") == "system":
-        raise Problem("the row has 'system', and its first message is one of 'system', too.")
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _plain(number: int, message: Mapping[str, Any]) -> dict:
-    """Return a message whose content is a text, and whose role is one of `FOLLOWS` if it can be said so."""
-    found = dict(message)
-    if found.get("role") == "developer":  # the name of newer models for what is a system message
-        found["role"] = "system"
-    if isinstance(found.get("content"), list):
-        texts = [part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in found["content"]]
-        if not all(isinstance(text, str) for text in texts):
-            kinds = sorted({str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in found["content"]})
-            raise Problem(f"message {number} has parts of {', '.join(kinds)}; only parts of text are supported.")
-        found["content"] = "".join(texts)
-    if found.get("role") != "assistant" and any(found.get(key) for key in _WEIGHTS):
-        raise Problem(f"message {number} of {found.get('role')!r} has a weight; only the assistant's messages are learned.")
-    return found
-
-
-def _turns(row: Mapping[str, Any]) -> list[dict]:
-    if "messages" in row:
-        return _list(row, "messages")
-    if "conversations" in row:
-        found = _list(row, "conversations")
-        for number, message in enumerate(found):
-            if not {"from", "value"} <= message.keys():
-                raise Problem(f"message {number} of 'conversations' has {', '.join(message) or 'nothing'}; it needs 'from' and 'value'.")
-        return [{"role": _OTHER_NAMES.get(message["from"], message["from"]), "content": message["value"]} for message in found]
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-            return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        return _list(row, "prompt") + _list(row, "completion")
-    if "instruction" in row and "output" in row:
-        parts = [row["instruction"], row.get("input") or ""]
-        if all(isinstance(part, str) for part in parts):
-            return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}, {"role": "assistant", "content": row["output"]}]
-        raise Problem("'instruction' and 'input' are not texts.")
-    hint = config_lib.suggest("messages", row)
-    raise Problem(
-        f"no 'messages', nor 'conversations', nor 'prompt' and 'completion', nor 'instruction' and 'output'.{hint} The row has {', '.join(row) or 'nothing'}."
-    )
-
-
-def _list(row: Mapping[str, Any], key: str) -> list[dict]:
-    if not isinstance(row[key], list) or not all(isinstance(message, dict) for message in row[key]):
-        raise Problem(f"{key!r} is not a list of messages.")
-    return row[key]
-
-
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise Problem unless roles are known and in order, and every message has content."""
-    if not messages:
-        raise Problem("the conversation is empty.")
-    before = None
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or role not in FOLLOWS:
-            hint = config_lib.suggest(role, FOLLOWS) if isinstance(role, str) else ""
-            raise Problem(f"message {number} has the role {role!r}; there are {', '.join(FOLLOWS)}.{hint}")
-        if before not in FOLLOWS[role]:
-            place = f"follows {before!r}" if before else "comes first"
-            raise Problem(f"message {number}: {role!r} {place}; user and assistant take turns, after at most one system message.")
-        if not (isinstance(content, str) and content.strip()) and not (role == "assistant" and message.get("tool_calls")):
-            raise Problem(f"message {number} of {role!r} has {'no content' if content is None else f'the content {content!r}'}, not a text.")
-        before = role
-    if all(message["role"] != "assistant" for message in messages):
-        raise Problem("the conversation has no assistant message, so it has no answer to train on.")
+_Rendered = tuple[str, list[tuple[int, int]], np.ndarray, np.ndarray]  # text, spans that are learned, tokens, characters of each token
 
 
 class _Encoder:
@@ -260,19 +174,35 @@ class _Encoder:
         self.tokenizer, self.length, self.loss, self.truncate, self.cut = tokenizer, length, loss, truncate, 0
         self.template, self.special = template_of(tokenizer), tokenizer.special_texts
 
-    def encode(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """Return int32 [tokens] and bool [tokens], T + 1 at most; raise Problem if the row cannot be used."""
-        if row.problem is not None:
-            raise Problem(row.problem)
-        self._check_contents(row.values["messages"])
+    def prepare(self, rows: Sequence[Row]) -> list["_Rendered | Problem"]:
+        """Return the text of each row with its tokens, or why the row cannot be used."""
+        found = [self._rendered(row) for row in rows]
+        texts = [each[0] for each in found if not isinstance(each, Problem)]
+        tokens = iter(self.tokenizer.read_batch(texts))
+        return [each if isinstance(each, Problem) else (*each, *next(tokens)) for each in found]
+
+    def _rendered(self, row: Row) -> tuple[str, list[tuple[int, int]]] | Problem:
+        """Return a row's text and the spans that are learned."""
         try:
+            if row.problem is not None:
+                raise Problem(row.problem)
+            self._check_contents(row.values["messages"])
             text, spans = self.template.answers(row.values["messages"], tools=row.values["tools"])
+            if self.loss == "answers":
+                self._check_ends(row, text, spans)
+                spans = self._learned(row.values["learned"], spans)
         except TemplateProblem as error:
-            raise Problem(str(error)) from error
-        if self.loss == "answers":
-            self._check_ends(row, text, spans)
-            spans = self._learned(row.values["learned"], spans)
-        tokens, offsets = self.tokenizer.read(text)
+            return Problem(str(error))
+        except Problem as problem:
+            return problem
+        return text, spans
+
+    def encode(self, row: Row, prepared: Iterator["_Rendered | Problem"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return int32 [tokens] and bool [tokens], T + 1 at most, of the next prepared row; raise Problem if it cannot be used."""
+        rendered = next(prepared)
+        if isinstance(rendered, Problem):
+            raise rendered
+        _, spans, tokens, offsets = rendered
         counts = np.ones(len(tokens), bool) if self.loss == "all" else in_spans(offsets, spans)
         if not counts[1:].any():
             raise Problem("the chat template marks no text as the assistant's.")

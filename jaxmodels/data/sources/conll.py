@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxmodels.data import copies
+from jaxmodels.data import copies, encoded
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.text import Tags
 from jaxmodels.data.files import SplitFiles
@@ -50,7 +50,13 @@ def conll(path: str, data_dir: str | None, **keys: Any) -> Untokenized:
     files = SplitFiles.of(keys).find(path, data_dir, (".conll", ".conllu", ".bio", ".iob2", ".txt"))
     copies.keep([file for paths in files.values() for file in paths])
     columns = keys["token_column"], keys["tag_column"]
-    return open_rows(lambda: {split: [row for file in paths for row in _read(file, columns)] for split, paths in files.items()}, [tags], options, data_dir)
+
+    def rows():
+        return {split: [row for file in paths for row in _read(file, columns)] for split, paths in files.items()}
+
+    kept = encoded.is_worth_it([file for part in files.values() for file in part])
+    identity = (lambda: ["conll", columns, encoded.contents(files)]) if kept else None
+    return open_rows(rows, [tags], options, data_dir, identity=identity, what=path)
 
 
 def _read(path: str, columns: tuple[int | None, int | None]) -> Iterator[Row]:

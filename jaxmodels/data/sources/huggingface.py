@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import config as config_lib
-from jaxmodels.data import access, copies, fitted
+from jaxmodels.data import access, copies, encoded, fitted
 from jaxmodels.data.evaluation_sets import EvaluationSets, is_named, key_of
 from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.label import Label
@@ -140,7 +140,10 @@ def huggingface(path: str, data_dir: str | None, **keys: Any) -> Dataset | Untok
     files = {split: list(dict.fromkeys(file["filename"] for file in part.cache_files)) for split, part in parts.items()}
     if Indexing.of(keys).applies(files, features):
         return open_indexed({split: _indexed(part, files[split]) for split, part in rows.items()}, features, Holdout.of(keys), data_dir)
-    return open_rows(lambda: rows, features, Holdout.of(keys), data_dir)
+    kept = all(files.values()) and encoded.is_worth_it([path for part in files.values() for path in part])
+    # The fingerprint of the library stands for what was chosen from the files, such as some rows.
+    identity = (lambda: [{split: part._fingerprint for split, part in parts.items()}, encoded.contents(files)]) if kept else None
+    return open_rows(lambda: rows, features, Holdout.of(keys), data_dir, identity=identity, what=folder)
 
 
 def _rows(datasets, table, columns: Mapping[str, str], where: str) -> TableRows:

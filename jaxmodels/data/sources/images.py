@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import zlib
@@ -243,7 +244,12 @@ def _copies(train: ClassFolders, other: ClassFolders) -> int:
 
 def _is_named(file: str) -> bool:
     """Whether a file has the extension of an image."""
-    return os.path.splitext(file)[1].lower() in PillowImage.registered_extensions()
+    return _is_extension(os.path.splitext(file)[1])
+
+
+@functools.cache
+def _is_extension(text: str) -> bool:
+    return text.lower() in PillowImage.registered_extensions()
 
 
 def _files(folder: str) -> list[FileId]:

@@ -18,6 +18,7 @@ from jaxmodels.errors import ConfigError
 
 _SPAN = 4 << 20  # bytes read at once where rows are read in order, and the most of a first record
 _STARTS = 1 << 16  # records indexed at once
+_LINES = 1 << 18  # bytes whose lines are found at once, which takes some 20 bytes for each
 
 # (file and row, text of the row, folder of the file and its number, key -> column) -> row
 Parse = Callable[[str, str, str, int, Mapping[str, Any]], Row]
@@ -145,7 +146,7 @@ def _line_starts(contents: Iterable[bytes]) -> Iterator[tuple[np.ndarray, np.nda
     """Yield where lines start that are not blank, and where the last one ends; and for each blank line, the number of those before it."""
     size, start, kept, filled = 0, 0, 0, 0  # `filled` bytes of the line at `start`, which is not over, are not blank
     none = np.zeros(0, np.int64)
-    for content in filter(None, contents):
+    for content in (whole[place : place + _LINES] for whole in contents for place in range(0, len(whole), _LINES)):
         data = np.frombuffer(content, np.uint8)
         ends = np.flatnonzero(data == 10)
         filled_until = filled + np.cumsum((data != 10) & (data != 13) & (data != 32), dtype=np.int64)

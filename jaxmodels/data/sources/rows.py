@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmodels import config as config_lib
+from jaxmodels.data import encoded
 from jaxmodels.data.access import is_remote
 from jaxmodels.data.compressed import SUFFIXES, codec_of, open_stream
 from jaxmodels.data.features.base import Column, Feature, Row
@@ -146,7 +147,9 @@ def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Da
     def rows():
         return {split: FileRows(row for file in paths for row in form.read(file, columns)) for split, paths in files.items()}
 
-    return open_rows(rows, features, options, data_dir)
+    kept = encoded.is_worth_it([file for part in files.values() for file in part])
+    identity = (lambda: [form.extensions, form.header, encoded.contents(files)]) if kept else None
+    return open_rows(rows, features, options, data_dir, identity=identity, what=path)
 
 
 def _indexed(paths: list[str], what: str, form: "_Format", columns: Mapping[str, Column], cache: GroupCache) -> RecordRows:

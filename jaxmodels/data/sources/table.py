@@ -1,7 +1,9 @@
 """Tables of numbers over time, as windows of the past and the future, for forecasting."""
 
 import array
+import csv
 import io
+import os
 
 import numpy as np
 
@@ -10,11 +12,14 @@ from jaxmodels.data import access, copies, fitted
 from jaxmodels.data.files import find_file
 from jaxmodels.data.guesses import guess
 from jaxmodels.data.source import Dataset, fingerprint
-from jaxmodels.data.text_lines import check_kind, csv_records, is_number, is_utf8, not_utf8
+from jaxmodels.data.text_lines import MAX_FIELD, check_kind, csv_records, is_blank, is_number, is_utf8, not_utf8
 from jaxmodels.errors import ConfigError
 
 _ROUNDING = 1e-12  # of the largest value: deviations up to this come from rounding float64
 _FAR = 1000.0  # deviations from the mean of the training rows
+_BLOCK = 1 << 20  # bytes read at once
+_ROWS = 1 << 16  # rows scaled at once
+_SLOW_FROM = 16 << 20  # bytes of a file that takes half a second without PyArrow
 
 
 class Horizons:
@@ -69,7 +74,7 @@ def csv_table(
     copies.keep([found])
     if len(rows) != 3 or min(rows) < 1 or min(lookback, horizon) < 1:
         raise ConfigError(f"config.data: rows must be three numbers of rows, lookback and horizon at least 1; got {rows}, {lookback}, {horizon}.")
-    values, names = _read(found, time_column, columns)
+    values, names, notes = read_numbers(found, time_column, columns)
     train, validation, test = rows
     if sum(rows) > len(values):
         raise ConfigError(f"config.data.rows={rows} are more than the {len(values)} of {found}.")
@@ -80,11 +85,74 @@ def csv_table(
     if lookback > train or not all(len(split) for split in splits.values()):
         raise ConfigError(f"config.data: rows={rows} hold no window of lookback={lookback} and horizon={horizon}.")
     info = {"lookback": lookback, "horizon": horizon, "variables": len(names), "columns": list(names)}
-    return Dataset(splits, info | {"mean": mean.tolist(), "deviation": deviation.tolist()})
+    return Dataset(splits, info | {"mean": mean.tolist(), "deviation": deviation.tolist()}, notes=notes)
+
+
+def read_numbers(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str], tuple[str, ...]]:
+    """Return the columns as float64 [rows, columns], their names, and notes for the start of a run.
+
+    PyArrow reads what it reads without an error; whatever it refuses, Python's own reader reads or names.
+    """
+    table, reason = _read_by_arrow(path, time_column, columns)
+    if table is not None:
+        return *table, ()
+    slow = os.path.getsize(access.on_disk(path)) >= _SLOW_FROM
+    return *_read(path, time_column, columns), (
+        f"{path} is read by Python's own reader of CSV, which takes some five times as long as PyArrow's: {reason}",
+    ) * slow
+
+
+def _read_by_arrow(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[tuple[np.ndarray, list[str]] | None, str]:
+    """Return what `_read` returns, or None and the reason: PyArrow is missing, or cannot read the file in the same way.
+
+    Quotation marks below the header are left to the other reader, which is stricter with them. The numbers of both are the nearest ones of float64.
+    """
+    try:
+        import pyarrow
+        import pyarrow.csv
+    except ImportError:
+        return None, "pip install 'jaxmodels[parquet]' installs it"
+    with open(access.on_disk(path), "rb") as file:
+        check_kind(file.peek(4)[:4], path)
+        first = file.readline(MAX_FIELD)
+        start, most = file.tell(), 1
+        while block := file.read(_BLOCK):
+            if b'"' in block:
+                return None, "there are quotation marks below the header"
+            most += block.count(b"\n") + block.count(b"\r")
+    try:
+        text = first.decode("utf-8-sig")
+        (header,) = csv.reader([text.rstrip("\r\n")], strict=True)
+    except (UnicodeDecodeError, ValueError, csv.Error):
+        return None, "its first line is no header"
+    if is_blank(text) or "\r" in text.rstrip("\r\n"):
+        return None, "its first line is no header"
+    wanted = _choose(header, time_column, columns, path)
+    names = [str(number) for number in range(len(header))]
+    kept = [names[header.index(name)] for name in wanted]
+    table, count = np.empty((most, len(wanted))), 0
+    try:
+        with pyarrow.OSFile(access.on_disk(path)) as file:
+            file.seek(start)
+            batches = pyarrow.csv.open_csv(
+                file,
+                pyarrow.csv.ReadOptions(column_names=names, block_size=_BLOCK),
+                pyarrow.csv.ParseOptions(quote_char=False),
+                pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(kept, pyarrow.float64()), include_columns=kept, null_values=[]),
+            )
+            for batch in batches:
+                for place, column in enumerate(batch.columns):
+                    table[count : count + len(batch), place] = column.to_numpy(zero_copy_only=False)
+                count += len(batch)
+    except (pyarrow.ArrowException, ValueError, IndexError) as error:
+        return None, f"PyArrow says: {' '.join(str(error).split())[:200]}"
+    finally:
+        pyarrow.default_memory_pool().release_unused()
+    return ((table[:count], wanted), "") if count and np.isfinite(table[:count]).all() else (None, "a value is not finite")
 
 
 def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, list[str]]:
-    """Return the columns as float64 [rows, columns], and their names."""
+    """Do what `read_numbers` does with Python's own reader, and name file and line of what is wrong."""
     values = array.array("d")  # a list of numbers would take four times the memory
     numbers = array.array("q")  # of the lines
     with open(access.on_disk(path), "rb") as binary:
@@ -108,7 +176,7 @@ def _read(path: str, time_column: str, columns: tuple[str, ...] | None) -> tuple
                 hint = "; fill the gaps first" if not value.strip() else "; leave the column out with data.columns, or correct it"
                 raise ConfigError(f"{path}, line {line}: {name!r} is {value[:200]!r}, not a number{hint}.") from None
             numbers.append(line)
-    table = np.array(values, np.float64).reshape(-1, len(wanted))
+    table = np.frombuffer(values, np.float64).reshape(-1, len(wanted))
     bad = np.argwhere(~np.isfinite(table))
     if len(bad):
         row, column = bad[0]
@@ -147,8 +215,10 @@ def _scaled(values: np.ndarray, train: int, names: list[str], path: str) -> tupl
     constant = [name for name, d, most in zip(names, deviation, np.abs(values[:train]).max(0), strict=True) if d <= _ROUNDING * most]
     if constant and fitted.get("deviation") is None:
         raise ConfigError(f"{path}: {', '.join(constant)} never changes in the training rows; leave it out with data.columns.")
+    scaled = np.empty(values.shape, np.float32)
     with np.errstate(over="ignore"):
-        scaled = ((values - mean) / deviation).astype(np.float32)
+        for start in range(0, len(values), _ROWS):
+            scaled[start : start + _ROWS] = (values[start : start + _ROWS] - mean) / deviation
     for column, name in enumerate(names):
         most = np.abs(scaled[:, column]).max()
         if not np.isfinite(most):
