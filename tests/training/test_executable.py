@@ -24,6 +24,7 @@ from save_step import FIGURES, compiled_here
 import jaxmodels
 from jaxmodels.errors import ConfigError
 from jaxmodels.experiment.build import build_experiment
+from jaxmodels.hardware import compiler_options
 from jaxmodels.parallel.mesh import MeshSizes, make_mesh
 from jaxmodels.runs.folder import RunFolder
 from jaxmodels.runs.json_files import write_json
@@ -167,7 +168,7 @@ def refused(config, workdir, plan):
 def reason_for(folder, config=ONE, program=None):
     """Return why a step would not be loaded here, without a run; None if it would be loaded."""
     saved, config = executable.open_saved(folder), build_experiment(config).config
-    return saved.load(None, program or saved.page["program"], saved.page["compiler_options"], config, make_mesh(MeshSizes()))[1]
+    return saved.load(None, program or saved.page["program"], compiler_options.choose({}, jax.devices()[0]).options, config, make_mesh(MeshSizes()))[1]
 
 
 def test_a_run_states_why_it_compiles(saved, tmp_path):
@@ -186,7 +187,7 @@ def test_a_run_states_why_it_compiles(saved, tmp_path):
         ),
         ({"mesh__fsdp": 2}, "mesh.fsdp is 2 in the saved step, 1 here"),
         ({"devices__places": [[1, 0]]}, "the mesh has the devices in another order, or with other ids"),
-        ({"compiler_options": {"xla_cpu_enable_fast_math": True}}, "compiler option xla_cpu_enable_fast_math is True in the saved step, (absent) here"),
+        ({"compiler_options__xla_cpu_enable_fast_math": True}, "compiler option xla_cpu_enable_fast_math is True in the saved step, (absent) here"),
         ({"program": "0" * 64}, "the config is the same, but the program of the step differs: code or shapes of the data have changed"),
     ],
 )
