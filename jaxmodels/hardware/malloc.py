@@ -5,7 +5,7 @@ import ctypes
 import gc
 import os
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 _MADV_HUGEPAGE = 14  # of sys/mman.h
 
 
@@ -14,7 +14,8 @@ def tune_malloc() -> None:
 
     On a CPU, XLA allocates the temporaries of each step again. Memory from the kernel costs a page fault for every 4 KiB: a quarter
     of the step time of a small Transformer (`benchmarks/overhead.py`, its two plain loops). Loops that walk down the columns of a matrix miss the
-    table of pages at each row: with pages of 2 MiB steps take 8 to 19% less time (`benchmarks/peers.py`). Where Linux gives such pages only to those
+    table of pages at each row: with pages of 2 MiB steps take 8 to 19% less time (`benchmarks/peers.py`). All threads share one heap, since large blocks of
+    the others' heaps go back to the kernel. Where Linux gives such pages only to those
     that ask (`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`), they are asked for once, for a heap of three quarters of the machine's memory, of which
     only what is used becomes memory.
     """
@@ -25,6 +26,7 @@ def tune_malloc() -> None:
         pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_ARENA_MAX, 1)
     except (OSError, AttributeError, ValueError):
         return
     pages = pages * 3 // 4  # Linux refuses what is more than the machine could hold

@@ -98,7 +98,7 @@ class RecurrentEncoder(nnx.Module):
           word_dropout: rate at which the embeddings of whole tokens are set to zero.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU with padding at the ends of rows;
             the parameters are the same.
-          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
+          unroll: time steps per iteration of the compiled loop; more steps compile slower, and run slower on CPUs.
           rngs: draws the initial parameters from its `params` stream.
         """
         kind, width_out = head
@@ -177,7 +177,7 @@ class RecurrentSeq2Seq(nnx.Module):
           embedding: E, of one table for source and target. The default is `width`.
           dropout: rate on embeddings, between layers, and before the logits.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU with padding at the ends of rows.
-          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
+          unroll: time steps per iteration of the compiled loop; more steps compile slower, and run slower on CPUs.
           rngs: draws the initial parameters from its `params` stream.
         """
         embedding = width if embedding is None else embedding

@@ -208,7 +208,7 @@ class RecurrentLM(nnx.Module):
           dropout: rate on the embedding and on every layer's output.
           tie_embeddings: the output matrix is the embedding's (Press and Wolf 2017); their widths must be equal.
           kernel: `xla`, or `cudnn`, NVIDIA's fused one, for LSTMs in float32 on a GPU; the parameters are the same.
-          unroll: time steps per iteration of the compiled loop; more steps run faster and compile slower.
+          unroll: time steps per iteration of the compiled loop; more steps compile slower, and run slower on CPUs.
           rngs: draws the initial parameters from its `params` stream.
         """
         check_rate(dropout)
