@@ -159,7 +159,7 @@ def open_entry(key: Any, fill: Fill, what: str) -> tuple[Index | None, list[str]
 
 def can_be_stored(features: Sequence[Feature]) -> bool:
     """Whether what features derive from the rows can be stored with them."""
-    return all(type(f).fit is Feature.fit or type(f).state is not Feature.state or not callable(f.fit) for f in features)
+    return all(type(f).fit is Feature.fit or type(f).state is not Feature.state for f in features)
 
 
 def is_worth_it(paths: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ import ctypes
 import gc
 import os
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _MADV_HUGEPAGE = 14  # of sys/mman.h
 
 
@@ -13,11 +13,14 @@ def tune_malloc() -> None:
     """Make glibc reuse freed memory instead of returning it to the kernel, and ask for huge pages, for the whole process; no-op without glibc.
 
     On a CPU, XLA allocates the temporaries of each step again. Memory from the kernel costs a page fault for every 4 KiB: a quarter
-    of the step time of a small Transformer (`benchmarks/overhead.py`, its two plain loops). Loops that walk down the columns of a matrix miss the
-    table of pages at each row: with pages of 2 MiB steps take 8 to 19% less time (`benchmarks/peers.py`). All threads share one heap, since large blocks of
-    the others' heaps go back to the kernel. Where Linux gives such pages only to those
-    that ask (`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`), they are asked for once, for a heap of three quarters of the machine's memory, of which
-    only what is used becomes memory.
+    of the step time of a small Transformer (`benchmarks/overhead.py`, its two plain loops).
+
+    Loops that walk down the columns of a matrix miss the table of pages at each row, unless pages have 2 MiB. Where Linux gives such pages only to those
+    that ask (`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`), they are asked for once, for a heap of three quarters of the machine's
+    memory, of which only what is used becomes memory.
+
+    Threads other than the main one keep heaps of their own, whose blocks above 64 MiB still go back to the kernel. One heap for all would keep them
+    too, but threads then wait for each other: compiling takes 1.5 times as long, and steps of a few milliseconds 1.1 times.
     """
     try:
         libc = ctypes.CDLL("libc.so.6", use_errno=True)
@@ -26,7 +29,6 @@ def tune_malloc() -> None:
         pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        libc.mallopt(_M_ARENA_MAX, 1)
     except (OSError, AttributeError, ValueError):
         return
     pages = pages * 3 // 4  # Linux refuses what is more than the machine could hold

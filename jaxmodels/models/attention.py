@@ -96,11 +96,11 @@ def attend(
             return fuse(q_BTNK, k_BSGK, v_BSGK, bias=bias, **options)
     # Each shard of a sequence attends to all keys.
     k_BSGK, v_BSGK = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGK))
-    here = traced_for("cpu")
+    on_cpu = traced_for("cpu")
     with _stated(T, S, causal, window):
-        if here or cap is not None:
+        if on_cpu or cap is not None:
             scale = 1 / math.sqrt(K) if scale is None else scale
-            options |= {"scale": scale, "blocks": here and context == "whole"}
+            options |= {"scale": scale, "blocks": on_cpu and context == "whole"}
             return heads_first.attend(q_BTNK, k_BSGK, v_BSGK, bias=bias, cap=cap, **options)
         mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
         local = None if window is None else (window - 1, 0 if causal else window - 1)

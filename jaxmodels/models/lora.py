@@ -42,7 +42,7 @@ class LoRALinear(Linear):
     The layer's own parameters keep their names, so that the weights of a plain layer fit.
     """
 
-    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         _take_over(self, linear)
         *stack, width_in, width_out = linear.kernel.shape
         bound = width_in**-0.5
@@ -61,7 +61,7 @@ class DoRALinear(LoRALinear):
     Initially m are the lengths of the columns of W, so that the layer computes what it did.
     """
 
-    def __init__(self, linear: Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
         super().__init__(linear, rank, scale, rngs=rngs)
         self.lora_m = nnx.Param(lengths(linear.kernel[...]))
 
@@ -75,7 +75,7 @@ def _sum(linear: LoRALinear) -> jax.Array:
     return linear.kernel[...] + linear.scale * linear.lora_a[...] @ linear.lora_b[...]
 
 
-def matrix(linear: Linear) -> jax.Array:
+def matrix(linear: nnx.Linear) -> jax.Array:
     """Return the matrix of a linear layer, [D, F], with its adapter merged, for callers that do not call the layer."""
     if not isinstance(linear, LoRALinear):
         return linear.kernel[...]

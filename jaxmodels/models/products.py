@@ -1,8 +1,8 @@
 """Matrix products whose gradients are fast on CPUs.
 
 XLA's CPU compiler runs a product in one of two kernels, and is several times slower where an operand or the result has to be transposed. JAX derives
-the gradient of a kernel W in x W as (gᵀ x)ᵀ; XLA (jaxlib 0.10 and 0.12) computes that at a third of the speed of the same sum as xᵀ g. So for a CPU
-the gradient is written down. Other platforms, and what is not traced for a known platform, keep JAX's own rule, which also has a forward mode.
+the gradient of a kernel W in x W as (gᵀ x)ᵀ over several axes of rows; XLA (jaxlib 0.10 and 0.12) computes that at a third of the speed of the same sum
+over one axis. So for a CPU the gradient is written down. Other platforms, and what is not traced for a known platform, keep JAX's own rule, which also has a forward mode.
 `benchmarks/products.py` measures both, and so tells when XLA no longer needs this.
 
 Shapes: D width in, F width out.
@@ -11,6 +11,7 @@ Shapes: D width in, F width out.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmodels.parallel.layout import traced_for
 
@@ -23,8 +24,11 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return x [..., D] times kernel [D, F]: [..., F]."""
-    return _product(x, kernel) if traced_for("cpu") else x @ kernel
+    """Return x [..., D] times kernel [D, F]: [..., F], in the type that both are promoted to."""
+    if not traced_for("cpu"):
+        return x @ kernel
+    dtype = jnp.result_type(x, kernel)
+    return _product(x.astype(dtype), kernel.astype(dtype))
 
 
 @jax.custom_vjp

@@ -38,7 +38,6 @@ class LSTM(nnx.Module):
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
         """x: [B, T, D]; state: (hidden, cell), or None for zeros. Return outputs [B, T, H] and the last state; see `_run`."""
-        state = self.initial_state(x.shape[0], x.dtype) if state is None else state
         return _run(self, _lstm, True, (), x, state, valid, restart, reverse)
 
 
@@ -69,7 +68,6 @@ class GRU(nnx.Module):
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
         """x: [B, T, D]; state: hidden [B, H], or None for zeros. Return outputs [B, T, H] and the last state; see `_run`."""
-        state = self.initial_state(x.shape[0], x.dtype) if state is None else state
         return _run(self, _gru, False, self.recurrent_bias[...], x, state, valid, restart, reverse)
 
 
@@ -89,7 +87,7 @@ def _run(layer, cell, merge, extra, x, state, valid, restart, reverse):
       layer: with its `input`, `recurrent` and `unroll`.
       cell, merge, extra: of `recurrence.loop`.
       x: [B, T, D].
-      state: the initial state.
+      state: the initial state; None for zeros.
       valid: bool [B, T] or None; where False the state is unchanged, and the output is zero.
       restart: bool [B, T] or None; where True the state is set to zero before the step.
       reverse: loop from the last time to the first.
@@ -98,7 +96,9 @@ def _run(layer, cell, merge, extra, x, state, valid, restart, reverse):
       outputs [B, T, H], each at its own time, and the last state.
     """
     x, *masks = (None if each is None else each.swapaxes(0, 1) for each in (x, valid, restart))
-    outputs, state = recurrence.loop(cell, merge, layer.recurrent[...], extra, state, layer.input(x), tuple(masks), reverse=reverse, unroll=layer.unroll)
+    gates = layer.input(x)
+    state = layer.initial_state(gates.shape[1], gates.dtype) if state is None else state
+    outputs, state = recurrence.loop(cell, merge, layer.recurrent[...], extra, state, gates, tuple(masks), reverse=reverse, unroll=layer.unroll)
     return outputs.swapaxes(0, 1), state
 
 
