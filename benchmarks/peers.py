@@ -120,6 +120,7 @@ class JaxSide:
         config = {"task": {"name": workload.task}, "model": workload.model, "optimizer": workload.optimizer}
         config |= {"data": {"source": "arrays", "batch_size": rows}, "training": {"steps": 10**6}, "log": {"every": 1}}
         experiment = build_experiment(config, data={"train": batches[0]})
+        mesh_lib.run_large_steps_here(experiment.state_shapes())
         mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
         experiment = experiment.on("cpu", sharding_lib.make_layout(mesh, experiment.sharding))
         shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, experiment.layout)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jaxmodels.errors import ConfigError
 
 # Axes that shard the rows of a batch. Devices along `expert` have different rows too: outside the experts they do not repeat work.
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
+
+_LARGE = 1 << 25  # bytes of a train state whose steps take tens of milliseconds or more on a CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,21 @@ def simulate_devices(count: int) -> None:
     os.environ.setdefault("PJRT_NPROC", str(4 * count))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def run_large_steps_here(state: Any) -> None:
+    """Make a CPU run programs in the thread that calls them, and not in one of JAX's, for a large state. Call it before JAX initialises a backend.
+
+    The caller is the main thread, whose heap keeps large blocks for the next step (`hardware/malloc.py`). Those of other threads go back to the kernel,
+    which costs BERT-base 600,000 page faults a step: its step then takes 1.6 times as long. Short steps are better run in another thread, beside the loop. Several
+    devices of one process need threads of their own, to wait for each other.
+
+    Args:
+      state: shapes of the train state.
+    """
+    several = jax.config.jax_num_cpu_devices > 1 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if not several and sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) >= _LARGE:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:

@@ -113,6 +113,7 @@ class Trainer:
         lock: Any = None,
     ):
         """Find the devices and lay out the state on them. Allocates no array of the state yet. `lock` is the first callback."""
+        mesh_lib.run_large_steps_here(experiment.state_shapes())
         self.mesh = mesh_lib.make_mesh(experiment.mesh)
         layout = sharding_lib.make_layout(self.mesh, experiment.sharding, experiment.config["partition"])
         experiment = experiment.on(self.mesh.devices.flat[0].platform, layout)

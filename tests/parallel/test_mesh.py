@@ -250,3 +250,20 @@ def test_axes_that_do_not_fit_a_pods_dimensions_split_them(sizes):
     if "tensor" in sizes:  # the last axis is on neighbouring devices
         for row in arranged.reshape(-1, 4):
             assert sorted(abs(chip.coords[0] - row[0].coords[0]) + abs(chip.coords[1] - row[0].coords[1]) for chip in row) == [0, 1, 2, 3]
+
+
+LARGE = mesh_lib._LARGE // 4  # values of float32
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "flags", "here"),
+    [(LARGE, -1, "", True), (LARGE - 1, -1, "", False), (LARGE, 8, "", False), (LARGE, 1, "--xla_force_host_platform_device_count=2", False)],
+)
+def test_steps_of_a_large_state_run_in_the_thread_of_the_loop_unless_devices_wait_for_each_other(size, devices, flags, here, monkeypatch):
+    updates = {}
+    state = {"x": jax.ShapeDtypeStruct((size,), np.float32)}
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(mesh_lib.jax, "config", types.SimpleNamespace(jax_num_cpu_devices=devices, update=updates.__setitem__))
+        mesh_lib.run_large_steps_here(state)
+    assert updates == ({"jax_cpu_enable_async_dispatch": False} if here else {})
