@@ -42,17 +42,25 @@ class JaxStep:
 
         from jaxmodels.config import set_at
         from jaxmodels.experiment.build import build_experiment
+        from jaxmodels.parallel import mesh as mesh_lib
+        from jaxmodels.parallel import sharding as sharding_lib
+        from jaxmodels.training.compile import compile_train_step
 
         config = {section: dict(values) for section, values in CONFIG.items()}
         config["data"]["batch_size"] = len(data["label"])
         for key, value in changes.items():
             set_at(config, key, value)
         self.name = name
-        experiment = build_experiment(config, data={"train": data}).on("cpu")
-        self.key = jax.random.key(0)
-        self.state = jax.jit(experiment.init_function())(self.key)
-        self.batch = {**data, "weight": np.ones(len(data["label"]), np.float32)}
-        self.compiled = jax.jit(experiment.step_function(), donate_argnums=0).lower(self.state, self.batch, self.key).compile()
+        experiment = build_experiment(config, data={"train": data})
+        mesh_lib.run_large_steps_here(experiment.state_shapes())
+        mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
+        experiment = experiment.on("cpu", sharding_lib.make_layout(mesh, experiment.sharding))
+        shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, experiment.layout)
+        self.key = jax.device_put(jax.random.key(0), mesh_lib.replicated(mesh))
+        self.compiled, _ = compile_train_step(experiment, mesh, shapes, shapes, self.key)
+        self.state = jax.jit(experiment.init_function(), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(self.key)
+        batch = {**data, "weight": np.ones(len(data["label"]), np.float32)}
+        self.batch = mesh_lib.place(batch, mesh_lib.batch_sharding(mesh), len(data["label"]))
 
     def step(self) -> float:
         """Run one step and return the loss."""
