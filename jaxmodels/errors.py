@@ -5,9 +5,14 @@ from types import ModuleType
 
 
 class RunError(Exception):
-    """A run failed. The message states the cause, the place and a remedy."""
+    """A run failed. The message states the cause, the place and a remedy.
+
+    Attributes:
+      state_is_good: whether it is no fault of the state, which is saved before the run ends.
+    """
 
     exit_status = 1
+    state_is_good = False
 
 
 class ConfigError(RunError):
@@ -34,6 +39,19 @@ class Interrupted(RunError):
     """The run stopped on SIGTERM or SIGINT after saving a checkpoint; the same command resumes it."""
 
     exit_status = 75
+
+
+class OneFailed(RunError):
+    """One of several processes failed, and all have stopped at the same step."""
+
+    def __init__(self, message: str, exit_status: int):
+        """
+        Args:
+          message: names the process.
+          exit_status: of its error.
+        """
+        super().__init__(message)
+        self.exit_status, self.state_is_good = exit_status, True
 
 
 def optional_import(module: str, extra: str) -> ModuleType:

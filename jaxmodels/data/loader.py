@@ -22,7 +22,7 @@ from jaxmodels.data.rand_augment import RandAugment
 from jaxmodels.data.random_crop import RandomResizedCrop
 from jaxmodels.data.reading import ReadError, read
 from jaxmodels.data.source import DataSource
-from jaxmodels.errors import RunError
+from jaxmodels.errors import Interrupted, RunError
 
 Batch = dict[str, np.ndarray]
 
@@ -236,24 +236,44 @@ class Stream:
 
 
 class DeviceFeed:
-    """Iterator over batches on the devices, `ahead` of which are placed in advance."""
+    """Iterator over batches on the devices, `ahead` of which are placed in advance. An error of the reader is raised after the batches before it.
+
+    Attributes:
+      error: of the reader; None while there is none.
+    """
 
     def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], ahead: int = 2):
-        self._batches, self._place, self._ahead = batches, place, ahead
+        self._batches, self._place, self.ahead = batches, place, ahead
         self._queue = collections.deque()
+        self.error: RunError | None = None
+
+    def fill(self) -> None:
+        """Read the next batch and those ahead of it."""
+        while self.error is None and len(self._queue) <= self.ahead:
+            try:
+                batch = next(self._batches, None)
+            except Interrupted:
+                raise
+            except RunError as error:
+                error.state_is_good = True
+                self.error = error
+                return
+            if batch is None:
+                return
+            self._queue.append(self._place(batch))
+
+    def take(self) -> Any:
+        """Return the next batch, which `fill` has read; raise the error in its place."""
+        if not self._queue:
+            raise self.error or StopIteration
+        return self._queue.popleft()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        while len(self._queue) <= self._ahead:
-            batch = next(self._batches, None)
-            if batch is None:
-                break
-            self._queue.append(self._place(batch))
-        if not self._queue:
-            raise StopIteration
-        return self._queue.popleft()
+        self.fill()
+        return self.take()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

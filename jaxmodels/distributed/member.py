@@ -3,8 +3,9 @@
 JAX's service also has heartbeats, but when they fail, the process aborts with a C++ stack trace. They are only a backup: the heartbeats
 here print the reason first, and also detect a hanging interpreter. JAX's preemption sync point is not used: it installs its own handler
 for SIGTERM, which Python's `signal` replaces, does not handle SIGINT, and does not report which process received the signal. Instead,
-every process counts its checks, which are the same in all. After a signal, a thread of each process blocks the next check of its main
-thread and writes the number of that check to the store; all stop at the largest number. No process waits in a collective meanwhile.
+every process counts its checks, which are the same in all. After a signal, or an error that a process can stop for later, a thread of each
+process blocks the next check of its main thread and writes the number of that check to the store; all stop at the largest number. No process
+waits in a collective meanwhile.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxmodels.distributed.rendezvous import listed
-from jaxmodels.errors import Interrupted, RunError
+from jaxmodels.errors import Interrupted, OneFailed, RunError
 
 _KEY = "jaxmodels"
 # In seconds: time for a process to end by itself after another has failed, as both may have the same error; time limit for writing the reason;
@@ -35,6 +36,7 @@ class Member:
     Attributes:
       hosts: host names of all processes.
       agreed: whether this process has stopped at the common check.
+      on_stop: called by a thread when all processes have agreed where to stop.
       report: called before this process ends because no process makes progress; prints the stacks and returns what this one waits for.
     """
 
@@ -47,7 +49,7 @@ class Member:
         """
         self.processes, self.hosts, self.agreed = processes, hosts, False
         self._index, self._connections, self._leave = processes.index, connections, leave or self._leave_process
-        self.report = lambda: ""
+        self.report, self.on_stop = lambda: "", lambda: None
         self._hang_limit = hang_limit
         self._moved = (0, time.monotonic())  # sum of the checks of all processes, and the time of its last change
         self.set_limit(stall_limit)
@@ -55,11 +57,8 @@ class Member:
         self._changed = threading.Condition()
         self._store: Any = None
         self._checks = self._gathers = 0
-        self._signal, self._frozen, self._stop = (
-            None,
-            False,
-            None,
-        )  # name of the received signal; whether checks block; number of the common check, signal name and process
+        # Why this process asks for a stop, and its exit status (None for a signal); whether checks block; number of the common check, why, status, process.
+        self._wish, self._frozen, self._stop = None, False, None
         self._alarmed = self._ending = self._over = False
         self._said_bye, self._gone = set(), set()
         self._beats: dict[int, tuple[list, float]] = {}  # watched process -> its latest [heartbeat, checks], and the time of the last change
@@ -72,22 +71,47 @@ class Member:
         self._follower = threading.Thread(target=self._follow, daemon=True)
         self._follower.start()
 
-    def check(self) -> None:
+    def check(self, error: RunError | None = None) -> None:
         """Stop here if all processes have agreed to; every process must make the same sequence of checks.
 
-        Raises:
-          Interrupted: all processes stop at this check.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._stop or not self._frozen)
-            if self._stop and self._checks >= self._stop[0]:
-                self.agreed = True
-                raise Interrupted(self._stop[1] + ("" if self._stop[2] == self._index else f" (at process {self._stop[2]})"))
-            self._checks += 1
+        Args:
+          error: why all have to stop. This process then waits here until they have agreed, and can go on to the largest check that any has reached.
 
-    def request_stop(self, name: str) -> None:
-        """Request a common stop because of a signal of this name; safe in a signal handler."""
-        self._signal = name
+        Raises:
+          Interrupted: all processes stop at this check because of a signal.
+          OneFailed: all processes stop at this check because of the error of one.
+        """
+        if error is not None:
+            self.request_stop(str(error), error.exit_status)
+        with self._changed:
+            self._changed.wait_for(lambda: self._stop or not (self._frozen or error))
+            if not (self._stop and self._checks >= self._stop[0]):
+                self._checks += 1
+                return
+        _, reason, status, index = self._stop
+        if error is not None and (status is None or index != self._index):
+            say(f"{self._name(self._index)}: {error}")  # another reason came first
+        self.agreed = True
+        if status is not None:
+            raise OneFailed(f"{self._name(index)}: {reason}", status)
+        raise Interrupted(reason + ("" if index == self._index else f" (at process {index})"))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes have agreed where to stop."""
+        return self._stop is not None
+
+    def request_stop(self, reason: str, status: int | None = None) -> None:
+        """Request a common stop because of a signal of this name, or of an error with this exit status; safe in a signal handler."""
+        self._wish = self._wish or [reason, status]
+
+    def exchange_errors(self, error: RunError | None) -> None:
+        """Raise OneFailed in all processes if one has an error, once all have called this."""
+        found = self.gather("errors", None if error is None else [str(error), error.exit_status])
+        for index, each in enumerate(found):
+            if each is not None:
+                self.agreed = True
+                raise OneFailed(f"{self._name(index)}: {each[0]}", each[1])
 
     def set_limit(self, seconds: float, done: str = "has completed a step", option: str = "--stall_limit") -> None:
         """Set the seconds without a check of any process after which the run ends, counted from now; process 0 applies its own.
@@ -228,20 +252,21 @@ class Member:
         if "alarm" in news:
             self._end(*news["alarm"])
             return
-        if self._signal and "signal" not in news:
-            self._set("news/signal", [self._signal, self._index])
-        if "signal" in news and not self._frozen:
+        if self._wish and "wish" not in news:
+            self._set("news/wish", [*self._wish, self._index])
+        if "wish" in news and not self._frozen:
             with self._changed:
                 self._frozen = True
             self._set(f"next/{self._index}", self._checks)
-        if "signal" in news and "stop" not in news and self._index == 0:
+        if "wish" in news and "stop" not in news and self._index == 0:
             checks = self._entries("next").values()
             if len(checks) == self.processes.count:
-                self._set("news/stop", [max(checks), *news["signal"]])
+                self._set("news/stop", [max(checks), *news["wish"]])
         if "stop" in news and self._stop is None:
             with self._changed:
                 self._stop = news["stop"]
                 self._changed.notify_all()
+            self.on_stop()
 
     def _entries(self, folder: str) -> dict[str, Any]:
         return {key.rpartition("/")[2]: json.loads(text) for key, text in self._store.key_value_dir_get(f"{_KEY}/{folder}/")}

@@ -14,7 +14,7 @@ from typing import Any
 from jaxmodels.distributed.member import Member, say
 from jaxmodels.distributed.processes import Processes
 from jaxmodels.distributed.rendezvous import is_loopback, meet
-from jaxmodels.errors import Interrupted, RunError
+from jaxmodels.errors import Interrupted, OneFailed, RunError
 
 START_LIMIT, HANG_LIMIT, STALL_LIMIT = 300.0, 30.0, 1800.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -178,7 +178,7 @@ def leave(error: BaseException) -> None:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {reason}"
         say(reason)
-    _member.bye(status, reason, agreed=isinstance(error, Interrupted) and _member.agreed)
+    _member.bye(status, reason, agreed=isinstance(error, (Interrupted, OneFailed)) and _member.agreed)
     for child in multiprocessing.active_children():
         child.kill()  # a signal that it could handle does not reach a process that is stopped
     _member.wait_for_others()

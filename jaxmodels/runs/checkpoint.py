@@ -55,7 +55,7 @@ class Checkpoints:
           checksums: whether to save checksums of the arrays, and to verify those that are restored.
           read_only: never write or delete.
           at_once: maximum bytes in flight, at least the size of the largest array; a limit makes saving synchronous. None for no limit.
-          may_write: raises RunError if the run belongs to another process by now. In a bucket it is called right before a checkpoint is completed.
+          may_write: raises RunError if the run belongs to another process by now; called right before a checkpoint is completed.
           as_saved: (step, progress, shapes of the state) -> the shapes as they were saved: the same arrays in the same order, maybe in another tree.
         """
         self.folder, self._as_saved = folder, as_saved
@@ -63,10 +63,10 @@ class Checkpoints:
         self._left_out = () if save_frozen else ("frozen",)
         self._checksums, self._saving, self._littered = checksums, None, False
         disk.quiet_orbax()
-        options: dict[str, Any] = {"read_only": read_only, "at_once": at_once}
+        options: dict[str, Any] = {"read_only": read_only, "at_once": at_once, "may_write": may_write}
         self._store: BucketStore | OrbaxStore
         if is_bucket(folder) or any(folder.glob(f"*/{bucket_store.INDEX}")):  # also of a copy of a bucket
-            self._store = BucketStore(folder, self._policy, may_write=may_write, **options)
+            self._store = BucketStore(folder, self._policy, **options)
         else:
             self._store = OrbaxStore(folder, self._policy, **options)
 

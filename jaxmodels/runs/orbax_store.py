@@ -1,6 +1,6 @@
 """The checkpoints of a run in a folder on a disk, as Orbax writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ _CHUNK = 1 << 25  # bytes; maximum size of the chunks of arrays
 class OrbaxStore:
     """Checkpoints of a state and a page of JSON, one folder for each step. `BucketStore` has the same methods."""
 
-    def __init__(self, folder: Path, policy: Any, *, read_only: bool, at_once: int | None):
+    def __init__(self, folder: Path, policy: Any, *, read_only: bool, at_once: int | None, may_write: Callable[[], None] = lambda: None):
         """
         Args:
           folder: of the checkpoints.
           policy: an Orbax preservation policy.
           read_only: never write or delete.
           at_once: maximum bytes in flight; see `Checkpoints`.
+          may_write: raises RunError if the run belongs to another process by now; called milliseconds before Orbax renames the folder of a checkpoint
+            that is complete.
         """
-        self.folder, self._at_once, self._replaced = folder, at_once, None
+        self.folder, self._at_once, self._may_write, self._replaced = folder, at_once, may_write, None
         if not read_only:
             with session.first_goes_first("clean up"):
                 self.clean_up()
@@ -41,6 +43,7 @@ class OrbaxStore:
                     preservation_policy=policy,
                     read_only=read_only,
                     create=not read_only,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=may_write),  # of the first process, before the rename
                 ),
                 item_handlers={
                     # Zstandard makes float32 states 8% smaller, and saving and restoring three and two times as slow.
@@ -96,7 +99,14 @@ class OrbaxStore:
         self._manager.reload()
 
     def clean_up(self) -> None:
-        """Restore checkpoints whose replacement was interrupted; delete those that were replaced, and the files of unfinished saves."""
+        """Restore checkpoints whose replacement was interrupted; delete those that were replaced, and the files of unfinished saves.
+
+        Not if the run belongs to another process, whose replacements and saves may be among them.
+        """
+        try:
+            self._may_write()
+        except RunError:
+            return
         for replaced in self.folder.glob("replaced-*"):
             place = self.folder / replaced.name.removeprefix("replaced-")
             paths.delete_tree(replaced) if place.exists() else replaced.rename(place)

@@ -12,7 +12,7 @@ from jaxmodels.data.source import DataSource
 from jaxmodels.experiment.experiment import Experiment
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.step import metrics as metrics_lib
-from jaxmodels.training.batches import name_of
+from jaxmodels.training.batches import Feed, name_of
 from jaxmodels.training.compile import CompileRecord, compile_ahead
 from jaxmodels.training.signals import StopSignals
 
@@ -32,7 +32,7 @@ class Evaluator:
         Metrics do not depend on batch size, devices or processes beyond rounding, unless the task's own do (see `Task.evaluate`).
 
         Raises:
-          Interrupted: a signal arrived. Nothing is lost.
+          Interrupted, RunError, OneFailed: as of `Feed.next`.
         """
         started = time.perf_counter()
         sharding, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
@@ -45,13 +45,8 @@ class Evaluator:
         sums = jax.device_put(metrics_lib.zeros(self._sums), everywhere)
         rows = _Rows()
         with loader.read_ahead(batches, **self.experiment.reading(source)) as stream:
-            feed = loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, size))
-            while True:
-                with self.stop.may_raise():
-                    batch = next(feed, None)
-                if batch is None:
-                    break
-                self.stop.check()
+            feed = Feed(loader.DeviceFeed(stream, lambda batch: mesh_lib.place(batch, sharding, size)), len(batches), self.stop)
+            while (batch := feed.next(sums)) is not None:
                 sums, outputs = self._step(params, stats, batch, sums, self._key)
                 rows.add(outputs)
         values = metrics_lib.values(sums)
@@ -66,7 +61,7 @@ class Evaluator:
         sums = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere), sums)
         key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype, sharding=everywhere)
         function = self.experiment.eval_function()
-        step, record = compile_ahead("eval_step", function, params, stats, batch, sums, key, donate=(3,), out_shardings=everywhere)
+        step, record = compile_ahead("eval_step", function, params, stats, batch, sums, key, out_shardings=everywhere)
         return step, sums, record
 
 

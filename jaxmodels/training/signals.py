@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxmodels.distributed import session
-from jaxmodels.errors import Interrupted
+from jaxmodels.errors import Interrupted, RunError
 from jaxmodels.training.watchdog import Watchdog
 
 STOP = ("SIGTERM", "SIGINT")
@@ -20,7 +20,7 @@ _AGAIN_SECONDS = 0.1  # after which a signal that arrived in an import is handle
 class StopSignals:
     """Context manager that catches signals in the main thread; in another thread it catches none.
 
-    With several processes, a signal to any of them stops all at the same `check`, and nowhere else.
+    With several processes, a signal to any of them, or an error of one, stops all at the same `check`, and nowhere else.
 
     Attributes:
       received: name of the first signal; None before one arrives.
@@ -52,6 +52,8 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
             if self._member is None:
                 self.watchdog.interrupt = self._resend
+            else:
+                self._member.on_stop = self._resend
         return self
 
     def __exit__(self, *_):
@@ -64,8 +66,10 @@ class StopSignals:
     def _handle(self, number, frame):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C: stop without saving
-        self.received = self.received or signal.Signals(number).name
-        if self._member is not None:
+        agreed = self._member is not None and self._member.stopping  # then `_resend` has sent it
+        if not agreed:
+            self.received = self.received or signal.Signals(number).name
+        if self._member is not None and not agreed:
             self._member.request_stop(self.received)
         elif self._waiting:
             if _imports(frame) > self._outer_imports:
@@ -88,18 +92,22 @@ class StopSignals:
             if not self._over:  # afterwards it would end the process
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
-    def check(self) -> None:
-        """Stop here if a signal was received. Every process calls this after each step and in each batch of an evaluation.
+    def check(self, error: RunError | None = None) -> None:
+        """Stop here if a signal was received. Every process calls this before each step and each batch of an evaluation.
+
+        Args:
+          error: that several processes have to stop for, see `Member.check`; of no effect with one.
 
         Raises:
           Interrupted: this process received a signal, or another process did and all stop at this check.
+          OneFailed: one of several processes had an error, and all stop at this check.
         """
         self.watchdog.beat()
         if self._member is not None:
             try:
-                self._member.check()
-            except Interrupted as error:
-                self.received = str(error)
+                self._member.check(error)
+            except Interrupted as stopped:
+                self.received = str(stopped)
                 raise
         elif self.received:
             raise Interrupted(self.received)
@@ -120,6 +128,24 @@ class StopSignals:
             yield
             if self.received:  # the handler raised where Python ignores exceptions, as in a callback of the garbage collector
                 raise Interrupted(self.received)
+        finally:
+            self._waiting = False
+
+    def read_ahead(self, read: Callable[[], object]) -> None:
+        """Call a function that reads ahead, and may hang. A signal raises Interrupted, as in `may_raise`.
+
+        With several processes the call is left without an error when all have agreed where to stop: no step before that needs what it still waits for.
+        """
+        if self._member is None:
+            with self.may_raise():
+                read()
+            return
+        try:
+            self._waiting = True  # set before the next line, as in `may_raise`
+            if not self._member.stopping:
+                read()
+        except Interrupted:
+            pass
         finally:
             self._waiting = False
 

@@ -8,8 +8,6 @@ import jax
 from rich.console import Console
 
 from jaxmodels.data import evaluation_sets
-from jaxmodels.data.reading import ReadError
-from jaxmodels.data.skipping import BadExample
 from jaxmodels.distributed import session
 from jaxmodels.errors import Diverged, Interrupted, RunError
 from jaxmodels.experiment.experiment import Experiment
@@ -70,6 +68,7 @@ def train(
       Diverged: loss, gradients or update were not finite; the last good checkpoint is the latest.
       Interrupted: a signal; everything is saved.
       ReadError, BadExample: an example cannot be read; everything is saved.
+      OneFailed: in all of several processes, that one of them could not read an example; everything is saved.
     """
     folder = RunFolder(workdir)
     callbacks = [*map(hooks_lib.check_callback, callbacks), *hooks_lib.make_callbacks(experiment.config["callbacks"])]
@@ -87,11 +86,11 @@ def train(
             if stop.watchdog.reason:
                 raise RunError(f"{stop.watchdog.reason}. {trainer.save_now()}") from None
             raise Interrupted(f"{stop.received}: {trainer.save_now()}") from None
-        except (ReadError, BadExample):
-            if session.current() is not None:  # several processes save together, and the others wait elsewhere
+        except RunError as error:
+            if not error.state_is_good:
                 raise
             saved = trainer.save_now()
-            if stop.received:  # the signal ended the processes that were reading, too
+            if stop.received and session.current() is None:  # the signal ended the processes that were reading, too
                 raise Interrupted(f"{stop.received}: {saved}") from None
             trainer.terminal.say(saved)
             raise
@@ -208,13 +207,13 @@ class Trainer:
             self._save(step)
         if step == total or self.progress.finished:
             return
-        train_step, stream, feed = self._compile_step(), *training_batches(self.experiment, self.mesh, step, self._offset)
+        train_step, stream, feed = self._compile_step(), *training_batches(self.experiment, self.mesh, self.stop, step, self._offset)
         self.clock = Clock(step, self.progress.seconds)
         metrics = None
         with stream, short_collections():
             while step < total and not self.progress.finished:
-                with self.stop.may_raise(), self.clock.waiting(metrics):
-                    batch = next(feed)
+                with self.clock.waiting(metrics):
+                    batch = feed.next(metrics)
                 self.hooks.begin_step()
                 self.state, metrics = train_step(self.state, batch, self.step_key)
                 step += 1
@@ -224,7 +223,6 @@ class Trainer:
                 log_due = step % log_every == 0 or step == total
                 if log_due:
                     self._pending = (step, metrics)
-                self.stop.check()
                 boundary = self._evaluation_due(step) or step % save_every == 0
                 asked_to_save, asked_to_stop = self.hooks.requests(agree=log_due or boundary)
                 asked_to_save = (log_due and self.saver.is_due()) or asked_to_save

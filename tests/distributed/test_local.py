@@ -264,13 +264,47 @@ def test_a_second_start_of_two_processes_is_refused_in_both(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_an_error_of_one_ends_all_and_two_evaluate_as_one(tmp_path, jaxmodels_command):
-    run = Run(tmp_path, small_configs.config(CONFIG, data__source="recording_sources:failing"), "failing").start(2, 1)
-    run.end(1)
-    reason = "file 7 of the data cannot be read."
-    first, second = ([line for line in log.splitlines() if line.startswith("jaxmodels:")] for log in run.outputs().values())
-    assert second == [f"jaxmodels: {reason}"] and re.fullmatch(rf"jaxmodels: process 1 \(\S+\) ended: {re.escape(reason)}", first[0])
+@pytest.mark.parametrize("split, process, example, steps", [("train", 2, 709, (27, 28, 29)), ("validation", 2, 30, (20,))])
+def test_a_reader_of_one_of_four_fails_and_nothing_is_lost(tmp_path, split, process, example, steps):
+    """All stop at one step before the first that needs what cannot be read, save, and name process, source and example. Batches are read 2 ahead."""
+    data = CONFIG["data"] | {"source": "recording_sources:failing", "shuffle": False, "eval_batch_size": 4}
+    config = small_configs.config(CONFIG, data=data, checkpoint__every=1000)
+    whole, run = Run(tmp_path, config, "whole"), Run(tmp_path, config, "failing")
+    whole.start(4, 1).end()
+    (run.folder / f"failing-{split}").touch()
+    run.start(4, 1).end(1)
+    line = rf"jaxmodels: process {process} \(\S+\): config.data.source='recording_sources:failing', split {split}: example {example} cannot be read: ValueError: odd"
+    for log in run.outputs().values():
+        (said,) = [line for line in log.splitlines() if line.startswith("jaxmodels:")]
+        assert re.match(line, said) and "Traceback" not in log, log
+    (saved,) = re.findall(r"saved \S+/checkpoints/(\d+)\. The same command resumes", run.outputs()["process-0.log"])
+    assert int(saved) in steps
+    (run.folder / f"failing-{split}").unlink()
+    assert f"checkpoints/{saved}" in run.start(4, 1).end()
+    one, other = final_state(whole.workdir), final_state(run.workdir)
+    assert one[1] == other[1]
+    for key in one[0]:
+        np.testing.assert_array_equal(one[0][key], other[0][key], err_msg=key)
 
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.parametrize("split, steps", [("train", (27, 28, 29)), ("validation", (20,))])
+def test_a_signal_while_the_reader_of_one_hangs(tmp_path, split, steps):
+    """The others wait for it before their steps, not in them. All save at a step that needs nothing of what hangs."""
+    data = CONFIG["data"] | {"source": "recording_sources:failing", "shuffle": False, "eval_batch_size": 4}
+    run = Run(tmp_path, small_configs.config(CONFIG, data=data, checkpoint__every=1000))
+    (run.folder / f"hanging-{split}").touch()
+    run.start(4, 1).wait_for_step(steps[0] // 5 * 5)
+    time.sleep(1)
+    os.kill(run.pid(3), signal.SIGTERM)
+    run.end(75, seconds=60)
+    saved = [re.search(r"jaxmodels: SIGTERM.*: saved \S+/checkpoints/(\d+)\. The same command", log) for log in run.outputs().values()]
+    assert len({match[1] for match in saved}) == 1 and int(saved[0][1]) in steps, run.outputs()
+
+
+@pytest.mark.slow
+def test_two_evaluate_as_one(tmp_path, jaxmodels_command):
     run = Run(tmp_path, CONFIG).start(2, 1)
     run.end()
     port = free_port()

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,10 +18,14 @@ from conftest import HELPERS, ROOT
 from jax.errors import JaxRuntimeError
 from ports import free_port
 
+from jaxmodels.data.loader import DeviceFeed
+from jaxmodels.data.reading import ReadError
 from jaxmodels.distributed.member import Member
 from jaxmodels.distributed.processes import Processes, expand_hosts, find, parse_address
 from jaxmodels.distributed.rendezvous import meet
-from jaxmodels.errors import ConfigError, Interrupted, RunError
+from jaxmodels.errors import ConfigError, Interrupted, OneFailed, RunError
+from jaxmodels.training.batches import Feed
+from jaxmodels.training.signals import StopSignals
 
 # Finding out
 
@@ -569,6 +574,107 @@ def test_all_stop_at_the_same_check_from_any_state(seed):
     assert all(text.startswith("SIGTERM") for text in stopped.values()) and sum("(at process" not in text for text in stopped.values()) == 1
     crowd.end()
     assert not crowd.left
+
+
+class Steps:
+    """What the devices of some processes compute in one pass over data: the result of a step is there when all processes have started it."""
+
+    def __init__(self, count):
+        self.count, self.started, self.changed = count, {}, threading.Condition()
+
+    def start(self, step):
+        with self.changed:
+            self.started[step] = self.started.get(step, 0) + 1
+            self.changed.notify_all()
+        return Result(self, step)
+
+
+class Result:
+    def __init__(self, steps, step):
+        self.steps, self.step = steps, step
+
+    def block_until_ready(self):
+        with self.steps.changed:
+            if not self.steps.changed.wait_for(lambda: self.steps.started[self.step] == self.steps.count, 20):
+                raise threading.BrokenBarrierError
+        return self
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(12))
+def test_all_stop_before_a_batch_that_one_cannot_read(seed):
+    """Readers of some processes fail, in training or in an evaluation: all stop at one step, which needs no batch that is missing."""
+    draw = random.Random(seed)
+    count, steps, every, evaluated = draw.choice([2, 3, 5]), 400, draw.choice([7, 50, 1000]), 5
+    crowd = everybody(count)
+    for member in crowd.members.values():
+        member._turn = 0.01
+    passes = {}  # training, and the evaluation after a step -> what is computed
+    fails = {}  # process -> pass and batch
+    for index in draw.sample(range(count), draw.randint(1, count)):
+        fails[index] = draw.choice([("train", draw.randrange(300)), (draw.choice([every, 2 * every]), draw.randrange(evaluated))])
+    run_ahead = draw.choice([1, 2, 7, 1000])  # steps between reads from the device
+    pauses = {index: draw.choice([0, 0.0005, 0.002]) for index in range(count)}
+    stopped, started = {}, {index: [] for index in range(count)}
+
+    def read(index, name, length):
+        for number in range(length):
+            time.sleep(pauses[index] * draw.random())
+            if (name, number) == fails.get(index):
+                raise ReadError(f"{name} {number}")
+            yield number
+
+    def run(index, name, length):
+        stop = StopSignals()
+        stop._member = crowd.members[index]
+        feed = Feed(DeviceFeed(read(index, name, length), lambda batch: batch), length, stop)
+        feed._member = crowd.members[index]
+        pace, result = passes.setdefault(name, Steps(count)), None
+        while (batch := feed.next(result)) is not None:
+            result = pace.start(batch)
+            started[index].append((name, batch))
+            if batch % run_ahead == run_ahead - 1:
+                result.block_until_ready()
+            if name == "train" and batch % every == every - 1:
+                run(index, batch + 1, evaluated)
+
+    def main(index):
+        try:
+            run(index, "train", steps)
+            stopped[index] = "finished"
+        except (OneFailed, threading.BrokenBarrierError) as error:
+            stopped[index] = f"{type(error).__name__}: {error}"
+
+    threads = [threading.Thread(target=main, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(stopped.values())) == 1 and set(stopped) == set(range(count)), (stopped, fails)
+    assert all(each == started[0] for each in started.values())
+    trained = sum(name == "train" for name, _ in started[0])
+    assert trained <= min(number if name == "train" else name for name, number in fails.values())
+    if stopped[0] == "finished":
+        assert all(name != "train" and name > steps for name, _ in fails.values())  # an evaluation that there never was
+    else:
+        assert re.fullmatch(rf"OneFailed: process ({'|'.join(map(str, fails))}) \(\S+\): (train|\d+) \d+", stopped[0]), (stopped, fails)
+        assert trained >= min(number - 2 if name == "train" else name for name, number in fails.values())
+        assert all(member.agreed for member in crowd.members.values())
+    crowd.end()
+    assert not crowd.left
+
+
+@pytest.mark.faults
+def test_a_signal_and_an_error_at_once_have_one_outcome(capfd):
+    crowd = everybody(2)
+    crowd.members[0].request_stop("SIGTERM")
+    time.sleep(0.5)
+    with pytest.raises(Interrupted, match=r"SIGTERM \(at process 0\)"):
+        crowd.members[1].check(ReadError("example 7 cannot be read"))
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        crowd.members[0].check()
+    assert f"process 1 ({socket.gethostname()}): example 7 cannot be read" in capfd.readouterr().err  # not lost
+    crowd.end()
 
 
 def test_a_stop_before_the_first_check_waits_for_it():

@@ -2,12 +2,12 @@
 
 import json
 import os
+import time
 
 import numpy as np
 
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.source import Arrays, Dataset
-from jaxmodels.errors import RunError
 
 
 class Watched:
@@ -49,20 +49,25 @@ def numbers(*, size: int = 960) -> Dataset:
 
 
 class Failing(Watched):
-    """A source that fails in process 1, at its 30th batch."""
+    """A source with an example that cannot be read, or hangs, while there is a file `failing-SPLIT`, or `hanging-SPLIT`, beside the folder WATCH."""
 
-    reads = 0
+    def __init__(self, source, split):
+        super().__init__(source)
+        self.example = {"train": 709, "validation": 30}[split]
+        self.failing, self.hanging = (os.path.join(os.path.dirname(os.environ["WATCH"]), f"{what}-{split}") for what in ("failing", "hanging"))
 
     def get_batch(self, indices):
-        self.reads += len(indices) > 1
-        if self.reads == 30 and os.environ.get("JAXMODELS_PROCESS") == "1":
-            raise RunError("file 7 of the data cannot be read.")
+        if self.example in indices and os.path.exists(self.failing):
+            raise ValueError("odd")
+        while self.example in indices and os.path.exists(self.hanging):
+            time.sleep(0.1)
         return super().get_batch(indices)
 
 
 def failing() -> Dataset:
     dataset = numbers()
-    return Dataset(dataset.splits | {"train": Failing(dataset.splits["train"].source)}, dataset.info)
+    parts = {split: part.source if isinstance(part, Watched) else part for split, part in dataset.splits.items()}
+    return Dataset({split: Failing(part, split) for split, part in parts.items()}, dataset.info)
 
 
 def batches(folder, rows: int) -> list[list[list[int]]]:

@@ -253,6 +253,50 @@ def test_a_process_that_was_replaced_completes_no_checkpoint(folder, proxy):
     lock.release()
 
 
+@pytest.mark.faults
+def test_a_process_that_was_replaced_completes_no_checkpoint_on_a_disk(tmp_path):
+    """Its lock is taken over while Orbax writes: Orbax does not rename its folder, and it deletes nothing of its successor."""
+    folder = RunFolder(tmp_path)
+    lock = RunLock(folder)
+    assert lock.attempt() is None
+    theirs = Owner("theirs", host="elsewhere", pid=1, since="yesterday", path=str(folder.path))
+    unfinished = folder.checkpoints / "20.orbax-checkpoint-tmp-theirs"
+
+    def may_write():
+        if (folder.checkpoints / "10").is_dir():
+            folder.lock_file.write_bytes(theirs.encode(0))
+            unfinished.mkdir(exist_ok=True)
+        lock.check()
+
+    checkpoints = opened(folder, may_write=may_write)
+    checkpoints.save(state(10), Progress())
+    checkpoints.wait()
+    with pytest.raises(SaveFailed, match=r"checkpoints/20 could not be saved: .*was taken over by process 1 on elsewhere"):
+        checkpoints.save(state(20), Progress())
+        checkpoints.wait()
+    assert opened(folder, read_only=True).steps() == [10] and unfinished.is_dir() and lock.lost is not None
+    lock.release()
+
+
+@pytest.mark.faults
+def test_of_two_processes_that_save_one_step_on_a_disk_the_later_fails(tmp_path):
+    """It was suspended in its look at the lock, right before Orbax renames."""
+    folder = RunFolder(tmp_path)
+    saving, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
+    first = opened(folder, may_write=lambda: saving.is_set() and (waiting.set(), go_on.wait(30)))
+    second = opened(folder)
+    saving.set()
+    first.save(state(10), Progress(evaluated_at=1))
+    assert waiting.wait(30)
+    second.save(state(10), Progress(evaluated_at=2))
+    second.wait()
+    go_on.set()
+    with pytest.raises(SaveFailed, match="checkpoints/10 could not be saved: No such file"):  # Orbax's folders for one step have one name
+        first.wait()
+    restored, progress = second.restore(10, shapes(state(0)))
+    assert progress.evaluated_at == 2 and equal(restored, state(10))
+
+
 @pytest.mark.buckets
 @in_buckets
 def test_of_two_processes_that_save_one_step_the_later_fails(folder, proxy):

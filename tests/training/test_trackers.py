@@ -27,6 +27,7 @@ from jaxmodels.training.callback import Callback
 from jaxmodels.training.trackers import background as background_lib
 from jaxmodels.training.trackers import media as media_lib
 from jaxmodels.training.trackers.background import Background, Group
+from jaxmodels.training.trackers.wandb import Wandb
 
 CONFIG = {"model": {"name": "cnn", "features": (4, 8)}, "init_from": None, "seed": 3}
 PARENTS = [{"run": "runs/parent", "id": "abc", "step": 7, "taken": ["a", "b"]}]
@@ -562,6 +563,24 @@ def test_wandb_offline(tmp_path, monkeypatch, patient):
         assert exit == (1, 0)[start_number]
 
 
+@pytest.mark.parametrize("end", [ConnectionResetError(), SystemExit(-9), None])
+def test_wandbs_service_that_was_killed_does_not_end_the_program(end):
+    """`wandb.teardown` exits with the service's status, unless it cannot reach the service any more."""
+    called = []
+
+    def teardown():
+        called.append("teardown")
+        if end is not None:
+            raise end
+
+    process = types.SimpleNamespace(kill=lambda: called.append("kill"))
+    service = types.SimpleNamespace(_proc=types.SimpleNamespace(_process=process))
+    tracker = Wandb.__new__(Wandb)
+    tracker._wandb = types.SimpleNamespace(setup=lambda: types.SimpleNamespace(assert_service=lambda: service), teardown=teardown)
+    tracker.abandon()
+    assert called == ["kill", "teardown"]
+
+
 def test_wandb_without_a_key(monkeypatch, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'jaxmodels[wandb]'").teardown()
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -572,6 +591,7 @@ def test_wandb_without_a_key(monkeypatch, tmp_path):
         trackers.make_trackers(["jsonl", "wandb"])
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_server_that_never_answers_delays_neither_loop_nor_exit(tmp_path, name):

@@ -106,7 +106,9 @@ class Wandb(Callback):
         process = self._wandb.setup().assert_service()._proc
         if process is not None:  # None: a service that W&B did not start
             process._process.kill()
-            with contextlib.suppress(ConnectionError):  # it removes the hook, then fails to notify the service
+            # This removes the hook. Then it fails to notify the service; or, if the connection is not closed yet, it ends the program with the service's
+            # status, which is -9.
+            with contextlib.suppress(ConnectionError, SystemExit):
                 self._wandb.teardown()
 
 
