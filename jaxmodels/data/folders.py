@@ -83,8 +83,50 @@ def files_below(folder: str, leave_out: LeaveOut = lambda name: False) -> list[F
         start = len(folder.rstrip("/")) + 1
         found = [access.id_of(entry["name"], entry) for entry in access.listed(folder, deep=True)]
         return sorted(file for file in found if not any(map(leave_out, file.path[start:].split("/"))))
-    found = [os.path.join(place, name) for place, _, names in walk(folder, leave_out) for name in names]
-    return [FileId(file, os.path.getsize(file), "") for file in sorted(found)]
+    return [FileId(os.path.join(folder, name), size, "") for name, size in sizes_below(folder, leave_out).items()]
+
+
+def sizes_below(folder: str, leave_out: LeaveOut) -> dict[str, int]:
+    """Return the files in a folder and its folders, sorted: path relative to the folder -> bytes."""
+    if is_remote(folder):
+        start = len(folder.rstrip("/")) + 1
+        return {file.path[start:]: file.size for file in files_below(folder, leave_out)}
+    start, found = len(os.path.join(folder, "")), {}
+    for place, _, names in walk(folder, leave_out):
+        below = os.path.join(place, "")[start:]
+        found |= zip((below + name for name in names) if below else names, _sizes(place, names), strict=True)
+    return {name: found[name] for name in sorted(found)}
+
+
+def _sizes(place: str, names: Sequence[str]) -> list[int]:
+    """Return the bytes of some files of a folder on a disk. Their paths are resolved from the folder on, which takes half the time for a million files."""
+    if not names:
+        return []
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        return [os.stat(name, dir_fd=handle).st_size for name in names]
+    except OSError:
+        return [os.path.getsize(os.path.join(place, name)) for name in names]  # an error with the whole path
+    finally:
+        os.close(handle)
+
+
+def _folders_below(folder: str, leave_out: LeaveOut) -> Iterator[str]:
+    """Yield the folders that `walk` yields, without their files, of which there may be millions."""
+    seen, rest = set(), [folder]
+    while rest:
+        place = rest.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield place
+        try:
+            with os.scandir(place) as there:
+                below = sorted(entry.name for entry in there if entry.is_dir() and not leave_out(entry.name))
+        except OSError:  # as in os.walk, a folder that cannot be read is empty
+            continue
+        rest += [os.path.join(place, name) for name in reversed(below)]
 
 
 def identify(folders: Sequence[str], leave_out: LeaveOut) -> list[FileId]:
@@ -94,7 +136,7 @@ def identify(folders: Sequence[str], leave_out: LeaveOut) -> list[FileId]:
     of names, sizes and the store's marks of all files, so that a file that is replaced is noticed, too.
     """
     if not any(map(is_remote, folders)):
-        places = [place for folder in folders for place, _, _ in walk(folder, leave_out)]
+        places = [place for folder in folders for place in _folders_below(folder, leave_out)]
         return [FileId(os.path.abspath(place), 0, str(os.stat(place).st_mtime_ns)) for place in places]
 
     def identify_one(folder: str) -> FileId:

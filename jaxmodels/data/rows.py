@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,17 +17,19 @@ from jaxmodels.data.features.base import Feature, Problem, Row
 from jaxmodels.data.features.label import Label, Number
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.guesses import guess
-from jaxmodels.data.holdout import hold_out
+from jaxmodels.data.holdout import Draw, hold_out
 from jaxmodels.data.index import Progress
 from jaxmodels.data.keys import Keys
 from jaxmodels.data.shared import inputs_of, shared
 from jaxmodels.data.skipping import BadExample, Forgiving, Policy, Skipping
 from jaxmodels.data.source import Arrays, Dataset, Untokenized, fingerprint
+from jaxmodels.data.spool import Spool
 from jaxmodels.errors import ConfigError
 from jaxmodels.tokenizers.base import Tokenizer
 from jaxmodels.tokenizers.factory import is_trained, make_tokenizer
 
-Splits = Mapping[str, Sequence[Row]]
+Part = list[Row] | Spool
+Splits = Mapping[str, Part]
 Write = Callable[[str, Mapping[str, np.ndarray]], None]  # of a split and the arrays of some of its examples
 _TOGETHER = 1024  # rows encoded at once
 
@@ -92,7 +95,7 @@ def open_rows(
         return _in_memory(read(), features, options)
 
     def training_texts() -> Iterator[str]:
-        return _texts(_checked(read(), features, options, Skipping(options.on_bad_example)), text, text.tokenizer)
+        return _texts(_checked(read(), features, options, Skipping(options.on_bad_example), list), text, text.tokenizer)
 
     def tokenize(spec: str | Tokenizer) -> Dataset:
         def use(rows: Splits) -> None:
@@ -101,7 +104,7 @@ def open_rows(
         if identity is None or not can_be_stored(features):
             return _in_memory(read(), features, options, use)
         spec = spec if is_trained(spec) else make_tokenizer(spec, (), data_dir)
-        into = lambda write, progress: _encode_into(write, read(), features, options, use, progress)  # noqa: E731
+        into = lambda write, progress: _encode_into(write, read(), features, options, use, Spool, progress)  # noqa: E731
         dataset = cached_rows(into, features, text, spec, [identity(), dataclasses.astuple(options)], what)
         return dataset if isinstance(dataset, Dataset) else dataclasses.replace(_in_memory(read(), features, options, use), fallbacks=(dataset,))
 
@@ -114,12 +117,18 @@ def _texts(rows: Splits, text: Tokenized, spec: str | Tokenizer) -> Iterator[str
     return (value for part in wanted for row in part for value in text.texts(row))
 
 
-def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], options: Holdout, skipping: Skipping) -> dict[str, list[Row]]:
-    """Return the usable rows of each split, with the features fitted to the training rows, held-out ones included."""
-    rows = {split: list(part) for split, part in splits.items()}
+def _checked(
+    splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], options: Holdout, skipping: Skipping, keep: Callable[[Iterable[Row]], Part]
+) -> dict[str, Part]:
+    """Return the usable rows of each split, with the features fitted to the training rows, held-out ones included.
+
+    `keep` holds the rows: `list`, or `Spool`.
+    """
+    rows = {split: keep(part) for split, part in splits.items()}
     held_out = "validation" not in rows and options.holdout > 0
     if held_out:
-        rows["train"], rows["validation"] = hold_out(rows["train"], options.holdout)
+        held = Draw(len(rows["train"]), options.holdout).mask(0, len(rows["train"]))
+        rows["train"], rows["validation"] = (keep(itertools.compress(rows["train"], mask)) for mask in (~held, held))
     good = {"train": _passing("train", rows["train"], functools.partial(check, features=features), skipping)}
     if held_out:
         good["validation"] = _passing("validation", rows["validation"], functools.partial(check, features=features), skipping)
@@ -129,7 +138,8 @@ def _checked(splits: Mapping[str, Iterable[Row]], features: Sequence[Feature], o
     for split in with_labels({split: part for split, part in rows.items() if split not in good}, features):
         good[split] = _passing(split, rows[split], functools.partial(check, features=features), skipping)
     for feature in features:
-        good = {split: _passing(split, part, feature.check_known, skipping) for split, part in good.items()}
+        if type(feature).check_known is not Feature.check_known:
+            good = {split: _passing(split, part, feature.check_known, skipping) for split, part in good.items()}
     return good
 
 
@@ -153,16 +163,16 @@ def _has_no_label(rows: Iterable[Row], label: Label | Number) -> bool:
     return missing
 
 
-def _passing(split: str, rows: Sequence[Row], check: Callable[[Row], None], skipping: Skipping) -> list[Row]:
+def _passing(split: str, rows: Part, check: Callable[[Row], None], skipping: Skipping) -> Part:
     """Return the rows that `check` raises no Problem for."""
-    passed = []
-    for row in rows:
+    passed = np.ones(len(rows), bool)
+    for i, row in enumerate(rows):
         try:
             check(row)
-            passed.append(row)
         except Problem as problem:
+            passed[i] = False
             skipping.bad(split, problem.where or row.where, str(problem))
-    return passed
+    return rows if passed.all() else type(rows)(itertools.compress(rows, passed))
 
 
 def check(row: Row, features: Sequence[Feature]) -> None:
@@ -179,23 +189,23 @@ def _encode_into(
     features: Sequence[Feature],
     options: Holdout,
     before: Callable[[Splits], None],
+    keep: Callable[[Iterable[Row]], Part],
     progress: Progress | None = None,
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Pass the arrays of some usable rows at a time to `write`, and return notes and the number of skipped rows by split.
 
-    `before` is called with the usable rows before any is encoded.
+    `before` is called with the usable rows before any is encoded; `keep` is that of `_checked`.
     """
     skipping = Skipping(options.on_bad_example)
-    rows = _checked(splits, features, options, skipping)
+    rows = _checked(splits, features, options, skipping, keep)
     before(rows)
     if progress is not None:
         progress.expect(sum(map(len, rows.values())))
     notes: list[str] = []
     inputs: dict[str, list[int]] = {split: [] for split in rows}
     for split, part in rows.items():
-        count = 0
-        for start in range(0, len(part), _TOGETHER):
-            few = part[start : start + _TOGETHER]
+        count, rest = 0, iter(part)
+        while few := list(itertools.islice(rest, _TOGETHER)):
             for feature in features:
                 feature.prepare(few)
             examples = encode_all(split, few, functools.partial(encode, features=features), skipping)
@@ -218,7 +228,7 @@ def _encode_into(
 def _in_memory(splits, features: Sequence[Feature], options: Holdout, before: Callable[[Splits], None] = lambda rows: None) -> Dataset:
     """Return a data set in memory."""
     parts: dict[str, list[Mapping[str, np.ndarray]]] = {}
-    notes, skipped = _encode_into(lambda split, arrays: parts.setdefault(split, []).append(arrays), splits, features, options, before)
+    notes, skipped = _encode_into(lambda split, arrays: parts.setdefault(split, []).append(arrays), splits, features, options, before, list)
     arrays = {split: Arrays({name: np.concatenate([part[name] for part in few]) for name in few[0]}) for split, few in parts.items()}
     return Dataset(arrays, info_of(features), notes=notes, skipped=skipped)
 

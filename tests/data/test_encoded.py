@@ -9,10 +9,12 @@ import pytest
 import tokenizer_folders as folders
 
 from jaxmodels.data import encoded, fitted
+from jaxmodels.data.features.base import Row
 from jaxmodels.data.features.text import Tokenized
 from jaxmodels.data.registry import open_dataset
 from jaxmodels.data.source import get_batch
 from jaxmodels.data.sources import chat as chat_lib
+from jaxmodels.data.spool import Spool
 from jaxmodels.tokenizers import base
 from jaxmodels.tokenizers.factory import make_tokenizer
 
@@ -213,3 +215,11 @@ def test_rows_without_their_padding_are_an_array_that_is_read_by_index():
     np.testing.assert_array_equal(np.asarray(ragged), rows)
     for index in (0, -1, np.int64(2), slice(1, 3), slice(None), [3, 0, 0], np.array([[1], [2]]), np.array([True, False, False, True]), np.zeros(0, int)):
         np.testing.assert_array_equal(ragged[index], rows[index])
+
+
+def test_rows_wait_on_the_disk_while_they_are_checked(cached):
+    rows = [Row(f"line {i}", {"text": f"text {i}", 0: [i]}, problem="bad" if i == 7 else None) for i in range(2500)]
+    spool = Spool(iter(rows))
+    assert len(spool) == 2500 and list(spool) == rows
+    assert [(one, other) for one, other in zip(spool, spool, strict=True)] == list(zip(rows, rows, strict=True))  # two readers at once
+    assert list(spool + Spool(iter(rows[:3]))) == rows + rows[:3] and len(Spool()) == 0 and not list(Spool())

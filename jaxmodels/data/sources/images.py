@@ -69,13 +69,20 @@ class ClassFolders(IndexedBase):
         """Return a checksum of names, sizes in bytes and classes; the contents are not read."""
 
         def compute() -> int:
-            result, separator, sizes = 0, b"", self.opened.index["size"]
+            index, result, separator = self.opened.index, 0, b""
             for start in range(0, len(self), _ROWS):
-                for index in (start + np.flatnonzero(part.mask(start, min(len(self), start + _ROWS)))).tolist():
-                    name, number = self._file(index)
-                    line = f"{os.path.basename(name)} {sizes[index]} {number}".encode(errors="surrogateescape")
-                    result = zlib.crc32(separator + line, result)
-                    separator = b"\n"
+                stop = min(len(self), start + _ROWS)
+                rows = np.flatnonzero(part.mask(start, stop))
+                if not len(rows):
+                    continue
+                ends = index["name_end"][start:stop]
+                begin = int(index["name_end"][start - 1]) if start else 0
+                names, cuts = index["names"][begin : int(ends[-1])].tobytes(), [0, *(ends - begin).tolist()]
+                numbers = np.searchsorted(self.ends, start + rows, side="right").tolist()
+                described = zip(rows.tolist(), index["size"][start + rows].tolist(), numbers, strict=True)
+                lines = [b"%b %d %d" % (names[cuts[row] : cuts[row + 1]].rpartition(b"/")[2], size, number) for row, size, number in described]
+                result = zlib.crc32(separator + b"\n".join(lines), result)
+                separator = b"\n"
             return result
 
         share = None if isinstance(part, Whole) else [part.held, len(part)]
@@ -98,15 +105,17 @@ def _open(folder: str, leave_out: Collection[str] = ()) -> Opened:
     def build(_: Sequence[FileId], writer: Writer) -> dict[str, Any]:
         ends, count, name_end, suspect = [], 0, 0, []
         for name in classes:
-            start, files = os.path.join(folder, name), _files(os.path.join(folder, name))
+            sizes = _sizes(os.path.join(folder, name))
+            files = list(sizes)
             for at in range(0, len(files), _ROWS):
-                names = [file.path[len(start) + 1 :].encode(errors="surrogateescape") for file in files[at : at + _ROWS]]
+                few = files[at : at + _ROWS]
+                names = [file.encode(errors="surrogateescape") for file in few]
                 writer.append("names", np.frombuffer(b"".join(names), np.uint8), np.uint8)
                 name_ends = name_end + np.cumsum([len(each) for each in names])
                 name_end = int(name_ends[-1])
                 writer.append("name_end", name_ends)
-                writer.append("size", [file.size for file in files[at : at + _ROWS]])
-                suspect += [file.path[len(folder) + 1 :] for file in files[at : at + _ROWS] if not (file.size and _is_named(file.path))]
+                writer.append("size", [sizes[file] for file in few])
+                suspect += [os.path.join(name, file) for file in few if not (sizes[file] and _is_named(file))]
             count += len(files)
             ends.append(count)
             writer.progress.add(1)
@@ -244,7 +253,7 @@ def _copies(train: ClassFolders, other: ClassFolders) -> int:
 
 def _is_named(file: str) -> bool:
     """Whether a file has the extension of an image."""
-    return _is_extension(os.path.splitext(file)[1])
+    return _is_extension(file[file.rfind(".") :])
 
 
 @functools.cache
@@ -252,8 +261,8 @@ def _is_extension(text: str) -> bool:
     return text.lower() in PillowImage.registered_extensions()
 
 
-def _files(folder: str) -> list[FileId]:
-    found = folders.files_below(folder, is_litter)
+def _sizes(folder: str) -> dict[str, int]:
+    found = folders.sizes_below(folder, is_litter)
     if not found:
         raise ConfigError(f"config.data.source: {folder} holds no image.")
     return found

@@ -144,8 +144,10 @@ def _open(path: str, data_dir: str | None, keys: Mapping, form: "_Format") -> Da
         indexed = {split: _indexed(paths, f"{path} ({split})", form, columns, cache) for split, paths in files.items()}
         return open_indexed(indexed, features, options, data_dir)
 
+    hold = FileRows if any(feature.on_read for feature in features) else iter
+
     def rows():
-        return {split: FileRows(row for file in paths for row in form.read(file, columns)) for split, paths in files.items()}
+        return {split: hold(row for file in paths for row in form.read(file, columns)) for split, paths in files.items()}
 
     kept = encoded.is_worth_it([file for part in files.values() for file in part])
     identity = (lambda: [form.extensions, form.header, encoded.contents(files)]) if kept else None
