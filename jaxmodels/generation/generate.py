@@ -139,7 +139,7 @@ class Generator:
         special = getattr(tokenizer, "special", lambda name: None)
         graph, params, stats = functional.split(model)
         self.weights = functional.cast(params, dtype), stats
-        self.tokenizer, self.dtype, self.layout = tokenizer, dtype, layout
+        self.graph, self.tokenizer, self.dtype, self.layout = graph, tokenizer, dtype, layout
         self.reads_sources, self.context = hasattr(model, "encode"), getattr(model, "context", None)
         self.cached = hasattr(model, "extend")
         if not self.cached:
@@ -148,8 +148,8 @@ class Generator:
         self.start = special("start") if start is None else start
         self.ends = tuple(own_ends(tokenizer) if ends is None else ends)
         self._eos_ids = np.array(self.ends or (-2,), np.int32)  # never empty, so that the shape, and so the compiled function, is the same
-        known = known_tokens(tokenizer)
-        self._programs = _programs(graph, jnp.dtype(dtype), known) if layout is None else Programs(graph, dtype, layout, known)
+        self.known = known_tokens(tokenizer)
+        self._programs = _programs(graph, jnp.dtype(dtype), self.known) if layout is None else Programs(graph, dtype, layout, self.known)
         if self.reads_sources and self.start is None:
             raise ConfigError("the tokenizer has no start token for targets: give its id as start.")
 

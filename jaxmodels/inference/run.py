@@ -69,14 +69,15 @@ class Run:
         Raises:
           ConfigError: the task does not generate text; a prompt is empty or too long; an option is invalid.
         """
-        return self._generator(precision).generate(prompts, **options)
+        return self.generator(precision).generate(prompts, **options)
 
     def stream(self, prompt: Prompt, *, precision: str = "float32", **options: Any) -> Iterator[str]:
         """Yield the completion of one prompt in pieces as they are generated; arguments as in `generate`."""
-        return self._generator(precision).stream(prompt, **options)
+        return self.generator(precision).stream(prompt, **options)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  the cache keeps the last two runs alive, which is intended
-    def _generator(self, precision: str) -> Generator:
+    def generator(self, precision: str) -> Generator:
+        """Return the model prepared for generation; arguments and errors as in `generate`."""
         name = self.config["task"]["name"]
         if name not in ("language_model", "seq2seq"):
             raise ConfigError(

@@ -366,7 +366,7 @@ class Attention(nnx.Module):
 
     def extend(
         self,
-        x_B1D: jax.Array,
+        x_BTD: jax.Array,
         layer: dict[str, jax.Array],
         slot: jax.Array,
         left_padding_B: jax.Array,
@@ -375,16 +375,18 @@ class Attention(nnx.Module):
         rotary: tuple[jax.Array, jax.Array] | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attend from one token to itself and to the tokens in the cache, and write it to `slot`; see `models.cache`.
+        """Attend from tokens to themselves and to those in the cache, and write them to the slots from `slot` on; see `models.cache`.
 
         Args:
+          x_BTD: one token of each row; or T, which do not wrap around the layer.
           layer: of the cache; with `index`, all layers stacked.
-          bias: [1 or B, 1 or N, 1, S], for the slots of the cache.
+          bias: [1 or B, N, T, S], for the slots of the cache.
         """
-        own = (jnp.moveaxis(x, 1, 2) for x in self._keys_values(x_B1D, rotary))
+        own = (jnp.moveaxis(x, 1, 2) for x in self._keys_values(x_BTD, rotary))
         layer = cache_lib.append(layer, slot, *own, index)
         now = {name: x if index is None else jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in layer.items()}
-        return self._read(x_B1D, now, cache_lib.valid(slot, left_padding_B, now["key"].shape[2]), rotary, bias), layer
+        seen_BTS = cache_lib.valid(slot, left_padding_B, now["key"].shape[2], x_BTD.shape[1], self.window)
+        return self._read(x_BTD, now, seen_BTS, rotary, bias), layer
 
     def remember(self, memory_BSD: jax.Array) -> dict[str, jax.Array]:
         """Return the keys and values of another sequence for `read`: [B, G, S, K] each."""
@@ -392,22 +394,24 @@ class Attention(nnx.Module):
 
     def read(self, x_B1D: jax.Array, layer: dict[str, jax.Array], valid_BS: jax.Array) -> jax.Array:
         """Attend from one token to the valid ones of those keys and values [B, G, S, K]."""
-        return self._read(x_B1D, layer, valid_BS, None, None)
+        return self._read(x_B1D, layer, valid_BS[:, None], None, None)
 
-    def _read(self, x_B1D, layer, valid_BS, rotary, bias):
-        q_B1NK = constrain(self._queries(x_B1D, rotary), "batch", None, "heads", None)
-        B, _, N, K = q_B1NK.shape
-        q_BGnK = q_B1NK.reshape(B, self.kv_heads, N // self.kv_heads, K)
+    def _read(self, x_BTD, layer, seen_BTS, rotary, bias):
+        q_BTNK = constrain(self._queries(x_BTD, rotary), "batch", None, "heads", None)
+        (B, T, N, K), G = q_BTNK.shape, self.kv_heads
+        # The n queries of a key head, each with T times, are the rows of one product.
+        q_BGQK = jnp.moveaxis(q_BTNK.reshape(B, T, G, N // G, K), 1, 3).reshape(B, G, -1, K)
         scale = 1 / math.sqrt(K) if self.scale is None else self.scale
-        products_BGnS = jnp.einsum("bgnk,bgsk->bgns", q_BGnK, layer["key"], preferred_element_type=jnp.float32) * scale
+        products_BGQS = jnp.einsum("bgqk,bgsk->bgqs", q_BGQK, layer["key"], preferred_element_type=jnp.float32) * scale
         if self.cap is not None:
-            products_BGnS = self.cap * jnp.tanh(products_BGnS / self.cap)
+            products_BGQS = self.cap * jnp.tanh(products_BGQS / self.cap)
+        products_BGnTS = products_BGQS.reshape(B, G, N // G, T, -1)
         if bias is not None:
-            products_BGnS += bias[:, :, 0].reshape(bias.shape[0], self.kv_heads, -1, bias.shape[-1])
-        products_BGnS = jnp.where(valid_BS[:, None, None], products_BGnS, jnp.finfo(jnp.float32).min)
-        weights_BGnS = jax.nn.softmax(products_BGnS).astype(x_B1D.dtype)  # in float32 until here
-        y_BGnK = jnp.einsum("bgns,bgsk->bgnk", weights_BGnS, layer["value"])
-        return self.out(y_BGnK.reshape(B, 1, N * K))
+            products_BGnTS += bias.reshape(bias.shape[0], G, N // G, T, -1)
+        products_BGnTS = jnp.where(seen_BTS[:, None, None], products_BGnTS, jnp.finfo(jnp.float32).min)
+        weights_BGQS = jax.nn.softmax(products_BGnTS).astype(x_BTD.dtype).reshape(products_BGQS.shape)  # in float32 until here
+        y_BGQK = jnp.einsum("bgqs,bgsk->bgqk", weights_BGQS, layer["value"])
+        return self.out(jnp.moveaxis(y_BGQK.reshape(B, G, N // G, T, K), 3, 1).reshape(B, T, N * K))
 
     def _queries(self, x_BTD, rotary):
         q_BTNK = to_heads(self.query, x_BTD, self.heads)

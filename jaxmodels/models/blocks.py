@@ -207,7 +207,7 @@ class Block(nnx.Module):
 
     def extend(
         self,
-        x_B1D: jax.Array,
+        x_BTD: jax.Array,
         layer: dict,
         slot: jax.Array,
         left_padding: jax.Array,
@@ -219,18 +219,21 @@ class Block(nnx.Module):
         memory_valid: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
-        """Run the block on one token; arguments as in `attention.Attention.extend`, and `read` for the memory. Return [B, 1, D] and the cache layer."""
+        """Run the block on one token, or on T without a memory; arguments as in `attention.Attention.extend`, and `read` for the memory.
+
+        Return [B, T, D] and the cache layer.
+        """
         attend = functools.partial(self.attention.extend, layer=layer, slot=slot, left_padding_B=left_padding, index=index, bias=bias)
         attend = functools.partial(attend, rotary=self._rotary(rotary))
-        x_B1D, layer = self._add(x_B1D, self.attention_norm, attend, None, self.attention_output_norm)
+        x_BTD, layer = self._add(x_BTD, self.attention_norm, attend, None, self.attention_output_norm)
         if self.memory_attention is not None:
-            x_B1D, _ = self._add(x_B1D, self.memory_norm, lambda x: self.memory_attention.read(x, memory, memory_valid), None)
-        return self._add(x_B1D, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None, self.mlp_output_norm)[0], layer
+            x_BTD, _ = self._add(x_BTD, self.memory_norm, lambda x: self.memory_attention.read(x, memory, memory_valid), None)
+        return self._add(x_BTD, self.mlp_norm, lambda x: self.mlp(x, valid=valid), None, self.mlp_output_norm)[0], layer
 
-    def make_layer(self, batch: int, length: int, dtype: Any) -> dict:
-        """Return an empty layer of a cache."""
+    def make_layer(self, batch: int, length: int, dtype: Any, whole: bool = False) -> dict:
+        """Return an empty layer of a cache; with `whole`, one of `length` slots in spite of a window."""
         a = self.attention
-        return cache_lib.make_layer(batch, length, a.kv_heads, a.head_width, a.window, dtype)
+        return cache_lib.make_layer(batch, length, a.kv_heads, a.head_width, None if whole else a.window, dtype)
 
     def _rotary(self, tables: Rotary | None) -> tuple[jax.Array, jax.Array] | None:
         return None if tables is None else tables.get(self.rotary)
@@ -314,12 +317,12 @@ def apply_blocks(
     return x_BTD, {name: jnp.stack(values) for name, values in collected.items()}
 
 
-def make_layers(blocks: nnx.Module, batch: int, length: int, dtype: Any) -> list | dict:
-    """Return the empty layers of a cache for blocks of `make_blocks`."""
+def make_layers(blocks: nnx.Module, batch: int, length: int, dtype: Any, whole: bool = False) -> list | dict:
+    """Return the empty layers of a cache for blocks of `make_blocks`; `whole` as in `Block.make_layer`."""
     if isinstance(blocks, nnx.List):
-        return [block.make_layer(batch, length, dtype) for block in blocks]
+        return [block.make_layer(batch, length, dtype, whole) for block in blocks]
     layers = jax.tree.leaves(nnx.split(blocks)[1])[0].shape[0]
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), blocks.make_layer(batch, length, dtype))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), blocks.make_layer(batch, length, dtype, whole))
 
 
 def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **shared: Any) -> tuple[jax.Array, list | dict]:
@@ -336,18 +339,18 @@ def prefill_blocks(blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, **
 
 
 def extend_blocks(
-    blocks: nnx.Module, x_B1D: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any
+    blocks: nnx.Module, x_BTD: jax.Array, layers: list | dict, *, memory: list | dict | None = None, **shared: Any
 ) -> tuple[jax.Array, list | dict]:
-    """Run blocks one after the other on one token of every row. Return the output of the last one, and the layers of the cache.
+    """Run blocks one after the other on one token of every row, or more; see `Block.extend`. Return the output of the last one, and the layers of the cache.
 
     Stacked layers are the carry of the loop and are written in place. As inputs and outputs of the loop they would be copied.
     """
     if isinstance(blocks, nnx.List):
         after = []
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
-            x_B1D, layer = block.extend(x_B1D, layer, memory=None if memory is None else memory[i], **shared)
+            x_BTD, layer = block.extend(x_BTD, layer, memory=None if memory is None else memory[i], **shared)
             after.append(layer)
-        return x_B1D, after
+        return x_BTD, after
     graphdef, state = nnx.split(blocks)
 
     def one(carry, of):
@@ -355,4 +358,4 @@ def extend_blocks(
         return nnx.merge(graphdef, state).extend(*carry, index=index, memory=memory, **shared), None
 
     count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(one, (x_B1D, layers), (state, jnp.arange(count), memory))[0]
+    return jax.lax.scan(one, (x_BTD, layers), (state, jnp.arange(count), memory))[0]

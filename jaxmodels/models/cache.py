@@ -7,11 +7,16 @@ A model that generates has three methods in addition to `__call__`, all of them 
     extend(tokens [B], cache) -> logits, cache     reads one more token of every row
 
 Logits [B, V] are those of the token after the last one read. An encoder–decoder has `make_cache(source, length)`, which reads the
-source, and no `prefill`.
+source, and no `prefill`. A language model may have a fourth method, for prompts that are read in parts:
+
+    read(tokens [B, T], cache) -> logits [B, T, V], cache     reads more tokens of every row, in a cache made with `whole=True`
 
 Prompts of different lengths end at the same slot: rows are padded with -1 on the left. A slot is an index into the cache, the same for
 all rows in a step, so that a step writes one slice. A token's position is its slot minus the row's left padding. No query sees the
-slots of padding. A layer with a window has as many slots as the window, and overwrites the oldest.
+slots of padding. A layer with a window has as many slots as the window, and overwrites the oldest; with `whole=True` it has all slots.
+
+Slot t is stored at index t % S, so slots may also grow beyond S: a row that began in its slot `left_padding` keeps its last S tokens, and rows may
+begin at any time (`serving.state`).
 
 A cache is a dict of arrays:
 
@@ -33,13 +38,13 @@ import jax.numpy as jnp
 
 from jaxmodels.parallel.layout import constrain
 
-_NAMES = ("batch", "kv_heads", None, None)
+NAMES = ("batch", "kv_heads", None, None)
 
 
 def make_layer(batch: int, length: int, kv_heads: int, head_width: int, window: int | None, dtype: Any) -> dict[str, jax.Array]:
     """Return the empty slots of one layer: `length` of them, or `window` if that is less."""
     shape = (batch, kv_heads, length if window is None else min(length, window), head_width)
-    return {name: constrain(jnp.zeros(shape, dtype), *_NAMES) for name in ("key", "value")}
+    return {name: constrain(jnp.zeros(shape, dtype), *NAMES) for name in ("key", "value")}
 
 
 def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array, slot: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -47,31 +52,31 @@ def fill(layer: dict[str, jax.Array], k_BTGK: jax.Array, v_BTGK: jax.Array, slot
     if slot is not None:
         stored = jnp.maximum(numbers(slot, layer["key"].shape[2]), 0)
         new = {"key": k_BTGK, "value": v_BTGK}
-        return {name: constrain(jnp.take(jnp.moveaxis(x, 1, 2), stored, axis=2).astype(layer[name].dtype), *_NAMES) for name, x in new.items()}
+        return {name: constrain(jnp.take(jnp.moveaxis(x, 1, 2), stored, axis=2).astype(layer[name].dtype), *NAMES) for name, x in new.items()}
 
     def put(slots_BGSK, x_BTGK):
         S, T = slots_BGSK.shape[2], x_BTGK.shape[1]
         x_BGTK = jnp.moveaxis(x_BTGK, 1, 2).astype(slots_BGSK.dtype)
         if T > S:  # slot t is stored at index t % S
             x_BGTK = jnp.roll(x_BGTK[:, :, T - S :], (T - S) % S, axis=2)
-        return constrain(jax.lax.dynamic_update_slice(slots_BGSK, x_BGTK, (0, 0, 0, 0)), *_NAMES)
+        return constrain(jax.lax.dynamic_update_slice(slots_BGSK, x_BGTK, (0, 0, 0, 0)), *NAMES)
 
     return {"key": put(layer["key"], k_BTGK), "value": put(layer["value"], v_BTGK)}
 
 
-def append(layer: dict[str, jax.Array], slot: jax.Array, k_BG1K: jax.Array, v_BG1K: jax.Array, index: jax.Array | None = None) -> dict[str, jax.Array]:
-    """Write the keys and values of one slot into the layer, or into layer `index` of stacked ones."""
+def append(layer: dict[str, jax.Array], slot: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, index: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Write the keys and values of T slots, which begin at `slot` and do not wrap around, into the layer, or into layer `index` of stacked ones."""
 
     def put(slots, x):
         x, start = x.astype(slots.dtype), (0, 0, slot % slots.shape[-2], 0)
         if index is not None:
             slots = jax.lax.dynamic_update_slice(slots, x[None], (index, *start))
-            return constrain(slots, None, *_NAMES)
+            return constrain(slots, None, *NAMES)
         axes = [i for i, size in enumerate(slots.shape) if size > 1]  # those that `pack` leaves
         written = jax.lax.dynamic_update_slice(jnp.squeeze(slots), x.reshape([x.shape[i] for i in axes]), [start[i] for i in axes])
-        return constrain(written.reshape(slots.shape), *_NAMES)
+        return constrain(written.reshape(slots.shape), *NAMES)
 
-    return {"key": put(layer["key"], k_BG1K), "value": put(layer["value"], v_BG1K)}
+    return {"key": put(layer["key"], k_BGTK), "value": put(layer["value"], v_BGTK)}
 
 
 def numbers(slot: jax.Array, size: int) -> jax.Array:
@@ -79,21 +84,28 @@ def numbers(slot: jax.Array, size: int) -> jax.Array:
     return slot - (slot - jnp.arange(size)) % size
 
 
-def valid(slot: jax.Array, left_padding_B: jax.Array, size: int) -> jax.Array:
-    """Return which of `size` indices hold a token that the one in `slot` may see, bool [B, S]."""
-    return numbers(slot, size)[None] >= left_padding_B[:, None]
+def valid(slot: jax.Array, left_padding_B: jax.Array, size: int, tokens: int = 1, window: int | None = None) -> jax.Array:
+    """Return which of `size` indices hold a token that those in `tokens` slots from `slot` on may see, bool [B, T, S]; `window` as in `attention.attend`."""
+    stored_S = numbers(slot + tokens - 1, size)
+    seen_BTS = jnp.broadcast_to((stored_S >= left_padding_B[:, None])[:, None], (len(left_padding_B), tokens, size))
+    queries_T1 = slot + jnp.arange(tokens)[:, None]
+    if tokens > 1:
+        seen_BTS &= stored_S <= queries_T1
+    if window is not None and window < size:
+        seen_BTS &= stored_S > queries_T1 - window
+    return seen_BTS
 
 
 def take_rows(cache: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
     """Return the cache with these rows in this order, for beam search. All beams share the memory."""
     parts = {name: part for name, part in cache.items() if name not in ("slot", "memory")}
-    return cache | jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x)), parts)
+    return cache | jax.tree.map(lambda x: jnp.take(x, rows, axis=row_axis(x)), parts)
 
 
 def repeat_rows(cache: dict[str, Any], times: int) -> dict[str, Any]:
     """Return the cache with every row repeated."""
     parts = {name: part for name, part in cache.items() if name != "slot"}
-    return cache | jax.tree.map(lambda x: jnp.repeat(x, times, axis=_row_axis(x)), parts)
+    return cache | jax.tree.map(lambda x: jnp.repeat(x, times, axis=row_axis(x)), parts)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("structure", "shapes"))
@@ -120,6 +132,6 @@ def unpack(packed: Packed) -> Any:
     return jax.tree.unflatten(packed.structure, [x.reshape(shape) for x, shape in zip(packed.arrays, packed.shapes, strict=True)])
 
 
-def _row_axis(x: jax.Array) -> int:
+def row_axis(x: jax.Array) -> int:
     """Return the axis of the rows: 1 for stacked layers [L, B, G, S, K], the only arrays of five dimensions, else 0."""
     return 1 if x.ndim == 5 else 0

@@ -84,7 +84,7 @@ class Side(nnx.Module):
     def extend(self, x_B1D: jax.Array, cache: dict[str, Any], **shared) -> tuple[jax.Array, list | dict]:
         """Return the output of the last block for the embedding of one token, [B, 1, D], and the layers of the cache; see `models.cache`."""
         slot, layers = cache["slot"], cache["layers"]
-        x_B1D = self._placed(x_B1D, slot[None, None])
+        x_B1D = self._placed(x_B1D, (slot - cache["left_padding"])[:, None])
         if self.relative is not None:
             size = jax.tree.leaves(layers)[0].shape[-2]
             shared["bias"] = self.relative(slot[None, None], cache_lib.numbers(slot, size)[None])

@@ -237,22 +237,33 @@ class RecurrentLM(nnx.Module):
         logits, _ = self.with_state(tokens, None, segments=segments, rngs=rngs)
         return logits
 
-    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Return the initial states; see `models.cache`. Their size does not depend on `length`."""
+    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32, *, whole: bool = False) -> dict[str, Any]:
+        """Return the initial states; see `models.cache`. Their size does not depend on `length` or `whole`."""
         return {"states": tuple(layer.initial_state(batch, dtype) for layer in self.layers)}
 
     def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """Return the next logits [B, V] after prompts `tokens`, int [B, P] padded with -1 on the left, and the states after them."""
-        x_BTD, valid, states = self.embed(tokens), tokens >= 0, []
-        for layer, state in zip(self.layers, cache["states"], strict=True):
-            x_BTD, last = layer(x_BTD, state, valid=valid)
-            states.append(last)
-        x_BD = x_BTD[:, -1]
-        return (self.embed.attend(x_BD) if self.output is None else self.output(x_BD)), {"states": tuple(states)}
+        x_BTD, cache = self._read(tokens, cache)
+        return self._logits(x_BTD[:, -1]), cache
 
     def extend(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """Read one more token of each row, int [B], with -1 for rows that have ended. Return the next logits [B, V] and the states."""
         return self.prefill(tokens[:, None], cache)
+
+    def read(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Read more tokens of each row, int [B, T] with -1 as padding. Return the logits after each, [B, T, V], and the states after the last."""
+        x_BTD, cache = self._read(tokens, cache)
+        return self._logits(x_BTD), cache
+
+    def _read(self, tokens, cache):
+        x_BTD, valid, states = self.embed(tokens), tokens >= 0, []
+        for layer, state in zip(self.layers, cache["states"], strict=True):
+            x_BTD, last = layer(x_BTD, state, valid=valid)
+            states.append(last)
+        return x_BTD, {"states": tuple(states)}
+
+    def _logits(self, x):
+        return self.embed.attend(x) if self.output is None else self.output(x)
 
     def with_state(self, tokens: jax.Array, state, *, segments: jax.Array | None = None, rngs: nnx.Rngs | None = None):
         """Continue from `state` (a tuple with one state per layer, or None for zeros). Return logits and the new state."""
@@ -266,8 +277,7 @@ class RecurrentLM(nnx.Module):
             x, (last,) = run_layer([layer], x, None if before is None else (before,), None, restart, self.kernel)
             x = dropout(x, self.dropout, rngs)
             after.append(last)
-        logits = self.embed.attend(x) if self.output is None else self.output(x)
-        return logits, tuple(after)
+        return self._logits(x), tuple(after)
 
 
 def resolve_implementation(model: nnx.Module, platform: str | None, dtype=jnp.float32) -> dict[str, str]:

@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
         valid = tokens >= 0
         x_BTD = self._enter(tokens, positions := jnp.arange(T)[None] if segments is None else positions_in(segments))
         lengths = None
-        if self._by_length():  # that of a text itself: neither padding nor other texts count
+        if self.by_length:  # that of a text itself: neither padding nor other texts count
             lengths = valid.sum(axis=1, keepdims=True) if segments is None else lengths_in(jnp.where(valid, segments, -1))
         shared = {"rotary": self._rotate(positions, lengths), "valid": valid}
         if segments is not None:  # without segments, no token sees the padding after it
@@ -235,11 +235,11 @@ class Decoder(nnx.Module):
 
         return logits
 
-    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Return an empty cache for `batch` rows of `length` tokens; see `models.cache`."""
-        layers = make_layers(self.blocks, batch, length, dtype)
+    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32, *, whole: bool = False) -> dict[str, Any]:
+        """Return an empty cache for `batch` rows of `length` tokens; see `models.cache`, also for `whole`."""
+        layers = make_layers(self.blocks, batch, length, dtype, whole)
         cache = {"layers": layers, "left_padding": jnp.zeros(batch, jnp.int32), "slot": jnp.zeros((), jnp.int32)}
-        return cache | ({"tokens": jnp.full((batch, length), -1, jnp.int32)} if self._by_length() else {})
+        return cache | ({"tokens": jnp.full((batch, length), -1, jnp.int32)} if self.by_length else {})
 
     def prefill(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """Return the next logits [B, V] after prompts `tokens`, int [B, P] padded with -1 on the left, and the cache with them."""
@@ -255,12 +255,10 @@ class Decoder(nnx.Module):
         Where rotary positions depend on the length of a text and change with this token, all tokens are read again, as in the full forward pass.
         """
         slot, left_padding = cache["slot"], cache["left_padding"]
-        positions = (slot - left_padding)[:, None]
         noted = self._noted(tokens[:, None], cache, slot)
 
         def read_one(layers):
-            x_B1D, rotary = self._enter(tokens[:, None], positions), self._rotate(positions, positions + 1)
-            x_B1D, layers = extend_blocks(self.blocks, x_B1D, layers, slot=slot, left_padding=left_padding, rotary=rotary, valid=tokens[:, None] >= 0)
+            x_B1D, layers = self._read_more(tokens[:, None], cache | {"layers": layers})
             return x_B1D[:, 0], layers
 
         def read_all(layers):
@@ -268,19 +266,38 @@ class Decoder(nnx.Module):
             return jax.lax.dynamic_index_in_dim(x_BSD, slot, axis=1, keepdims=False), layers
 
         if noted:
-            changes = jnp.any(self.rotary.change(positions[:, 0] + 1) & (tokens >= 0))
+            changes = jnp.any(self.rotary.change(slot - left_padding + 1) & (tokens >= 0))
             x_BD, layers = jax.lax.cond(changes, read_all, read_one, cache["layers"])
         else:
             x_BD, layers = read_one(cache["layers"])
         logits = self._whole(self._logits(x_BD))
         return logits, {"layers": layers, "left_padding": left_padding, "slot": slot + 1} | noted
 
-    def _by_length(self) -> bool:
+    def read(self, tokens: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        """Read more tokens of each row, int [B, T]; -1 at the end of all rows is padding. Return the logits after each, [B, T, V], and the cache.
+
+        The cache is one made with `whole=True`, and has room for T tokens more. Where rotary positions depend on the length of a text, texts have to
+        end within the original context.
+        """
+        x_BTD, layers = self._read_more(tokens, cache)
+        count = jnp.sum((tokens >= 0).any(axis=0), dtype=jnp.int32)
+        return self._whole(self._logits(x_BTD)), cache | {"layers": layers, "slot": cache["slot"] + count}
+
+    @property
+    def by_length(self) -> bool:
+        """Whether rotary positions depend on the number of tokens of a text."""
         return self.rotary is not None and self.rotary.by_length
 
     def _noted(self, tokens, cache, slot):
-        """Return the cache's tokens with these ones from `slot` on, for models that may have to read them again; {} for others."""
-        return {"tokens": jax.lax.dynamic_update_slice(cache["tokens"], tokens.astype(jnp.int32), (0, slot))} if self._by_length() else {}
+        """Return the cache's tokens with these ones from `slot` on, for models that may have to read them again; {} for a cache without tokens."""
+        return {"tokens": jax.lax.dynamic_update_slice(cache["tokens"], tokens.astype(jnp.int32), (0, slot))} if "tokens" in cache else {}
+
+    def _read_more(self, tokens, cache):
+        """Run the blocks on tokens [B, T] from the next slot on. Return the output of the last one, and the cache's layers."""
+        slot, left_padding = cache["slot"], cache["left_padding"]
+        positions = slot + jnp.arange(tokens.shape[1]) - left_padding[:, None]
+        x_BTD, rotary = self._enter(tokens, positions), self._rotate(positions, positions + 1)
+        return extend_blocks(self.blocks, x_BTD, cache["layers"], slot=slot, left_padding=left_padding, rotary=rotary, valid=tokens >= 0)
 
     def _read(self, tokens, layers, left_padding, slot=None):
         """Run the blocks on tokens [B, S] that begin after their left padding, and write the cache's layers; with `slot`, the tokens end there."""

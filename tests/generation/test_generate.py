@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import drawn
+from random_models import LLAMA, MORE, MORE_TARGETS, SIZE, TARGETS, TEXTS, drawn
 
 from jaxmodels.errors import ConfigError
 from jaxmodels.generation import decoding
@@ -21,39 +21,6 @@ from jaxmodels.models.transformer import Decoder
 from jaxmodels.tokenizers.simple import ByteTokenizer, CharacterTokenizer
 
 V = 29
-SIZE = {"layers": 2, "heads": 4, "width": 16, "context": 64}
-LLAMA = SIZE | {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "tie_embeddings": False, "kv_heads": 2}
-SCALES = {"embedding": "sqrt_width", "attention": 0.3, "attention_cap": 2.0, "residual": 0.7, "logits": 2.0, "logits_cap": 9.0}
-MOE = {"moe": {"experts": 4, "top_k": 2}}
-SEQ2SEQ = SIZE | {"mlp_width": 24}
-T5 = SEQ2SEQ | {"positions": "relative", "norm": "rms", "post_norm": False, "activation": "geglu", "bias": False}
-T5 |= {"scale_attention": False, "head_width": 8}
-TEXTS = {
-    "learned": ("gpt", SIZE),
-    "mixtral": ("gpt", LLAMA | MOE | {"window": 5, "scan": True}),
-    "lstm": ("lstm", {"layers": 2, "width": 16}),
-}
-MORE = {
-    "llama": ("gpt", LLAMA),
-    "llama, stacked": ("gpt", LLAMA | {"scan": True}),
-    "mistral": ("gpt", LLAMA | {"window": 5}),
-    "qwen": ("gpt", LLAMA | {"query_key_norm": True, "qkv_bias": True, "rotary_scaling": {"kind": "yarn", "factor": 2.0, "original_context": 32}}),
-    "local and global": ("gpt", LLAMA | {"window": 5, "layer_types": ["local", "global"], "local_rotary_base": 100.0, "output_norm": True}),
-    "gemma2": ("gpt", LLAMA | {"norm": "rms_plus_one", "window": 5, "layer_types": ["local", "global"], "scales": SCALES}),
-    "olmo2": ("gpt", LLAMA | {"query_key_norm": "projection", "input_norm": False, "output_norm": True, "rotary_fraction": 0.5, "scan": True}),
-    "sinusoidal": ("gpt", SIZE | {"positions": "sinusoidal", "scan": True}),
-    "no positions": ("gpt", SIZE | {"positions": "none", "post_norm": True}),
-    "experts, unrolled": ("gpt", LLAMA | MOE),
-    "gru": ("gru", {"layers": 1, "width": 16, "embedding": 8}),
-}
-TARGETS = {"t5": ("encoder_decoder", T5 | {"scan": True})}
-MORE_TARGETS = {
-    "lstm_seq2seq": ("lstm_seq2seq", {"layers": 2, "width": 16}),
-    "original": ("encoder_decoder", SEQ2SEQ),
-    "learned positions": ("encoder_decoder", SEQ2SEQ | {"positions": "learned", "post_norm": False, "kv_heads": 2}),
-    "t5, unrolled": ("encoder_decoder", T5),
-    "gru_seq2seq": ("gru_seq2seq", {"layers": 1, "width": 16}),
-}
 
 
 def both(few, more):

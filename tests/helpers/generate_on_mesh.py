@@ -27,7 +27,7 @@ def main(kinds, *paths):
     for path in paths:
         run = jaxmodels.load(path, spread=True)
         texts = [c.tokens for c in run.generate(PROMPTS, max_tokens=20)]
-        generator = run._generator("float32")
+        generator = run.generator("float32")
         entry = {"texts": texts, "weights": parts(generator.weights[0])}
         if kinds == "all":
             entry["beams"] = [c.tokens for c in run.generate(PROMPTS[:2], max_tokens=8, beams=2)]

@@ -1,0 +1,182 @@
+"""The compiled functions of a served model. Each takes and returns arrays of a few shapes, which `Programs.warm` compiles in advance."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.generation import rows as rows_lib
+from jaxmodels.generation.generate import Generator
+from jaxmodels.models import functional
+from jaxmodels.parallel import layout as layout_lib
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.serving import state as state_lib
+
+CHUNKS = (32, 128, 512)  # tokens of a prompt that are read at once
+LENGTH = 256  # slots of the smallest state
+Size = tuple[int, int]  # rows and slots of a state
+
+
+class Programs:
+    """The compiled functions of one model.
+
+    A step computes all rows of a state and attends to all of its slots. So that few and short texts cost little, states have a few sizes.
+
+    Attributes:
+      rows, lengths: numbers of rows and of slots that a state may have, ascending.
+      chunks: sizes in which prompts are read.
+      block: tokens of a prompt that are kept together for later ones.
+      length: slots of the cache in which a prompt is read.
+    """
+
+    def __init__(self, generator: Generator, slots: int, context: int):
+        """
+        Args:
+          generator: the model, its weights and their layout.
+          slots: rows at most.
+          context: tokens of a row at most; of an encoder–decoder, of the source, and of the target.
+        """
+        self.generator, self.context = generator, context
+        self.source = source = context if generator.reads_sources else None  # tokens of a source at most, of an encoder–decoder
+        ways = 1 if generator.layout is None else mesh_lib.batch_ways(generator.layout.mesh)
+        self.rows = _sizes(ways, -(-slots // ways) * ways)
+        self.lengths = _sizes(LENGTH, context)
+        self.block = CHUNKS[0]
+        self.length = -(-context // self.block) * self.block
+        self.chunks = tuple(size for size in CHUNKS if size <= self.length) if source is None else _sizes(self.block, source)
+        layout = generator.layout
+        self._everywhere = None if layout is None else mesh_lib.replicated(layout.mesh)
+        self._empty = jax.jit(self._on_model(state_lib.empty), static_argnums=(2, 3, 4, 5))
+        self._reading = jax.jit(self._on_model(state_lib.reading_cache), static_argnums=(2, 3))
+        self._read = jax.jit(self._on_model(_read), donate_argnums=2)
+        self._score = jax.jit(self._on_model(functools.partial(_score, generator.known)), donate_argnums=2)
+        self._source = jax.jit(self._on_model(state_lib.read_source))
+        self._step = jax.jit(self._on_model(functools.partial(_step, generator.known)), donate_argnums=2)
+        self._resize = jax.jit(self._on_model(state_lib.resize), static_argnums=(4, 5, 6))
+        self._insert = jax.jit(self._in_layout(state_lib.insert), donate_argnums=0)
+        self._cut = jax.jit(self._in_layout(state_lib.cut), static_argnums=2)
+        self._paste = jax.jit(self._in_layout(state_lib.paste), donate_argnums=0)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what a prompt's tokens leave in the cache can be cut into blocks."""
+        return "layers" in jax.eval_shape(self.reading_cache)  # not in recurrent models
+
+    def empty(self) -> state_lib.State:
+        """Return an empty state of the smallest size."""
+        return self._empty(*self.generator.weights, self.rows[0], self.lengths[0], self.generator.dtype, self.source)
+
+    def resize(self, state: state_lib.State, rows: list[int], length: int) -> state_lib.State:
+        """Return the state with these rows and number of slots. It is compiled for the sizes next to that of the state, and for its own."""
+        return self._resize(*self.generator.weights, state, np.array(rows, np.int32), length, self.generator.dtype, self.source)
+
+    def reading_cache(self) -> dict:
+        """Return an empty cache for a prompt; {} for an encoder–decoder, whose sources are read at once."""
+        return {} if self.source else self._reading(*self.generator.weights, self.length, self.generator.dtype)
+
+    def read(self, reading: dict, count: int, tokens: np.ndarray) -> dict:
+        """Read tokens of a prompt, int32 [T] with T in `chunks`; `reading` is used up. Return the cache with them."""
+        return self._read(*self.generator.weights, reading, np.int32(count), tokens[None])
+
+    def score(self, reading: dict, count: int, tokens: np.ndarray, following: np.ndarray, alternatives: int) -> tuple[dict, dict[str, jax.Array]]:
+        """As `read`. Also return the scores of the tokens that follow each, as of `rows.score`."""
+        return self._score(*self.generator.weights, reading, np.int32(count), tokens[None], following, np.full(len(tokens), alternatives, np.int32))
+
+    def read_source(self, tokens: np.ndarray) -> dict:
+        """Return the cache of a source, int32 [T] with T in `chunks`."""
+        return self._source(*self.generator.weights, tokens[None])
+
+    def insert(self, state: state_lib.State, reading: dict, row: int, tokens: np.ndarray, count: int, token: int) -> state_lib.State:
+        """As `state.insert`; `state` is used up."""
+        return self._insert(state, reading, np.int32(row), tokens, np.int32(count), np.int32(token))
+
+    def step(self, state: state_lib.State, given: rows_lib.Settings, active: Any) -> tuple[state_lib.State, dict[str, jax.Array]]:
+        """As `state.step`; `state` is used up."""
+        return self._step(*self.generator.weights, state, given, active)
+
+    def cut(self, reading: dict, start: int) -> Any:
+        """Return a block of a prompt's cache."""
+        return self._cut(reading, np.int32(start), self.block)
+
+    def paste(self, reading: dict, block: Any, start: int) -> dict:
+        """Return a prompt's cache with a block; `reading` is used up."""
+        return self._paste(reading, block, np.int32(start))
+
+    def next_to(self, size: Size) -> list[Size]:
+        """Return the sizes of states that differ in one of rows and slots, and as little as possible."""
+        row, length = self.rows.index(size[0]), self.lengths.index(size[1])
+        near = lambda sizes, i: sizes[max(i - 1, 0) : i] + sizes[i + 1 : i + 2]  # noqa: E731
+        return [(rows, size[1]) for rows in near(self.rows, row)] + [(size[0], slots) for slots in near(self.lengths, length)]
+
+    def warm(self) -> None:
+        """Compile everything."""
+        reading = self.reading_cache()
+        for size in self.chunks:
+            tokens = np.zeros(size, np.int32)
+            if self.source:
+                reading = self.read_source(tokens)
+            else:
+                reading, _ = self.score(self.read(reading, 0, tokens), 0, tokens, tokens, 0)
+        if self.keeps_prefixes:
+            reading = self.paste(reading, self.cut(reading, 0), 0)
+        states, seen = {(self.rows[0], self.lengths[0]): self.empty()}, set()
+        while states:
+            (rows, slots), state = states.popitem()
+            seen.add((rows, slots))
+            state = self.insert(state, reading, 0, np.full(slots, -1, np.int32), 0, 0)
+            state, result = self.step(state, *self.settings((rows_lib.settings(rows), np.zeros(rows, bool))))
+            for size in [(rows, slots), *self.next_to((rows, slots))]:
+                other = self.resize(state, [0] * size[0], size[1])
+                if size not in seen:
+                    states[size] = other
+            jax.block_until_ready((other, result))
+
+    def settings(self, values: Any) -> Any:
+        """Place what the host says of rows on the device."""
+        return jax.device_put(values, self._everywhere)
+
+    def bytes(self) -> int:
+        """Return the bytes of the largest state, and of the cache in which prompts are read."""
+        g = self.generator
+        of_rows = jax.eval_shape(lambda *weights: self._empty(*weights, self.rows[-1], self.lengths[-1], g.dtype, self.source), *g.weights)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((of_rows, jax.eval_shape(self.reading_cache))))
+
+    def compiled(self) -> int:
+        """Return how many programs were compiled."""
+        return sum(f._cache_size() for f in vars(self).values() if hasattr(f, "_cache_size"))
+
+    def _on_model(self, function):
+        """Return the function of (params, stats, …) for one of (model, …)."""
+        g = self.generator
+
+        def run(params, stats, *arguments):
+            with layout_lib.use(g.layout):
+                return function(functional.evaluation_model(g.graph, params, stats, g.dtype), *arguments)
+
+        return run
+
+    def _in_layout(self, function):
+        def run(*arguments):
+            with layout_lib.use(self.generator.layout):
+                return function(*arguments)
+
+        return run
+
+
+def _sizes(first: int, last: int) -> tuple[int, ...]:
+    """Return a few sizes up to the last: each is four times the one before."""
+    return (last,) if first >= last else (first, *_sizes(4 * first, last))
+
+
+def _read(model, reading, count, tokens_1T):
+    return state_lib.read_more(model, reading, count, tokens_1T)[1]
+
+
+def _score(known, model, reading, count, tokens_1T, following_T, alternatives_T):
+    logits_1TV, reading = state_lib.read_more(model, reading, count, tokens_1T)
+    return reading, rows_lib.score(logits_1TV[0], following_T, alternatives_T, known)
+
+
+def _step(known, model, state, given, active_B):
+    return state_lib.step(model, state, given, active_B, known)
