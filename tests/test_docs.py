@@ -67,6 +67,20 @@ def test_links_have_targets():
             assert (ROOT / target).exists(), (page, target)
 
 
+def test_named_tests_exist_and_those_of_reliability_are_marked():
+    """`pytest -m faults` runs all tests of docs/reliability.md, so each file or function that it names has that mark."""
+    named = {page: re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()) for page in PAGES}
+    for page, tests in named.items():
+        for path, function in tests:
+            content = (ROOT / path).read_text()
+            decorators = re.search(rf"((?:^@.*\n|^ .*\n|^\]?\)\n)*)^def {function}\(", content, re.M)
+            assert not function or decorators, (page, path, function)
+            if page.name == "reliability.md":
+                whole = re.search(r"^pytestmark = .*pytest\.mark\.faults", content, re.M)
+                assert whole or "@pytest.mark.faults" in (decorators[1] if function else content), (path, function)
+    assert len(named[ROOT / "docs" / "reliability.md"]) > 20
+
+
 def test_every_config_has_a_row_of_results():
     results = (ROOT / "docs" / "results.md").read_text()
     for path in HEADERS:

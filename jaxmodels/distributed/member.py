@@ -26,6 +26,7 @@ _KEY = "jaxmodels"
 # In seconds: time for a process to end by itself after another has failed, as both may have the same error; time limit for writing the reason;
 # time that process 0 waits for the others to end, after a failure and after a common end.
 _GRACE, _WRITE_SECONDS, _OTHERS_SECONDS, _AGREED_SECONDS = 5.0, 5.0, 10.0, 60.0
+_ANSWER_SECONDS = 30.0  # for the main threads to stop together, when no process makes progress; at most the limit itself
 
 
 class Member:
@@ -57,8 +58,10 @@ class Member:
         self._changed = threading.Condition()
         self._store: Any = None
         self._checks = self._gathers = 0
-        # Why this process asks for a stop, and its exit status (None for a signal); whether checks block; number of the common check, why, status, process.
+        # Why this process asks for a stop, its exit status (None for a signal), and whether no process makes progress; whether checks block;
+        # number of the common check, and the same three of the process that asked first, and its index.
         self._wish, self._frozen, self._stop = None, False, None
+        self._asked = self._reported = False  # whether process 0 has asked for a stop because no process makes progress; whether `report` was called
         self._alarmed = self._ending = self._over = False
         self._said_bye, self._gone = set(), set()
         self._beats: dict[int, tuple[list, float]] = {}  # watched process -> its latest [heartbeat, checks], and the time of the last change
@@ -88,12 +91,12 @@ class Member:
             if not (self._stop and self._checks >= self._stop[0]):
                 self._checks += 1
                 return
-        _, reason, status, index = self._stop
+        _, reason, status, stalled, index = self._stop
         if error is not None and (status is None or index != self._index):
             say(f"{self._name(self._index)}: {error}")  # another reason came first
         self.agreed = True
         if status is not None:
-            raise OneFailed(f"{self._name(index)}: {reason}", status)
+            raise OneFailed(reason if stalled else f"{self._name(index)}: {reason}", status)
         raise Interrupted(reason + ("" if index == self._index else f" (at process {index})"))
 
     @property
@@ -101,9 +104,9 @@ class Member:
         """Whether all processes have agreed where to stop."""
         return self._stop is not None
 
-    def request_stop(self, reason: str, status: int | None = None) -> None:
+    def request_stop(self, reason: str, status: int | None = None, stalled: bool = False) -> None:
         """Request a common stop because of a signal of this name, or of an error with this exit status; safe in a signal handler."""
-        self._wish = self._wish or [reason, status]
+        self._wish = self._wish or [reason, status, stalled]
 
     def exchange_errors(self, error: RunError | None) -> None:
         """Raise OneFailed in all processes if one has an error, once all have called this."""
@@ -230,10 +233,15 @@ class Member:
         if sum(checks.values()) != self._moved[0]:
             self._moved = (sum(checks.values()), now)
         elif (any(checks.values()) or option != "--stall_limit") and now - self._moved[1] > limit:
-            self._moved = (self._moved[0], math.inf)
             behind = [self._name(index) for index in checks if checks[index] == min(checks.values())]
             who = f"{listed(behind)} {'is' if len(behind) == 1 else 'are'} behind the others" if len(behind) < len(checks) else "all are at the same step"
-            self._alarm(f"no process {done} for {limit:g} s ({option}); {who}", stalled=True)
+            problem = f"no process {done} for {limit:g} s ({option}); {who}"
+            if option == "--stall_limit" and not self._asked:  # if they wait for data, they can stop together and save
+                self._asked, self._moved = True, (self._moved[0], now - limit + min(limit, _ANSWER_SECONDS))
+                self.request_stop(problem, 1, stalled=True)
+            else:
+                self._moved = (self._moved[0], math.inf)
+                self._alarm(problem, stalled=True)
 
     # Thread 2: key–value store
 
@@ -258,6 +266,8 @@ class Member:
             with self._changed:
                 self._frozen = True
             self._set(f"next/{self._index}", self._checks)
+            if news["wish"][2]:
+                self._report()
         if "wish" in news and "stop" not in news and self._index == 0:
             checks = self._entries("next").values()
             if len(checks) == self.processes.count:
@@ -294,9 +304,16 @@ class Member:
             self._changed.notify_all()
             if again or self._changed.wait_for(lambda: self._ending, grace):
                 return
-        if stalled and (waits := self.report()):
-            say(f"{self._name(self._index)}: {waits}")
+        if stalled:
+            self._report()
         self._leave(status, reason)
+
+    def _report(self) -> None:
+        """Say where this process is, once."""
+        if not self._reported:
+            self._reported = True
+            if waits := self.report():
+                say(f"{self._name(self._index)}: {waits}")
 
     def _leave_process(self, status: int, reason: str) -> None:
         say(reason)

@@ -303,6 +303,21 @@ def test_a_signal_while_the_reader_of_one_hangs(tmp_path, split, steps):
     assert len({match[1] for match in saved}) == 1 and int(saved[0][1]) in steps, run.outputs()
 
 
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_reader_of_one_that_hangs_ends_all_after_the_limit(tmp_path):
+    """As with one process: the stacks are printed, and the state is saved."""
+    data = CONFIG["data"] | {"source": "recording_sources:failing", "shuffle": False}
+    run = Run(tmp_path, small_configs.config(CONFIG, data=data, checkpoint__every=1000))
+    (run.folder / "hanging-train").touch()
+    run.start(2, 1, "--stall_limit=5").end(1, seconds=90)
+    logs = run.outputs()
+    assert re.search(r"saved \S+/checkpoints/(27|28|29)\. The same command resumes", logs["process-0.log"]), logs
+    for log in logs.values():
+        assert "most recent call first" in log and "jaxmodels: no process has completed a step for 5 s (--stall_limit); " in log, log
+    assert "it waits for data in" in logs["process-1.log"] and "Traceback" not in str(logs)
+
+
 @pytest.mark.slow
 def test_two_evaluate_as_one(tmp_path, jaxmodels_command):
     run = Run(tmp_path, CONFIG).start(2, 1)

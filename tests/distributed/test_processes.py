@@ -497,6 +497,21 @@ def test_a_hanging_main_thread_ends_the_run_after_the_limit(capfd):
 
 
 @pytest.mark.faults
+def test_processes_that_wait_for_data_can_save_before_they_end():
+    crowd = everybody(3, stall_limit=1.5)
+    stops, reported = {index: threading.Event() for index in range(3)}, []
+    for index, member in crowd.members.items():
+        member.on_stop, member.report = stops[index].set, lambda index=index: reported.append(index) or ""
+        member.check()
+    assert all(stop.wait(10) for stop in stops.values())
+    for member in crowd.members.values():
+        with pytest.raises(OneFailed, match=r"^no process has completed a step for 1.5 s \(--stall_limit\); all are at the same step$"):
+            member.check()
+    assert sorted(reported) == [0, 1, 2] and not crowd.left
+    crowd.end()
+
+
+@pytest.mark.faults
 def test_a_phase_has_a_limit_of_its_own():
     crowd = everybody(2, stall_limit=60.0)
     first = crowd.members[0]

@@ -28,6 +28,8 @@ from jaxmodels.training import changes
 from jaxmodels.training import trainer as trainer_lib
 from jaxmodels.training.callback import Callback
 
+pytestmark = pytest.mark.faults
+
 CONFIG = small_configs.config(
     small_configs.CNN,
     model={"name": "own_parts:Linear"},
