@@ -56,7 +56,7 @@ def test_gelu_is_that_of_jax():
     x = jnp.linspace(-12, 12, 4001)
     value, gradient = jax.vmap(jax.value_and_grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
     with traced_as("cpu"):
-        np.testing.assert_allclose(gelu_exact(x), value, atol=5e-7)
-        np.testing.assert_allclose(jax.vmap(jax.grad(gelu_exact))(x), gradient, atol=5e-7)
+        np.testing.assert_allclose(gelu_exact(x), value, atol=1e-6)  # of 1 + erf, rounded, times x
+        np.testing.assert_allclose(jax.vmap(jax.grad(gelu_exact))(x), gradient, atol=1e-6)
     with traced_as("tpu"):
         np.testing.assert_array_equal(gelu_exact(x), value)
