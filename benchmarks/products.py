@@ -1,7 +1,7 @@
 """What the forms for CPUs gain over XLA's own, as a Markdown table: `python benchmarks/products.py`.
 
-Each row is one part of a model, forward and backward, compiled with and without what `jaxmodels/models/products.py`, `heads_first.py` and
-`recurrence.py` do when a function is traced for a CPU. A row whose ratio is no longer below 1 says that this version of XLA does not need that form.
+Each row is one part of a model, forward and backward, compiled with and without what `jaxmodels/models/products.py`, `heads_first.py`,
+`recurrence.py`, `normalization.py` and `layers.py` do when a function is traced for a CPU. A row whose ratio is no longer below 1 says that this version of XLA does not need that form.
 The machine must be idle; the two sides run in turn, and the figures are medians.
 """
 
@@ -20,6 +20,8 @@ from flax import nnx
 from jaxmodels.hardware.malloc import tune_malloc
 from jaxmodels.models.attention import attend
 from jaxmodels.models.functional import merge, split
+from jaxmodels.models.layers import gelu_exact, relu_max_pool_2x2
+from jaxmodels.models.normalization import LayerNorm
 from jaxmodels.models.products import product
 from jaxmodels.models.rnn import GRU, LSTM
 from jaxmodels.parallel import layout as layout_lib
@@ -43,6 +45,12 @@ def attention(batch, length, heads, width, causal):
     return lambda q, k, v: attend(q, k, v, causal=causal), arrays(*[(batch, length, heads, width)] * 3)
 
 
+def normalization(batch, length, width):
+    """Return layer normalization before a linear layer as a function, and its arguments."""
+    graph, params, stats = split(LayerNorm(width, rngs=nnx.Rngs(0)))
+    return lambda params, x, kernel: x + product(merge(graph, params, stats)(x), kernel), (params, *arrays((batch, length, width), (width, width)))
+
+
 def recurrent(layer, batch, length, width):
     """Return a recurrent layer as a function, and its arguments."""
     graph, params, stats = split(layer(width, width, rngs=nnx.Rngs(0)))
@@ -58,6 +66,10 @@ PARTS = {
     "attention, causal, 2 × 1,024 × 12 × 64": lambda: attention(2, 1024, 12, 64, True),
     "LSTM of 256, 32 × 64": lambda: recurrent(LSTM, 32, 64, 256),
     "GRU of 256, 32 × 64": lambda: recurrent(GRU, 32, 64, 256),
+    "ReLU and max-pool, 256 × 28 × 28 × 32": lambda: (relu_max_pool_2x2, arrays((256, 28, 28, 32))),
+    "LayerNorm and linear 384 → 384, 8 × 256": lambda: normalization(8, 256, 384),
+    "LayerNorm and linear 192 → 192, 32 × 17": lambda: normalization(32, 17, 192),
+    "exact GELU, 2,048 × 3,072": lambda: (gelu_exact, arrays((2048, 3072))),
 }
 
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import fused, heads_first
 from jaxmodels.models.layers import Linear
+from jaxmodels.models.normalization import RMSNorm
 from jaxmodels.models.positions import rotate
 from jaxmodels.models.ring import ring_attend
 from jaxmodels.parallel.layout import Layout, constrain, current, on_each_device, traced_for, use
@@ -329,7 +330,7 @@ class Attention(nnx.Module):
         self.key = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
         self.value = linear(width, kv_heads * head_width, use_bias=bias, kernel_init=init)
         self.out = linear(heads * head_width, width, use_bias=bias if out_bias is None else out_bias, kernel_init=out_init or init)
-        make_norm = make_norm or (lambda width: nnx.RMSNorm(width, epsilon=1e-6, rngs=rngs))
+        make_norm = make_norm or (lambda width: RMSNorm(width, epsilon=1e-6, rngs=rngs))
         widths = [n * head_width for n in (heads, kv_heads)] if query_key_norm == "projection" else [head_width] * 2
         self.query_norm, self.key_norm = (make_norm(width) if query_key_norm else None for width in widths)
         self.query_key_norm = query_key_norm

@@ -18,6 +18,7 @@ from jaxmodels.models import remat as remat_lib
 from jaxmodels.models.attention import Attention, Implementation, QueryKeyNorm
 from jaxmodels.models.functional import new_rngs
 from jaxmodels.models.layers import ACTIVATIONS, GATED, Activation, Linear, RMSNormPlusOne, dropout
+from jaxmodels.models.normalization import LayerNorm, RMSNorm
 from jaxmodels.models.remat import Remat
 from jaxmodels.parallel.layout import constrain, row_major
 from jaxmodels.parallel.pipeline import over_layers
@@ -34,8 +35,8 @@ def make_norm(kind: Norm, width: int, epsilon: float, bias: bool, rngs: nnx.Rngs
     if kind == "rms_plus_one":
         return RMSNormPlusOne(width, epsilon=epsilon)
     if kind == "rms":
-        return nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs)
-    return nnx.LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
+        return RMSNorm(width, epsilon=epsilon, rngs=rngs)
+    return LayerNorm(width, epsilon=epsilon, use_bias=bias, rngs=rngs)
 
 
 def residual_init(post_norm: bool, layers: int) -> Callable:

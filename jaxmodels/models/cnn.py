@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, max_pool_2x2
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, relu_max_pool_2x2
 
 
 class CNN(nnx.Module):
@@ -50,7 +50,7 @@ class CNN(nnx.Module):
         """image: float [B, H, W, C], computed in the dtype of the parameters. Returns logits [B, num_classes]."""
         x = image.astype(self.output.kernel.dtype)
         for convolution in self.convolutions:
-            x = max_pool_2x2(nnx.relu(convolution(x)))
+            x = relu_max_pool_2x2(convolution(x))
         x = dropout(x.reshape(x.shape[0], -1), self.dropout / 2, rngs)
         x = nnx.relu(self.hidden(x))
         return self.output(dropout(x, self.dropout, rngs))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.models.convolution import depthwise, patches
-from jaxmodels.models.layers import Linear, check_rate, check_sizes, stochastic_depth
+from jaxmodels.models.layers import Linear, check_rate, check_sizes, gelu_exact, stochastic_depth
+from jaxmodels.models.normalization import LayerNorm
 
 SIZES = {
     "convnext_t": {"stages": (3, 3, 9, 3), "width": 96},
@@ -35,7 +36,7 @@ class ConvNeXtBlock(nnx.Module):
     def __init__(self, channels: int, *, kernel: int, layer_scale: float, rate: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (kernel, kernel, channels)))
         self.bias = nnx.Param(jnp.zeros(channels))
-        self.norm = nnx.LayerNorm(channels, epsilon=1e-6, rngs=rngs)
+        self.norm = LayerNorm(channels, epsilon=1e-6, rngs=rngs)
         self.up = Linear(channels, 4 * channels, kernel_init=init, rngs=rngs)
         self.down = Linear(4 * channels, channels, kernel_init=init, rngs=rngs)
         self.layer_scale = nnx.Param(jnp.full(channels, layer_scale))
@@ -43,7 +44,7 @@ class ConvNeXtBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         y = depthwise(x, self.kernel[...]) + self.bias[...]
-        y = self.down(nnx.gelu(self.up(self.norm(y)), approximate=False)) * self.layer_scale[...]
+        y = self.down(gelu_exact(self.up(self.norm(y)))) * self.layer_scale[...]
         return x + stochastic_depth(y, self.rate, rngs)
 
 
@@ -87,18 +88,18 @@ class ConvNeXt(nnx.Module):
         if min(image_shape[:2]) < patch * 2 ** (len(stages) - 1):
             raise ValueError(f"{len(stages)} stages reduce {image_shape[0]}×{image_shape[1]} pixels to nothing; use a smaller patch or fewer stages")
         self.stem = Merge(image_shape[2], width, patch, rngs=rngs)
-        self.stem_norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+        self.stem_norm = LayerNorm(width, epsilon=1e-6, rngs=rngs)
         norms, merges, blocks, done = [], [], [], 0
         for stage, count in enumerate(stages):
             channels = width * 2**stage
             if stage:
-                norms.append(nnx.LayerNorm(channels // 2, epsilon=1e-6, rngs=rngs))
+                norms.append(LayerNorm(channels // 2, epsilon=1e-6, rngs=rngs))
                 merges.append(Merge(channels // 2, channels, 2, rngs=rngs))
             rates = [stochastic_depth * (done + i) / max(1, sum(stages) - 1) for i in range(count)]
             blocks.append(nnx.List([ConvNeXtBlock(channels, kernel=kernel, layer_scale=layer_scale, rate=rate, rngs=rngs) for rate in rates]))
             done += count
         self.norms, self.merges, self.blocks = nnx.List(norms), nnx.List(merges), nnx.List(blocks)
-        self.norm = nnx.LayerNorm(channels, epsilon=epsilon, rngs=rngs)
+        self.norm = LayerNorm(channels, epsilon=epsilon, rngs=rngs)
         self.output = Linear(channels, num_classes, kernel_init=init, rngs=rngs)
 
     def __call__(self, image: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models.attention import Attention, to_heads
+from jaxmodels.models.normalization import LayerNorm
 from jaxmodels.parallel.layout import constrain, gathered
 
 
@@ -44,7 +45,7 @@ class Distances(nnx.Module):
         if buckets < 2 or longest <= buckets // 2 + 1:
             raise ValueError(f"relative_buckets must be at least 2, and relative_distance above half of that + 1; got {buckets} and {longest}")
         self.embedding = nnx.Param(init(rngs.params(), (2 * buckets, width)))
-        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.buckets, self.longest, self.context = buckets, longest, context
 
     def __call__(self, T: int) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxmodels.models.blocks import Block
 from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout
+from jaxmodels.models.normalization import LayerNorm
 from jaxmodels.models.rnn import CELLS
 
 
@@ -98,7 +99,7 @@ class TransformerForecast(nnx.Module):
             raise ValueError(f"heads must divide width, got heads={heads}, width={width}")
         self.patches = _Patches(lookback, patch, stride, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, mlp_width=mlp_width, causal=False, dropout=dropout, layers=layers, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.output = Linear(self.patches.count * width, horizon, rngs=rngs)
         self.dropout = dropout
 

@@ -38,19 +38,38 @@ class LSTM(nnx.Module):
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
         """x: [B, T, D]; state: (hidden, cell), or None for zeros. Return outputs [B, T, H] and the last state; see `_run`."""
-        return _run(self, _lstm, True, (), x, state, valid, restart, reverse)
+        return _run(self, recurrence.Cell(True, _lstm, _lstm_factors, _lstm_pull), None, x, state, valid, restart, reverse)
 
 
-def _lstm(extra, state, gates):
+def _lstm(state, gates):
     """Return the next (hidden, cell), and the hidden one as the output."""
-    _, cell = state
-    # sigmoid(x) = (tanh(x / 2) + 1) / 2: one pass over all gates, where XLA for CPUs (jaxlib 0.10 and 0.12) takes four times as long for one of each kind.
-    half = np.repeat(np.array([True, True, False, True]), cell.shape[-1])
-    scale, shift = (jnp.asarray(np.where(half, *values), gates.dtype) for values in ((0.5, 1.0), (0.5, 0.0)))
-    i, f, g, o = jnp.split(jnp.tanh(gates * scale) * scale + shift, 4, axis=-1)
-    cell = f * cell + i * g
+    i, f, g, o = _lstm_gates(gates)
+    cell = f * state[1] + i * g
     hidden = o * jnp.tanh(cell)
     return (hidden, cell), hidden
+
+
+def _lstm_gates(gates):
+    # sigmoid(x) = (tanh(x / 2) + 1) / 2: one pass over all gates, where XLA for CPUs (jaxlib 0.10 and 0.12) takes four times as long for one of each kind.
+    half = np.repeat(np.array([True, True, False, True]), gates.shape[-1] // 4)
+    scale, shift = (jnp.asarray(np.where(half, *values), gates.dtype) for values in ((0.5, 1.0), (0.5, 0.0)))
+    return jnp.split(jnp.tanh(gates * scale) * scale + shift, 4, axis=-1)
+
+
+def _lstm_factors(state, gates):
+    """Return what gradients of the gates are multiplied with [..., 4H], of the cell [..., H], and of the cell before [..., H]."""
+    i, f, g, o = _lstm_gates(gates)
+    bounded = jnp.tanh(f * state[1] + i * g)
+    of_gates = jnp.concatenate([g * i * (1 - i), state[1] * f * (1 - f), i * (1 - g * g), bounded * o * (1 - o)], axis=-1)
+    return of_gates, o * (1 - bounded * bounded), f
+
+
+def _lstm_pull(factors, of_state, of_output):
+    of_gates, of_bounded, forget = factors
+    of_hidden, of_cell = of_state
+    of_hidden = of_hidden + of_output
+    of_cell = of_cell + of_hidden * of_bounded
+    return (0, of_cell * forget), (jnp.concatenate([of_cell, of_cell, of_cell, of_hidden], axis=-1) * of_gates,)
 
 
 class GRU(nnx.Module):
@@ -68,24 +87,46 @@ class GRU(nnx.Module):
 
     def __call__(self, x, state=None, *, valid=None, restart=None, reverse=False):
         """x: [B, T, D]; state: hidden [B, H], or None for zeros. Return outputs [B, T, H] and the last state; see `_run`."""
-        return _run(self, _gru, False, self.recurrent_bias[...], x, state, valid, restart, reverse)
+        bias = jnp.pad(self.recurrent_bias[...], (2 * self.width, 0))  # of the candidate, inside the reset gate
+        return _run(self, recurrence.Cell(False, _gru, _gru_factors, _gru_pull), bias, x, state, valid, restart, reverse)
 
 
-def _gru(bias, hidden, gates, recurred):
+def _gru(hidden, gates, recurred):
     """Return the next hidden state, twice."""
-    width = hidden.shape[-1]
-    reset, update = jnp.split(jnp.tanh(0.5 * (gates[:, : 2 * width] + recurred[:, : 2 * width])) * 0.5 + 0.5, 2, axis=-1)  # sigmoids, as in `_lstm`
-    candidate = jnp.tanh(gates[:, 2 * width :] + reset * (recurred[:, 2 * width :] + bias))
+    reset, update, candidate, _ = _gru_gates(gates, recurred)
     hidden = (1 - update) * candidate + update * hidden
     return hidden, hidden
 
 
-def _run(layer, cell, merge, extra, x, state, valid, restart, reverse):
+def _gru_gates(gates, recurred):
+    width = gates.shape[-1] // 3
+    sums = gates[..., : 2 * width] + recurred[..., : 2 * width]
+    reset, update = jnp.split(jnp.tanh(0.5 * sums) * 0.5 + 0.5, 2, axis=-1)  # sigmoids, as in `_lstm_gates`
+    recurred = recurred[..., 2 * width :]
+    return reset, update, jnp.tanh(gates[..., 2 * width :] + reset * recurred), recurred
+
+
+def _gru_factors(hidden, gates, recurred):
+    """Return what gradients of both terms are multiplied with [..., 3H], and of the hidden state before [..., H]."""
+    reset, update, candidate, recurred = _gru_gates(gates, recurred)
+    of_candidate = (1 - update) * (1 - candidate * candidate)
+    both = [of_candidate * recurred * reset * (1 - reset), (hidden - candidate) * update * (1 - update)]
+    return jnp.concatenate([*both, of_candidate], axis=-1), jnp.concatenate([*both, of_candidate * reset], axis=-1), update
+
+
+def _gru_pull(factors, of_state, of_output):
+    of_gates, of_recurred, update = factors
+    of_state = of_state + of_output
+    thrice = jnp.concatenate([of_state] * 3, axis=-1)
+    return of_state * update, (thrice * of_gates, thrice * of_recurred)
+
+
+def _run(layer, cell, bias, x, state, valid, restart, reverse):
     """Run a layer.
 
     Args:
       layer: with its `input`, `recurrent` and `unroll`.
-      cell, merge, extra: of `recurrence.loop`.
+      cell, bias: of `recurrence.loop`.
       x: [B, T, D].
       state: the initial state; None for zeros.
       valid: bool [B, T] or None; where False the state is unchanged, and the output is zero.
@@ -98,7 +139,7 @@ def _run(layer, cell, merge, extra, x, state, valid, restart, reverse):
     x, *masks = (None if each is None else each.swapaxes(0, 1) for each in (x, valid, restart))
     gates = layer.input(x)
     state = layer.initial_state(gates.shape[1], gates.dtype) if state is None else state
-    outputs, state = recurrence.loop(cell, merge, layer.recurrent[...], extra, state, gates, tuple(masks), reverse=reverse, unroll=layer.unroll)
+    outputs, state = recurrence.loop(cell, layer.recurrent[...], bias, state, gates, tuple(masks), reverse=reverse, unroll=layer.unroll)
     return outputs.swapaxes(0, 1), state
 
 

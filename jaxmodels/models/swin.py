@@ -16,6 +16,7 @@ from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, apply_blocks
 from jaxmodels.models.convolution import patches
 from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, stochastic_depth
+from jaxmodels.models.normalization import LayerNorm
 from jaxmodels.models.remat import Remat
 
 SIZES = {
@@ -94,7 +95,7 @@ class PatchMerging(nnx.Module):
     """Merge squares of 2×2 positions into one of twice the width, after normalization. An odd side is filled up with zeros."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = nnx.LayerNorm(4 * width, epsilon=1e-5, rngs=rngs)
+        self.norm = LayerNorm(4 * width, epsilon=1e-5, rngs=rngs)
         self.linear = Linear(4 * width, 2 * width, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ class Swin(nnx.Module):
             raise ValueError(f"heads and stages must have one number for each stage, got heads={tuple(heads)}, stages={tuple(stages)}")
         check_sizes(**{f"heads[{i}]": count for i, count in enumerate(heads)})
         self.embed = Linear(patch * patch * image_shape[2], width, kernel_init=init, rngs=rngs)
-        self.embed_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.embed_norm = LayerNorm(width, epsilon=1e-5, rngs=rngs)
         grid, blocks, merges, done = tuple(-(-side // patch) for side in image_shape[:2]), [], [], 0
         for stage, count in enumerate(stages):
             D = width * 2**stage
@@ -171,7 +172,7 @@ class Swin(nnx.Module):
                 merges.append(PatchMerging(D, rngs=rngs))
                 grid = tuple(math.ceil(side / 2) for side in grid)
         self.blocks, self.merges = nnx.List(blocks), nnx.List(merges)
-        self.norm = nnx.LayerNorm(D, epsilon=epsilon, rngs=rngs)
+        self.norm = LayerNorm(D, epsilon=epsilon, rngs=rngs)
         self.output = Linear(D, num_classes, kernel_init=init, rngs=rngs)
         self.patch, self.dropout, self.remat = patch, dropout, remat
 

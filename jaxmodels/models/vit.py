@@ -16,6 +16,7 @@ from jaxmodels.models.attention import Implementation
 from jaxmodels.models.blocks import Block, apply_blocks, make_blocks
 from jaxmodels.models.convolution import patches
 from jaxmodels.models.layers import Linear, check_rate, check_sizes, dropout, stochastic_depth
+from jaxmodels.models.normalization import LayerNorm
 from jaxmodels.models.remat import Remat
 
 _TINY = {"layers": 12, "heads": 3, "width": 192}
@@ -145,7 +146,7 @@ class VisionTransformer(nnx.Module):
             return VisionBlock(width, heads, stochastic_depth=stochastic_depth, rngs=rngs, **options)
 
         self.blocks = make_blocks(block, layers, scan, rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=epsilon, rngs=rngs)
         output = functools.partial(Linear, kernel_init=nnx.initializers.zeros, rngs=rngs)
         self.output = output(2 * width if pool == "both" else width, num_classes)
         self.output_distilled = output(width, num_classes) if distillation == "output" else None

@@ -16,7 +16,7 @@ from jaxmodels.errors import ConfigError
 # Axes that shard the rows of a batch. Devices along `expert` have different rows too: outside the experts they do not repeat work.
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
 
-_LARGE = 1 << 25  # bytes of a train state whose steps take tens of milliseconds or more on a CPU
+_LARGE = 1 << 23  # bytes of a train state whose steps take tens of milliseconds or more on a CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ def run_large_steps_here(state: Any) -> None:
     """Make a CPU run programs in the thread that calls them, and not in one of JAX's, for a large state. Call it before JAX initialises a backend.
 
     The caller is the main thread, whose heap keeps large blocks for the next step (`hardware/malloc.py`). Those of other threads go back to the kernel,
-    which costs BERT-base 600,000 page faults a step: its step then takes 1.6 times as long. Short steps are better run in another thread, beside the loop. Several
-    devices of one process need threads of their own, to wait for each other.
+    which costs BERT-base 600,000 page faults a step: its step then takes 1.6 times as long; and the LSTM of `benchmarks/peers.py`, with a state of 13 MB and 69 MiB of
+    temporaries, 18,000, and 1.25 times. Short steps are better run in another thread, beside the loop. Several devices of one process need threads of their own, to wait for each other.
 
     Args:
       state: shapes of the train state.

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from platforms import traced_as
 
 from jaxmodels.models import create
 from jaxmodels.models.cnn import CNN
 from jaxmodels.models.functional import merge, new_rngs, split
-from jaxmodels.models.layers import dropout, max_pool_2x2
+from jaxmodels.models.layers import dropout, max_pool_2x2, relu_max_pool_2x2
 from jaxmodels.models.rnn import GRU, LSTM, RecurrentLM
 from jaxmodels.models.transformer import Decoder
 
@@ -53,6 +54,18 @@ def test_max_pool_2x2_is_max_pooling(size):
     np.testing.assert_array_equal(max_pool_2x2(x), pool(x))
     one, other = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x) for f in (max_pool_2x2, pool))
     np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+@pytest.mark.parametrize("coarse", [False, True])  # with equal maxima, which share the gradient
+def test_relu_and_max_pooling_for_cpus_are_those_of_jax(size, coarse):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    x = jnp.round(2 * x) + 0.1 if coarse else x
+    one, other = (jax.value_and_grad(lambda x, f=f: (jnp.sin(3 * f(x))).sum()) for f in (relu_max_pool_2x2, lambda x: max_pool_2x2(nnx.relu(x))))
+    with traced_as("cpu"):
+        found = one(x)
+        assert "custom_vjp" in str(jax.make_jaxpr(relu_max_pool_2x2)(x))
+    jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6), found, other(x))
 
 
 def numpy_gpt2(p, tokens, heads):
