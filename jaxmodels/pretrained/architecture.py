@@ -46,7 +46,7 @@ ARCHITECTURES = {
 
 # Keys of a config.json that do not change what a model computes: names, token ids, settings of training and generation.
 HARMLESS = {
-    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "_commit_hash", "tokenizer_class"),
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "_model_name_or_path", "_commit_hash", "tokenizer_class"),
     *("use_cache", "initializer_range", "initializer_factor", "gradient_checkpointing", "torchscript", "return_dict", "output_past"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "use_return_dict", "is_encoder_decoder"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id"),

@@ -6,7 +6,6 @@
 DIR is that of tests/pretrained/test_real_weights.py, DATA has `blimp`. 500 pairs, of 50 phenomena in turn.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -56,11 +55,12 @@ def model(tmp_path_factory):
         pytest.skip("JAXMODELS_WEIGHTS_DIR names no folder with SmolLM2-135M-Instruct.Q4_1.gguf")
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("smollm2")
-    for kind, options in ((transformers.AutoTokenizer, {}), (transformers.AutoModelForCausalLM, {"dtype": torch.float32})):
-        kind.from_pretrained(found[0].parent, gguf_file=found[0].name, **options).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config", None)  # the weights are not quantised any more
-    (folder / "config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name).save_pretrained(folder)
+    read = transformers.AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=found[0].name, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(found[0].parent, gguf_file=found[0].name)
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # one that was read from GGUF cannot be saved
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
     return folder
 
 
