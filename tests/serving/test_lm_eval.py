@@ -83,13 +83,13 @@ def address(model):
         process.wait(60)
 
 
-def score(kind: str, arguments: dict, folder: Path) -> list[list[float]]:
+def score(kind: str, arguments: dict, folder: Path, batch_size: int) -> list[list[float]]:
     """Return the log-likelihoods of both sentences of each pair, by lm-eval."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
-    results = lm_eval.simple_evaluate(model=kind, model_args=arguments, tasks=["pairs"], task_manager=tasks, bootstrap_iters=0, batch_size=1)
+    results = lm_eval.simple_evaluate(model=kind, model_args=arguments, tasks=["pairs"], task_manager=tasks, bootstrap_iters=0, batch_size=batch_size)
     print(kind, results["results"]["pairs"]["acc,none"])
     samples = sorted(results["samples"]["pairs"], key=lambda sample: sample["doc_id"])
     return [[float(response[0][0]) for response in sample["resps"]] for sample in samples]
@@ -97,8 +97,8 @@ def score(kind: str, arguments: dict, folder: Path) -> list[list[float]]:
 
 def test_answers_and_log_likelihoods_are_those_of_transformers(pairs, model, address):
     served = {"model": "smollm2", "base_url": f"{address}/v1/completions", "tokenizer": str(model), "tokenized_requests": True, "num_concurrent": 4}
-    ours = score("local-completions", served, pairs)
-    theirs = score("hf", {"pretrained": str(model), "dtype": "float32", "device": "cpu"}, pairs)
+    ours = score("local-completions", served, pairs, batch_size=1)
+    theirs = score("hf", {"pretrained": str(model), "dtype": "float32", "device": "cpu"}, pairs, batch_size=16)
     assert len(ours) == len(theirs) == PAIRS
     differences = [abs(a - b) for our, their in zip(ours, theirs, strict=True) for a, b in zip(our, their, strict=True)]
     print(f"largest difference of {len(differences)} log-likelihoods: {max(differences):.2e}")
