@@ -18,8 +18,10 @@ import numpy as np
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.generation.generate import Generator
 from jaxmodels.inference.run import Run
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.serving import memory
 from jaxmodels.serving.batch import Batch
-from jaxmodels.serving.programs import Programs
+from jaxmodels.serving.programs import Programs, limit
 from jaxmodels.serving.prompts import Prompts
 from jaxmodels.serving.requests import Busy, Event, Request, Stats
 from jaxmodels.serving.text import Text
@@ -38,23 +40,26 @@ class Engine:
       failure: why the engine has ended; None while it works.
     """
 
-    def __init__(self, generator: Generator, *, slots: int = 16, context: int | None = None, queue: int = 256, prefix_tokens: int | None = None):
+    def __init__(self, generator: Generator, *, slots: int | None = None, context: int | None = None, queue: int = 256, prefix_tokens: int | None = None):
         """
         Args:
           generator: the model, prepared for generation.
-          slots: rows of the batch.
-          context: at most that of the model, which is the default.
+          slots: rows of the batch, rounded up to a multiple of the devices that share them. The default is that of `memory.default_slots`.
+          context: at most that of the model (`programs.limit`), which is the default; 2048 for a model that sets no limit.
           queue: requests that may wait.
-          prefix_tokens: tokens of prompts whose keys and values are kept for later prompts. The default is as many as all rows hold.
+          prefix_tokens: tokens of prompts whose keys and values are kept for later prompts. The default is a quarter of what all rows hold.
 
         Raises:
           ConfigError: the model cannot be served.
         """
-        self.generator, self.queue_limit, self.context = generator, queue, context or generator.context or _CONTEXT
-        self.programs = Programs(generator, slots, self.context)
+        for name, value in (("slots", slots), ("context", context), ("queue", queue)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}={value} must be at least 1.")
+        self.generator, self.queue_limit, self.context = generator, queue, context or limit(generator) or _CONTEXT
+        self.programs = Programs(generator, slots or memory.default_slots(generator, self.context), self.context)
         self.slots = self.programs.rows[-1]
         self._batch = Batch(self.programs)
-        self._prompts = Prompts(self.programs, self.slots * self.context if prefix_tokens is None else prefix_tokens)
+        self._prompts = Prompts(self.programs, self.slots * self.context // 4 if prefix_tokens is None else prefix_tokens)
         self._pending: tuple[list[tuple[int, Text]], dict] | None = None  # the texts of the last step, and its results
         self._change = threading.Condition()
         self._queue: collections.deque[Text] = collections.deque()
@@ -112,8 +117,13 @@ class Engine:
 
     def describe(self) -> str:
         """Return a line that says how many tokens the engine holds, and their bytes."""
-        held = f"{self.slots} slots of {self.context:,} tokens, {self.slots * self.context:,} in all, in {self.programs.bytes() / 1e6:,.0f} MB"
-        return f"{held}; " + ("prompts share their beginnings" if self.programs.keeps_prefixes else "prompts share nothing")
+        layout = self.generator.layout
+        rows = self.slots if layout is None else self.slots // mesh_lib.batch_ways(layout.mesh)
+        size = f"{rows * memory.row_bytes(self.generator, self.context) / 1e6:,.0f} MB" + ("" if layout is None else " on each device")
+        held = f"{self.slots} slots of {self.context:,} tokens, {self.slots * self.context:,} in all, {size}"
+        if self.context < (self.generator.context or 0) and limit(self.generator) < self.generator.context:
+            held += f" (of the model's {self.generator.context:,}: beyond, its rotary positions change with the length of a text)"
+        return f"{held}; beginnings that prompts share: {f'up to {self._prompts.kept:,} tokens' if self._prompts.kept else 'not kept'}"
 
     def drain(self, seconds: float) -> int:
         """As `serving.requests` says."""
@@ -253,10 +263,10 @@ def for_run(run: Run, *, slots: int | None = None, context: int | None = None, q
 
     Args:
       run: of `load`.
-      slots, context, queue: as of `Engine`. The default of `slots` is 16.
+      slots, context, queue: as of `Engine`.
       precision: dtype of the computation, `float32` or `bfloat16`.
 
     Raises:
       ConfigError: the run does not generate text; or as `Engine`.
     """
-    return Engine(run.generator(precision), slots=slots or 16, context=context, queue=queue)
+    return Engine(run.generator(precision), slots=slots, context=context, queue=queue)

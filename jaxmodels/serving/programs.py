@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.errors import ConfigError
 from jaxmodels.generation import rows as rows_lib
 from jaxmodels.generation.generate import Generator
 from jaxmodels.models import functional
@@ -36,7 +37,11 @@ class Programs:
           generator: the model, its weights and their layout.
           slots: rows at most.
           context: tokens of a row at most; of an encoder–decoder, of the source, and of the target.
+
+        Raises:
+          ConfigError: the model cannot be served.
         """
+        _check(generator, context)
         self.generator, self.context = generator, context
         self.source = source = context if generator.reads_sources else None  # tokens of a source at most, of an encoder–decoder
         ways = 1 if generator.layout is None else mesh_lib.batch_ways(generator.layout.mesh)
@@ -136,12 +141,6 @@ class Programs:
         """Place what the host says of rows on the device."""
         return jax.device_put(values, self._everywhere)
 
-    def bytes(self) -> int:
-        """Return the bytes of the largest state, and of the cache in which prompts are read."""
-        g = self.generator
-        of_rows = jax.eval_shape(lambda *weights: self._empty(*weights, self.rows[-1], self.lengths[-1], g.dtype, self.source), *g.weights)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((of_rows, jax.eval_shape(self.reading_cache))))
-
     def compiled(self) -> int:
         """Return how many programs were compiled."""
         return sum(f._cache_size() for f in vars(self).values() if hasattr(f, "_cache_size"))
@@ -162,6 +161,33 @@ class Programs:
                 return function(*arguments)
 
         return run
+
+
+def limit(generator: Generator) -> int | None:
+    """Return how many tokens a text may have; None if the model sets no limit.
+
+    Where rotary positions depend on the length of a text, keys that were written for a shorter one are not those of a longer one. Such a model is
+    served up to its original context, within which they are the same.
+    """
+    model = _model(generator)
+    if getattr(model, "by_length", False):
+        return min(model.context, model.rotary.scaling.original_context)
+    return generator.context
+
+
+def _check(generator, context):
+    name = type(_model(generator)).__name__
+    if not hasattr(_model(generator), "make_cache" if generator.reads_sources else "read"):
+        methods = "make_cache and extend" if generator.reads_sources else "make_cache, extend and read"
+        raise ConfigError(f"{name} cannot be served: it lacks the methods {methods} of jaxmodels.models.cache. Use jaxmodels generate.")
+    if (most := limit(generator)) is not None and context > most:
+        raise ConfigError(f"--context={context} is more than the {most} tokens that {name} can be served with here; --context={most} fits.")
+    if context < 2:
+        raise ConfigError(f"--context={context} must be at least 2.")
+
+
+def _model(generator):
+    return functional.evaluation_model(generator.graph, *generator.weights, generator.dtype)
 
 
 def _sizes(first: int, last: int) -> tuple[int, ...]:

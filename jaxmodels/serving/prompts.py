@@ -15,13 +15,15 @@ class Prompts:
 
     Attributes:
       text: whose prompt is being read; None between two.
+      kept: tokens whose keys and values are kept at most, 0 in models that have none.
       read, shared: tokens of prompts that were read so far, and those that were there from earlier ones.
     """
 
     def __init__(self, programs: Programs, prefix_tokens: int):
         """prefix_tokens: tokens of prompts whose keys and values are kept."""
         self.programs, self.text, self.read, self.shared = programs, None, 0, 0
-        self._prefixes = Prefixes(programs.block, prefix_tokens // programs.block) if programs.keeps_prefixes and prefix_tokens >= programs.block else None
+        blocks = prefix_tokens // programs.block if programs.keeps_prefixes else 0
+        self.kept, self._prefixes = blocks * programs.block, Prefixes(programs.block, blocks) if blocks else None
         self._cache = programs.reading_cache()
         self._scores: list[Any] = []  # of the parts read so far, on the device
 

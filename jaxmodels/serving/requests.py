@@ -81,7 +81,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A new token. `text` is what is certain since the last one: it may be empty, while a character or a possible stop string is incomplete."""
+    """A new token; not an end token, which only ends the text. `text` is what is certain since the last one: it may be empty, while a character or a possible stop string is incomplete."""
 
     token: int
     text: str

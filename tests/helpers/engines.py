@@ -45,9 +45,16 @@ class Answers:
 
 
 @contextlib.contextmanager
-def started(generator, **options):
-    """Start an engine whose sizes are so small that short texts are read in parts, and change the size of the state."""
+def small_sizes():
+    """Let engines be made whose sizes are so small that short texts are read in parts, and change the size of the state."""
     with mock.patch.object(programs, "CHUNKS", (4, 16)), mock.patch.object(programs, "LENGTH", 16):
+        yield
+
+
+@contextlib.contextmanager
+def started(generator, **options):
+    """Start an engine of small sizes."""
+    with small_sizes():
         engine = Engine(generator, **{"slots": 5, "context": 64} | options).start()
     try:
         yield Answers(engine)
