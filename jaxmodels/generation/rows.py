@@ -28,10 +28,11 @@ Settings = dict[str, Any]
 def settings(rows: int) -> Settings:
     """Return the settings of rows that decode greedily, NumPy arrays [B]: those of `serving.requests.RowSampling`, and others.
 
-    The others: `alternatives`, the number of most likely tokens to score, -1 for no score at all; `prompt`, the number of tokens of the prompt.
+    The others: `alternatives`, the number of most likely tokens to score, -1 for no score at all; `prompt`, the number of tokens of the prompt;
+    `adapter`, the number of an adapter (`models.lora_rows`).
     """
     floats = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-    whole = {"top_k": 0, "alternatives": -1, "prompt": 0}
+    whole = {"top_k": 0, "alternatives": -1, "prompt": 0, "adapter": 0}
     made = {name: np.full(rows, value, np.float32) for name, value in floats.items()} | {name: np.full(rows, value, np.int32) for name, value in whole.items()}
     return made | {"seed": np.zeros(rows, np.uint32)}
 

@@ -43,7 +43,7 @@ def load(run: str, *, spread: bool = False) -> Run:
         params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
     params, stats = weights_lib.read_model(opened.located, params, stats)
     model = functional.evaluation_model(graph, params, stats)
-    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout)
+    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout, opened.located)
 
 
 @dataclasses.dataclass(frozen=True)

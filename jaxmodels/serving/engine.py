@@ -10,13 +10,14 @@ import collections
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.generation.generate import Generator
+from jaxmodels.inference.adapters import with_adapters
 from jaxmodels.inference.run import Run
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.serving import memory
@@ -40,7 +41,16 @@ class Engine:
       failure: why the engine has ended; None while it works.
     """
 
-    def __init__(self, generator: Generator, *, slots: int | None = None, context: int | None = None, queue: int = 256, prefix_tokens: int | None = None):
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        slots: int | None = None,
+        context: int | None = None,
+        queue: int = 256,
+        prefix_tokens: int | None = None,
+        adapters: Iterable[str] = (),
+    ):
         """
         Args:
           generator: the model, prepared for generation.
@@ -48,6 +58,7 @@ class Engine:
           context: at most that of the model (`programs.limit`), which is the default; 2048 for a model that sets no limit.
           queue: requests that may wait.
           prefix_tokens: tokens of prompts whose keys and values are kept for later prompts. The default is a quarter of what all rows hold.
+          adapters: names of the adapters that the model holds (`models.lora_rows`), in their order.
 
         Raises:
           ConfigError: the model cannot be served.
@@ -65,6 +76,7 @@ class Engine:
         self._queue: collections.deque[Text] = collections.deque()
         self._live: set[Text] = set()
         self._admits, self._closed, self._generated, self._seconds = True, False, 0, 1.0  # seconds that a request takes
+        self._adapters = {None: 0} | {name: number for number, name in enumerate(adapters, 1)}
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -85,7 +97,7 @@ class Engine:
           Busy: the queue is full, or the engine takes no more requests.
           RunError: the engine has failed.
         """
-        text = Text(request, deliver, self._limit(request), self.generator, self._wake)
+        text = Text(request, deliver, self._limit(request), self._adapters[request.adapter], self.generator, self._wake)
         with self._change:
             if self.failure is not None:
                 raise RunError(f"the engine has ended: {self.failure}")
@@ -152,8 +164,8 @@ class Engine:
             raise ConfigError("the prompt is empty: give at least one token.")
         if not all(0 <= token < vocab_size for token in request.tokens):
             raise ConfigError(f"the prompt must be token ids, whole numbers from 0 to {vocab_size - 1}.")
-        if request.adapter is not None:
-            raise ConfigError(f"there is no adapter {request.adapter!r}.")
+        if request.adapter not in self._adapters:
+            raise ConfigError(f"there is no adapter {request.adapter!r}; there are {', '.join(list(self._adapters)[1:]) or 'none'}.")
         if request.stop and self.generator.tokenizer is None:
             raise ConfigError(f"stop={request.stop[0]!r} needs a tokenizer, and the model has none.")
         if sources and request.echo and request.logprobs is not None:
@@ -258,15 +270,26 @@ class Engine:
             self._change.notify_all()
 
 
-def for_run(run: Run, *, slots: int | None = None, context: int | None = None, queue: int = 256, precision: str = "float32", adapters=()) -> Engine:
+def for_run(
+    run: Run,
+    *,
+    slots: int | None = None,
+    context: int | None = None,
+    queue: int = 256,
+    precision: str = "float32",
+    adapters: Mapping[str, str] | None = None,
+) -> Engine:
     """Return an engine for a run of the task `language_model` or `seq2seq`. It is neither warm nor started.
 
     Args:
       run: of `load`.
       slots, context, queue: as of `Engine`.
-      precision: dtype of the computation, `float32` or `bfloat16`.
+      precision: `float32`, `bfloat16` or `int8`, as of `Run.generate`.
+      adapters: name -> run that trained adapters of this one, to be served on one copy of its weights; see `inference.adapters`.
 
     Raises:
       ConfigError: the run does not generate text; or as `Engine`.
     """
-    return Engine(run.generator(precision), slots=slots, context=context, queue=queue)
+    adapters = adapters or {}
+    generator = run.generator(precision, with_adapters(run, adapters) if adapters else None)
+    return Engine(generator, slots=slots, context=context, queue=queue, adapters=adapters)

@@ -80,17 +80,18 @@ class Programs:
         """Return an empty cache for a prompt; {} for an encoder–decoder, whose sources are read at once."""
         return {} if self.source else self._reading(*self.generator.weights, self.length, self.generator.dtype)
 
-    def read(self, reading: dict, count: int, tokens: np.ndarray) -> dict:
+    def read(self, reading: dict, count: int, tokens: np.ndarray, adapter: int = 0) -> dict:
         """Read tokens of a prompt, int32 [T] with T in `chunks`; `reading` is used up. Return the cache with them."""
-        return self._read(*self.generator.weights, reading, np.int32(count), tokens[None])
+        return self._read(*self.generator.weights, reading, np.int32(count), tokens[None], np.int32(adapter))
 
-    def score(self, reading: dict, count: int, tokens: np.ndarray, following: np.ndarray, alternatives: int) -> tuple[dict, dict[str, jax.Array]]:
+    def score(self, reading: dict, count: int, tokens: np.ndarray, adapter: int, following: np.ndarray, alternatives: int) -> tuple[dict, dict[str, jax.Array]]:
         """As `read`. Also return the scores of the tokens that follow each, as of `rows.score`."""
-        return self._score(*self.generator.weights, reading, np.int32(count), tokens[None], following, np.full(len(tokens), alternatives, np.int32))
+        asked = np.full(len(tokens), alternatives, np.int32)
+        return self._score(*self.generator.weights, reading, np.int32(count), tokens[None], np.int32(adapter), following, asked)
 
-    def read_source(self, tokens: np.ndarray) -> dict:
+    def read_source(self, tokens: np.ndarray, adapter: int = 0) -> dict:
         """Return the cache of a source, int32 [T] with T in `chunks`."""
-        return self._source(*self.generator.weights, tokens[None])
+        return self._source(*self.generator.weights, tokens[None], np.int32(adapter))
 
     def insert(self, state: state_lib.State, reading: dict, row: int, tokens: np.ndarray, count: int, token: int) -> state_lib.State:
         """As `state.insert`; `state` is used up."""
@@ -122,7 +123,7 @@ class Programs:
             if self.source:
                 reading = self.read_source(tokens)
             else:
-                reading, _ = self.score(self.read(reading, 0, tokens), 0, tokens, tokens, 0)
+                reading, _ = self.score(self.read(reading, 0, tokens), 0, tokens, 0, tokens, 0)
         if self.keeps_prefixes:
             reading = self.paste(reading, self.cut(reading, 0), 0)
         states, seen = {(self.rows[0], self.lengths[0]): self.empty()}, set()
@@ -195,12 +196,12 @@ def _sizes(first: int, last: int) -> tuple[int, ...]:
     return (last,) if first >= last else (first, *_sizes(4 * first, last))
 
 
-def _read(model, reading, count, tokens_1T):
-    return state_lib.read_more(model, reading, count, tokens_1T)[1]
+def _read(model, *arguments):
+    return state_lib.read_more(model, *arguments)[1]
 
 
-def _score(known, model, reading, count, tokens_1T, following_T, alternatives_T):
-    logits_1TV, reading = state_lib.read_more(model, reading, count, tokens_1T)
+def _score(known, model, reading, count, tokens_1T, adapter, following_T, alternatives_T):
+    logits_1TV, reading = state_lib.read_more(model, reading, count, tokens_1T, adapter)
     return reading, rows_lib.score(logits_1TV[0], following_T, alternatives_T, known)
 
 

@@ -32,7 +32,7 @@ class Prompts:
         self.text, self._scores = text, []
         if self._prefixes is None or text.scored:  # what is scored has to be read
             return
-        for block in self._prefixes.find(text.request.tokens[:-1]):
+        for block in self._prefixes.find(text.request.tokens[:-1], -text.adapter):
             self._cache = self.programs.paste(self._cache, block, text.read)
             text.read += self.programs.block
         text.cached = text.read
@@ -51,24 +51,24 @@ class Prompts:
             size = next(size for size in self.programs.chunks if size >= len(tokens))
             self.read += len(tokens)
             self.text = None
-            return size, (self.programs.read_source(padded(tokens, size)), (generator.start,), 0)
+            return size, (self.programs.read_source(padded(tokens, size), text.adapter), (generator.start,), 0)
         first, last, size = text.read, len(tokens) - 1, 0
         if first < last or first == 0:  # a recurrent state is set by reading, even no tokens
             size = self._size(last - first, self.programs.length - first)
             part = padded(tokens[first : min(first + size, last)], size)
             if text.scored:
                 following = padded(tokens[first + 1 : first + 1 + size], size)
-                self._cache, scores = self.programs.score(self._cache, first, part, following, text.request.logprobs)
+                self._cache, scores = self.programs.score(self._cache, first, part, text.adapter, following, text.request.logprobs)
                 self._scores.append(scores)
             else:
-                self._cache = self.programs.read(self._cache, first, part)
+                self._cache = self.programs.read(self._cache, first, part, text.adapter)
             text.read = min(first + size, last)
             self.read += text.read - first
         if text.read < last:
             return size, None
         if text.scored:
             text.score_prompt(jax.device_get(self._scores))
-        self._keep(tokens[:-1])
+        self._keep(tokens[:-1], -text.adapter)
         self.text, self._scores = None, []
         return size, (self._cache, tokens, last)
 
@@ -84,13 +84,13 @@ class Prompts:
             return fitting[0]
         return max(size for size in sizes if size <= left)
 
-    def _keep(self, tokens: tuple[int, ...]) -> None:
+    def _keep(self, tokens: tuple[int, ...], root: int) -> None:
         """Keep what was read for later prompts."""
         if self._prefixes is not None:
-            known = self._prefixes.find(tokens)
+            known = self._prefixes.find(tokens, root)
             block = self.programs.block
             starts = range(len(known) * block, len(tokens) - block + 1, block)
-            self._prefixes.add(tokens, known + [self.programs.cut(self._cache, start) for start in starts])
+            self._prefixes.add(tokens, known + [self.programs.cut(self._cache, start) for start in starts], root)
 
 
 def padded(tokens: Any, size: int) -> np.ndarray:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jaxmodels.generation import rows as rows_lib
 from jaxmodels.models import cache as cache_lib
+from jaxmodels.models import lora_rows
 from jaxmodels.models.cache import numbers, row_axis
 from jaxmodels.parallel.layout import constrain
 
@@ -40,7 +41,7 @@ def empty(model: Any, rows: int, length: int, dtype: Any, source: int | None = N
     return _placed(state | {"token": jnp.full(rows, -1, jnp.int32), "texts": jnp.full((rows, length), -1, jnp.int32)})
 
 
-def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array) -> tuple[jax.Array, dict]:
+def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array, adapter: jax.Array) -> tuple[jax.Array, dict]:
     """Read more tokens of one text, with -1 at their end as padding.
 
     Args:
@@ -48,13 +49,15 @@ def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array)
       reading: parts of a cache of one row (`reading_cache`), that hold `count` tokens.
       count: number of tokens read before.
       tokens_1T: int [1, T]; the cache has room for them.
+      adapter: number of the text's adapter.
 
     Returns:
       Logits [1, T, V], and the parts of the cache.
     """
     if "states" in reading:
         reading = jax.tree.map(lambda x: jnp.where(count == 0, jnp.zeros_like(x), x), reading)
-    logits_1TV, cache = model.read(tokens_1T, _with_slots(reading, count, jnp.zeros(1, jnp.int32)))
+    with lora_rows.use(adapter[None]):
+        logits_1TV, cache = model.read(tokens_1T, _with_slots(reading, count, jnp.zeros(1, jnp.int32)))
     return logits_1TV, _parts(cache)
 
 
@@ -63,9 +66,11 @@ def reading_cache(model: Any, length: int, dtype: Any) -> dict:
     return _parts(model.make_cache(1, length, dtype, whole=True))
 
 
-def read_source(model: Any, source_1S: jax.Array) -> dict:
-    """Return the parts of a cache that hold a source, int [1, S] with -1 as padding."""
-    return {name: part for name, part in _parts(model.make_cache(source_1S, 1)).items() if name != "layers"}
+def read_source(model: Any, source_1S: jax.Array, adapter: jax.Array) -> dict:
+    """Return the parts of a cache that hold a source, int [1, S] with -1 as padding; `adapter` as in `read_more`."""
+    with lora_rows.use(adapter[None]):
+        cache = model.make_cache(source_1S, 1)
+    return {name: part for name, part in _parts(cache).items() if name != "layers"}
 
 
 def insert(state: State, reading: dict, row: jax.Array, tokens_S: jax.Array, count: jax.Array, token: jax.Array) -> State:
@@ -122,7 +127,8 @@ def step(model: Any, state: State, given: rows_lib.Settings, active_B: jax.Array
     slot, S = state["slot"], state["texts"].shape[1]
     begin, token = jnp.where(active_B, state["begin"], slot), jnp.where(active_B, state["token"], -1)
     texts = jax.lax.dynamic_update_slice(state["texts"], token[:, None], (0, slot % S))
-    logits_BV, cache = model.extend(token, _with_slots(state["cache"], slot, begin))
+    with lora_rows.use(given["adapter"]):
+        logits_BV, cache = model.extend(token, _with_slots(state["cache"], slot, begin))
     generated = slot - begin + 1 - given["prompt"]
     chosen = rows_lib.choose(logits_BV, given, texts, numbers(slot, S) - begin[:, None], generated, known)
     result = {"next": chosen, **rows_lib.score(logits_BV, chosen, given["alternatives"], known)}
