@@ -228,11 +228,11 @@ class Engine:
             self._finish(text, "cancelled")
 
     def _read(self) -> None:
-        """Read prompts until as many tokens were read as the largest part has, or there is no prompt or row left."""
-        left = self.programs.chunks[-1]
+        """Read prompts until as many tokens were read as may be between two steps, or there is no prompt or row left."""
+        left = self.programs.part if self._batch.texts else self.programs.chunks[-1]
         while left > 0 and self._next():
             text = self._prompts.text
-            size, done = self._prompts.read_part()
+            size, done = self._prompts.read_part(left)
             left -= size
             if done is not None and text.limit:
                 self._batch.add(text, *done)

@@ -1,6 +1,8 @@
 """The compiled functions of a served model. Each takes and returns arrays of a few shapes, which `Programs.warm` compiles in advance."""
 
 import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from jaxmodels.serving import state as state_lib
 
 CHUNKS = (32, 128, 512)  # tokens of a prompt that are read at once
 LENGTH = 256  # slots of the smallest state
+_STEPS = 4  # that a part of a prompt may take the time of
 Size = tuple[int, int]  # rows and slots of a state
 
 
@@ -27,6 +30,7 @@ class Programs:
     Attributes:
       rows, lengths: numbers of rows and of slots that a state may have, ascending.
       chunks: sizes in which prompts are read.
+      part: how many tokens of prompts may be read between two steps, so that these are not held up for long; `warm` finds it.
       block: tokens of a prompt that are kept together for later ones.
       length: slots of the cache in which a prompt is read.
     """
@@ -47,7 +51,7 @@ class Programs:
         ways = 1 if generator.layout is None else mesh_lib.batch_ways(generator.layout.mesh)
         self.rows = _sizes(ways, -(-slots // ways) * ways)
         self.lengths = _sizes(LENGTH, context)
-        self.block = CHUNKS[0]
+        self.block, self.part = CHUNKS[0], CHUNKS[-1]
         self.length = -(-context // self.block) * self.block
         self.chunks = tuple(size for size in CHUNKS if size <= self.length) if source is None else _sizes(self.block, source)
         layout = generator.layout
@@ -116,7 +120,7 @@ class Programs:
         return [(rows, size[1]) for rows in near(self.rows, row)] + [(size[0], slots) for slots in near(self.lengths, length)]
 
     def warm(self) -> None:
-        """Compile everything."""
+        """Compile everything. Then find how long a part of a prompt may be: one that takes no longer than some steps of all rows."""
         reading = self.reading_cache()
         for size in self.chunks:
             tokens = np.zeros(size, np.int32)
@@ -137,6 +141,11 @@ class Programs:
                 if size not in seen:
                     states[size] = other
             jax.block_until_ready((other, result))
+            if (rows, slots) == (self.rows[-1], self.lengths[-1]):
+                step = _seconds(lambda state=state, rows=rows: self.step(state, *self.settings((rows_lib.settings(rows), np.ones(rows, bool)))))
+        if self.source is None:
+            taken = {size: _seconds(lambda size=size: self.read(self.reading_cache(), 0, np.zeros(size, np.int32))) for size in self.chunks}
+            self.part = max((size for size in self.chunks if taken[size] <= _STEPS * step), default=self.chunks[0])
 
     def settings(self, values: Any) -> Any:
         """Place what the host says of rows on the device."""
@@ -162,6 +171,13 @@ class Programs:
                 return function(*arguments)
 
         return run
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes until its results are there."""
+    before = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - before
 
 
 def limit(generator: Generator) -> int | None:

@@ -38,8 +38,11 @@ class Prompts:
         text.cached = text.read
         self.shared += text.cached
 
-    def read_part(self) -> tuple[int, tuple[dict, tuple[int, ...], int] | None]:
+    def read_part(self, most: int) -> tuple[int, tuple[dict, tuple[int, ...], int] | None]:
         """Read one more part of the prompt.
+
+        Args:
+          most: tokens of the part at most, but for the smallest one.
 
         Returns:
           The number of tokens in it, and None; or, after the last part, what `Batch.add` takes: a cache, the tokens to go on from, and how many of them
@@ -54,7 +57,7 @@ class Prompts:
             return size, (self.programs.read_source(padded(tokens, size), text.adapter), (generator.start,), 0)
         first, last, size = text.read, len(tokens) - 1, 0
         if first < last or first == 0:  # a recurrent state is set by reading, even no tokens
-            size = self._size(last - first, self.programs.length - first)
+            size = self._size(last - first, min(most, self.programs.length - first))
             part = padded(tokens[first : min(first + size, last)], size)
             if text.scored:
                 following = padded(tokens[first + 1 : first + 1 + size], size)
@@ -78,11 +81,11 @@ class Prompts:
 
     def _size(self, left: int, room: int) -> int:
         """Return the size of the next part: the smallest that holds what is left, unless more than half of it would be padding."""
-        sizes = [size for size in self.programs.chunks if size <= room]
+        sizes = [size for size in self.programs.chunks if size <= room] or [self.programs.chunks[0]]
         fitting = [size for size in sizes if size >= left]
         if fitting and (2 * left > fitting[0] or fitting[0] == sizes[0]):
             return fitting[0]
-        return max(size for size in sizes if size <= left)
+        return max((size for size in sizes if size <= left), default=sizes[0])
 
     def _keep(self, tokens: tuple[int, ...], root: int) -> None:
         """Keep what was read for later prompts."""
