@@ -71,10 +71,13 @@ class Text:
         except Exception as error:  # of the tokenizer
             self.end("error", error=f"token {token} cannot be decoded: {error}")
             return
+        score = None if self.request.logprobs is None else _score(token, scores, row, self.request.logprobs)
         if self._text.finish == "end":
+            if score is not None:  # who asks for scores counts on one for each new token
+                self._tell(Token(token, "", score))
             self.end("end", piece)
             return
-        self._tell(Token(token, piece, None if self.request.logprobs is None else _score(token, scores, row, self.request.logprobs)))
+        self._tell(Token(token, piece, score))
         if self._text.finish is not None:
             self.end(self._text.finish, rest)
 
