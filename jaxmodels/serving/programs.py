@@ -12,6 +12,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.generation import rows as rows_lib
 from jaxmodels.generation.generate import Generator
 from jaxmodels.models import functional
+from jaxmodels.models.cache import Packed, unpack
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.serving import state as state_lib
@@ -70,7 +71,7 @@ class Programs:
     @property
     def keeps_prefixes(self) -> bool:
         """Whether what a prompt's tokens leave in the cache can be cut into blocks."""
-        return "layers" in jax.eval_shape(self.reading_cache)  # not in recurrent models
+        return not self.source and "layers" in jax.eval_shape(lambda: unpack(self.reading_cache()))  # not in recurrent models
 
     def empty(self) -> state_lib.State:
         """Return an empty state of the smallest size."""
@@ -80,24 +81,26 @@ class Programs:
         """Return the state with these rows and number of slots. It is compiled for the sizes next to that of the state, and for its own."""
         return self._resize(*self.generator.weights, state, np.array(rows, np.int32), length, self.generator.dtype, self.source)
 
-    def reading_cache(self) -> dict:
-        """Return an empty cache for a prompt; {} for an encoder–decoder, whose sources are read at once."""
-        return {} if self.source else self._reading(*self.generator.weights, self.length, self.generator.dtype)
+    def reading_cache(self) -> Packed | None:
+        """Return an empty cache for a prompt; None for an encoder–decoder, whose sources are read at once."""
+        return None if self.source else self._reading(*self.generator.weights, self.length, self.generator.dtype)
 
-    def read(self, reading: dict, count: int, tokens: np.ndarray, adapter: int = 0) -> dict:
+    def read(self, reading: Packed, count: int, tokens: np.ndarray, adapter: int = 0) -> Packed:
         """Read tokens of a prompt, int32 [T] with T in `chunks`; `reading` is used up. Return the cache with them."""
         return self._read(*self.generator.weights, reading, np.int32(count), tokens[None], np.int32(adapter))
 
-    def score(self, reading: dict, count: int, tokens: np.ndarray, adapter: int, following: np.ndarray, alternatives: int) -> tuple[dict, dict[str, jax.Array]]:
+    def score(
+        self, reading: Packed, count: int, tokens: np.ndarray, adapter: int, following: np.ndarray, alternatives: int
+    ) -> tuple[Packed, dict[str, jax.Array]]:
         """As `read`. Also return the scores of the tokens that follow each, as of `rows.score`."""
         asked = np.full(len(tokens), alternatives, np.int32)
         return self._score(*self.generator.weights, reading, np.int32(count), tokens[None], np.int32(adapter), following, asked)
 
-    def read_source(self, tokens: np.ndarray, adapter: int = 0) -> dict:
+    def read_source(self, tokens: np.ndarray, adapter: int = 0) -> Packed:
         """Return the cache of a source, int32 [T] with T in `chunks`."""
         return self._source(*self.generator.weights, tokens[None], np.int32(adapter))
 
-    def insert(self, state: state_lib.State, reading: dict, row: int, tokens: np.ndarray, count: int, token: int) -> state_lib.State:
+    def insert(self, state: state_lib.State, reading: Packed, row: int, tokens: np.ndarray, count: int, token: int) -> state_lib.State:
         """As `state.insert`; `state` is used up."""
         return self._insert(state, reading, np.int32(row), tokens, np.int32(count), np.int32(token))
 
@@ -105,11 +108,11 @@ class Programs:
         """As `state.step`; `state` is used up."""
         return self._step(*self.generator.weights, state, given, active)
 
-    def cut(self, reading: dict, start: int) -> Any:
+    def cut(self, reading: Packed, start: int) -> Any:
         """Return a block of a prompt's cache."""
         return self._cut(reading, np.int32(start), self.block)
 
-    def paste(self, reading: dict, block: Any, start: int) -> dict:
+    def paste(self, reading: Packed, block: Packed, start: int) -> Packed:
         """Return a prompt's cache with a block; `reading` is used up."""
         return self._paste(reading, block, np.int32(start))
 

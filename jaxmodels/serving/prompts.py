@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.models.cache import Packed
 from jaxmodels.serving.prefixes import Prefixes
 from jaxmodels.serving.programs import Programs
 from jaxmodels.serving.text import Text
@@ -38,7 +39,7 @@ class Prompts:
         text.cached = text.read
         self.shared += text.cached
 
-    def read_part(self, most: int) -> tuple[int, tuple[dict, tuple[int, ...], int] | None]:
+    def read_part(self, most: int) -> tuple[int, tuple[Packed, tuple[int, ...], int] | None]:
         """Read one more part of the prompt.
 
         Args:

@@ -6,7 +6,7 @@ elsewhere, into a cache of one row, is copied so that it ends at the slot before
 
 The state is a dict of arrays:
 
-    cache    of the model, without its slots: `layers`, `memory`, `states`
+    cache    of the model, without its slots: `layers`, `memory`, `states`; packed (`models.cache.pack`), as is a cache of one row
     slot     int32, the next slot
     begin    int32 [B], the slot of each row's first token
     token    int32 [B], the next token to be read
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxmodels.generation import rows as rows_lib
 from jaxmodels.models import cache as cache_lib
 from jaxmodels.models import lora_rows
-from jaxmodels.models.cache import numbers, row_axis
+from jaxmodels.models.cache import Packed, numbers, pack, row_axis, unpack
 from jaxmodels.parallel.layout import constrain
 
 State = dict[str, Any]
@@ -41,7 +41,7 @@ def empty(model: Any, rows: int, length: int, dtype: Any, source: int | None = N
     return _placed(state | {"token": jnp.full(rows, -1, jnp.int32), "texts": jnp.full((rows, length), -1, jnp.int32)})
 
 
-def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array, adapter: jax.Array) -> tuple[jax.Array, dict]:
+def read_more(model: Any, reading: Packed, count: jax.Array, tokens_1T: jax.Array, adapter: jax.Array) -> tuple[jax.Array, Packed]:
     """Read more tokens of one text, with -1 at their end as padding.
 
     Args:
@@ -54,6 +54,7 @@ def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array,
     Returns:
       Logits [1, T, V], and the parts of the cache.
     """
+    reading = unpack(reading)
     if "states" in reading:
         reading = jax.tree.map(lambda x: jnp.where(count == 0, jnp.zeros_like(x), x), reading)
     with lora_rows.use(adapter[None]):
@@ -61,19 +62,19 @@ def read_more(model: Any, reading: dict, count: jax.Array, tokens_1T: jax.Array,
     return logits_1TV, _parts(cache)
 
 
-def reading_cache(model: Any, length: int, dtype: Any) -> dict:
+def reading_cache(model: Any, length: int, dtype: Any) -> Packed:
     """Return the parts of a cache of one row for texts of `length` tokens, in which every layer has all slots."""
     return _parts(model.make_cache(1, length, dtype, whole=True))
 
 
-def read_source(model: Any, source_1S: jax.Array, adapter: jax.Array) -> dict:
+def read_source(model: Any, source_1S: jax.Array, adapter: jax.Array) -> Packed:
     """Return the parts of a cache that hold a source, int [1, S] with -1 as padding; `adapter` as in `read_more`."""
     with lora_rows.use(adapter[None]):
         cache = model.make_cache(source_1S, 1)
-    return {name: part for name, part in _parts(cache).items() if name != "layers"}
+    return _parts({name: part for name, part in cache.items() if name != "layers"})
 
 
-def insert(state: State, reading: dict, row: jax.Array, tokens_S: jax.Array, count: jax.Array, token: jax.Array) -> State:
+def insert(state: State, reading: Packed, row: jax.Array, tokens_S: jax.Array, count: jax.Array, token: jax.Array) -> State:
     """Return the state with another text in a row.
 
     Args:
@@ -84,7 +85,7 @@ def insert(state: State, reading: dict, row: jax.Array, tokens_S: jax.Array, cou
       count: number of tokens in the cache, at most S.
       token: the next one.
     """
-    slot, cache = state["slot"], dict(state["cache"])
+    slot, cache, reading = state["slot"], unpack(state["cache"]), unpack(reading)
 
     def last(size, among):
         """Return where the tokens that belong to `size` indices are in the text, cut to the range of indices into it."""
@@ -102,7 +103,7 @@ def insert(state: State, reading: dict, row: jax.Array, tokens_S: jax.Array, cou
     S = state["texts"].shape[1]
     return _placed(
         {
-            "cache": cache,
+            "cache": _parts(cache),
             "slot": slot,
             "begin": state["begin"].at[row].set(slot - count),
             "token": state["token"].at[row].set(token),
@@ -128,7 +129,7 @@ def step(model: Any, state: State, given: rows_lib.Settings, active_B: jax.Array
     begin, token = jnp.where(active_B, state["begin"], slot), jnp.where(active_B, state["token"], -1)
     texts = jax.lax.dynamic_update_slice(state["texts"], token[:, None], (0, slot % S))
     with lora_rows.use(given["adapter"]):
-        logits_BV, cache = model.extend(token, _with_slots(state["cache"], slot, begin))
+        logits_BV, cache = model.extend(token, _with_slots(unpack(state["cache"]), slot, begin))
     generated = slot - begin + 1 - given["prompt"]
     chosen = rows_lib.choose(logits_BV, given, texts, numbers(slot, S) - begin[:, None], generated, known)
     result = {"next": chosen, **rows_lib.score(logits_BV, chosen, given["alternatives"], known)}
@@ -145,37 +146,38 @@ def resize(model: Any, state: State, rows: jax.Array, length: int, dtype: Any, s
       length: number of slots.
       model, dtype, source: as in `empty`.
     """
-    like = jax.eval_shape(lambda: empty(model, len(rows), length, dtype, source))
+    like = jax.eval_shape(lambda: unpack(empty(model, len(rows), length, dtype, source)["cache"]))
     moved_by = state["slot"] - length
 
     def of_rows(x):
         return jnp.take(x, rows, axis=row_axis(x))
 
-    def moved(x, like, axis):
-        """Return an array with the slots of `like` along an axis. Layers with a window may have fewer than others."""
-        return jnp.take(x, (numbers(jnp.asarray(length - 1), like.shape[axis]) + moved_by) % x.shape[axis], axis=axis)
+    def moved(x, size, axis):
+        """Return an array with another number of slots along an axis. Layers with a window may have fewer than others."""
+        return jnp.take(x, (numbers(jnp.asarray(length - 1), size) + moved_by) % x.shape[axis], axis=axis)
 
-    cache = {name: jax.tree.map(of_rows, part) for name, part in state["cache"].items()}
+    cache = {name: jax.tree.map(of_rows, part) for name, part in unpack(state["cache"]).items()}
     if "layers" in cache:
-        cache["layers"] = jax.tree.map(lambda x, like: moved(x, like, -2), cache["layers"], like["cache"]["layers"])
+        cache["layers"] = jax.tree.map(lambda x, like: moved(x, like.shape[-2], -2), cache["layers"], like["layers"])
     own = {name: of_rows(state[name]) for name in ("begin", "token", "texts")}
-    own |= {"begin": own["begin"] - moved_by, "texts": moved(own["texts"], like["texts"], 1)}
-    return _placed({"cache": cache, "slot": jnp.asarray(length, jnp.int32), **own})
+    own |= {"begin": own["begin"] - moved_by, "texts": moved(own["texts"], length, 1)}
+    return _placed({"cache": _parts(cache), "slot": jnp.asarray(length, jnp.int32), **own})
 
 
-def cut(reading: dict, start: jax.Array, size: int) -> Any:
+def cut(reading: Packed, start: jax.Array, size: int) -> Packed:
     """Return `size` slots of the layers of a cache of one row, from `start` on."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2), reading["layers"])
+    return pack(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2), unpack(reading)["layers"]))
 
 
-def paste(reading: dict, block: Any, start: jax.Array) -> dict:
+def paste(reading: Packed, block: Packed, start: jax.Array) -> Packed:
     """Return the parts of a cache of one row with the slots that `cut` returned."""
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=x.ndim - 2)  # noqa: E731
-    return reading | {"layers": jax.tree.map(put, reading["layers"], block)}
+    reading = unpack(reading)
+    return pack(reading | {"layers": jax.tree.map(put, reading["layers"], unpack(block))})
 
 
 def _parts(cache):
-    return {name: cache[name] for name in _PARTS if name in cache}
+    return pack({name: cache[name] for name in _PARTS if name in cache})
 
 
 def _with_slots(parts, slot, begin):
@@ -191,5 +193,5 @@ def _placed(state: State) -> State:
     def row(x):
         return layer(x) if x.ndim > 3 else constrain(x, "batch", *(None,) * (x.ndim - 1))
 
-    cache = {name: jax.tree.map(row, part) for name, part in state["cache"].items()}
-    return {"cache": cache} | {name: constrain(x, *("batch", None)[: x.ndim]) for name, x in state.items() if name != "cache"}
+    own = {name: constrain(x, *("batch", None)[: x.ndim]) for name, x in state.items() if name != "cache"}
+    return own | {"cache": pack(jax.tree.map(row, unpack(state["cache"])))}
