@@ -28,11 +28,22 @@ class Run:
       tokenizer: the tokenizer of a text run, or None.
       layout: sharding of the model over devices, or None for one device.
       located: where the weights came from, or None.
+      info: the description of the data set, as the run's manifest has it.
     """
 
-    def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer, layout: Layout | None = None, located: Located | None = None):
+    def __init__(
+        self,
+        model: nnx.Module,
+        task: Any,
+        config: dict,
+        step: int,
+        tokenizer,
+        layout: Layout | None = None,
+        located: Located | None = None,
+        info: Mapping[str, Any] | None = None,
+    ):
         self.model, self.task, self.config, self.step, self.tokenizer, self.layout = model, task, config, step, tokenizer, layout
-        self.located = located
+        self.located, self.info = located, dict(info or {})
         graph, params, stats = functional.split(model)
         self._weights = (params, stats)
 
