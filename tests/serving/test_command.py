@@ -1,5 +1,6 @@
 """`jaxmodels serve` as a process: its start, its end, and what it refuses before it loads anything."""
 
+import json
 import re
 import signal
 import socket
@@ -78,3 +79,13 @@ def test_a_process_serves_until_it_is_told_to_end(runs, tmp_path):
         process.kill()
     assert process.returncode == 0 and '"path": "/v1/predict", "status": 200' in err and "Traceback" not in err
     assert before == sorted((path, path.stat().st_mtime_ns) for path in RunFolder(runs["digits"]).path.rglob("*"))
+
+
+def test_a_file_of_requests_on_the_command_line(runs, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"inputs": [[[[0.5]] * 8] * 8]}
+    source.write_text("".join(json.dumps({"custom_id": str(i), "url": "/v1/predict", "body": body}) + "\n" for i in range(3)))
+    arguments = ["serve", f"--workdir={runs['digits']}", f"--batch={source}", f"--output={output}"]
+    assert cli.run(arguments) == 0 and f"{output}: 3 answers." in capsys.readouterr().out
+    assert [json.loads(line)["response"]["status_code"] for line in output.read_text().splitlines()] == [200] * 3
+    assert cli.run(arguments) == 0 and "0 answers, 3 were there already." in capsys.readouterr().out
