@@ -37,21 +37,23 @@ class Recorded:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call, number, status, gone, sent = Call(), uuid.uuid4().hex, 0, False, 0
+        call, number, status, gone, sent, complete = Call(), uuid.uuid4().hex, 0, False, 0, False
         scope.setdefault("state", {})["call"] = call
 
         async def numbered(message: Message) -> None:
-            nonlocal status, sent
+            nonlocal status, sent, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = number
+            elif not message.get("more_body"):
+                complete = True  # after which the server says that the client has gone, whether it has or not
             sent += len(message.get("body", b""))
             await send(message)
 
         async def watched() -> Message:
             nonlocal gone
             message = await receive()
-            gone = gone or message["type"] == "http.disconnect"
+            gone = gone or (message["type"] == "http.disconnect" and not complete)
             return message
 
         try:

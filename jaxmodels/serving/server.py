@@ -26,7 +26,9 @@ from jaxmodels.serving.served import MakeEngine, Running
 from jaxmodels.serving.service import Limits, Service, open_service
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_LEFT_SECONDS = 5.0  # that connections may take to close when all requests have been answered
+# That an idle connection stays open: longer than clients and load balancers (Google's 600 s) use it again, or a request may meet one that is just closed.
+_IDLE_SECONDS = 620
+_LEFT_SECONDS = 5  # that connections may take to close when all requests have been answered
 
 
 def serve(
@@ -112,7 +114,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, service: Service, drain_seconds: float):
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=int(_LEFT_SECONDS))
+        times = {"timeout_keep_alive": _IDLE_SECONDS, "timeout_graceful_shutdown": _LEFT_SECONDS}
+        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off", **times)
         super().__init__(config)
         self._service, self._drain_seconds, self.address = service, drain_seconds, ""
         self._loop: asyncio.AbstractEventLoop | None = None

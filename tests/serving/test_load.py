@@ -101,14 +101,14 @@ def test_two_thousand_requests_of_two_hundred_clients(process):
     # All that is sent before the signal is answered; what comes after it is refused.
     async def drained():
         async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=CLIENTS)) as client:
-            body = {"model": "gpt", "prompt": "abc", "max_tokens": 60}
-            sent = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(60)]
-            while figures(url)['jaxmodels_queue{model="gpt",part="engine"}'] < 20:
+            body = {"model": "chat", "prompt": "the cat", "max_tokens": 100}
+            sent = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(90)]
+            while not any(task.done() for task in sent):
                 await asyncio.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             return [answer.status_code for answer in await asyncio.gather(*sent)]
 
     statuses = collections.Counter(asyncio.run(drained()))
-    assert set(statuses) <= {200, 503} and statuses[200] >= 20, statuses
+    assert set(statuses) <= {200, 503} and statuses[200] >= 10, statuses
     assert process.wait(90) == 0
     assert "Traceback" not in log.read_text()
