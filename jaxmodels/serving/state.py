@@ -173,11 +173,17 @@ def paste(reading: Packed, block: Packed, start: jax.Array) -> Packed:
     """Return the parts of a cache of one row with the slots that `cut` returned."""
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=x.ndim - 2)  # noqa: E731
     reading = unpack(reading)
-    return pack(reading | {"layers": jax.tree.map(put, reading["layers"], unpack(block))})
+    return _parts(reading | {"layers": jax.tree.map(put, reading["layers"], unpack(block))})
 
 
-def _parts(cache):
-    return pack({name: cache[name] for name in _PARTS if name in cache})
+def _parts(cache: dict) -> Packed:
+    """Return the parts of a cache that a state keeps. Their sharding is the same for all functions that take and return them."""
+
+    def row(x):
+        names = (*(None,) * (x.ndim - 4), *cache_lib.NAMES) if x.ndim > 3 else ("batch", *(None,) * (x.ndim - 1))
+        return constrain(x, *names)
+
+    return pack({name: jax.tree.map(row, cache[name]) for name in _PARTS if name in cache})
 
 
 def _with_slots(parts, slot, begin):
@@ -185,13 +191,5 @@ def _with_slots(parts, slot, begin):
 
 
 def _placed(state: State) -> State:
-    """Constrain the sharding of a state: it is the same for all functions that take and return one."""
-
-    def layer(x):
-        return constrain(x, *(None,) * (x.ndim - 4), *cache_lib.NAMES)
-
-    def row(x):
-        return layer(x) if x.ndim > 3 else constrain(x, "batch", *(None,) * (x.ndim - 1))
-
-    own = {name: constrain(x, *("batch", None)[: x.ndim]) for name, x in state.items() if name != "cache"}
-    return own | {"cache": pack(jax.tree.map(row, unpack(state["cache"])))}
+    """Constrain the sharding of the rest of a state."""
+    return {name: x if name == "cache" else constrain(x, *("batch", None)[: x.ndim]) for name, x in state.items()}

@@ -17,7 +17,7 @@ from jaxmodels.runs.merge import new_folder, write_run
 from jaxmodels.serving import engine as engine_lib
 from jaxmodels.tokenizers.simple import CharacterTokenizer
 
-LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.")
+LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.", special=True)
 LORAS = {
     "thin": {"rank": 2, "targets": ("attention/(query|value)$",)},
     "dora": {"rank": 3, "targets": ("attention/query$", "mlp/", "output$"), "alpha": 5.0, "dora": True},

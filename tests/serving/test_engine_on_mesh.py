@@ -10,7 +10,7 @@ from random_models import LLAMA, MOE, T5, run_of
 import jaxmodels
 from jaxmodels.tokenizers.simple import CharacterTokenizer
 
-LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.")
+LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz ,.", special=True)
 PROMPTS = ([1, 2, 3], list(range(5, 25)), [7], [3, 9, 4, 1, 12], list(range(20, 5, -1)))
 WIDE = {"width": 32}
 RUNS = {
