@@ -61,7 +61,7 @@ class Programs:
         self._reading = jax.jit(self._on_model(state_lib.reading_cache), static_argnums=(2, 3))
         self._read = jax.jit(self._on_model(_read), donate_argnums=2)
         self._score = jax.jit(self._on_model(functools.partial(_score, generator.known)), donate_argnums=2)
-        self._source = jax.jit(self._on_model(state_lib.read_source))
+        self._source = jax.jit(self._on_model(state_lib.read_source), static_argnums=4)
         self._step = jax.jit(self._on_model(functools.partial(_step, generator.known)), donate_argnums=2)
         self._resize = jax.jit(self._on_model(state_lib.resize), static_argnums=(4, 5, 6))
         self._insert = jax.jit(self._in_layout(state_lib.insert), donate_argnums=0)
@@ -98,7 +98,7 @@ class Programs:
 
     def read_source(self, tokens: np.ndarray, adapter: int = 0) -> Packed:
         """Return the cache of a source, int32 [T] with T in `chunks`."""
-        return self._source(*self.generator.weights, tokens[None], np.int32(adapter))
+        return self._source(*self.generator.weights, tokens[None], np.int32(adapter), self.source)
 
     def insert(self, state: state_lib.State, reading: Packed, row: int, tokens: np.ndarray, count: int, token: int) -> state_lib.State:
         """As `state.insert`; `state` is used up."""

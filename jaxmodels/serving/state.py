@@ -67,11 +67,23 @@ def reading_cache(model: Any, length: int, dtype: Any) -> Packed:
     return _parts(model.make_cache(1, length, dtype, whole=True))
 
 
-def read_source(model: Any, source_1S: jax.Array, adapter: jax.Array) -> Packed:
-    """Return the parts of a cache that hold a source, int [1, S] with -1 as padding; `adapter` as in `read_more`."""
+def read_source(model: Any, source_1S: jax.Array, adapter: jax.Array, length: int) -> Packed:
+    """Return the parts of a cache that hold a source, with zeros up to those of one of `length` tokens.
+
+    Args:
+      model: an encoder–decoder.
+      source_1S: int [1, S] with -1 as padding.
+      adapter: as in `read_more`.
+      length: S at most.
+    """
+
+    def of(source):
+        return {name: part for name, part in model.make_cache(source, 1).items() if name in ("memory", "states")}
+
     with lora_rows.use(adapter[None]):
-        cache = model.make_cache(source_1S, 1)
-    return _parts({name: part for name, part in cache.items() if name != "layers"})
+        cache = of(source_1S)
+    whole = jax.eval_shape(of, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    return _parts(jax.tree.map(lambda x, like: jnp.pad(x, [(0, n - m) for n, m in zip(like.shape, x.shape, strict=True)]), cache, whole))
 
 
 def insert(state: State, reading: Packed, row: jax.Array, tokens_S: jax.Array, count: jax.Array, token: jax.Array) -> State:
@@ -92,9 +104,7 @@ def insert(state: State, reading: Packed, row: jax.Array, tokens_S: jax.Array, c
         return jnp.clip(numbers(slot - 1, size) - slot + count, 0, among - 1)
 
     def write(whole, part):
-        axis = row_axis(whole)
-        part = jnp.pad(part, [(0, 0 if i == axis else n - m) for i, (n, m) in enumerate(zip(whole.shape, part.shape, strict=True))])
-        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), row, axis)
+        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), row, row_axis(whole))
 
     if "layers" in reading:
         copied = jax.tree.map(lambda ring, x: jnp.take(x, last(ring.shape[-2], x.shape[-2]), axis=-2), cache["layers"], reading["layers"])
