@@ -5,6 +5,7 @@
     result = jaxmodels.train(config, workdir="runs/digits")
     run = jaxmodels.load("runs/digits")
     run.predict({"image": images})
+    jaxmodels.serve("runs/digits", port=8000)
 
 Names are imported when first used, so that `import jaxmodels` costs nothing.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the same names as in _HOME
     from jaxmodels.inference.evaluate import evaluate as evaluate
     from jaxmodels.inference.load import load as load
     from jaxmodels.inference.run import Run as Run
+    from jaxmodels.serving.server import serve as serve
     from jaxmodels.training.callback import Callback as Callback
     from jaxmodels.training.result import Result as Result
 
@@ -34,6 +36,7 @@ _HOME = {
     "evaluate": "jaxmodels.inference.evaluate",
     "load": "jaxmodels.inference.load",
     "Run": "jaxmodels.inference.run",
+    "serve": "jaxmodels.serving.server",
     "Callback": "jaxmodels.training.callback",
     "Result": "jaxmodels.training.result",
     "ConfigError": "jaxmodels.errors",

@@ -23,7 +23,7 @@ HEADERS = sorted((ROOT / "configs").glob("*.py"))
 def commands(page):
     """Return every line that begins with a command of this project, without comments."""
     lines = re.findall(
-        r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|config|data|tokenizer|lineage|merge)\b[^\n]*)",
+        r"(?:^|&& )(jaxmodels (?:train|plan|evaluate|generate|serve|chat|config|data|tokenizer|lineage|merge)\b[^\n]*)",
         page.read_text().replace("    jaxmodels", "jaxmodels"),
         re.M,
     )

@@ -28,7 +28,9 @@ def add(commands) -> None:
     parser.add_argument("--early_stopping", choices=("true", "false", "never"), default="false", help=early)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text before this string; may be repeated")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of sampling (default: 0)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation (default: float32)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "int8"), default="float32", help="of the computation; int8: of the weights (default: float32)"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the text of the one prompt as it is generated")
     output.add_argument("--json", action="store_true", help="print one JSON object")

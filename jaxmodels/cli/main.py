@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 
-from jaxmodels.cli import checkpoint, config, data, evaluate, generate, plan, runs, train
+from jaxmodels.cli import chat, checkpoint, config, data, evaluate, generate, plan, runs, serve, train
 
 # The order in which help lists the commands.
-_COMMANDS = (train, evaluate, plan, generate, data, config, runs, checkpoint)
+_COMMANDS = (train, evaluate, plan, generate, serve, chat, data, config, runs, checkpoint)
 
 _EXIT_SECONDS = 10.0
 
@@ -21,6 +21,8 @@ Train Flax models with Optax from one config file.
   jaxmodels train --config=FILE[:ARGUMENT] --config.optimizer.learning_rate=3e-4
   jaxmodels evaluate --workdir=runs/cnn_digits
   jaxmodels generate --workdir=runs/gpt_shakespeare --prompt="To be"
+  jaxmodels serve --workdir=runs/gpt_shakespeare --port=8000
+  jaxmodels chat --workdir=runs/sft
   jaxmodels config --config=configs/cnn_digits.py --diff=runs/cnn_digits
   jaxmodels data --config=configs/cnn_digits.py
   jaxmodels plan --config=configs/gpt2_xl.py --topology=v5p-128

@@ -26,7 +26,7 @@ from jaxmodels.generation.full_forward import with_cache
 from jaxmodels.generation.known import with_known_tokens
 from jaxmodels.generation.sampling import Sampling
 from jaxmodels.generation.stop_strings import GeneratedText
-from jaxmodels.models import functional
+from jaxmodels.models import functional, int8
 from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.tokenizers.base import Tokenizer, frame, known_tokens
@@ -122,6 +122,7 @@ class Generator:
         start: int | None = None,
         ends: Sequence[int] | None = None,
         dtype: Any = jnp.float32,
+        in_8_bits: bool = False,
         layout: layout_lib.Layout | None = None,
     ):
         """
@@ -131,6 +132,7 @@ class Generator:
           start: id of the first target token of an encoder–decoder; the tokenizer's by default.
           ends: ids of end tokens; the tokenizer's by default.
           dtype: of the computation; parameters are cast once.
+          in_8_bits: store matrices in 8 bits (`models.int8`).
           layout: sharding of the model; None for one device.
 
         Raises:
@@ -138,7 +140,7 @@ class Generator:
         """
         special = getattr(tokenizer, "special", lambda name: None)
         graph, params, stats = functional.split(model)
-        self.weights = functional.cast(params, dtype), stats
+        self.weights = int8.quantized(params, dtype) if in_8_bits else functional.cast(params, dtype), stats
         self.graph, self.tokenizer, self.dtype, self.layout = graph, tokenizer, dtype, layout
         self.reads_sources, self.context = hasattr(model, "encode"), getattr(model, "context", None)
         self.cached = hasattr(model, "extend")

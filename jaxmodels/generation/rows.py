@@ -19,7 +19,7 @@ from jaxmodels.generation import sampling
 from jaxmodels.generation.sampling import EXCLUDED
 
 ALTERNATIVES = 20  # most likely tokens whose log-probabilities are returned
-_CANDIDATES = 256  # most likely tokens among which top-k and top-p usually end; else all are sorted
+_CANDIDATES = 256  # most likely tokens among which top-k and top-p usually end; only these are sorted
 NOT_FINITE = -2  # in place of a token
 
 Settings = dict[str, Any]
@@ -28,10 +28,11 @@ Settings = dict[str, Any]
 def settings(rows: int) -> Settings:
     """Return the settings of rows that decode greedily, NumPy arrays [B]: those of `serving.requests.RowSampling`, and others.
 
-    The others: `alternatives`, the number of most likely tokens to score, -1 for no score at all; `prompt`, the number of tokens of the prompt.
+    The others: `alternatives`, the number of most likely tokens to score, -1 for no score at all; `prompt`, the number of tokens of the prompt;
+    `adapter`, the number of an adapter (`models.lora_rows`).
     """
     floats = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-    whole = {"top_k": 0, "alternatives": -1, "prompt": 0}
+    whole = {"top_k": 0, "alternatives": -1, "prompt": 0, "adapter": 0}
     made = {name: np.full(rows, value, np.float32) for name, value in floats.items()} | {name: np.full(rows, value, np.int32) for name, value in whole.items()}
     return made | {"seed": np.zeros(rows, np.uint32)}
 
@@ -119,22 +120,41 @@ def _penalized(logits_BV, given, texts_BS, positions_BS):
 
 def _least(logits_BV, cut_B, top_k_B, top_p_B):
     """Return the least logit of each row that top-k and top-p leave, [B]; -inf for rows that are not cut."""
-    V, whole_B = logits_BV.shape[1], jax.nn.logsumexp(logits_BV, axis=1)
-
-    def among(count):
-        """Find it among the `count` most likely tokens; also return whether it is there."""
-        sorted_BK = jax.lax.top_k(logits_BV, count)[0]
-        ranked_BK = (jnp.arange(count) < top_k_B[:, None]) | (top_k_B[:, None] == 0)
-        total_B = jnp.where(top_k_B > 0, jax.nn.logsumexp(jnp.where(ranked_BK, sorted_BK, EXCLUDED), axis=1), whole_B)
-        probabilities_BK = jnp.where(ranked_BK, jnp.exp(sorted_BK - total_B[:, None]), 0)
-        before_BK = jnp.cumsum(probabilities_BK, axis=1) - probabilities_BK
-        # A token stays while the more likely ones have a total below top_p; the most likely one always stays.
-        kept_BK = ranked_BK & ((before_BK < top_p_B[:, None]) | (top_p_B[:, None] >= 1) | (jnp.arange(count) == 0))
-        last_B = jnp.maximum(kept_BK.sum(axis=1) - 1, 0)
-        there_B = jnp.where(top_k_B > 0, top_k_B <= count, last_B < count - 1) | (count == V)
-        return jnp.take_along_axis(sorted_BK, last_B[:, None], axis=1)[:, 0], jnp.all(there_B | ~cut_B)
-
-    least_B, there = among(min(_CANDIDATES, V))
-    if V > _CANDIDATES:
-        least_B = jax.lax.cond(there, lambda: least_B, lambda: among(V)[0])
+    K = min(_CANDIDATES, logits_BV.shape[1])
+    sorted_BK = jax.lax.top_k(logits_BV, K)[0]
+    ranked_BK = (jnp.arange(K) < top_k_B[:, None]) | (top_k_B[:, None] == 0)
+    total_B = jax.nn.logsumexp(jnp.where(ranked_BK, sorted_BK, EXCLUDED), axis=1)
+    total_B = jnp.where(top_k_B > 0, total_B, jax.nn.logsumexp(logits_BV, axis=1))
+    probabilities_BK = jnp.where(ranked_BK, jnp.exp(sorted_BK - total_B[:, None]), 0)
+    before_BK = jnp.cumsum(probabilities_BK, axis=1) - probabilities_BK
+    # A token stays while the more likely ones have a total below top_p; the most likely one always stays.
+    kept_BK = ranked_BK & ((before_BK < top_p_B[:, None]) | (top_p_B[:, None] >= 1) | (jnp.arange(K) == 0))
+    last_B = jnp.maximum(kept_BK.sum(axis=1) - 1, 0)
+    among_B = jnp.where(top_k_B > 0, top_k_B <= K, last_B < K - 1) | (K == logits_BV.shape[1])
+    least_B = jnp.take_along_axis(sorted_BK, last_B[:, None], axis=1)[:, 0]
+    least_B = jax.lax.cond(jnp.all(among_B | ~cut_B), lambda: least_B, lambda: _least_of_all(logits_BV, top_k_B, top_p_B))
     return jnp.where(cut_B, least_B, EXCLUDED)
+
+
+def _least_of_all(logits_BV, top_k_B, top_p_B):
+    """As `_least`, for all rows and any number of tokens, by bisection: this takes a fifth of the time of sorting on a CPU. Equal logits stay together."""
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    keys_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # integers in the order of the logits
+
+    def least(weights_BV, limit_B):
+        """Return the least key such that the weights of greater ones sum to less than a limit."""
+
+        def halve(_, between):
+            low_B, high_B = between
+            middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
+            found_B = jnp.sum(jnp.where(keys_BV > middle_B[:, None], weights_BV, 0), axis=1) < limit_B
+            return jnp.where(found_B, low_B, middle_B + 1), jnp.where(found_B, middle_B, high_B)
+
+        return jax.lax.fori_loop(0, 32, halve, (keys_BV.min(axis=1), keys_BV.max(axis=1)))[1]
+
+    V = logits_BV.shape[1]
+    by_count_B = least(jnp.ones_like(keys_BV), jnp.where(top_k_B > 0, top_k_B, V))
+    weights_BV = jnp.where(keys_BV >= by_count_B[:, None], jnp.exp(logits_BV - logits_BV.max(axis=1, keepdims=True)), 0)
+    by_sum_B = least(weights_BV, jnp.where(top_p_B < 1, top_p_B * weights_BV.sum(axis=1), jnp.inf))
+    key_B = jnp.maximum(by_count_B, by_sum_B)
+    return jax.lax.bitcast_convert_type(jnp.where(key_B < 0, key_B ^ 0x7FFFFFFF, key_B), jnp.float32)

@@ -23,19 +23,26 @@ from jaxmodels.step import state
 from jaxmodels.tokenizers import factory as tokenizers
 
 
-def load(run: str, *, spread: bool = False) -> Run:
+def load(run: str, *, spread: bool = False, mesh: Mapping[str, int] | None = None) -> Run:
     """Load a run or a pretrained model for prediction and generation. No data set is needed.
 
     Args:
       run: as in `evaluate`; or `hf:FOLDER` or `hf:OWNER/NAME`, with the published head.
       spread: shard the weights over all devices by the run's own mesh; otherwise place them on the first device.
+      mesh: sizes of the mesh that are others than the run's, such as `{"tensor": 4}`; with them the weights are spread, and the mesh must fit the devices.
+
+    Raises:
+      ConfigError: the run cannot be loaded, or the mesh does not fit.
     """
     opened = open_run(run)
     graph, params, stats = functional.split(opened.model)
-    if spread:
+    if spread or mesh:
         shapes, sharding = state.weights_alone(params, stats), sharding_lib.Sharding(**opened.config["sharding"])
-        mesh = fitting_mesh(mesh_lib.MeshSizes(**opened.config["mesh"]), sharding, shapes)
-        layout = sharding_lib.make_layout(mesh, sharding)
+        if mesh:
+            devices = mesh_lib.make_mesh(mesh_lib.MeshSizes(**opened.config["mesh"] | dict(mesh)))
+        else:
+            devices = fitting_mesh(mesh_lib.MeshSizes(**opened.config["mesh"]), sharding, shapes)
+        layout = sharding_lib.make_layout(devices, sharding)
         shapes = sharding_lib.place_state(shapes, sharding, layout)
         params, stats = shapes.params, shapes.stats
     else:
@@ -43,7 +50,7 @@ def load(run: str, *, spread: bool = False) -> Run:
         params, stats = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree) for tree in (params, stats))
     params, stats = weights_lib.read_model(opened.located, params, stats)
     model = functional.evaluation_model(graph, params, stats)
-    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout)
+    return Run(model, opened.task, opened.config, opened.located.step, opened.info.get("tokenizer"), layout, opened.located, opened.info)
 
 
 @dataclasses.dataclass(frozen=True)

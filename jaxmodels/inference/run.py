@@ -13,6 +13,7 @@ from jaxmodels.errors import ConfigError
 from jaxmodels.generation.generate import Completion, Generator, Prompt
 from jaxmodels.models import functional
 from jaxmodels.parallel.layout import Layout
+from jaxmodels.runs.weights import Located
 from jaxmodels.step.step import keys_by_index
 
 
@@ -26,10 +27,23 @@ class Run:
       step: the step of the weights.
       tokenizer: the tokenizer of a text run, or None.
       layout: sharding of the model over devices, or None for one device.
+      located: where the weights came from, or None.
+      info: the description of the data set, as the run's manifest has it.
     """
 
-    def __init__(self, model: nnx.Module, task: Any, config: dict, step: int, tokenizer, layout: Layout | None = None):
+    def __init__(
+        self,
+        model: nnx.Module,
+        task: Any,
+        config: dict,
+        step: int,
+        tokenizer,
+        layout: Layout | None = None,
+        located: Located | None = None,
+        info: Mapping[str, Any] | None = None,
+    ):
         self.model, self.task, self.config, self.step, self.tokenizer, self.layout = model, task, config, step, tokenizer, layout
+        self.located, self.info = located, dict(info or {})
         graph, params, stats = functional.split(model)
         self._weights = (params, stats)
 
@@ -63,7 +77,8 @@ class Run:
 
         Args:
           prompts: one text or several, or lists of token ids.
-          precision: dtype of the computation, `float32` or `bfloat16`.
+          precision: dtype of the computation, `float32` or `bfloat16`; `int8` stores matrices in 8 bits (`models.int8`), and computes in bfloat16, on
+            CPUs in float32.
           options: `max_tokens`, `temperature`, `top_k`, …; see `generation.generate.Options`.
 
         Raises:
@@ -76,15 +91,18 @@ class Run:
         return self.generator(precision).stream(prompt, **options)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  the cache keeps the last two runs alive, which is intended
-    def generator(self, precision: str) -> Generator:
-        """Return the model prepared for generation; arguments and errors as in `generate`."""
+    def generator(self, precision: str, model: nnx.Module | None = None) -> Generator:
+        """Return the model prepared for generation, or another one in its place; `precision` and errors as in `generate`."""
         name = self.config["task"]["name"]
         if name not in ("language_model", "seq2seq"):
             raise ConfigError(
                 f"a run of the task {name!r} cannot generate text; only 'language_model' and 'seq2seq' can. "
                 "Use jaxmodels evaluate or jaxmodels.load(RUN).predict(batch)."
             )
-        if precision not in functional.DTYPES:
-            raise ConfigError(f"precision must be {' or '.join(functional.DTYPES)}, got {precision!r}.")
+        if precision not in (*functional.DTYPES, "int8"):
+            raise ConfigError(f"precision must be float32, bfloat16 or int8, got {precision!r}.")
+        in_8_bits = precision == "int8"
+        if in_8_bits:
+            precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         own = {"start": self.task.start, "ends": (self.task.end,)} if name == "seq2seq" else {}
-        return Generator(self.model, self.tokenizer, dtype=functional.DTYPES[precision], layout=self.layout, **own)
+        return Generator(model or self.model, self.tokenizer, dtype=functional.DTYPES[precision], in_8_bits=in_8_bits, layout=self.layout, **own)

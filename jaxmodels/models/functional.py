@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from jaxmodels.models import int8
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -185,7 +187,10 @@ def training_model(graph: Graph, params: dict, stats: dict, key: jax.Array) -> n
 
 
 def evaluation_model(graph: Graph, params: dict, stats: dict, dtype=jnp.float32) -> nnx.Module:
-    """Return the module in evaluation mode, with parameters as `dtype`: no dropout, and batch normalization uses its running statistics."""
-    model = merge(graph, cast(params, dtype), stats)
+    """Return the module in evaluation mode, with parameters as `dtype`: no dropout, and batch normalization uses its running statistics.
+
+    `params` may be those of `int8.quantized`.
+    """
+    model = merge(graph, cast(int8.restored(params), dtype), stats)
     model.eval()
     return model

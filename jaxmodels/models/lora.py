@@ -43,7 +43,7 @@ class LoRALinear(Linear):
     """
 
     def __init__(self, linear: nnx.Linear, rank: int, scale: float, *, rngs: nnx.Rngs):
-        _take_over(self, linear)
+        take_over(self, linear)
         *stack, width_in, width_out = linear.kernel.shape
         bound = width_in**-0.5
         self.lora_a = nnx.Param(jax.random.uniform(rngs.params(), (*stack, width_in, rank), minval=-bound, maxval=bound))
@@ -86,7 +86,7 @@ class LoRAEmbed(Embed):
     """An embedding with an adapter: row i is E_i + scale · A_i B. Initially A [V, R] is zero and B [R, D] is random."""
 
     def __init__(self, embed: Embed, rank: int, scale: float, *, rngs: nnx.Rngs):
-        _take_over(self, embed)
+        take_over(self, embed)
         rows, width = embed.embedding.shape
         self.lora_a = nnx.Param(jnp.zeros((rows, rank)))
         self.lora_b = nnx.Param(jax.random.normal(rngs.params(), (rank, width)) * rank**-0.5)
@@ -140,7 +140,7 @@ class DoRAOutput(DoRALinear):
 LAYERS = {Linear: (LoRALinear, DoRALinear), nnx.Linear: (LoRALinear, DoRALinear), Embed: (LoRAEmbed, DoRAEmbed), Output: (LoRAOutput, DoRAOutput)}
 
 
-def _take_over(module: nnx.Module, other: nnx.Module) -> None:
+def take_over(module: nnx.Module, other: nnx.Module) -> None:
     """Copy the parameters and settings of another module, under their own names."""
     for name, value in vars(other).items():
         if not name.startswith("_"):
@@ -168,14 +168,17 @@ def add_lora(model: nnx.Module, *, rank: int, alpha: float, targets: tuple[str, 
     for name, (path, layer) in layers.items():
         if not any(re.search(target, name) for target in targets):
             continue
-        parent = model
-        for key in path[:-1]:
-            parent = _child(parent, key)
-        adapted = LAYERS[type(layer)][dora](layer, rank, alpha / rank, rngs=rngs)
-        if isinstance(path[-1], str) and not isinstance(parent, dict | nnx.Dict):
-            setattr(parent, path[-1], adapted)
-        else:
-            parent[path[-1]] = adapted
+        replace(model, path, LAYERS[type(layer)][dora](layer, rank, alpha / rank, rngs=rngs))
+
+
+def replace(model: nnx.Module, path: tuple[str | int, ...], module: nnx.Module) -> None:
+    """Put a module in the place of the one at `path` of a model."""
+    for key in path[:-1]:
+        model = _child(model, key)
+    if isinstance(path[-1], str) and not isinstance(model, dict | nnx.Dict):
+        setattr(model, path[-1], module)
+    else:
+        model[path[-1]] = module
 
 
 def _child(module, key):

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.generation import rows as rows_lib
+from jaxmodels.models.cache import Packed
 from jaxmodels.serving.programs import Programs
 from jaxmodels.serving.prompts import padded
 from jaxmodels.serving.text import Text
@@ -34,7 +35,7 @@ class Batch:
         """Those that have a row."""
         return [text for text in list(self.rows) if text is not None]
 
-    def add(self, text: Text, reading: dict, tokens: tuple[int, ...], count: int) -> None:
+    def add(self, text: Text, reading: Packed, tokens: tuple[int, ...], count: int) -> None:
         """Give a text a row; there is room for it.
 
         Args:

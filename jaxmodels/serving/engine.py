@@ -10,16 +10,19 @@ import collections
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.errors import ConfigError, RunError
 from jaxmodels.generation.generate import Generator
+from jaxmodels.inference.adapters import with_adapters
 from jaxmodels.inference.run import Run
+from jaxmodels.parallel import mesh as mesh_lib
+from jaxmodels.serving import memory
 from jaxmodels.serving.batch import Batch
-from jaxmodels.serving.programs import Programs
+from jaxmodels.serving.programs import Programs, limit
 from jaxmodels.serving.prompts import Prompts
 from jaxmodels.serving.requests import Busy, Event, Request, Stats
 from jaxmodels.serving.text import Text
@@ -38,28 +41,42 @@ class Engine:
       failure: why the engine has ended; None while it works.
     """
 
-    def __init__(self, generator: Generator, *, slots: int = 16, context: int | None = None, queue: int = 256, prefix_tokens: int | None = None):
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        slots: int | None = None,
+        context: int | None = None,
+        queue: int = 256,
+        prefix_tokens: int | None = None,
+        adapters: Iterable[str] = (),
+    ):
         """
         Args:
           generator: the model, prepared for generation.
-          slots: rows of the batch.
-          context: at most that of the model, which is the default.
+          slots: rows of the batch, rounded up to a multiple of the devices that share them. The default is that of `memory.default_slots`.
+          context: at most that of the model (`programs.limit`), which is the default; 2048 for a model that sets no limit.
           queue: requests that may wait.
-          prefix_tokens: tokens of prompts whose keys and values are kept for later prompts. The default is as many as all rows hold.
+          prefix_tokens: tokens of prompts whose keys and values are kept for later prompts. The default is a quarter of what all rows hold.
+          adapters: names of the adapters that the model holds (`models.lora_rows`), in their order.
 
         Raises:
           ConfigError: the model cannot be served.
         """
-        self.generator, self.queue_limit, self.context = generator, queue, context or generator.context or _CONTEXT
-        self.programs = Programs(generator, slots, self.context)
+        for name, value in (("slots", slots), ("context", context), ("queue", queue)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}={value} must be at least 1.")
+        self.generator, self.queue_limit, self.context = generator, queue, context or limit(generator) or _CONTEXT
+        self.programs = Programs(generator, slots or memory.default_slots(generator, self.context), self.context)
         self.slots = self.programs.rows[-1]
         self._batch = Batch(self.programs)
-        self._prompts = Prompts(self.programs, self.slots * self.context if prefix_tokens is None else prefix_tokens)
+        self._prompts = Prompts(self.programs, self.slots * self.context // 4 if prefix_tokens is None else prefix_tokens)
         self._pending: tuple[list[tuple[int, Text]], dict] | None = None  # the texts of the last step, and its results
         self._change = threading.Condition()
         self._queue: collections.deque[Text] = collections.deque()
         self._live: set[Text] = set()
         self._admits, self._closed, self._generated, self._seconds = True, False, 0, 1.0  # seconds that a request takes
+        self._adapters = {None: 0} | {name: number for number, name in enumerate(adapters, 1)}
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -80,7 +97,7 @@ class Engine:
           Busy: the queue is full, or the engine takes no more requests.
           RunError: the engine has failed.
         """
-        text = Text(request, deliver, self._limit(request), self.generator, self._wake)
+        text = Text(request, deliver, self._limit(request), self._adapters[request.adapter], self.generator, self._wake)
         with self._change:
             if self.failure is not None:
                 raise RunError(f"the engine has ended: {self.failure}")
@@ -112,8 +129,13 @@ class Engine:
 
     def describe(self) -> str:
         """Return a line that says how many tokens the engine holds, and their bytes."""
-        held = f"{self.slots} slots of {self.context:,} tokens, {self.slots * self.context:,} in all, in {self.programs.bytes() / 1e6:,.0f} MB"
-        return f"{held}; " + ("prompts share their beginnings" if self.programs.keeps_prefixes else "prompts share nothing")
+        layout = self.generator.layout
+        rows = self.slots if layout is None else self.slots // mesh_lib.batch_ways(layout.mesh)
+        size = f"{rows * memory.row_bytes(self.generator, self.context) / 1e6:,.0f} MB" + ("" if layout is None else " on each device")
+        held = f"{self.slots} slots of {self.context:,} tokens, {self.slots * self.context:,} in all, {size}"
+        if self.context < (self.generator.context or 0) and limit(self.generator) < self.generator.context:
+            held += f" (of the model's {self.generator.context:,}: beyond, its rotary positions change with the length of a text)"
+        return f"{held}; beginnings that prompts share: {f'up to {self._prompts.kept:,} tokens' if self._prompts.kept else 'not kept'}"
 
     def drain(self, seconds: float) -> int:
         """As `serving.requests` says."""
@@ -142,8 +164,8 @@ class Engine:
             raise ConfigError("the prompt is empty: give at least one token.")
         if not all(0 <= token < vocab_size for token in request.tokens):
             raise ConfigError(f"the prompt must be token ids, whole numbers from 0 to {vocab_size - 1}.")
-        if request.adapter is not None:
-            raise ConfigError(f"there is no adapter {request.adapter!r}.")
+        if request.adapter not in self._adapters:
+            raise ConfigError(f"there is no adapter {request.adapter!r}; there are {', '.join(list(self._adapters)[1:]) or 'none'}.")
         if request.stop and self.generator.tokenizer is None:
             raise ConfigError(f"stop={request.stop[0]!r} needs a tokenizer, and the model has none.")
         if sources and request.echo and request.logprobs is not None:
@@ -206,11 +228,11 @@ class Engine:
             self._finish(text, "cancelled")
 
     def _read(self) -> None:
-        """Read prompts until as many tokens were read as the largest part has, or there is no prompt or row left."""
-        left = self.programs.chunks[-1]
+        """Read prompts until as many tokens were read as may be between two steps, or there is no prompt or row left."""
+        left = self.programs.part if self._batch.texts else self.programs.chunks[-1]
         while left > 0 and self._next():
             text = self._prompts.text
-            size, done = self._prompts.read_part()
+            size, done = self._prompts.read_part(left)
             left -= size
             if done is not None and text.limit:
                 self._batch.add(text, *done)
@@ -248,15 +270,26 @@ class Engine:
             self._change.notify_all()
 
 
-def for_run(run: Run, *, slots: int | None = None, context: int | None = None, queue: int = 256, precision: str = "float32", adapters=()) -> Engine:
+def for_run(
+    run: Run,
+    *,
+    slots: int | None = None,
+    context: int | None = None,
+    queue: int = 256,
+    precision: str = "float32",
+    adapters: Mapping[str, str] | None = None,
+) -> Engine:
     """Return an engine for a run of the task `language_model` or `seq2seq`. It is neither warm nor started.
 
     Args:
       run: of `load`.
-      slots, context, queue: as of `Engine`. The default of `slots` is 16.
-      precision: dtype of the computation, `float32` or `bfloat16`.
+      slots, context, queue: as of `Engine`.
+      precision: `float32`, `bfloat16` or `int8`, as of `Run.generate`.
+      adapters: name -> run that trained adapters of this one, to be served on one copy of its weights; see `inference.adapters`.
 
     Raises:
       ConfigError: the run does not generate text; or as `Engine`.
     """
-    return Engine(run.generator(precision), slots=slots or 16, context=context, queue=queue)
+    adapters = adapters or {}
+    generator = run.generator(precision, with_adapters(run, adapters) if adapters else None)
+    return Engine(generator, slots=slots, context=context, queue=queue, adapters=adapters)

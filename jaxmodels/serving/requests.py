@@ -81,7 +81,10 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A new token. `text` is what is certain since the last one: it may be empty, while a character or a possible stop string is incomplete."""
+    """A new token. `text` is what is certain since the last one: it may be empty, while a character or a possible stop string is incomplete.
+
+    An end token is delivered only with a score, and has no text.
+    """
 
     token: int
     text: str

@@ -20,6 +20,7 @@ class Text:
     Attributes:
       request: as it came.
       limit: new tokens at most.
+      adapter: number of its adapter, 0 for none.
       scored: whether its prompt is scored.
       read, cached: tokens of the prompt that were read, and those of them that were there before.
       held: tokens in its row.
@@ -27,9 +28,9 @@ class Text:
       cancelled, ended: whether its caller has given up, and whether it was told of the end.
     """
 
-    def __init__(self, request: Request, deliver: Callable[[Event], None], limit: int, generator: Generator, wake: Callable[[], None]):
+    def __init__(self, request: Request, deliver: Callable[[Event], None], limit: int, adapter: int, generator: Generator, wake: Callable[[], None]):
         """wake: makes the engine look at what has changed."""
-        self.request, self.limit, self._deliver, self._wake = request, limit, deliver, wake
+        self.request, self.limit, self.adapter, self._deliver, self._wake = request, limit, adapter, deliver, wake
         self.scored = request.echo and request.logprobs is not None
         self._text = GeneratedText(generator.tokenizer, () if generator.reads_sources else request.tokens, generator.ends, request.stop)
         self.read = self.cached = self.held = self.started = self.generated = 0
@@ -45,7 +46,8 @@ class Text:
         """Return the settings of its row, of `generation.rows.settings`, after a prompt of so many tokens."""
         given = vars(self.request.sampling)
         seed = secrets.randbits(32) if given["seed"] is None else given["seed"] % 2**32
-        return given | {"seed": seed, "prompt": prompt, "alternatives": -1 if self.request.logprobs is None else self.request.logprobs}
+        asked = -1 if self.request.logprobs is None else self.request.logprobs
+        return given | {"seed": seed, "prompt": prompt, "alternatives": asked, "adapter": self.adapter}
 
     def score_prompt(self, parts: Sequence[dict[str, np.ndarray]]) -> None:
         """Deliver the scores of the prompt, of `generation.rows.score` for its parts. The first token has none."""
@@ -69,10 +71,13 @@ class Text:
         except Exception as error:  # of the tokenizer
             self.end("error", error=f"token {token} cannot be decoded: {error}")
             return
+        score = None if self.request.logprobs is None else _score(token, scores, row, self.request.logprobs)
         if self._text.finish == "end":
+            if score is not None:  # who asks for scores counts on one for each new token
+                self._tell(Token(token, "", score))
             self.end("end", piece)
             return
-        self._tell(Token(token, piece, None if self.request.logprobs is None else _score(token, scores, row, self.request.logprobs)))
+        self._tell(Token(token, piece, score))
         if self._text.finish is not None:
             self.end(self._text.finish, rest)
 

@@ -73,7 +73,7 @@ def test_wrong_arguments_are_one_line_and_status_2(run, tmp_path):
     no_text.config["task"]["name"] = "classify"
     with pytest.raises(ConfigError, match="a run of the task 'classify' cannot generate text.*jaxmodels evaluate"):
         no_text.generate("ab")
-    with pytest.raises(ConfigError, match="precision must be float32 or bfloat16, got 'float16'"):
+    with pytest.raises(ConfigError, match="precision must be float32, bfloat16 or int8, got 'float16'"):
         jaxmodels.load(run).generate("ab", precision="float16")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from random_models import MORE, MORE_TARGETS, TARGETS, TEXTS, drawn
 
 from jaxmodels.generation.generate import Generator
-from jaxmodels.serving import programs
+from jaxmodels.serving import batch, programs
 from jaxmodels.serving.engine import Engine
 from jaxmodels.serving.requests import Finished, Request, RowSampling, Token
 
@@ -45,14 +45,22 @@ class Answers:
 
 
 @contextlib.contextmanager
+def small_sizes():
+    """Make sizes so small that short texts are read in parts and change the size of the state; change it soon, and count slots anew often."""
+    of_programs = mock.patch.multiple(programs, CHUNKS=(4, 16), LENGTH=16)
+    with of_programs, mock.patch.multiple(batch, _PATIENCE=3, _LAST_SLOT=80):
+        yield
+
+
+@contextlib.contextmanager
 def started(generator, **options):
-    """Start an engine whose sizes are so small that short texts are read in parts, and change the size of the state."""
-    with mock.patch.object(programs, "CHUNKS", (4, 16)), mock.patch.object(programs, "LENGTH", 16):
+    """Start an engine of small sizes."""
+    with small_sizes():
         engine = Engine(generator, **{"slots": 5, "context": 64} | options).start()
-    try:
-        yield Answers(engine)
-    finally:
-        engine.close()
+        try:
+            yield Answers(engine)
+        finally:
+            engine.close()
 
 
 @functools.cache

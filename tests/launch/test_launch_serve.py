@@ -1,6 +1,7 @@
 """launch/serve: manifests of a service, against the schemas of Kubernetes itself, and what must hold between their parts."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT
+
+from jaxmodels.cli import main as cli
 
 SERVE = ROOT / "launch" / "serve"
 NAMES = ("kubernetes.yaml", "kubernetes.yaml+gpu.yaml", "kubernetes.yaml+tpu.yaml")
@@ -131,6 +134,7 @@ def test_all_manifests_scale_by_one_metric():
     name = of_pods["pods"]["metric"]["name"]
     (rule,) = yaml.safe_load((SERVE / "prometheus_adapter.yaml").read_text())["rules"]["custom"]
     assert rule["seriesQuery"].startswith(name + "{")
+    assert f"`{name}`" in (ROOT / "docs" / "serving.md").read_text()  # whose figures are compared with those of the service
     assert name in manifests("kserve.yaml")["InferenceService"]["spec"]["predictor"]["autoScaling"]["metrics"][0]["external"]["metric"]["query"]
     deployment = manifests("kubernetes.yaml")["Deployment"]
     assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
@@ -167,3 +171,12 @@ def test_the_image_is_small_and_serves_as_a_user():
     allowed = {line[1:] for line in (SERVE / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {word for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for word in line.split()}
     assert copied == allowed and all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kserve.yaml"])
+def test_the_arguments_are_those_of_the_command(name):
+    entrypoint = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", (SERVE / "Dockerfile").read_text(), re.M)[1])
+    (container,) = pods()[name]["containers"]
+    options = cli.parser().parse_args([*entrypoint[1:], *container["args"]])
+    assert entrypoint[:2] == ["jaxmodels", "serve"] and options.host == "0.0.0.0"
+    assert options.port == container["ports"][0]["containerPort"]

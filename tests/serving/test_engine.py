@@ -22,3 +22,15 @@ def test_rows_that_come_and_go_equal_generate(name):
             assert answers.tokens(ticket) == own.generate([list(tokens)], max_tokens=new)[0].tokens
         stats = answers.engine.stats()
         assert (stats.running, stats.queued) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lstm", "t5", "mixtral"])
+def test_nothing_compiles_after_warm(name):
+    with started(generator(name)) as answers:
+        answers.engine.warm()
+        compiled = answers.engine.programs.compiled()
+        tickets = [answers.ask(tokens, max_tokens=20) for tokens in prompts(1, 3, 5, 9, 17, 20, 33)]
+        for ticket in tickets:
+            answers.tokens(ticket)
+        assert answers.engine.programs.compiled() == compiled

@@ -1,17 +1,22 @@
-"""The page, in a real Chromium: against a service without models, which answers as the real one does.
+"""The page, in a real Chromium: against a service without models, which answers as the real one does, and against the real one.
 
 pip install -e '.[test,test-browser]'; apt-get install chromium; pytest -m browser -n 0. Pictures go to JAXMODELS_SCREENSHOTS, if it is set.
 """
 
+import base64
 import contextlib
 import os
 import re
 import shutil
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+import served_runs
 from PIL import Image
+
+from jaxmodels.serving.engines import make_engine
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install -e '.[test-browser]'")
@@ -340,3 +345,71 @@ def test_all_is_reached_by_the_keyboard(visit, service):
         seen.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert seen[:5] == ["model", "SUMMARY", "text", "clear", "send"]
     assert page.evaluate("[...document.querySelectorAll('input, select, textarea')].every((each) => each.labels.length)")
+
+
+def test_the_real_service_answers_the_page(browser, folder, tmp_path):
+    """Small runs with random weights: what the page shows is what the API answers."""
+    names = ("chat", "gpt", "images", "tags", "table", "pairs", "words")
+    models = served_runs.serve_models(served_runs.write_runs(tmp_path / "runs", *names), make=make_engine)
+
+    with served_runs.live(models) as live, visiting(browser, live.url + "/", folder) as visit:
+        page = visit.page
+
+        def answer(path, **body):
+            done = httpx.post(f"{live.url}/v1/{path}", json=body)
+            assert done.status_code == 200, done.text
+            return done.json()
+
+        visit.open("chat")
+        page.get_by_text("Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max. tokens").fill("12")
+        page.get_by_label("Message").fill("the cat")
+        page.get_by_label("Message").press("Enter")
+        expect(page.get_by_role("status")).to_have_text("The answer is complete.")
+        said = answer("chat/completions", model="chat", messages=[{"role": "user", "content": "the cat"}], temperature=0, max_tokens=12)["choices"][0][
+            "message"
+        ]
+        assert page.locator("article.model p").text_content() == said["content"]
+        page.get_by_label("Message").fill("raise")
+        page.get_by_label("Message").press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("no such talk")
+        visit.allowed = ("400",)
+
+        page.get_by_role("combobox", name="Model").select_option("gpt")
+        page.get_by_label("Text to continue").fill("the cat ")
+        page.get_by_label("Text to continue").press("Enter")
+        expect(page.get_by_role("status")).to_have_text("The answer is complete.")
+        said = answer("completions", model="gpt", prompt="the cat ", temperature=0, max_tokens=12)["choices"][0]["text"]
+        assert page.locator("article.model p").text_content() == "the cat " + said
+
+        image = tmp_path / "image.png"
+        image.write_bytes(served_runs.png((20, 30, 3)))
+        visit.open("images")
+        page.locator("#file").set_input_files(image)
+        labels = answer("predict", model="images", inputs=[base64.b64encode(image.read_bytes()).decode()])["results"][0]["labels"]
+        expect(page.locator(".bars span")).to_have_text([each["label"] for each in labels])
+
+        visit.open("tags")
+        page.get_by_label("Text", exact=True).fill("anna in paris")
+        page.get_by_label("Text", exact=True).press("Enter")
+        spans = answer("predict", model="tags", inputs=["anna in paris"])["results"][0]["spans"]
+        expect(page.locator("mark")).to_have_text([each["text"] + each["label"] for each in spans])
+
+        visit.open("table")
+        page.get_by_label("Rows of the past").fill("heat;load\n1;2\n2;3,5\n3;4\n4;5\n")
+        page.get_by_role("button", name="Forecast").click()
+        expect(page.locator("figcaption")).to_have_text(["load", "heat"])
+        rows = answer("predict", model="table", inputs=[[[2, 1], [3.5, 2], [4, 3], [5, 4]]])["results"][0]["forecast"]
+        assert page.locator("#answer pre").text_content().splitlines()[1] == ",".join(map(str, rows[0]))
+
+        visit.open("pairs")
+        page.get_by_label("First text").fill("a cat")
+        page.get_by_label("Second text").fill("a dog")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator(".bars li")).to_have_count(2)
+
+        visit.open("words")
+        page.get_by_label("Texts, one a line").fill("the cat\nthe dog")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("td").first).to_have_text("1.00")

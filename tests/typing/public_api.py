@@ -33,3 +33,4 @@ def use(images: np.ndarray) -> None:
     run.predict({"image": images})
     assert_type(run.generate("To be", max_tokens=20)[0].text, str | None)
     assert_type(jaxmodels.evaluate("runs/python", split="test"), dict[str, Any])
+    jaxmodels.serve(["runs/python", "chat=runs/sft"], port=8000)
