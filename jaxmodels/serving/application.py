@@ -15,9 +15,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from jaxmodels.serving import openai_api, openapi, predict_api
 from jaxmodels.serving.access import Access
@@ -78,8 +77,8 @@ def make_app(service: Service, access: Access, *, cors: Sequence[str] = (), host
         Route("/openapi.json", _get(lambda request: openapi.document(service))),
         Route("/docs", _get(lambda request: HTMLResponse(openapi.page(openapi.document(service))))),
     ]
-    if (PAGE / "index.html").is_file():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
+    for file in sorted(PAGE.iterdir()):  # not a folder of files: its routes would match every other path too
+        routes.append(Route("/" if file.name == "index.html" else f"/{file.name}", _get(lambda request, file=file: FileResponse(file))))
     middleware = [Middleware(Recorded, service=service), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
     if cors:
         middleware.append(Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"]))

@@ -6,9 +6,9 @@ import numpy as np
 import openai
 import pytest
 import served_runs
+from adapter_runs import LORAS, child_of
 from random_models import run_of
 from served_runs import GPT, LETTERS
-from test_engine_adapters import LORAS, child_of
 
 import jaxmodels
 from jaxmodels.serving import families
@@ -74,7 +74,7 @@ def test_an_end_token_is_listed_too(client):
 
 
 def test_children_with_adapters_share_the_engine_of_their_parent(tmp_path):
-    parent = run_of(tmp_path / "parent", GPT, {"name": "language_model"}, CharacterTokenizer(LETTERS.alphabet))
+    parent = run_of(tmp_path / "parent", GPT, {"name": "language_model"}, LETTERS)
     named = {"thin": child_of(parent, tmp_path / "thin", LORAS["thin"]), "base": parent}
     service, lines = Service(), []
     service.load(named, Running(slots=2), say=lines.append)
@@ -89,8 +89,8 @@ def test_children_with_adapters_share_the_engine_of_their_parent(tmp_path):
 
 
 def test_a_child_with_other_tokens_is_a_model_of_its_own(tmp_path):
-    parent, lines = run_of(tmp_path / "parent", GPT, {"name": "language_model"}, LETTERS), []
-    named = {"base": parent, "odd": child_of(parent, tmp_path / "odd", LORAS["thin"])}  # its tokenizer has no special tokens
+    parent, lines = run_of(tmp_path / "parent", GPT, {"name": "language_model"}, CharacterTokenizer(LETTERS.alphabet)), []
+    named = {"base": parent, "odd": child_of(parent, tmp_path / "odd", LORAS["thin"])}  # its tokenizer has special tokens
     assert families.parents(named) == {"odd": "base"}
     assert families.shared(jaxmodels.load(parent), {"odd": named["odd"]}, lines.append) == {}
     assert lines == ["odd is a model of its own: its tokenizer has other tokens, or other tokens that end a text, than that of its parent."]
