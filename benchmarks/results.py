@@ -8,7 +8,6 @@ Finished runs in the output folder are not trained again. Times are of training,
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -64,7 +63,7 @@ def main() -> None:
     for name in options.names:
         found = [read(train(name, seed, options.output.absolute(), options.also), name) for seed in range(options.seeds)]
         values, seconds = [value for _, value, _ in found], statistics.median(each for _, _, each in found)
-        shown = ", ".join(re.sub(r"(\.\d{4})\d+", r"\1", f"{value:.6f}") for value in values)
+        shown = ", ".join(f"{value:.4f}" for value in values)
         print(f"| `{name}` | {found[0][0]} | {statistics.mean(values):.4f} | {shown} | {seconds:.0f} s |", flush=True)
 
 

@@ -17,7 +17,7 @@ from jaxmodels.parallel import layout as layout_lib
 from jaxmodels.parallel import mesh as mesh_lib
 from jaxmodels.serving import state as state_lib
 
-CHUNKS = (32, 128, 512)  # tokens of a prompt that are read at once
+CHUNKS = (32, 64, 128, 256, 512)  # tokens of a prompt that are read at once
 LENGTH = 128  # slots of the smallest state
 _STEPS = 4  # that a part of a prompt may take the time of
 Size = tuple[int, int]  # rows and slots of a state
