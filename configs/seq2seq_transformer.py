@@ -5,7 +5,7 @@
 Inputs have fourteen formats, such as `Thursday, March 5, 1998` and `5.III.1998`. No day of the test split is in the training split, in
 any format. Exact match compares whole dates, decoded greedily.
 
-Reached: test exact match 0.9975, the mean of three seeds.
+Reached: test exact match 0.9980, the mean of three seeds.
 Time: 1 min 22 s of training on two CPU cores.
 """
 

@@ -118,9 +118,12 @@ def load(options, overrides):
 
 
 def configure(options) -> None:
-    """Apply settings that must precede the initialisation of the JAX backend."""
+    """Apply settings that must precede large allocations and the initialisation of the JAX backend."""
     import logging
 
+    from jaxmodels.hardware.malloc import tune_malloc
+
+    tune_malloc()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and Grain log every save and read
     if options.cpu_devices:
         from jaxmodels.parallel.mesh import simulate_devices

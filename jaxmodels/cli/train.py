@@ -44,10 +44,8 @@ def _prepare(options, overrides):
     """Return the experiment, the console and what a saved plan adds to training; None for the experiment after a dry run."""
     from jaxmodels.distributed import session
     from jaxmodels.errors import Interrupted
-    from jaxmodels.hardware.malloc import tune_malloc
     from jaxmodels.training.signals import StopSignals
 
-    tune_malloc()
     processes = None if options.dry_run else find_processes(options)
     try:
         # Signals are handled from here on: the imports and the data take seconds.
