@@ -8,7 +8,12 @@ from engines import generator, prompts, started
 from random_models import MORE, MORE_TARGETS, TARGETS, TEXTS
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in (MORE | MORE_TARGETS))])
+SHORT = ("mixtral", "t5")  # a window, experts and stacked layers; sources
+
+
+@pytest.mark.parametrize(
+    "name", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in (TEXTS | TARGETS | MORE | MORE_TARGETS) if name not in SHORT)]
+)
 def test_rows_that_come_and_go_equal_generate(name):
     own, given, news = generator(name), prompts(3, 1, 40, 9, 33, 5, 17, 2, 50, 12), [20, 30, 12, 25, 6, 40, 10, 3, 9, 28]
     with started(own) as answers:
@@ -25,7 +30,7 @@ def test_rows_that_come_and_go_equal_generate(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lstm", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "mixtral"))])
 def test_nothing_compiles_after_warm(name):
     with started(generator(name)) as answers:
         answers.engine.warm()

@@ -13,7 +13,7 @@ from jaxmodels.serving import engine as engine_lib
 @pytest.mark.parametrize(
     ("model", "task"),
     [
-        ({"name": "gpt", **LLAMA, "window": 9, "scan": True}, "language_model"),
+        pytest.param({"name": "gpt", **LLAMA, "window": 9, "scan": True}, "language_model", marks=pytest.mark.slow),
         pytest.param({"name": "gpt", **LLAMA}, "language_model", marks=pytest.mark.slow),
         pytest.param({"name": "encoder_decoder", **T5, "tie_embeddings": False}, "seq2seq", marks=pytest.mark.slow),
     ],
