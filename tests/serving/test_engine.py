@@ -7,7 +7,6 @@ import pytest
 from engines import generator, prompts, started
 from random_models import MORE, MORE_TARGETS, TARGETS, TEXTS
 
-
 SHORT = ("mixtral", "t5")  # a window, experts and stacked layers; sources
 
 
