@@ -7,8 +7,8 @@
 All sides serve the same folder: a GPT-2 of 124M parameters with random weights, float32, and a tokenizer of one token a word, without an end token, so
 that every answer has its full length. Each client sends one request after the other, with a prompt of its own, and reads the stream of its greedy
 answer. `jaxmodels` has as many slots as the largest number of clients; `one_at_a_time` has one slot, so that the difference is what batching gains;
-`transformers` serves each request by `generate`; `transformers_batching` uses its continuous batching. The servers all run, on the same cores as the
-clients, and the sides alternate. Printed are medians and ranges over rounds; percentiles are over all requests.
+`transformers` serves each request by `generate`; `transformers_batching` uses its continuous batching. The servers run on the same cores as the
+clients, and the sides alternate; those whose turn it is not are stopped. Printed are medians and ranges over rounds; percentiles are over all requests.
 
 A side that cannot start, or whose answers have another length, is said and left out. The machine must be idle.
 """
@@ -72,7 +72,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(side: str, folder: Path, options):
-    """Start a server and yield its address once it answers."""
+    """Start a server and yield its address once it answers, and its process group."""
     port = free_port()
     log = folder.parent / f"{side}.log"
     with open(log, "wb") as out:
@@ -87,7 +87,7 @@ def served(side: str, folder: Path, options):
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{side} did not start: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.5)
-        yield address
+        yield address, process.pid
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -136,14 +136,17 @@ async def load(address: str, model: str, clients: int, seconds: float, options, 
     return len(firsts) * options.tokens / (time.perf_counter() - begin), firsts
 
 
-def measure(sides: dict[str, str], models: dict[str, str], options) -> None:
+def measure(sides: dict[str, tuple[str, int]], models: dict[str, str], options) -> None:
     """Print a table: a row for each number of clients and side."""
     print("| clients | side | tokens a second | to the first token, p50, s | p99, s |\n|---|---|---|---|---|")
     for clients in options.clients:
         rates, firsts = ({side: [] for side in sides} for _ in range(2))
         for number in range(options.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
-                rate, new = asyncio.run(load(sides[side], models[side], clients, options.seconds, options, seed=number))
+                address, group = sides[side]
+                os.killpg(group, signal.SIGCONT)
+                rate, new = asyncio.run(load(address, models[side], clients, options.seconds, options, seed=number))
+                os.killpg(group, signal.SIGSTOP)
                 rates[side].append(rate)
                 firsts[side] += new
         for side in sides:
@@ -170,10 +173,11 @@ def main() -> None:
         sides, models = {}, {}
         for side in options.sides:
             try:
-                address = stack.enter_context(served(side, folder, options))
+                address, group = stack.enter_context(served(side, folder, options))
                 models[side] = str(folder) if side.startswith("transformers") else "model"
                 asyncio.run(load(address, models[side], 1, 0, options, seed=99))  # the first answer warms up
-                sides[side] = address
+                os.killpg(group, signal.SIGSTOP)  # some servers use processor time while nobody asks
+                sides[side] = address, group
             except (RuntimeError, httpx.HTTPError) as error:
                 print(f"{side}: left out: {error}", file=sys.stderr)
         measure(sides, models, options)
