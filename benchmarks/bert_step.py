@@ -38,13 +38,11 @@ class JaxStep:
     """The compiled train step of a jaxmodels config."""
 
     def __init__(self, name: str, data: dict, changes: dict):
-        import jax
+        from run_step import run_step
 
         from jaxmodels.config import set_at
         from jaxmodels.experiment.build import build_experiment
         from jaxmodels.parallel import mesh as mesh_lib
-        from jaxmodels.parallel import sharding as sharding_lib
-        from jaxmodels.training.compile import compile_train_step
 
         config = {section: dict(values) for section, values in CONFIG.items()}
         config["data"]["batch_size"] = len(data["label"])
@@ -52,13 +50,7 @@ class JaxStep:
             set_at(config, key, value)
         self.name = name
         experiment = build_experiment(config, data={"train": data})
-        mesh_lib.run_large_steps_here(experiment.state_shapes())
-        mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
-        experiment = experiment.on("cpu", sharding_lib.make_layout(mesh, experiment.sharding))
-        shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, experiment.layout)
-        self.key = jax.device_put(jax.random.key(0), mesh_lib.replicated(mesh))
-        self.compiled, _ = compile_train_step(experiment, mesh, shapes, shapes, self.key)
-        self.state = jax.jit(experiment.init_function(), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(self.key)
+        self.compiled, self.state, self.key, mesh = run_step(experiment)
         batch = {**data, "weight": np.ones(len(data["label"]), np.float32)}
         self.batch = mesh_lib.place(batch, mesh_lib.batch_sharding(mesh), len(data["label"]))
 

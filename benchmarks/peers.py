@@ -107,12 +107,11 @@ class JaxSide:
 
         tune_malloc()
         import jax
+        from run_step import run_step
 
         from jaxmodels.experiment.build import build_experiment
         from jaxmodels.models.functional import flatten
         from jaxmodels.parallel import mesh as mesh_lib
-        from jaxmodels.parallel import sharding as sharding_lib
-        from jaxmodels.training.compile import compile_train_step
 
         workload = WORKLOADS[name]
         batches = workload.batches()
@@ -120,16 +119,10 @@ class JaxSide:
         config = {"task": {"name": workload.task}, "model": workload.model, "optimizer": workload.optimizer}
         config |= {"data": {"source": "arrays", "batch_size": rows}, "training": {"steps": 10**6}, "log": {"every": 1}}
         experiment = build_experiment(config, data={"train": batches[0]})
-        mesh_lib.run_large_steps_here(experiment.state_shapes())
-        mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
-        experiment = experiment.on("cpu", sharding_lib.make_layout(mesh, experiment.sharding))
-        shapes = sharding_lib.place_state(experiment.state_shapes(), experiment.sharding, experiment.layout)
-        self.key = jax.device_put(jax.random.key(0), mesh_lib.replicated(mesh))
-        self.compiled, _ = compile_train_step(experiment, mesh, shapes, shapes, self.key)
-        state = jax.jit(experiment.init_function(), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(self.key)
+        self.compiled, state, self.key, mesh = run_step(experiment)
         params = varied(jax.device_get(state.params))
         np.savez(weights, **flatten(params))
-        self.state = state.replace(params=jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, shapes.params))
+        self.state = state.replace(params=jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state.params))
         self.batches = [batch | {"weight": np.ones(rows, np.float32)} for batch in batches]
         self.place = lambda batch: mesh_lib.place(batch, mesh_lib.batch_sharding(mesh), rows)
         self.steps = 0

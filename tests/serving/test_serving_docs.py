@@ -60,7 +60,8 @@ def test_the_python_gets_its_answer(live):
 
 def test_the_line_of_a_batch_is_a_request():
     (line,) = blocks("json")
-    schemas.parse(schemas.Chat, json.dumps(json.loads(line)["body"]).encode())
+    body = json.loads(line)["body"]
+    assert schemas.parse(schemas.Chat, json.dumps(body).encode()).messages[0].text == body["messages"][0]["content"]
 
 
 def test_the_keys_and_figures_that_are_named_exist(live):
